@@ -1,0 +1,357 @@
+"""A bundle on disk: graphs, weights and the manifest that describes them.
+
+Reading trusts nothing: the manifest's schema, its own digest, every path and every file's hash are
+checked before a byte reaches an engine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import signal
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
+from types import FrameType
+from typing import Annotated, Literal, NoReturn
+
+import msgspec
+
+from ccam_deploy.errors import BundleError, IntegrityError, ManifestError, OptionError, TargetError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+GRAPHS = ("backbone", "gradient", "classifier")
+
+Positive = Annotated[int, msgspec.Meta(gt=0)]
+Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+PrecisionName = Literal["fp32", "fp16"]
+Resize = Literal["crop", "stretch"]
+Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How an image becomes the network's input.
+
+    resize: "crop" scales the image to cover `cover` and cuts the middle out; "stretch" scales
+        it to the input's size whatever its shape.
+    cover: height, width.   mean, std: per channel, of pixels in [0, 1].
+    """
+
+    resize: Resize
+    cover: tuple[Positive, Positive]
+    interpolation: Interpolation
+    mean: tuple[float, ...]
+    std: tuple[Annotated[float, msgspec.Meta(gt=0)], ...]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A target layer: the name of its module, and its feature map's size."""
+
+    name: str
+    channels: Positive
+    height: Positive
+    width: Positive
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """How far graphs were from PyTorch on the calibration images, and the tolerance they met.
+
+    logits, masked_logits, features, gradients: relative error in the Euclidean norm, per layer
+        for the last two.   saliency_rank: lowest Spearman correlation of the saliency.
+    saliency_similarity: lowest structural similarity (SSIM) of the saliency.
+    partitions: share of the partitions that were equal.   images: how many images were compared.
+    """
+
+    logits: float
+    masked_logits: float
+    features: tuple[float, ...]
+    gradients: tuple[float, ...]
+    saliency_rank: float
+    saliency_similarity: float
+    partitions: float
+    images: int
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The graphs of one numeric type.
+
+    graphs: graph name -> file.   gradient_scale: the power of two that gradients are multiplied
+        by inside the graph, so that half precision does not lose small ones.
+    baseline_logits: logits of the baseline, an input of zeros.
+    reference: file with inputs and the values that were computed from them at export.
+    """
+
+    graphs: dict[str, str]
+    gradient_scale: Annotated[float, msgspec.Meta(gt=0)]
+    baseline_logits: tuple[float, ...]
+    fidelity: Fidelity
+    tolerance: dict[str, float]
+    reference: str
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """A file's size in bytes and its SHA-256."""
+
+    bytes: Annotated[int, msgspec.Meta(ge=0)]
+    sha256: Digest
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a bundle holds.
+
+    input: channels, height, width.   labels: names of the classes, or none.
+    random_weights: the network was not trained; its explanations mean nothing.
+    files: every file but the manifest, by its path inside the bundle.
+    digest: SHA-256 of the manifest itself with this field empty.
+    """
+
+    format: int
+    name: str
+    input: tuple[Positive, Positive, Positive]
+    preprocessing: Preprocessing
+    classes: Positive
+    labels: tuple[str, ...]
+    layers: tuple[Layer, ...]
+    precisions: dict[PrecisionName, Precision]
+    random_weights: bool
+    source: str
+    tools: dict[str, str]
+    files: dict[str, FileRecord]
+    digest: str = ""
+
+    def label(self, index: int) -> str:
+        """The name of a class, its number where it has none."""
+        return self.labels[index] if self.labels else str(index)
+
+    def class_index(self, target: int | str) -> int:
+        """The number of a class given by number or name.
+
+        Raises TargetError for a class that is not there.
+        """
+        if isinstance(target, str):
+            matches = [i for i, label in enumerate(self.labels) if label == target]
+            if len(matches) == 1:
+                return matches[0]
+            if matches:
+                raise TargetError(
+                    f'the name "{target}" stands for classes {matches}; give a number'
+                )
+            if not target.lstrip("+-").isdecimal():
+                raise TargetError(f'class "{target}" is not in the bundle{self._some_labels()}')
+            target = int(target)
+        if not 0 <= target < self.classes:
+            raise TargetError(
+                f"class {target} is out of range; the bundle has classes 0 to {self.classes - 1}"
+            )
+        return target
+
+    def _some_labels(self) -> str:
+        if not self.labels:
+            return ", which has no class names; give a number"
+        shown = ", ".join(self.labels[:10])
+        return f"; it has {shown}" + (", …" if len(self.labels) > 10 else "")
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle that was read: where it is and what its manifest says."""
+
+    folder: Path
+    manifest: Manifest = field(repr=False)
+
+    def path(self, name: str) -> Path:
+        """The path of one of the manifest's files."""
+        return self.folder / name
+
+    def precision(self, name: str) -> Precision:
+        """The graphs of one precision. Raises OptionError where the bundle has none."""
+        for known, precision in self.manifest.precisions.items():
+            if known == name:
+                return precision
+        known_names = ", ".join(self.manifest.precisions)
+        raise OptionError(
+            f"the bundle has no {name} graphs, only {known_names}; export with --precision {name}"
+        )
+
+
+def read(folder: str | Path) -> Bundle:
+    """Read a bundle and check all of it.
+
+    Raises ManifestError or IntegrityError, naming the file and what is wrong with it.
+    """
+    root = Path(folder)
+    manifest = _read_manifest(root)
+    for name, record in manifest.files.items():
+        _check_file(root, name, record)
+    return Bundle(root, manifest)
+
+
+def unlisted(bundle: Bundle) -> list[str]:
+    """Files in a bundle's folder that its manifest does not list."""
+    found = (path.relative_to(bundle.folder) for path in bundle.folder.rglob("*"))
+    names = (path.as_posix() for path in found if not (bundle.folder / path).is_dir())
+    return sorted(n for n in names if n != MANIFEST and n not in bundle.manifest.files)
+
+
+def _read_manifest(root: Path) -> Manifest:
+    path = root / MANIFEST
+    if not root.is_dir():
+        raise BundleError(f"{root} is not a bundle: there is no such folder")
+    if path.is_symlink() or not path.is_file():
+        raise BundleError(f"{root} is not a bundle: it has no {MANIFEST}")
+    try:
+        manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise ManifestError(f"{path} is not a valid manifest: {error}") from error
+    if manifest.format != FORMAT:
+        raise ManifestError(
+            f"{path} has format {manifest.format}, this version reads {FORMAT}; export it again"
+        )
+    if manifest.digest != digest_of(manifest):
+        raise IntegrityError(f"{path} was changed after the export; export it again")
+    _check_consistency(path, manifest)
+    return manifest
+
+
+def _check_consistency(path: Path, manifest: Manifest) -> None:
+    channels = manifest.input[0]
+    preprocessing = manifest.preprocessing
+    wrong = ""
+    if manifest.labels and len(manifest.labels) != manifest.classes:
+        wrong = f"{len(manifest.labels)} labels for {manifest.classes} classes"
+    elif len(preprocessing.mean) != channels or len(preprocessing.std) != channels:
+        wrong = f"mean and std must have {channels} values"
+    elif not manifest.layers or not manifest.precisions:
+        wrong = "it lists no layers or no graphs"
+    for name, precision in manifest.precisions.items():
+        if set(precision.graphs) != set(GRAPHS):
+            wrong = f"{name} must have the graphs {', '.join(GRAPHS)}"
+        for file in [*precision.graphs.values(), precision.reference]:
+            if file not in manifest.files:
+                wrong = f'{name} uses "{file}", which is not among the files'
+    if wrong:
+        raise ManifestError(f"{path} is not a valid manifest: {wrong}")
+
+
+def _check_file(root: Path, name: str, record: FileRecord) -> None:
+    pure = PurePosixPath(name)
+    if pure.is_absolute() or ".." in pure.parts or "\\" in name or str(pure) != name:
+        raise ManifestError(f'the manifest of {root} leads outside its folder: "{name}"')
+    path = root
+    for part in pure.parts:
+        path = path / part
+        if path.is_symlink():
+            raise ManifestError(f"{path} is a link; a bundle holds plain files only")
+    if not path.is_file():
+        raise IntegrityError(f"{path} is missing; export the bundle again")
+    size = path.stat().st_size
+    if size != record.bytes:
+        raise IntegrityError(f"{path} has {size} bytes, not {record.bytes}; export it again")
+    if hash_file(path) != record.sha256:
+        raise IntegrityError(f"{path} was changed after the export; export the bundle again")
+
+
+def hash_file(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest_of(manifest: Manifest) -> str:
+    """The SHA-256 of a manifest with its own digest left empty."""
+    return hashlib.sha256(_encode(replace(manifest, digest=""))).hexdigest()
+
+
+def _encode(manifest: Manifest) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n"
+
+
+def record_files(folder: Path) -> dict[str, FileRecord]:
+    """Size and hash of every file in a folder, by its path inside it."""
+    return {
+        path.relative_to(folder).as_posix(): FileRecord(path.stat().st_size, hash_file(path))
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != MANIFEST
+    }
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write a manifest with its digest."""
+    sealed = replace(manifest, digest=digest_of(manifest))
+    (folder / MANIFEST).write_bytes(_encode(sealed))
+
+
+@contextmanager
+def staged(target: str | Path) -> Iterator[Path]:
+    """A temporary folder that takes the target's place when the block ends well.
+
+    Whatever ends the block early, a full disk, an interrupt or a termination signal included,
+    leaves the target as it was and nothing beside it.
+    Raises BundleError where the target is something other than a bundle or an empty folder.
+    """
+    place = Path(target).absolute()
+    if place.exists() and not _replaceable(place):
+        raise BundleError(f"{target} exists and is not a bundle; choose another --output")
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{place.name}-", dir=place.parent))
+    except OSError as error:
+        raise BundleError(f"cannot write to {place.parent}: {error.strerror}") from error
+    try:
+        with _termination_as_exit():
+            yield work
+            work.chmod(0o755)
+            _swap(work, place)
+    except OSError as error:
+        raise BundleError(f"cannot write {target}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _replaceable(place: Path) -> bool:
+    if not place.is_dir() or place.is_symlink():
+        return False
+    return (place / MANIFEST).is_file() or not any(place.iterdir())
+
+
+def _swap(work: Path, place: Path) -> None:
+    if not place.exists():
+        work.rename(place)
+        return
+    retired = Path(tempfile.mkdtemp(prefix=f".{place.name}-", dir=place.parent))
+    try:
+        place.rename(retired / "old")
+        try:
+            work.rename(place)
+        except BaseException:
+            (retired / "old").rename(place)
+            raise
+    finally:
+        shutil.rmtree(retired, ignore_errors=True)
+
+
+@contextmanager
+def _termination_as_exit() -> Iterator[None]:
+    """Let SIGTERM unwind the stack, so that clean-up runs; only where a handler can be set."""
+
+    def leave(signum: int, frame: FrameType | None) -> NoReturn:
+        raise SystemExit(128 + signum)
+
+    try:
+        previous = signal.signal(signal.SIGTERM, leave)
+    except ValueError:
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

@@ -1,0 +1,215 @@
+"""`ccam-deploy explain`."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ccam_deploy.cli.options import (
+    bundle_argument,
+    engine_options,
+    json_option,
+    parse_assignments,
+    print_json,
+)
+from ccam_deploy.errors import ImageError, OptionError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from ccam_deploy.explainer import Explainer, Explanation
+    from ccam_deploy.methods import CollectionCAMOptions
+
+KINDS = ("overlay", "heatmap", "panel", "npz", "json")
+
+
+@click.command()
+@bundle_argument
+@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "--target",
+    default="top1",
+    show_default=True,
+    help="The classes to explain: topN for the N best, or a class's number or name.",
+)
+@click.option(
+    "--option",
+    "pairs",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="An option of the method, such as theta=0.2 or k_max=6; may be repeated.",
+)
+@engine_options
+@click.option(
+    "--batch-size",
+    default=16,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Images, and masked images, that go through an engine at a time.",
+)
+@click.option(
+    "--output",
+    default="explanations",
+    show_default=True,
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Where files are written.",
+)
+@click.option(
+    "--save",
+    default="overlay",
+    show_default=True,
+    help=f"What to write: {', '.join(KINDS)}, separated by commas, or none.",
+)
+@click.option("--colormap", default="jet", show_default=True, help="The colours of maps.")
+@click.option(
+    "--opacity",
+    default=0.5,
+    show_default=True,
+    type=click.FloatRange(0, 1),
+    help="How much of the image an overlay hides.",
+)
+@click.option("--color-bar", is_flag=True, help="Add a color bar to overlays and heat maps.")
+@json_option
+def explain(bundle: Path, images: tuple[Path, ...], as_json: bool, **options: Any) -> None:
+    """Explain a classifier's decisions on IMAGES, files or folders.
+
+    Prints one line for each image and class: file, class, score, masks of each layer,
+    milliseconds; then the files that were written.
+    """
+    import ccam_deploy as ccam
+    from ccam_deploy import image as imaging
+    from ccam_deploy import render
+    from ccam_deploy.cli.writer import Writer
+
+    kinds = _kinds(options["save"])
+    method_options = _method_options(options["pairs"])
+    top, target = _parse_target(options["target"])
+    render.check_colormap(options["colormap"])
+    files = imaging.find(images)
+    failed = 0
+    results: list[dict[str, Any]] = []
+    with ccam.load(
+        bundle, options["backend"], options["precision"], options["batch_size"], options["threads"]
+    ) as explainer:
+        if explainer.bundle.manifest.random_weights:
+            click.echo("warning: the bundle has random weights; its maps mean nothing", err=True)
+        if target is not None:
+            explainer.bundle.manifest.class_index(target)
+        look = render.Look(options["colormap"], options["opacity"], options["color_bar"])
+        writer = Writer(options["output"], kinds, look, explainer.bundle.manifest)
+        with _progress(files) as bar:
+            for start in range(0, len(files), explainer.batch_size):
+                chunk = files[start : start + explainer.batch_size]
+                read, problems = _read(chunk)
+                for problem in problems:
+                    click.echo(f"error: {problem}", err=True)
+                failed += len(problems)
+                if read:
+                    started = time.perf_counter()
+                    result = explainer.explain([p for _, p in read], target, method_options, top)
+                    spent = (time.perf_counter() - started) * 1000
+                    lines = _lines(explainer, result, [f for f, _ in read], spent)
+                    for line, written in zip(lines, writer.write(result, read), strict=True):
+                        line["files"] = written
+                        if not as_json:
+                            _print(line)
+                    results += lines
+                bar.update(len(chunk))
+    if as_json:
+        print_json(results)
+    if failed:
+        sys.exit(2)
+
+
+def _kinds(words: str) -> tuple[str, ...]:
+    if words.strip() == "none":
+        return ()
+    kinds = tuple(word.strip() for word in words.split(","))
+    for kind in kinds:
+        if kind not in KINDS:
+            raise OptionError(f'--save "{kind}" is unknown; there are {", ".join(KINDS)} and none')
+    return kinds
+
+
+def _method_options(pairs: Sequence[str]) -> CollectionCAMOptions:
+    import msgspec
+
+    from ccam_deploy.methods import CollectionCAMOptions
+
+    given: dict[str, Any] = dict(parse_assignments(pairs))
+    known = [field.name for field in dataclasses.fields(CollectionCAMOptions)]
+    for name in given:
+        if name not in known:
+            raise OptionError(f'option "{name}" is unknown; the method has {", ".join(known)}')
+    if "layers" in given:
+        given["layers"] = [part.strip() for part in given["layers"].split(",")]
+    try:
+        return msgspec.convert(given, CollectionCAMOptions, strict=False)
+    except msgspec.ValidationError as error:
+        raise OptionError(f"an option has an unusable value: {error}") from error
+
+
+def _parse_target(word: str) -> tuple[int, str | None]:
+    """How many of the best classes to explain, or else which class."""
+    number = word.removeprefix("top")
+    if word.startswith("top") and number.isdecimal():
+        return int(number), None
+    return 1, word
+
+
+def _read(files: Sequence[Path]) -> tuple[list[tuple[Path, Image.Image]], list[str]]:
+    """The images that can be read, and a line about each one that cannot."""
+    from ccam_deploy import image as imaging
+
+    read, problems = [], []
+    for file in files:
+        try:
+            read.append((file, imaging.load(file)))
+        except ImageError as error:
+            problems.append(str(error))
+    return read, problems
+
+
+def _lines(
+    explainer: Explainer, result: Explanation, files: Sequence[Path], spent: float
+) -> list[dict[str, Any]]:
+    """What is reported of each image and class; milliseconds are shared evenly."""
+    manifest = explainer.bundle.manifest
+    return [
+        {
+            "file": str(files[result.image_index[pair]]),
+            "target": int(target),
+            "class": manifest.label(int(target)),
+            "probability": result.probability(pair),
+            "logit": float(result.logits[result.image_index[pair], target]),
+            "masks": {layer.name: int(layer.count[pair]) for layer in result.layers},
+            "milliseconds": spent / len(result),
+        }
+        for pair, target in enumerate(result.targets)
+    ]
+
+
+def _print(line: dict[str, Any]) -> None:
+    masks = "+".join(str(count) for count in line["masks"].values())
+    click.echo(
+        f"{line['file']}: class {line['class']}, score {line['probability']:.3f}, "
+        f"masks {masks}, {line['milliseconds']:.1f} ms"
+    )
+    for file in line["files"]:
+        click.echo(f"  {file}")
+
+
+@contextmanager
+def _progress(files: Sequence[Path]) -> Iterator[Any]:
+    """A progress bar on stderr, where stderr is a terminal."""
+    with click.progressbar(
+        length=len(files), label="explaining", file=sys.stderr, hidden=not sys.stderr.isatty()
+    ) as bar:
+        yield bar

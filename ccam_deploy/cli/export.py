@@ -1,0 +1,203 @@
+"""`ccam-deploy export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ccam_deploy.cli.options import json_option, print_json
+from ccam_deploy.errors import ExportError, OptionError
+
+if TYPE_CHECKING:
+    from ccam_deploy.bundle import Bundle
+    from ccam_deploy.export import Recipe
+    from ccam_deploy.export.exporter import ExportSettings
+    from ccam_deploy.export.sources import Model
+
+
+class _Size(click.ParamType[tuple[int, int]]):
+    name = "HxW"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, int]:
+        """Parse "224x224" or "224"."""
+        if isinstance(value, tuple):
+            return value
+        parts = str(value).lower().split("x")
+        if len(parts) == 1:
+            parts *= 2
+        if len(parts) != 2 or not all(part.isdecimal() for part in parts):
+            self.fail(f'"{value}" is not a size such as 224x224', param, ctx)
+        return int(parts[0]), int(parts[1])
+
+
+class _Numbers(click.ParamType[tuple[float, ...]]):
+    name = "A,B,C"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[float, ...]:
+        """Parse "0.485,0.456,0.406"."""
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(float(part) for part in str(value).split(","))
+        except ValueError:
+            self.fail(f'"{value}" is not a list of numbers such as 0.5,0.5,0.5', param, ctx)
+
+
+@click.command()
+@click.argument("model", required=False, type=click.Path(path_type=Path))
+@click.option(
+    "--arch",
+    help="The network of a file of weights: module:factory, or module:factory(argument=value).",
+)
+@click.option(
+    "--recipe",
+    "recipe_path",
+    type=click.Path(path_type=Path),
+    help="A TOML file that describes the network; see export/.",
+)
+@click.option(
+    "--random-weights",
+    is_flag=True,
+    help="Give the recipe's network random weights, for work on latency.",
+)
+@click.option(
+    "--layers",
+    help="Target layers, names separated by commas.  [default: the last "
+    "tensors of the last four resolutions]",
+)
+@click.option("--input-size", type=_Size(), help="Height x width of the input.  [default: 224x224]")
+@click.option(
+    "--mean",
+    type=_Numbers(),
+    help="Mean of each channel, of pixels in [0, 1].  [default: ImageNet's]",
+)
+@click.option(
+    "--std", type=_Numbers(), help="Standard deviation of each channel.  [default: ImageNet's]"
+)
+@click.option(
+    "--resize",
+    type=click.Choice(["crop", "stretch"]),
+    help="How images get the input's shape: cut out the middle, or distort.  [default: crop]",
+)
+@click.option(
+    "--cover",
+    type=_Size(),
+    help="With crop: the size that an image is scaled to cover "
+    "before its middle is cut out.  [default: the input's size / 0.875]",
+)
+@click.option(
+    "--labels",
+    type=click.Path(path_type=Path),
+    help="A text file with the names of the classes, one a line.",
+)
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "fp16"]),
+    help="fp16 adds half-precision graphs to the fp32 ones.  [default: fp32]",
+)
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    help="The bundle's folder.  [default: engines/NAME]",
+)
+@click.option(
+    "--calibration-images",
+    type=click.Path(path_type=Path),
+    help="A folder of real images for the check against PyTorch.  [default: two "
+    "photographs of the package]",
+)
+@click.option(
+    "--allow-pickle",
+    is_flag=True,
+    help="Read a pickled module; this runs whatever code the file holds.",
+)
+@json_option
+def export(model: Path | None, as_json: bool, **options: Any) -> None:
+    """Export a classifier to a bundle, checked against PyTorch.
+
+    MODEL is an exported program (.pt2), a file of weights with --arch or --recipe, a TorchScript
+    file, or with --allow-pickle a pickled module. Without MODEL, --recipe makes its own network.
+    """
+    try:
+        import onnx_ir  # noqa: F401
+        import torch  # noqa: F401
+    except ImportError as error:
+        raise ExportError(
+            f"export needs {error.name}: pip install ccam-deploy[export,cpu]"
+        ) from error
+    from ccam_deploy.export import export as run
+
+    network, settings, recipe = _prepare(model, options)
+    name = recipe.name if recipe else (model.stem if model else "")
+    output = options["output"] or Path("engines") / name
+    layers = options["layers"]
+    names = [part.strip() for part in layers.split(",")] if layers else None
+    if names is None and recipe and recipe.layers:
+        names = list(recipe.layers)
+    precision = options["precision"] or (recipe.precision if recipe else "fp32")
+    size = options["input_size"] or (recipe.input.size if recipe else (224, 224))
+    bundle = run(network, output, size, names, precision, settings)
+    _report(bundle, as_json)
+
+
+def _prepare(
+    path: Path | None, options: dict[str, Any]
+) -> tuple[Model, ExportSettings, Recipe | None]:
+    """The network, its settings, and the recipe if there is one."""
+    from dataclasses import replace
+
+    from ccam_deploy import image as imaging
+    from ccam_deploy.export import ExportSettings, sources
+    from ccam_deploy.export import recipe as recipes
+
+    recipe = None
+    settings = ExportSettings()
+    changes: dict[str, Any] = {
+        key: options[key] for key in ("mean", "std", "resize", "cover") if options[key] is not None
+    }
+    if options["recipe_path"]:
+        recipe = recipes.read(options["recipe_path"])
+        folder = options["recipe_path"].parent
+        settings = recipes.settings(recipe, folder)
+    if options["random_weights"] and (path or not recipe):
+        raise OptionError("--random-weights goes with --recipe and without a model file")
+    if path is not None:
+        arch = options["arch"] or (recipe.arch if recipe else None)
+        if options["allow_pickle"]:
+            click.echo(f"warning: reading {path} runs the code that it holds", err=True)
+        network: Model = sources.load(path, arch, options["allow_pickle"])
+        changes |= {"name": path.stem if not recipe else recipe.name, "source": path.name}
+    elif recipe is None:
+        raise OptionError("give a model file, or a --recipe that names its own network")
+    elif options["random_weights"]:
+        network = recipes.random_model(recipe)
+        changes |= {"random_weights": True, "tolerance": recipe.random_tolerance}
+    else:
+        network = recipes.model(recipe, folder)
+    if options["labels"]:
+        changes["labels"] = recipes.read_labels(options["labels"])
+    if options["calibration_images"]:
+        found = imaging.find([options["calibration_images"]])
+        changes["calibration"] = [imaging.load(file) for file in found]
+    changes["progress"] = lambda line: click.echo(line, err=True)
+    return network, replace(settings, **changes), recipe
+
+
+def _report(bundle: Bundle, as_json: bool) -> None:
+    manifest = bundle.manifest
+    if as_json:
+        import msgspec
+
+        print_json({"bundle": str(bundle.folder), "manifest": msgspec.to_builtins(manifest)})
+        return
+    layers = ", ".join(layer.name for layer in manifest.layers)
+    click.echo(f"{bundle.folder}: {manifest.classes} classes, layers {layers}")
+    for kind, precision in manifest.precisions.items():
+        report = precision.fidelity
+        click.echo(
+            f"{kind} against PyTorch: logits {report.logits:.1e}, "
+            f"gradients {max(report.gradients):.1e}, "
+            f"saliency rank correlation {report.saliency_rank:.4f}"
+        )

@@ -1,0 +1,83 @@
+"""Options and helpers that several commands share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from ccam_deploy.errors import OptionError
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+BACKENDS = ("auto", "onnxruntime-cpu", "onnxruntime-cuda")
+
+
+def bundle_argument(command: Command) -> Command:
+    """BUNDLE, the folder of a bundle."""
+    return click.argument("bundle", type=click.Path(path_type=Path))(command)
+
+
+def json_option(command: Command) -> Command:
+    """--json, for programs."""
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON for a program.")(
+        command
+    )
+
+
+def engine_options(command: Command) -> Command:
+    """--backend, --precision, --threads: how a bundle is run."""
+    for option in (
+        click.option(
+            "--threads",
+            default=0,
+            show_default=True,
+            type=click.IntRange(min=0),
+            help="Threads inside an operator on a CPU; 0 lets the engine choose.",
+        ),
+        click.option(
+            "--precision",
+            default="fp32",
+            show_default=True,
+            type=click.Choice(["fp32", "fp16"]),
+            help="The graphs to run.",
+        ),
+        click.option(
+            "--backend",
+            default="auto",
+            show_default=True,
+            type=click.Choice(BACKENDS),
+            help="The engine; auto takes the best that works here.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def parse_assignments(pairs: Sequence[str]) -> dict[str, str]:
+    """KEY=VALUE words as a dictionary. Raises OptionError for words of another form."""
+    found = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise OptionError(f'option "{pair}" is not key=value')
+        found[key.strip()] = value.strip()
+    return found
+
+
+def print_json(value: Any) -> None:
+    """Print a value as indented JSON on stdout."""
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def table(rows: Iterable[Sequence[str]]) -> str:
+    """Rows of words as aligned columns."""
+    lines = [list(row) for row in rows]
+    widths = [max(len(row[column]) for row in lines) for column in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip()
+        for row in lines
+    )

@@ -1,0 +1,57 @@
+"""`ccam-deploy verify`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ccam_deploy.cli.options import bundle_argument, json_option, print_json
+from ccam_deploy.errors import IntegrityError
+
+
+@click.command()
+@bundle_argument
+@click.option(
+    "--backend",
+    default="auto",
+    show_default=True,
+    help="The engine that runs the graphs; see explain.",
+)
+@json_option
+def verify(bundle: Path, backend: str, as_json: bool) -> None:
+    """Check a bundle: schema, hashes, and each graph against the values recorded at export."""
+    import dataclasses
+
+    from ccam_deploy import bundle as bundles
+    from ccam_deploy.engines import open_networks
+    from ccam_deploy.evaluate import fidelity
+
+    opened = bundles.read(bundle)
+    strangers = bundles.unlisted(opened)
+    if strangers:
+        raise IntegrityError(f"{bundle} has files that its manifest does not list: {strangers[0]}")
+    reports: dict[str, Any] = {}
+    problems = []
+    for kind in opened.manifest.precisions:
+        networks = open_networks(opened, backend, kind)
+        try:
+            report, broken = fidelity.verify(opened, networks, kind)
+        finally:
+            networks.close()
+        reports[kind] = {"backend": networks.backend, **dataclasses.asdict(report)}
+        problems += [f"{kind}: {problem}" for problem in broken]
+        if not as_json:
+            click.echo(
+                f"{kind} on {networks.backend}: logits {report.logits:.1e}, "
+                f"masked logits {report.masked_logits:.1e}, features {max(report.features):.1e}, "
+                f"gradients {max(report.gradients):.1e}, "
+                f"saliency rank correlation {report.saliency_rank:.4f}"
+            )
+    if as_json:
+        print_json({"files": len(opened.manifest.files), "graphs": reports})
+    if problems:
+        raise IntegrityError("the graphs do not give what was recorded: " + "; ".join(problems))
+    if not as_json:
+        click.echo(f"{bundle}: {len(opened.manifest.files)} files and all graphs are as exported")

@@ -1,0 +1,165 @@
+"""A bundle's three graphs behind the calls that methods make."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ccam_deploy.bundle import Bundle
+from ccam_deploy.engines.base import Array, Engine
+from ccam_deploy.errors import BackendError, OptionError
+
+Floats = NDArray[np.float32]
+Backend = Literal["auto", "onnxruntime-cpu", "onnxruntime-cuda"]
+
+
+@dataclass(frozen=True)
+class Activations:
+    """What the backbone gives for a batch of images.
+
+    logits: [B, classes] float32.   features: [B, C, h, w] float32 per layer.
+    residuals: tensors [B, ...] that the gradient graph needs, by name, in the graph's own type.
+    """
+
+    logits: Floats
+    features: tuple[Floats, ...]
+    residuals: Mapping[str, Array]
+
+    def take(self, rows: NDArray[np.intp]) -> Activations:
+        """The activations of some rows, in that order; a row may come several times."""
+        if np.array_equal(rows, np.arange(len(self.logits))):
+            return self
+        return Activations(
+            self.logits[rows],
+            tuple(feature[rows] for feature in self.features),
+            {name: value[rows] for name, value in self.residuals.items()},
+        )
+
+
+class Classifier(Protocol):
+    """The calls that methods make. Images are preprocessed: [B, C, H, W] float32."""
+
+    def backbone(self, images: Floats) -> Activations:
+        """Run a batch of images and keep what their explanation needs."""
+        ...
+
+    def gradients(self, activations: Activations, output_gradient: Floats) -> tuple[Floats, ...]:
+        """Gradients of the feature maps for a gradient [B, classes] of the logits."""
+        ...
+
+    def masked_logits(self, images: Floats, masks: Floats, owner: NDArray[np.int64]) -> Floats:
+        """Logits [N, classes] of images times masks [N, H, W]; owner [N] names each one's image."""
+        ...
+
+
+class Networks:
+    """The three engines of one precision."""
+
+    def __init__(self, engines: Mapping[str, Engine], gradient_scale: float, backend: str) -> None:
+        self.backend = backend
+        self.engines = dict(engines)
+        self._scale = np.float32(gradient_scale)
+        self._type = engines["backbone"].inputs[0].dtype
+        self._gradient_names = [spec.name for spec in engines["gradient"].inputs]
+
+    def backbone(self, images: Floats) -> Activations:
+        """Run a batch of images; see Classifier."""
+        values = self.engines["backbone"].run({"images": self._cast(images)})
+        logits = values.pop("logits").astype(np.float32, copy=False)
+        names = [name for name in values if name.startswith("feature_")]
+        features = tuple(values[name].astype(np.float32, copy=False) for name in names)
+        needed = {name: values[name] for name in self._gradient_names if name in values}
+        return Activations(logits, features, needed)
+
+    def gradients(self, activations: Activations, output_gradient: Floats) -> tuple[Floats, ...]:
+        """Gradients of the feature maps; see Classifier."""
+        feeds = dict(activations.residuals)
+        feeds["output_gradient"] = self._cast(output_gradient * self._scale)
+        values = self.engines["gradient"].run(feeds)
+        return tuple(self._unscale(value) for value in values.values())
+
+    def masked_logits(self, images: Floats, masks: Floats, owner: NDArray[np.int64]) -> Floats:
+        """Logits of masked images; see Classifier."""
+        feeds = {
+            "images": self._cast(images),
+            "masks": self._cast(masks[:, None]),
+            "owner": owner,
+        }
+        logits = self.engines["classifier"].run(feeds)["logits"]
+        return logits.astype(np.float32, copy=False)
+
+    def close(self) -> None:
+        """Close the engines."""
+        for engine in self.engines.values():
+            engine.close()
+
+    def _cast(self, values: Floats) -> Array:
+        return values.astype(self._type, copy=False)
+
+    def _unscale(self, values: Array) -> Floats:
+        wide = values.astype(np.float32, copy=False)
+        return wide if self._scale == 1 else wide / self._scale
+
+
+def available() -> list[Backend]:
+    """The backends that the installed packages offer, best first; a GPU may still be missing."""
+    from ccam_deploy.engines import onnxruntime
+
+    names: dict[str, Backend] = {"cuda": "onnxruntime-cuda", "cpu": "onnxruntime-cpu"}
+    found = onnxruntime.devices()
+    return [names[device] for device in ("cuda", "cpu") if device in found]
+
+
+def open_networks(
+    bundle: Bundle, backend: str = "auto", precision: str = "fp32", threads: int = 0
+) -> Networks:
+    """Load a bundle's graphs on a backend.
+
+    backend: "auto" takes the first that works here; a name takes that one or fails.
+    threads: threads inside an operator on a CPU; 0 lets the engine choose.
+    Raises OptionError for an unknown name, BackendError where no engine can be had.
+    """
+    named = next((known for known in get_args(Backend) if known == backend), None)
+    if named is None:
+        known = ", ".join(get_args(Backend))
+        raise OptionError(f'backend "{backend}" is unknown; there are {known}')
+    if threads < 0:
+        raise OptionError(f"threads is {threads}; it must be 0 or more")
+    if named != "auto":
+        return _open(bundle, named, precision, threads)
+    reasons = []
+    for candidate in available():
+        try:
+            return _open(bundle, candidate, precision, threads)
+        except BackendError as error:
+            reasons.append(f"{candidate}: {error}")
+    raise BackendError("no backend works here: " + "; ".join(reasons))
+
+
+def _open(bundle: Bundle, backend: Backend, precision: str, threads: int) -> Networks:
+    chosen = bundle.precision(precision)
+    paths = {name: bundle.path(file) for name, file in chosen.graphs.items()}
+    return load_networks(paths, chosen.gradient_scale, backend, threads)
+
+
+def load_networks(
+    paths: Mapping[str, Path], gradient_scale: float, backend: Backend, threads: int = 0
+) -> Networks:
+    """Load graphs by name; see open_networks. Raises BackendError."""
+    from ccam_deploy.engines.onnxruntime import Device, OnnxRuntimeEngine
+
+    device: Device = "cuda" if backend == "onnxruntime-cuda" else "cpu"
+    engines: dict[str, Engine] = {}
+    try:
+        for name, path in paths.items():
+            engines[name] = OnnxRuntimeEngine(path, device, threads)
+    except BaseException:
+        for engine in engines.values():
+            engine.close()
+        raise
+    return Networks(engines, gradient_scale, backend)

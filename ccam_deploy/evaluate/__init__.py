@@ -1,0 +1,1 @@
+"""Data and measurements for judging explanations."""

@@ -1,0 +1,211 @@
+"""Do a bundle's graphs compute what the model computed? At export against PyTorch, later against
+what the export recorded.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ccam_deploy.bundle import Bundle, Fidelity
+from ccam_deploy.engines import Classifier
+from ccam_deploy.errors import IntegrityError
+from ccam_deploy.evaluate.similarity import spearman, ssim
+from ccam_deploy.kernels import cpu
+from ccam_deploy.methods import Batch, CollectionCAM, Stopwatch
+
+Floats = NDArray[np.float32]
+
+TOLERANCE = {
+    "fp32": {
+        "logits": 1e-4,
+        "masked_logits": 1e-4,
+        "features": 1e-4,
+        "gradients": 1e-2,
+        "saliency_rank": 0.99,
+        "saliency_similarity": 0.98,
+    },
+    "fp16": {
+        "logits": 2e-2,
+        "masked_logits": 2e-2,
+        "features": 2e-2,
+        "gradients": 0.3,
+        "saliency_rank": 0.9,
+        "saliency_similarity": 0.8,
+    },
+}
+_AT_LEAST = ("saliency_rank", "saliency_similarity")
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What a classifier gives for some images, explained for their best class.
+
+    images: [B, C, H, W] float32.   targets: [B] int64.   logits: [B, classes] float32.
+    masked_logits: [4·B, classes] float32, of each image under four fixed masks.
+    features, gradients: per layer; feature maps [B, C, h, w], or their statistics [B, C, 2].
+    labels: per layer [B, C] int32, the partitions.   saliency: [B, H, W] float32 in [0, 1].
+    """
+
+    images: Floats
+    targets: NDArray[np.int64]
+    logits: Floats
+    masked_logits: Floats
+    features: tuple[Floats, ...]
+    gradients: tuple[Floats, ...]
+    labels: tuple[NDArray[np.int32], ...]
+    saliency: Floats
+
+    def summary(self) -> Observation:
+        """The same with mean and deviation of each channel in place of the maps."""
+        psi = list(map(cpu.channel_statistics, self.features, self.gradients))
+        return Observation(
+            self.images,
+            self.targets,
+            self.logits,
+            self.masked_logits,
+            tuple(values[..., :2] for values in psi),
+            tuple(values[..., 2:] for values in psi),
+            self.labels,
+            self.saliency,
+        )
+
+
+def fixed_masks(height: int, width: int) -> Floats:
+    """Four masks [4, H, W] float32: slopes from left, right, top and bottom."""
+    across = np.broadcast_to(np.linspace(0, 1, width, dtype=np.float32), (height, width))
+    down = np.broadcast_to(np.linspace(0, 1, height, dtype=np.float32)[:, None], (height, width))
+    return np.stack([across, 1 - across, down, 1 - down])
+
+
+def observe(
+    classifier: Classifier,
+    images: Floats,
+    layers: Sequence[str],
+    targets: NDArray[np.int64] | None = None,
+    chunk: int = 8,
+) -> Observation:
+    """Run everything that an explanation needs on some images and keep the values."""
+    activations = classifier.backbone(images)
+    classes = activations.logits.argmax(axis=1) if targets is None else targets
+    rows = np.arange(len(images), dtype=np.int64)
+    one_hot = np.zeros_like(activations.logits)
+    one_hot[rows, classes] = 1
+    gradients = classifier.gradients(activations, one_hot)
+    masks = np.tile(fixed_masks(*images.shape[2:]), (len(images), 1, 1))
+    masked = classifier.masked_logits(images, masks, np.repeat(rows, 4))
+    baseline = np.zeros(activations.logits.shape[1], np.float32)
+    batch = Batch(images, activations, rows, classes, tuple(layers), baseline, chunk)
+    result = CollectionCAM().explain(classifier, batch, Stopwatch())
+    return Observation(
+        images,
+        classes,
+        activations.logits,
+        masked,
+        activations.features,
+        gradients,
+        tuple(layer.labels for layer in result.layers),
+        cpu.min_max(result.raw_saliency),
+    )
+
+
+def compare(got: Observation, expected: Observation) -> Fidelity:
+    """Measure how far one observation is from another of the same images."""
+    pairs = list(zip(got.saliency, expected.saliency, strict=True))
+    same = [
+        np.array_equal(one, other)
+        for mine, theirs in zip(got.labels, expected.labels, strict=True)
+        for one, other in zip(mine, theirs, strict=True)
+    ]
+    return Fidelity(
+        logits=relative_error(got.logits, expected.logits),
+        masked_logits=relative_error(got.masked_logits, expected.masked_logits),
+        features=tuple(map(relative_error, got.features, expected.features)),
+        gradients=tuple(map(relative_error, got.gradients, expected.gradients)),
+        saliency_rank=min(spearman(one, other) for one, other in pairs),
+        saliency_similarity=min(ssim(one, other) for one, other in pairs),
+        partitions=float(np.mean(same)),
+        images=len(got.images),
+    )
+
+
+def relative_error(got: Floats, expected: Floats) -> float:
+    """‖got − expected‖ / ‖expected‖ in the Euclidean norm; infinite where got is not finite."""
+    wide = expected.astype(np.float64)
+    difference = float(np.linalg.norm((got - wide).ravel()))
+    if not np.isfinite(difference):
+        return float("inf")
+    norm = float(np.linalg.norm(wide.ravel()))
+    return difference / norm if norm else (0.0 if difference == 0 else float("inf"))
+
+
+def failures(
+    fidelity: Fidelity, tolerance: Mapping[str, float], layers: Sequence[str]
+) -> list[str]:
+    """What breaks its tolerance, as phrases for a message; empty where nothing does."""
+    found = []
+    for name, bound in tolerance.items():
+        value = getattr(fidelity, name)
+        values = dict(zip(layers, value, strict=True)) if isinstance(value, tuple) else {"": value}
+        for layer, measured in values.items():
+            good = measured >= bound if name in _AT_LEAST else measured <= bound
+            if not good:
+                of = f" of {layer}" if layer else ""
+                side = "below" if name in _AT_LEAST else "above"
+                found.append(f"{name}{of} {measured:.3g} is {side} {bound:g}")
+    return found
+
+
+def save(path: Path, observation: Observation) -> None:
+    """Write an observation's summary to an .npz file."""
+    brief = observation.summary()
+    values: dict[str, NDArray[Any]] = {
+        "images": brief.images,
+        "targets": brief.targets,
+        "logits": brief.logits,
+        "masked_logits": brief.masked_logits,
+        "saliency": brief.saliency,
+    }
+    for index in range(len(brief.labels)):
+        values[f"features_{index}"] = brief.features[index]
+        values[f"gradients_{index}"] = brief.gradients[index]
+        values[f"labels_{index}"] = brief.labels[index]
+    np.savez_compressed(path, allow_pickle=False, **values)
+
+
+def load(path: Path) -> Observation:
+    """Read what `save` wrote. Raises IntegrityError for another file."""
+    try:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as values:
+            layers = range(sum(name.startswith("labels_") for name in values.files))
+            return Observation(
+                values["images"],
+                values["targets"],
+                values["logits"],
+                values["masked_logits"],
+                tuple(values[f"features_{index}"] for index in layers),
+                tuple(values[f"gradients_{index}"] for index in layers),
+                tuple(values[f"labels_{index}"] for index in layers),
+                values["saliency"],
+            )
+    except (KeyError, ValueError, OSError) as error:
+        raise IntegrityError(f"{path} is no record of an export: {error}") from error
+
+
+def verify(bundle: Bundle, classifier: Classifier, precision: str) -> tuple[Fidelity, list[str]]:
+    """Run a bundle's graphs on the images recorded at export and compare all values.
+
+    Returns the comparison, and phrases for what breaks its tolerance.
+    """
+    chosen = bundle.precision(precision)
+    layers = [layer.name for layer in bundle.manifest.layers]
+    expected = load(bundle.path(chosen.reference))
+    got = observe(classifier, expected.images, layers, expected.targets).summary()
+    fidelity = compare(got, expected)
+    return fidelity, failures(fidelity, chosen.tolerance, layers)

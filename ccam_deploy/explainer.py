@@ -1,0 +1,303 @@
+"""The run time: a bundle's engines and a method give explanations, without PyTorch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ccam_deploy import bundle as bundles
+from ccam_deploy import image as imaging
+from ccam_deploy.bundle import Bundle
+from ccam_deploy.engines import Networks, open_networks
+from ccam_deploy.errors import ImageError, OptionError, TargetError
+from ccam_deploy.image import Geometry
+from ccam_deploy.kernels import cpu
+from ccam_deploy.methods import (
+    Batch,
+    CollectionCAM,
+    CollectionCAMOptions,
+    LayerPartition,
+    MaskSequence,
+    Method,
+    MethodResult,
+    Stopwatch,
+)
+
+Floats = NDArray[np.float32]
+Target = int | str
+Targets = Sequence[Target | Sequence[Target]] | NDArray[np.integer] | Target | None
+Images = Floats | Sequence[Image.Image] | Image.Image
+
+DEFAULT_BATCH = 16
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Saliency maps for P (image, class) pairs of B images, image by image.
+
+    saliency: [P, H, W] float32, each map scaled to [0, 1].
+    raw_saliency: [P, H, W] float32, as the method defines it.
+    targets: [P] int64, each map's class.   image_index: [P] int64, its image; with one class an
+        image, 0..B-1.   logits: [B, classes] float32, of the images as they are.
+    layers: each target layer's collections.   masks[p]: [N, H, W] float32 in [0, 1], N masks from
+        the shallowest layer to the deepest.   weights[p]: [N] float32, the masks' weights α,
+        0 for a flat mask.   mic[p]: [N] float32, their increase of confidence over the baseline.
+    timings: seconds in each stage.   settings: method, options and engine that gave the result.
+    geometries: where each image's input lies in the original; empty for array input.
+    """
+
+    saliency: Floats
+    raw_saliency: Floats
+    targets: NDArray[np.int64]
+    image_index: NDArray[np.int64]
+    logits: Floats
+    layers: tuple[LayerPartition, ...]
+    masks: MaskSequence
+    weights: tuple[Floats, ...]
+    mic: tuple[Floats, ...]
+    timings: dict[str, float]
+    settings: dict[str, Any]
+    geometries: tuple[Geometry, ...] = field(default=(), repr=False)
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def probability(self, pair: int) -> float:
+        """The softmax probability of a pair's class."""
+        logits = self.logits[self.image_index[pair]].astype(np.float64)
+        exponent = np.exp(logits - logits.max())
+        return float(exponent[self.targets[pair]] / exponent.sum())
+
+    def on_original(self, pair: int) -> Floats:
+        """A pair's saliency on the original image: [height, width] float32, 0 where unseen.
+
+        Raises ImageError where the explanation was made from an array.
+        """
+        if not self.geometries:
+            raise ImageError("the explanation was made from an array, which has no original image")
+        return self.geometries[self.image_index[pair]].to_original(self.saliency[pair])
+
+
+class Explainer:
+    """Explains images with one bundle. Safe to call from several threads; close it when done."""
+
+    def __init__(
+        self, bundle: Bundle, networks: Networks, precision: str, batch_size: int = DEFAULT_BATCH
+    ) -> None:
+        if batch_size < 1:
+            raise OptionError(f"batch_size is {batch_size}; it must be at least 1")
+        self.bundle = bundle
+        self.networks = networks
+        self.precision = precision
+        self.batch_size = batch_size
+        baseline = bundle.precision(precision).baseline_logits
+        self._baseline = np.array(baseline, np.float32)
+
+    def explain(
+        self,
+        images: Images,
+        targets: Targets = None,
+        options: CollectionCAMOptions | None = None,
+        top: int = 1,
+    ) -> Explanation:
+        """Explain the classifier's decisions on some images.
+
+        images: [B, C, H, W] float32, preprocessed as the manifest says, or PIL images of any size
+            and mode.
+        targets: None for each image's best classes; a class for all images; or for each image a
+            class or several, as numbers or names. Several classes share the image's backbone pass.
+        options: of Collection-CAM.
+        top: how many of the best classes to explain where targets is None.
+        Raises ImageError, TargetError or OptionError for what cannot be used.
+        """
+        clock = Stopwatch()
+        method = CollectionCAM(options)
+        pictures = [images] if isinstance(images, Image.Image) else images
+        wanted = _per_image(targets, len(pictures))
+        if not 1 <= top <= self.bundle.manifest.classes:
+            raise TargetError(f"top is {top}; it must be 1 to {self.bundle.manifest.classes}")
+        parts = []
+        for start in range(0, len(pictures), self.batch_size):
+            chunk = slice(start, start + self.batch_size)
+            parts.append(self._explain_batch(method, pictures[chunk], wanted[chunk], top, clock))
+        return self._assemble(method, parts, clock)
+
+    def preprocess(
+        self, images: Floats | Sequence[Image.Image]
+    ) -> tuple[Floats, tuple[Geometry, ...]]:
+        """Make the network's input [B, C, H, W] of PIL images; check an array that is one."""
+        size = self.bundle.manifest.input
+        if not isinstance(images, np.ndarray):
+            return imaging.prepare(images, size[1:], self.bundle.manifest.preprocessing)
+        if images.dtype != np.float32 or images.shape[1:] != size:
+            raise ImageError(
+                f"images are {images.dtype}{list(images.shape)}; "
+                f"the bundle takes float32[B, {', '.join(map(str, size))}]"
+            )
+        if not np.isfinite(images).all():
+            raise ImageError("the images have NaN or infinite pixels")
+        return images, ()
+
+    def close(self) -> None:
+        """Close the engines."""
+        self.networks.close()
+
+    def __enter__(self) -> Explainer:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _explain_batch(
+        self,
+        method: Method,
+        pictures: Floats | Sequence[Image.Image],
+        wanted: Sequence[tuple[Target, ...] | None],
+        top: int,
+        clock: Stopwatch,
+    ) -> _Part:
+        with clock.stage("preprocess"):
+            images, geometries = self.preprocess(pictures)
+        with clock.stage("backbone"):
+            activations = self.networks.backbone(images)
+        owner, classes = self._pairs(wanted, activations.logits, top)
+        results = []
+        for start in range(0, len(owner), self.batch_size):
+            pairs = slice(start, start + self.batch_size)
+            batch = Batch(
+                images,
+                activations,
+                owner[pairs],
+                classes[pairs],
+                tuple(layer.name for layer in self.bundle.manifest.layers),
+                self._baseline,
+                self.batch_size,
+            )
+            results.append(method.explain(self.networks, batch, clock))
+        return _Part(activations.logits, geometries, owner, classes, results)
+
+    def _pairs(
+        self, wanted: Sequence[tuple[Target, ...] | None], logits: Floats, top: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The image and the class of each pair."""
+        owner, classes = [], []
+        for image, names in enumerate(wanted):
+            if names is None:
+                best = np.argsort(-logits[image], kind="stable")[:top]
+                names = tuple(int(index) for index in best)
+            for name in names:
+                owner.append(image)
+                classes.append(self.bundle.manifest.class_index(name))
+        return np.array(owner, np.int64), np.array(classes, np.int64)
+
+    def _assemble(self, method: Method, parts: Sequence[_Part], clock: Stopwatch) -> Explanation:
+        with clock.stage("combine"):
+            results = [result for part in parts for result in part.results]
+            raw = np.concatenate([result.raw_saliency for result in results])
+            saliency = cpu.min_max(raw)
+        masks = results[0].masks
+        for result in results[1:]:
+            masks = masks + result.masks
+        return Explanation(
+            saliency=saliency,
+            raw_saliency=raw,
+            targets=np.concatenate([part.targets for part in parts]),
+            image_index=np.concatenate(
+                [part.owner + index * self.batch_size for index, part in enumerate(parts)]
+            ),
+            logits=np.concatenate([part.logits for part in parts]),
+            layers=tuple(map(_join_layers, zip(*(r.layers for r in results), strict=True))),
+            masks=masks,
+            weights=tuple(weights for result in results for weights in result.weights),
+            mic=tuple(mic for result in results for mic in result.mic),
+            timings=dict(clock.seconds),
+            settings={
+                "method": method.name,
+                "options": dataclasses.asdict(method.options),
+                "bundle": self.bundle.manifest.name,
+                "backend": self.networks.backend,
+                "precision": self.precision,
+                "batch_size": self.batch_size,
+            },
+            geometries=tuple(geometry for part in parts for geometry in part.geometries),
+        )
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One batch's results; owner counts from the batch's first image."""
+
+    logits: Floats
+    geometries: tuple[Geometry, ...]
+    owner: NDArray[np.int64]
+    targets: NDArray[np.int64]
+    results: list[MethodResult]
+
+
+def _join_layers(parts: tuple[LayerPartition, ...]) -> LayerPartition:
+    return LayerPartition(
+        parts[0].name,
+        np.concatenate([part.labels for part in parts]),
+        np.concatenate([part.count for part in parts]),
+        np.concatenate([part.quality for part in parts]),
+    )
+
+
+def _per_image(targets: Targets, images: int) -> list[tuple[Target, ...] | None]:
+    """The classes wanted for each image; None for its best one."""
+    if not images:
+        raise ImageError("there are no images to explain")
+    if targets is None:
+        return [None] * images
+    if isinstance(targets, int | str | np.integer):
+        return [(_plain(targets),)] * images
+    if len(targets) != images:
+        raise TargetError(f"there are {len(targets)} targets for {images} images")
+    wanted: list[tuple[Target, ...] | None] = []
+    for target in targets:
+        if isinstance(target, int | str | np.integer):
+            wanted.append((_plain(target),))
+        elif len(target):
+            wanted.append(tuple(_plain(one) for one in target))
+        else:
+            raise TargetError("an image has an empty list of targets; give at least one class")
+    return wanted
+
+
+def _plain(target: Any) -> Target:
+    if isinstance(target, bool) or not isinstance(target, int | str | np.integer):
+        raise TargetError(f"a target is {target!r}; it must be the number or name of a class")
+    return target if isinstance(target, str) else int(target)
+
+
+def load(
+    bundle: str | Path | Bundle,
+    backend: str = "auto",
+    precision: str = "fp32",
+    batch_size: int = DEFAULT_BATCH,
+    threads: int = 0,
+) -> Explainer:
+    """Open a bundle and its engines.
+
+    backend: "auto" for the best that works here, or a backend by name.
+    precision: "fp32", or "fp16" where the bundle has it.   batch_size: how many images, and how
+        many masked images, go through an engine at a time; it bounds memory.
+    threads: threads inside an operator on a CPU; 0 lets the engine choose.
+    Raises BundleError, BackendError or OptionError.
+    """
+    opened = bundle if isinstance(bundle, Bundle) else bundles.read(bundle)
+    networks = open_networks(opened, backend, precision, threads)
+    return Explainer(opened, networks, precision, batch_size)

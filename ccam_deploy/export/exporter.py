@@ -1,0 +1,280 @@
+"""The export itself: trace, differentiate, convert, check against PyTorch, write."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata, resources
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch.export import ExportedProgram
+
+from ccam_deploy import __version__
+from ccam_deploy import bundle as bundles
+from ccam_deploy import image as imaging
+from ccam_deploy.bundle import (
+    FORMAT,
+    Bundle,
+    Fidelity,
+    Interpolation,
+    Layer,
+    Manifest,
+    Precision,
+    PrecisionName,
+    Preprocessing,
+    Resize,
+)
+from ccam_deploy.engines import load_networks
+from ccam_deploy.errors import OptionError, ToleranceError
+from ccam_deploy.evaluate import fidelity
+from ccam_deploy.evaluate.fidelity import Observation
+from ccam_deploy.export import graphs as onnx_graphs
+from ccam_deploy.export import layers as target_layers
+from ccam_deploy.export import program as programs
+from ccam_deploy.export.program import Program
+from ccam_deploy.export.reference import TorchClassifier
+from ccam_deploy.export.sources import Model
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+COVER = 0.875
+RECORDED_IMAGES = 2
+MAX_CALIBRATION_IMAGES = 16
+_DTYPES: dict[PrecisionName, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16}
+_REFERENCE = "reference.npz"
+_LARGEST_SCALE = 2.0**15
+_WANTED_PEAK = 256.0
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """What an export records or checks beside the model itself.
+
+    mean, std: per channel, of pixels in [0, 1]; one value makes a grey input.
+    resize: "crop" or "stretch", see Preprocessing.   cover: height, width that an image is
+        scaled to cover before its middle is cut out; by default the input's size / 0.875.
+    labels: names of the classes.   calibration: real images for the check against PyTorch, the
+        package's own photographs by default.   tolerance: for a precision, bounds that replace
+        the defaults of ccam_deploy.evaluate.fidelity.
+    name, source: what the manifest calls the model, and where it came from.
+    random_weights: the model was not trained; the manifest and every user is told.
+    progress: called with a line for each step.
+    """
+
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    resize: Resize = "crop"
+    cover: tuple[int, int] | None = None
+    interpolation: Interpolation = "bilinear"
+    labels: tuple[str, ...] = ()
+    calibration: Sequence[Image.Image] = ()
+    tolerance: Mapping[PrecisionName, Mapping[str, float]] = field(default_factory=dict)
+    name: str = ""
+    source: str = ""
+    random_weights: bool = False
+    progress: Callable[[str], None] = lambda line: None
+
+    def __post_init__(self) -> None:
+        if len(self.mean) not in (1, 3) or len(self.mean) != len(self.std):
+            raise OptionError(
+                f"mean has {len(self.mean)} values and std {len(self.std)}; both need 1 or 3"
+            )
+        if any(value <= 0 for value in self.std):
+            raise OptionError(f"std is {self.std}; every value must be above 0")
+        for kind, bounds in self.tolerance.items():
+            for name in bounds:
+                if name not in fidelity.TOLERANCE.get(kind, {}):
+                    known = ", ".join(fidelity.TOLERANCE["fp32"])
+                    raise OptionError(f'tolerance "{kind}.{name}" is unknown; there are {known}')
+
+
+def export(
+    model: Model,
+    output: str | Path,
+    input_size: tuple[int, int] = (224, 224),
+    layers: Sequence[str] | None = None,
+    precision: str = "fp32",
+    settings: ExportSettings | None = None,
+) -> Bundle:
+    """Export a classifier to a bundle, checked against PyTorch; the model is left as it was.
+
+    model: a torch.nn.Module that turns images [B, C, H, W] into logits [B, classes], or a
+        program that torch.export made of one, with a dynamic batch.
+    output: the bundle's folder; a bundle that is there is replaced.
+    input_size: height, width; a program has its own.   layers: names of the target layers, found
+        automatically by default.   precision: "fp32", or "fp16" for half-precision graphs as well.
+    Raises an ExportError where the model cannot be exported or the graphs do not agree with it,
+    BundleError where the bundle cannot be written; nothing is left behind then.
+    """
+    if precision not in _DTYPES:
+        raise OptionError(f'precision "{precision}" is unknown; there are {", ".join(_DTYPES)}')
+    if min(input_size) < imaging.MIN_SIDE:
+        raise OptionError(f"input_size is {input_size}; both must be {imaging.MIN_SIDE} or more")
+    chosen = settings or ExportSettings()
+    chosen.progress("tracing the model")
+    exported = model
+    if not isinstance(model, ExportedProgram):
+        exported = programs.trace(model, (len(chosen.mean), *input_size))
+    assert isinstance(exported, ExportedProgram)
+    program = programs.build(exported, keep=layers or ())
+    _check_settings(chosen, program)
+    found = target_layers.find(program, layers)
+    names = [layer.name for layer in found]
+    wanted: list[PrecisionName] = ["fp32"] if precision == "fp32" else ["fp32", "fp16"]
+    converted = {}
+    for kind in wanted:
+        chosen.progress(f"converting the {kind} graphs of {', '.join(names)}")
+        converted[kind] = onnx_graphs.convert(program, found, _DTYPES[kind])
+    preprocessing = _preprocessing(chosen, program)
+    images = _calibration(chosen, program, preprocessing)
+    chosen.progress(f"explaining {len(images)} calibration images with PyTorch")
+    expected, baseline = _reference(exported, names, images)
+    scales = {"fp32": 1.0, "fp16": _gradient_scale(expected)}
+    with bundles.staged(output) as folder:
+        files = {}
+        with onnx_graphs.WeightFile(folder / onnx_graphs.WEIGHTS) as weights:
+            for kind, models in converted.items():
+                chosen.progress(f"writing the {kind} graphs")
+                suffix = "" if kind == "fp32" else f".{kind}"
+                files[kind] = onnx_graphs.write(models, folder, weights, suffix)
+        fidelity.save(folder / _REFERENCE, _first(expected, RECORDED_IMAGES))
+        precisions = {}
+        for kind, graphs in files.items():
+            chosen.progress(f"checking the {kind} graphs against PyTorch")
+            tolerance = {**fidelity.TOLERANCE[kind], **chosen.tolerance.get(kind, {})}
+            paths = {name: folder / file for name, file in graphs.items()}
+            report = _check(kind, paths, scales[kind], expected, names, tolerance)
+            precisions[kind] = Precision(
+                graphs, scales[kind], tuple(baseline), report, tolerance, _REFERENCE
+            )
+        manifest = Manifest(
+            format=FORMAT,
+            name=chosen.name or Path(output).name,
+            input=program.input_shape,
+            preprocessing=preprocessing,
+            classes=program.classes,
+            labels=chosen.labels,
+            layers=tuple(Layer(layer.name, *layer.shape) for layer in found),
+            precisions=precisions,
+            random_weights=chosen.random_weights,
+            source=chosen.source or type(model).__name__,
+            tools=_tools(),
+            files=bundles.record_files(folder),
+        )
+        bundles.write_manifest(folder, manifest)
+    return bundles.read(output)
+
+
+def _check_settings(settings: ExportSettings, program: Program) -> None:
+    channels = program.input_shape[0]
+    if channels != len(settings.mean):
+        raise OptionError(
+            f"the model takes {channels} channels, mean and std have {len(settings.mean)} values; "
+            f"give {channels} of each"
+        )
+    if settings.labels and len(settings.labels) != program.classes:
+        raise OptionError(
+            f"there are {len(settings.labels)} labels for the model's {program.classes} classes"
+        )
+    if settings.cover and any(
+        cover < side for cover, side in zip(settings.cover, program.input_shape[1:], strict=True)
+    ):
+        raise OptionError(
+            f"cover is {settings.cover}; it must not be smaller than the input "
+            f"{program.input_shape[1:]}"
+        )
+
+
+def _preprocessing(settings: ExportSettings, program: Program) -> Preprocessing:
+    size = program.input_shape[1:]
+    cover = settings.cover or (round(size[0] / COVER), round(size[1] / COVER))
+    return Preprocessing(
+        settings.resize, cover, settings.interpolation, settings.mean, settings.std
+    )
+
+
+def _calibration(
+    settings: ExportSettings, program: Program, preprocessing: Preprocessing
+) -> Floats:
+    pictures = list(settings.calibration)[:MAX_CALIBRATION_IMAGES] or photographs()
+    return imaging.prepare(pictures, program.input_shape[1:], preprocessing)[0]
+
+
+def photographs() -> list[Image.Image]:
+    """The photographs that the package brings for checks on real images."""
+    folder = resources.files("ccam_deploy.export") / "photographs"
+    files = sorted((f for f in folder.iterdir() if f.name.endswith(".jpg")), key=lambda f: f.name)
+    return [imaging.load(file.read_bytes(), file.name) for file in files]
+
+
+def _reference(
+    exported: ExportedProgram, names: Sequence[str], images: Floats
+) -> tuple[Observation, list[float]]:
+    """What PyTorch computes for the images, and the logits of an input of zeros.
+
+    The graph that runs is the traced model as it is, before anything was folded or differentiated.
+    """
+    plain = programs.build(exported, fold=False)
+    classifier = TorchClassifier(plain, target_layers.find(plain, names))
+    baseline = classifier.backbone(np.zeros_like(images[:1])).logits[0]
+    return fidelity.observe(classifier, images, names), [float(value) for value in baseline]
+
+
+def _gradient_scale(expected: Observation) -> float:
+    """The power of two that lifts the largest recorded gradient to a few hundred."""
+    peak = max(float(np.abs(gradient).max()) for gradient in expected.gradients)
+    if peak == 0:
+        return 1.0
+    return min(2.0 ** math.floor(math.log2(_WANTED_PEAK / peak)), _LARGEST_SCALE)
+
+
+def _check(
+    kind: str,
+    paths: Mapping[str, Path],
+    scale: float,
+    expected: Observation,
+    names: Sequence[str],
+    tolerance: Mapping[str, float],
+) -> Fidelity:
+    networks = load_networks(paths, scale, "onnxruntime-cpu")
+    try:
+        got = fidelity.observe(networks, expected.images, names, expected.targets)
+    finally:
+        networks.close()
+    report = fidelity.compare(got, expected)
+    broken = fidelity.failures(report, tolerance, names)
+    if broken:
+        raise ToleranceError(f"the {kind} graphs do not agree with PyTorch: " + "; ".join(broken))
+    return report
+
+
+def _first(observation: Observation, images: int) -> Observation:
+    """An observation of the first few images alone."""
+    return Observation(
+        observation.images[:images],
+        observation.targets[:images],
+        observation.logits[:images],
+        observation.masked_logits[: 4 * images],
+        tuple(values[:images] for values in observation.features),
+        tuple(values[:images] for values in observation.gradients),
+        tuple(values[:images] for values in observation.labels),
+        observation.saliency[:images],
+    )
+
+
+def _tools() -> dict[str, str]:
+    names = ("torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy")
+    found = {"ccam-deploy": __version__}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

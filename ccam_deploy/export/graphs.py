@@ -1,0 +1,240 @@
+"""The graphs of a bundle as ONNX models that share one file of weights."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim
+
+from ccam_deploy.errors import LoweringError, brief
+from ccam_deploy.export.autodiff import differentiate
+from ccam_deploy.export.layers import TargetLayer
+from ccam_deploy.export.program import Program, cast, module_of, quiet
+
+WEIGHTS = "weights.bin"
+_INLINE_BYTES = 1024
+_ALIGNMENT = 4096
+
+
+@dataclass(frozen=True)
+class Graphs:
+    """ONNX models of one precision.
+
+    backbone: images [B, C, H, W] -> logits, feature_0.., residual_0..
+    gradient: residual_0.., output_gradient [B, classes] -> gradient_0..
+    classifier: images [B, C, H, W], masks [N, 1, H, W], owner [N] int64 -> logits [N, classes]
+    """
+
+    backbone: ir.Model
+    gradient: ir.Model
+    classifier: ir.Model
+
+    def items(self) -> Iterator[tuple[str, ir.Model]]:
+        """Each graph's name and model."""
+        yield "backbone", self.backbone
+        yield "gradient", self.gradient
+        yield "classifier", self.classifier
+
+
+class MaskedClassifier(nn.Module):
+    """Logits of masked images; each mask names the image that it belongs to."""
+
+    def __init__(self, classifier: fx.GraphModule) -> None:
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, images: Tensor, masks: Tensor, owner: Tensor) -> Tensor:
+        """Images [B, C, H, W], masks [N, 1, H, W], owner [N] int64 -> logits [N, classes]."""
+        (logits,) = self.classifier(images.index_select(0, owner) * masks)
+        assert isinstance(logits, Tensor)
+        return logits
+
+
+def convert(
+    program: Program, layers: Sequence[TargetLayer], dtype: torch.dtype = torch.float32
+) -> Graphs:
+    """Build and convert the graphs of a classifier.
+
+    Raises LoweringError, naming operator and module, for what ONNX cannot express.
+    """
+    parts = differentiate(program, layers, dtype)
+    batch, masks = Dim("batch"), Dim("masks")
+    images = torch.zeros(2, *program.input_shape, dtype=dtype)
+    with torch.no_grad():
+        outputs = parts.backbone(images)
+    residuals = list(outputs[1 + len(layers) :])
+    feature_names = [f"feature_{index}" for index in range(len(layers))]
+    residual_names = [f"residual_{index}" for index in range(len(residuals))]
+    backbone = _to_onnx(
+        parts.backbone,
+        {"images": (images, {0: batch})},
+        ["logits", *feature_names, *residual_names],
+        program,
+    )
+    gradient_inputs = dict(zip(residual_names, ((r, {0: batch}) for r in residuals), strict=True))
+    gradient_inputs["output_gradient"] = (torch.zeros_like(outputs[0]), {0: batch})
+    gradient_names = [f"gradient_{index}" for index in range(len(layers))]
+    gradient = _to_onnx(parts.gradient, gradient_inputs, gradient_names, program)
+    classifier = _to_onnx(
+        MaskedClassifier(_in_type(program.graph, dtype)),
+        {
+            "images": (images, {0: batch}),
+            "masks": (torch.zeros(3, 1, *program.input_shape[1:], dtype=dtype), {0: masks}),
+            "owner": (torch.zeros(3, dtype=torch.int64), {0: masks}),
+        },
+        ["logits"],
+        program,
+    )
+    return Graphs(backbone, gradient, classifier)
+
+
+def _in_type(module: fx.GraphModule, dtype: torch.dtype) -> fx.GraphModule:
+    if dtype == torch.float32:
+        return module
+    twin = copy.deepcopy(module)
+    for name, value in module.named_buffers():
+        setattr(twin, name, cast(value, dtype))
+    return twin
+
+
+def _to_onnx(
+    module: nn.Module,
+    inputs: Mapping[str, tuple[Tensor, dict[int, Dim]]],
+    outputs: Sequence[str],
+    program: Program,
+) -> ir.Model:
+    """Export a module as an ONNX model held in memory. inputs: name -> (example, dynamic axes)."""
+    examples = tuple(example for example, _ in inputs.values())
+    shapes = tuple(axes for _, axes in inputs.values())
+    with torch.no_grad(), quiet():
+        exported = torch.export.export(module, examples, dynamic_shapes=shapes)
+        try:
+            converted = torch.onnx.export(
+                exported,
+                dynamo=True,
+                verbose=False,
+                input_names=list(inputs),
+                output_names=list(outputs),
+            )
+        except torch.onnx.OnnxExporterError as error:
+            raise LoweringError(_culprit(error, module, program)) from error
+    assert converted is not None
+    _clean(converted.model, inputs)
+    return converted.model
+
+
+def _culprit(error: BaseException, module: nn.Module, program: Program) -> str:
+    """Name the operator, and its module, that the conversion to ONNX stopped at."""
+    chain: BaseException | None = error
+    while chain is not None:
+        found = re.search(r"target=torch\.ops\.([\w.]+)\]", str(chain))
+        if found:
+            operator = found.group(1)
+            where = _module_with(operator, module, program)
+            return f'operator {operator} in module "{where}" has no ONNX equivalent'
+        error, chain = chain, chain.__cause__
+    return f"the graph cannot be converted to ONNX: {brief(error)}"
+
+
+def _module_with(operator: str, module: nn.Module, program: Program) -> str:
+    """The module that uses an operator; one that is only part of it, or its gradient, counts."""
+    graphs = [m for m in module.modules() if isinstance(m, fx.GraphModule)] + [program.graph]
+    base = operator.split(".")[1].split("_backward")[0]
+    for graph in graphs:
+        for node in graph.graph.nodes:
+            name = str(node.target).removeprefix("aten.").split(".")[0]
+            related = base.startswith(name) or name.startswith(base)
+            if node.op == "call_function" and related and module_of(node):
+                return module_of(node)
+    return "the model itself"
+
+
+def _clean(model: ir.Model, inputs: Mapping[str, tuple[Tensor, dict[int, Dim]]]) -> None:
+    """Give dynamic axes their names, and drop what tells of the tools and folders of the export."""
+    names = {}
+    for value, (_, axes) in zip(model.graph.inputs, inputs.values(), strict=True):
+        assert value.shape is not None
+        for axis, dim in axes.items():
+            names[value.shape[axis]] = dim.__name__
+    for value in _values(model):
+        if value.shape is not None:
+            value.shape = ir.Shape([names.get(size, size) for size in value.shape])
+        value.metadata_props.clear()
+    for node in model.graph:
+        node.metadata_props.clear()
+        node.doc_string = None
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    model.producer_name, model.producer_version = "ccam-deploy", None
+
+
+def _values(model: ir.Model) -> Iterator[ir.Value]:
+    yield from model.graph.inputs
+    yield from model.graph.initializers.values()
+    for node in model.graph:
+        yield from node.outputs
+
+
+class WeightFile:
+    """One file that holds the weights of several models, each distinct tensor once."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = path.open("wb")
+        self._places: dict[bytes, tuple[int, int]] = {}
+
+    def __enter__(self) -> WeightFile:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.close()
+
+    def move_weights(self, model: ir.Model) -> None:
+        """Write a model's large initializers to the file and refer to them there."""
+        for value in model.graph.initializers.values():
+            tensor = value.const_value
+            if tensor is None or tensor.nbytes < _INLINE_BYTES:
+                continue
+            offset, length = self._place(tensor.tobytes())
+            value.const_value = ir.ExternalTensor(
+                self._path.name,
+                offset,
+                length,
+                tensor.dtype,
+                shape=tensor.shape,  # type: ignore[arg-type]
+                name=str(value.name),
+                base_dir=self._path.parent,
+            )
+
+    def _place(self, content: bytes) -> tuple[int, int]:
+        digest = hashlib.sha256(content).digest()
+        if digest not in self._places:
+            position = self._file.tell()
+            self._file.write(bytes(-position % _ALIGNMENT))
+            self._places[digest] = (self._file.tell(), len(content))
+            self._file.write(content)
+        return self._places[digest]
+
+
+def write(graphs: Graphs, folder: Path, weights: WeightFile, suffix: str = "") -> dict[str, str]:
+    """Write the models into a folder; returns graph name -> file name."""
+    files = {}
+    for name, model in graphs.items():
+        files[name] = f"{name}{suffix}.onnx"
+        weights.move_weights(model)
+        ir.save(model, folder / files[name])
+    return files

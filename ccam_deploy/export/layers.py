@@ -1,0 +1,148 @@
+"""Target layers: the feature maps that an explanation is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from ccam_deploy.errors import LayerError
+from ccam_deploy.export.program import Program, aten
+
+DEFAULT_COUNT = 4
+_NCHW = (0, 1, 2, 3)
+
+
+@dataclass(frozen=True)
+class TargetLayer:
+    """One feature map: a module's output, by the module's name, or a node by its own."""
+
+    name: str
+    node: fx.Node
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height, width."""
+        _, channels, height, width = self.node.meta["val"].shape
+        return int(channels), int(height), int(width)
+
+
+def find(program: Program, names: Sequence[str] | None = None) -> tuple[TargetLayer, ...]:
+    """The target layers by name, or those that suit a classifier where none are named.
+
+    Without names: the last tensor of each of the last four resolutions at which a convolution is
+    computed, maps of a single pixel left out. Shallow layers come first.
+    Raises LayerError for names that are unknown, repeated or no feature maps.
+    """
+    outputs = _module_outputs(program)
+    if names is None:
+        nodes = _last_of_each_resolution(program)[-DEFAULT_COUNT:]
+        if not nodes:
+            raise LayerError("the model computes no convolution with a spatial output to explain")
+        layers = [TargetLayer(_name(node, outputs), node) for node in nodes]
+    else:
+        layers = [TargetLayer(name, _named(program, outputs, name)) for name in names]
+    order = {node: position for position, node in enumerate(program.graph.graph.nodes)}
+    if len({layer.node for layer in layers}) != len(layers) or not layers:
+        raise LayerError(f"the layers {', '.join(names or ())} do not name different feature maps")
+    return tuple(sorted(layers, key=lambda layer: order[layer.node]))
+
+
+def _named(program: Program, outputs: dict[str, fx.Node], name: str) -> fx.Node:
+    nodes = {node.name: node for node in program.graph.graph.nodes if node.op == "call_function"}
+    node = outputs.get(name, nodes.get(name))
+    if node is None:
+        raise LayerError(f'layer "{name}" is not in the model; it has {_known(outputs)}')
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor) or value.dim() != 4:
+        raise LayerError(
+            f'layer "{name}" gives no feature map [batch, channels, height, width]; '
+            f"these do: {_known(outputs)}"
+        )
+    return node
+
+
+def _known(outputs: dict[str, fx.Node], limit: int = 24) -> str:
+    """Names of the modules that give feature maps, outer ones first."""
+    maps = [name for name, node in outputs.items() if _is_map(node)]
+    names = sorted(maps, key=lambda name: name.count("."))
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def _is_map(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.dim() == 4 and value.shape[2:].numel() > 1
+
+
+def _module_outputs(program: Program) -> dict[str, fx.Node]:
+    """Each module's output: the last of its nodes that something outside it reads."""
+    outputs: dict[str, fx.Node] = {}
+    for node in program.graph.graph.nodes:
+        if node.op != "call_function":
+            continue
+        inside = {key: name for key, name in _stack(node).items() if name}
+        for key, name in inside.items():
+            if any(key not in _stack(user) for user in node.users):
+                outputs[name] = node
+    return outputs
+
+
+def _stack(node: fx.Node) -> dict[str, str]:
+    stack = node.meta.get("nn_module_stack") or {}
+    return {key: str(value[0]) for key, value in stack.items()}
+
+
+def _name(node: fx.Node, outputs: dict[str, fx.Node]) -> str:
+    """The outermost module whose output the node is, else the node's own name."""
+    names = [name for name, output in outputs.items() if output is node]
+    return min(names, key=lambda name: name.count("."), default=node.name)
+
+
+def _last_of_each_resolution(program: Program) -> list[fx.Node]:
+    convolved: set[tuple[int, int]] = set()
+    last: dict[tuple[int, int], fx.Node] = {}
+    axes: dict[fx.Node, tuple[int, ...]] = {program.image: _NCHW}
+    ancestors = _ancestors(program.logits)
+    for node in program.graph.graph.nodes:
+        if node.op != "call_function" or node not in ancestors:
+            continue
+        axes[node] = _axes(node, axes)
+        if not _is_map(node) or axes[node] != _NCHW:
+            continue
+        _, _, height, width = node.meta["val"].shape
+        if node.target in (aten.conv2d.default, aten.convolution.default):
+            convolved.add((height, width))
+        last.pop((height, width), None)
+        last[height, width] = node
+    return [node for resolution, node in last.items() if resolution in convolved]
+
+
+def _axes(node: fx.Node, axes: dict[fx.Node, tuple[int, ...]]) -> tuple[int, ...]:
+    """Which axis of an NCHW tensor each axis of a node's output is; () where that is unknown."""
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor) or value.dim() != 4:
+        return ()
+    if node.target in (aten.conv2d.default, aten.convolution.default):
+        return _NCHW
+    source = next((axes[n] for n in node.all_input_nodes if axes.get(n)), ())
+    if source and node.target is aten.permute.default:
+        permutation: Any = node.args[1]
+        return tuple(source[axis] for axis in permutation)
+    if node.target in (aten.view.default, aten.reshape.default, aten.transpose.int):
+        return ()
+    return source
+
+
+def _ancestors(node: fx.Node) -> set[fx.Node]:
+    seen: set[fx.Node] = set()
+    pending = [node]
+    while pending:
+        current = pending.pop()
+        if current not in seen:
+            seen.add(current)
+            pending.extend(current.all_input_nodes)
+    return seen

@@ -1,0 +1,274 @@
+"""From a PyTorch classifier to one functional graph that the later steps work on."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import operator
+import warnings
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import InputKind, OutputKind
+
+from ccam_deploy.errors import LoweringError, SourceError, brief
+
+aten: Any = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Program:
+    """A classifier as one graph: images [B, C, H, W] float32 to logits [B, classes].
+
+    graph: functional ATen operators, parameters as attributes, batch normalisation folded away.
+        Each node's `meta["val"]` is its fake tensor, `meta["nn_module_stack"]` names its module.
+    """
+
+    graph: fx.GraphModule
+    image: fx.Node
+    logits: fx.Node
+
+    @property
+    def classes(self) -> int:
+        """How many classes the logits tell apart."""
+        return int(self.logits.meta["val"].shape[1])
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """Channels, height, width of an image."""
+        _, channels, height, width = self.image.meta["val"].shape
+        return int(channels), int(height), int(width)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence the exporter's notes about its own progress and deprecations."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def module_of(node: fx.Node) -> str:
+    """The qualified name of the module that a node belongs to, "" for the model itself."""
+    stack = node.meta.get("nn_module_stack")
+    return str(list(stack.values())[-1][0]) if stack else ""
+
+
+def trace(model: nn.Module, input_shape: tuple[int, int, int]) -> ExportedProgram:
+    """Export a classifier with a dynamic batch, in evaluation mode, on the CPU and in float32.
+
+    The model itself is not touched: a copy is exported.
+    Raises SourceError where the model cannot be copied or exported.
+    """
+    try:
+        twin = copy.deepcopy(model).cpu().float().eval()
+    except Exception as error:
+        raise SourceError(
+            f"the model cannot be copied ({brief(error)}); "
+            "export it with torch.export and pass the .pt2 file"
+        ) from error
+    twin.requires_grad_(False)
+    example = torch.zeros(2, *input_shape)
+    shapes = ({0: Dim("batch", min=1)},)
+    try:
+        with torch.no_grad(), quiet():
+            return torch.export.export(twin, (example,), dynamic_shapes=shapes)
+    except Exception as error:
+        size = "x".join(str(side) for side in input_shape)
+        reason = getattr(model, "advice", brief(error))
+        raise SourceError(
+            f"torch.export cannot trace the model on images of {size}: {reason}"
+        ) from error
+
+
+def build(exported: ExportedProgram, keep: Collection[str] = (), fold: bool = True) -> Program:
+    """Make the functional graph of an exported program: images [B, C, H, W] to logits [B, classes].
+
+    keep: names of modules whose own output must survive folding.
+    fold: fold batch normalisation into convolutions; without it the graph is the model's own.
+    Raises SourceError where the program is not such a classifier.
+    """
+    _check_signature(exported)
+    with quiet():
+        graph = _unlift(exported.run_decompositions({}))
+    if fold:
+        _fold_batch_norms(graph, keep)
+    _plain_global_pools(graph)
+    drop_unused(graph)
+    image = next(node for node in graph.graph.nodes if node.op == "placeholder")
+    outputs = graph.graph.output_node().args[0]
+    logits = outputs[0] if isinstance(outputs, tuple | list) else outputs
+    if not isinstance(logits, fx.Node):
+        raise SourceError("the model's output is a constant; it must be logits [batch, classes]")
+    return Program(graph, image, logits)
+
+
+def _check_signature(exported: ExportedProgram) -> None:
+    inputs = exported.graph_signature.user_inputs
+    outputs = exported.graph_signature.user_outputs
+    values = {node.name: node.meta.get("val") for node in exported.graph.nodes}
+    if len(inputs) != 1 or len(outputs) != 1:
+        raise SourceError(
+            f"the model has {len(inputs)} inputs and {len(outputs)} outputs; "
+            "it must take images and return logits alone"
+        )
+    image, logits = values[str(inputs[0])], values.get(str(outputs[0]))
+    if not isinstance(image, torch.Tensor) or image.dim() != 4 or image.shape[1] not in (1, 3):
+        raise SourceError(
+            f"the model's input is {_shape(image)}; it must be images [batch, 1 or 3, H, W]"
+        )
+    if not isinstance(logits, torch.Tensor) or logits.dim() != 2:
+        raise SourceError(f"the model's output is {_shape(logits)}; it must be [batch, classes]")
+    if image.dtype != torch.float32:
+        raise SourceError(f"the program takes {image.dtype}; export the model in float32")
+    if isinstance(image.shape[0], int) or image.shape[0] != logits.shape[0]:
+        raise SourceError(
+            "the program has a fixed batch; export it again with "
+            'dynamic_shapes=({0: torch.export.Dim("batch")},)'
+        )
+
+
+def _shape(value: object) -> str:
+    return str(list(value.shape)) if isinstance(value, torch.Tensor) else type(value).__name__
+
+
+def _unlift(exported: ExportedProgram) -> fx.GraphModule:
+    """Put parameters, buffers and constants back as attributes; keep images and logits only."""
+    signature = exported.graph_signature
+    if any(spec.kind != OutputKind.USER_OUTPUT for spec in signature.output_specs):
+        raise SourceError("the model changes its own buffers or input in evaluation mode")
+    root = nn.Module()
+    graph = fx.Graph()
+    nodes: dict[fx.Node, fx.Node] = {}
+    specs = {spec.arg.name: spec for spec in signature.input_specs}
+    for node in exported.graph.nodes:
+        spec = specs.get(node.name) if node.op == "placeholder" else None
+        if spec is None or spec.kind == InputKind.USER_INPUT:
+            nodes[node] = graph.node_copy(node, lambda n: nodes[n])
+            continue
+        target = str(spec.target)
+        value = exported.state_dict.get(target, exported.constants.get(target))
+        if not isinstance(value, torch.Tensor):
+            raise LoweringError(f'the model holds "{target}", which is not a tensor')
+        nodes[node] = _constant(root, graph, value, node.name)
+        nodes[node].meta.update(node.meta)
+    return fx.GraphModule(root, graph)
+
+
+def _constant(root: nn.Module, graph: fx.Graph, value: torch.Tensor, name: str) -> fx.Node:
+    root.register_buffer(name, value.detach().clone().contiguous())
+    return graph.get_attr(name)
+
+
+def cast(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor in another floating-point type; integers and booleans stay as they are."""
+    return value.to(dtype) if value.is_floating_point() else value
+
+
+def fresh_constant(module: fx.GraphModule, value: torch.Tensor, hint: str) -> fx.Node:
+    """Add a constant tensor to a graph module at its current insertion point."""
+    name = next(name for name in _names(hint) if not hasattr(module, name))
+    return _constant(module, module.graph, value, name)
+
+
+def drop_unused(module: fx.GraphModule) -> None:
+    """Remove nodes and constants that nothing reads."""
+    module.graph.eliminate_dead_code()
+    used = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
+    for name, _ in list(module.named_buffers()):
+        if name not in used:
+            delattr(module, name)
+    module.recompile()
+
+
+def _names(hint: str) -> Iterator[str]:
+    yield hint
+    number = 1
+    while True:
+        yield f"{hint}_{number}"
+        number += 1
+
+
+def _fold_batch_norms(module: fx.GraphModule, keep: Collection[str]) -> None:
+    """Fold each batch normalisation into the convolution before it, else into a scale and shift."""
+    for node in list(module.graph.nodes):
+        if node.target is not aten._native_batch_norm_legit_no_training.default:
+            continue
+        source, weight, bias, mean, variance, _, epsilon = node.args
+        read = _reader(module)
+        scale = (read(variance) + epsilon).rsqrt()
+        if weight is not None:
+            scale = scale * read(weight)
+        shift = -read(mean) * scale
+        if bias is not None:
+            shift = shift + read(bias)
+        with module.graph.inserting_before(node):
+            folded = None
+            if module_of(source) not in keep:
+                folded = _into_convolution(module, source, scale, shift)
+            if folded is None:
+                folded = _scale_and_shift(module, source, scale, shift)
+        for user in list(node.users):
+            if user.target is operator.getitem and user.args[1] == 0:
+                folded.meta.update(user.meta)
+                user.replace_all_uses_with(folded)
+                module.graph.erase_node(user)
+
+
+def _plain_global_pools(module: fx.GraphModule) -> None:
+    """Global average pooling as a mean: PyTorch's operator also sets strides in place."""
+    for node in module.graph.nodes:
+        if node.target is aten.adaptive_avg_pool2d.default and list(node.args[1]) == [1, 1]:
+            node.target = aten.mean.dim
+            node.args = (node.args[0], [2, 3], True)
+
+
+def _reader(module: fx.GraphModule) -> Callable[[Any], torch.Tensor]:
+    def read(node: fx.Node) -> torch.Tensor:
+        value = getattr(module, str(node.target))
+        assert isinstance(value, torch.Tensor)
+        return value.double()
+
+    return read
+
+
+def _into_convolution(
+    module: fx.GraphModule, source: fx.Node, scale: torch.Tensor, shift: torch.Tensor
+) -> fx.Node | None:
+    if source.target is not aten.conv2d.default or len(source.users) != 1:
+        return None
+    weight, bias = source.args[1], source.args[2] if len(source.args) > 2 else None
+    constants = [node for node in (weight, bias) if node is not None]
+    if not all(isinstance(node, fx.Node) and node.op == "get_attr" for node in constants):
+        return None
+    read = _reader(module)
+    kernel = read(weight) * scale[:, None, None, None]
+    offset = shift if bias is None else shift + read(bias) * scale
+    name = str(weight.target)  # type: ignore[union-attr]
+    new_weight = fresh_constant(module, kernel.float(), f"{name}_folded")
+    new_bias = fresh_constant(module, offset.float(), f"{name}_folded_bias")
+    arguments = (source.args[0], new_weight, new_bias, *source.args[3:])
+    return module.graph.call_function(aten.conv2d.default, arguments)
+
+
+def _scale_and_shift(
+    module: fx.GraphModule, source: fx.Node, scale: torch.Tensor, shift: torch.Tensor
+) -> fx.Node:
+    rank = source.meta["val"].dim()
+    shape = (1, -1) + (1,) * (rank - 2)
+    factor = fresh_constant(module, scale.float().view(shape), "norm_scale")
+    offset = fresh_constant(module, shift.float().view(shape), "norm_shift")
+    scaled = module.graph.call_function(aten.mul.Tensor, (source, factor))
+    scaled.meta.update(source.meta)
+    return module.graph.call_function(aten.add.Tensor, (scaled, offset))

@@ -1,0 +1,162 @@
+"""Recipes: how one architecture is exported, in a TOML file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import numpy as np
+import torch
+from torch import nn
+
+from ccam_deploy import image as imaging
+from ccam_deploy.bundle import Interpolation, PrecisionName, Resize
+from ccam_deploy.errors import OptionError, SourceError, brief
+from ccam_deploy.export import sources
+from ccam_deploy.export.exporter import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    ExportSettings,
+    photographs,
+)
+
+_SEED = 0
+Bound = Annotated[float, msgspec.Meta(ge=0)]
+
+
+class InputTable(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """[input]: size is height, width; see ExportSettings for the rest."""
+
+    size: tuple[int, int]
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    resize: Resize = "crop"
+    cover: tuple[int, int] | None = None
+    interpolation: Interpolation = "bilinear"
+
+
+class Recipe(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """One architecture.
+
+    name: the bundle's name.   arch: "module:factory", see sources.build.
+    weights: a file beside the recipe.   pretrained: arguments of the factory that download
+        trained weights.   labels: names, or a text file beside the recipe with one a line.
+    layers: target layers, found automatically where empty.   precision: see export.
+    calibration: a folder of images beside the recipe.   tolerance: see ExportSettings.
+    random_tolerance: the same, where the weights are random.
+    """
+
+    name: str
+    arch: str
+    input: InputTable
+    weights: str = ""
+    pretrained: dict[str, str] = {}
+    labels: list[str] | str = []
+    layers: list[str] = []
+    precision: PrecisionName = "fp32"
+    calibration: str = ""
+    tolerance: dict[PrecisionName, dict[str, Bound]] = {}
+    random_tolerance: dict[PrecisionName, dict[str, Bound]] = {}
+
+
+def read(path: Path) -> Recipe:
+    """Read a recipe. Raises OptionError for a file that is missing or not a recipe."""
+    try:
+        return msgspec.toml.decode(path.read_bytes(), type=Recipe)
+    except OSError as error:
+        raise OptionError(f"{path} cannot be read: {error.strerror}") from error
+    except (msgspec.MsgspecError, UnicodeDecodeError, ValueError) as error:
+        raise OptionError(f"{path} is not a valid recipe: {error}") from error
+
+
+def settings(recipe: Recipe, folder: Path) -> ExportSettings:
+    """The export's settings. folder: where the recipe lies."""
+    calibration = []
+    if recipe.calibration:
+        calibration = [imaging.load(path) for path in imaging.find([folder / recipe.calibration])]
+    return ExportSettings(
+        mean=recipe.input.mean,
+        std=recipe.input.std,
+        resize=recipe.input.resize,
+        cover=recipe.input.cover,
+        interpolation=recipe.input.interpolation,
+        labels=_labels(recipe, folder),
+        calibration=calibration,
+        tolerance=recipe.tolerance,
+        name=recipe.name,
+        source=recipe.arch,
+    )
+
+
+def model(recipe: Recipe, folder: Path) -> nn.Module:
+    """The recipe's network with its trained weights, from a file or by download.
+
+    Raises SourceError where they cannot be had.
+    """
+    if recipe.weights:
+        loaded = sources.load(folder / recipe.weights, recipe.arch)
+        assert isinstance(loaded, nn.Module)
+        return loaded
+    if not recipe.pretrained:
+        raise SourceError(f"the recipe {recipe.name} has no trained weights; use --random-weights")
+    arguments = ", ".join(f"{key}={value!r}" for key, value in recipe.pretrained.items())
+    try:
+        return sources.build(f"{recipe.arch}({arguments})")
+    except SourceError as error:
+        raise SourceError(f"{error}; without a network use --random-weights") from error
+
+
+def random_model(recipe: Recipe) -> nn.Module:
+    """The recipe's network with seeded random weights.
+
+    Its normalisation layers are given the statistics of real images: with their initial ones the
+    signal of a deep network fades or explodes.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(_SEED)
+        network = sources.build(recipe.arch)
+        _set_statistics(network, recipe)
+    return network.eval()
+
+
+def _set_statistics(network: nn.Module, recipe: Recipe) -> None:
+    norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    if not norms:
+        return
+    how = ExportSettings(mean=recipe.input.mean, std=recipe.input.std)
+    pictures = [picture.resize(recipe.input.size[::-1]) for picture in photographs()]
+    pixels = np.stack([np.asarray(p.convert("RGB"), np.float32) / 255 for p in pictures])
+    images = (pixels - np.array(how.mean, np.float32)) / np.array(how.std, np.float32)
+    batch = torch.from_numpy(images.transpose(0, 3, 1, 2).astype(np.float32))
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+    network.train()
+    with torch.no_grad():
+        network(torch.cat([batch, batch.flip(3)]))
+
+
+def _labels(recipe: Recipe, folder: Path) -> tuple[str, ...]:
+    """Names of the classes: given, from a text file, or from "module:weights" of torchvision."""
+    if not isinstance(recipe.labels, str):
+        return tuple(recipe.labels)
+    if ":" in recipe.labels:
+        module_name, _, attribute = recipe.labels.partition(":")
+        weights = getattr(sources.import_module(module_name), attribute, None)
+        if weights is None:
+            raise OptionError(f'labels "{recipe.labels}" do not exist')
+        return tuple(weights.DEFAULT.meta["categories"])
+    return read_labels(folder / recipe.labels)
+
+
+def read_labels(path: Path) -> tuple[str, ...]:
+    """Names of the classes from a text file, one a line in the order of the logits."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise OptionError(f"{path} cannot be read as labels: {brief(error)}") from error
+    names = tuple(line.strip() for line in lines if line.strip())
+    if not names:
+        raise OptionError(f"{path} holds no labels; give one a line")
+    return names

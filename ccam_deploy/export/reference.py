@@ -1,0 +1,66 @@
+"""The exported classifier in PyTorch, behind the calls that methods make of engines."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, fx
+
+from ccam_deploy.engines import Activations
+from ccam_deploy.export.layers import TargetLayer
+from ccam_deploy.export.program import Program
+
+Floats = NDArray[np.float32]
+
+
+class _Watcher(fx.Interpreter):
+    """Runs a graph and keeps some nodes' values."""
+
+    def __init__(self, module: fx.GraphModule, nodes: Sequence[fx.Node]) -> None:
+        super().__init__(module)
+        self.nodes = list(nodes)
+        self.kept: dict[fx.Node, Tensor] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n in self.nodes:
+            self.kept[n] = value
+        return value
+
+
+class TorchClassifier:
+    """A traced classifier run by PyTorch with autograd, to compare engines with; see Classifier."""
+
+    def __init__(self, program: Program, layers: Sequence[TargetLayer]) -> None:
+        self._program = program
+        self._nodes = [layer.node for layer in layers]
+
+    def backbone(self, images: Floats) -> Activations:
+        """Run a batch of images; the images themselves serve as residuals."""
+        with torch.no_grad():
+            logits, features = self._run(torch.from_numpy(images))
+        return Activations(
+            logits.numpy(), tuple(value.numpy() for value in features), {"images": images}
+        )
+
+    def gradients(self, activations: Activations, output_gradient: Floats) -> tuple[Floats, ...]:
+        """Gradients of the feature maps by autograd."""
+        images = torch.from_numpy(activations.residuals["images"]).requires_grad_()
+        logits, features = self._run(images)
+        found = torch.autograd.grad(logits, features, torch.from_numpy(output_gradient))
+        return tuple(value.numpy() for value in found)
+
+    def masked_logits(self, images: Floats, masks: Floats, owner: NDArray[np.int64]) -> Floats:
+        """Logits of images times masks, multiplied before the model sees them."""
+        with torch.no_grad():
+            (logits,) = self._program.graph(torch.from_numpy(images[owner] * masks[:, None]))
+        return logits.numpy()  # type: ignore[no-any-return]
+
+    def _run(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        watcher = _Watcher(self._program.graph, self._nodes)
+        (logits,) = watcher.run(images)
+        return logits, [watcher.kept[node] for node in self._nodes]

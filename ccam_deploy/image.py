@@ -1,0 +1,192 @@
+"""Images: read them safely, make them the network's input, bring maps back to them."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from ccam_deploy.bundle import Preprocessing
+from ccam_deploy.errors import ImageError, brief
+
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm", ".pgm")
+MAX_BYTES = 256 * 2**20
+MAX_PIXELS = 100_000_000
+MIN_SIDE = 8
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Where the network's input lies in the original image; all sizes are height, width.
+
+    original: the image as it is shown, turned as its EXIF data says.
+    scaled: its size after scaling.   corner: top, left of the input inside the scaled image.
+    size: the network's input.
+    """
+
+    original: tuple[int, int]
+    scaled: tuple[int, int]
+    corner: tuple[int, int]
+    size: tuple[int, int]
+
+    def to_original(self, saliency: Floats) -> Floats:
+        """Bring a map [H, W] of the input back to the original image; 0 where nothing was seen.
+
+        Returns [height, width] float32 of the original's size.
+        """
+        if saliency.shape != self.size:
+            raise ImageError(f"the map is {list(saliency.shape)}, the input {list(self.size)}")
+        height, width = self.scaled
+        top, left = (max(offset, 0) for offset in self.corner)
+        canvas = np.zeros((height, width), np.float32)
+        canvas[top : top + self.size[0], left : left + self.size[1]] = saliency
+        shown = Image.fromarray(canvas).resize(
+            (self.original[1], self.original[0]), Image.Resampling.BILINEAR
+        )
+        return np.asarray(shown, dtype=np.float32)
+
+
+def load(source: str | Path | bytes, name: str = "") -> Image.Image:
+    """Read an image file, or its bytes, as it is shown: turned as its EXIF data says.
+
+    Raises ImageError for what is no image, truncated, too large or of another format.
+    """
+    name = name or ("image" if isinstance(source, bytes) else str(source))
+    content = source if isinstance(source, bytes) else _read(Path(source))
+    if len(content) > MAX_BYTES:
+        raise ImageError(f"{name} has {len(content)} bytes, more than {MAX_BYTES}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            picture = Image.open(io.BytesIO(content), formats=FORMATS)
+            _check_size(picture, name)
+            picture.load()
+            turned = ImageOps.exif_transpose(picture)
+    except UnidentifiedImageError as error:
+        known = ", ".join(FORMATS)
+        raise ImageError(f"{name} is not an image of a known format ({known})") from error
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"{name} has too many pixels: {brief(error)}") from error
+    except ImageError:
+        raise
+    except Exception as error:
+        raise ImageError(f"{name} cannot be decoded: {brief(error)}") from error
+    return turned
+
+
+def _read(path: Path) -> bytes:
+    try:
+        if path.is_file() and path.stat().st_size > MAX_BYTES:
+            raise ImageError(f"{path} has more than {MAX_BYTES} bytes")
+        return path.read_bytes()
+    except OSError as error:
+        raise ImageError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _check_size(picture: Image.Image, name: str) -> None:
+    width, height = picture.size
+    if width * height > MAX_PIXELS:
+        raise ImageError(
+            f"{name} is {width}x{height}, more than {MAX_PIXELS} pixels; scale it down first"
+        )
+    if min(width, height) < MIN_SIDE:
+        raise ImageError(f"{name} is {width}x{height}; both sides must be at least {MIN_SIDE}")
+
+
+def to_colours(picture: Image.Image, channels: int) -> Image.Image:
+    """An image of any mode as 8-bit grey (1 channel) or RGB (3); transparency is dropped.
+
+    16-bit values are scaled by their full range; floating-point ones are taken as [0, 1].
+    Raises ImageError for floating-point pixels that are not finite or outside [0, 1].
+    """
+    if picture.mode.startswith("I"):
+        wide = np.clip(np.asarray(picture, dtype=np.int64), 0, 65535)
+        picture = Image.fromarray((wide // 257).astype(np.uint8))
+    elif picture.mode == "F":
+        values = np.asarray(picture)
+        if not np.isfinite(values).all():
+            raise ImageError("the image has NaN or infinite pixels")
+        if values.min() < 0 or values.max() > 1:
+            raise ImageError("the image has floating-point pixels outside [0, 1]; scale them first")
+        picture = Image.fromarray((values * 255 + 0.5).astype(np.uint8))
+    elif picture.mode in ("P", "PA"):
+        picture = picture.convert("RGBA")
+    return picture.convert("L" if channels == 1 else "RGB")
+
+
+def prepare(
+    pictures: Sequence[Image.Image], size: tuple[int, int], how: Preprocessing
+) -> tuple[Floats, tuple[Geometry, ...]]:
+    """Make the network's input of some images.
+
+    size: height, width of the input.
+    Returns [B, C, H, W] float32, scaled, cropped and normalised, and each image's geometry.
+    Raises ImageError for an image that is too small or has unusable pixels.
+    """
+    batch = np.empty((len(pictures), len(how.mean), *size), np.float32)
+    geometries = []
+    for row, picture in zip(batch, pictures, strict=True):
+        _check_size(picture, "the image")
+        geometry = _geometry((picture.height, picture.width), size, how)
+        geometries.append(geometry)
+        coloured = to_colours(picture, len(how.mean))
+        scaled = coloured.resize(
+            (geometry.scaled[1], geometry.scaled[0]), Image.Resampling[how.interpolation.upper()]
+        )
+        top, left = geometry.corner
+        cropped = scaled.crop((left, top, left + size[1], top + size[0]))
+        pixels = np.asarray(cropped, dtype=np.float32).reshape(*size, -1).transpose(2, 0, 1)
+        mean = np.array(how.mean, np.float32)[:, None, None]
+        std = np.array(how.std, np.float32)[:, None, None]
+        row[:] = (pixels / np.float32(255) - mean) / std
+    return batch, tuple(geometries)
+
+
+def _geometry(original: tuple[int, int], size: tuple[int, int], how: Preprocessing) -> Geometry:
+    if how.resize == "stretch":
+        return Geometry(original, size, (0, 0), size)
+    scale = max(how.cover[0] / original[0], how.cover[1] / original[1])
+    scaled = tuple(
+        max(int(length * scale), cover) if length * scale > cover else cover
+        for length, cover in zip(original, how.cover, strict=True)
+    )
+    corner = tuple(round((length - part) / 2) for length, part in zip(scaled, size, strict=True))
+    return Geometry(original, (scaled[0], scaled[1]), (corner[0], corner[1]), size)
+
+
+def denormalise(image: Floats, how: Preprocessing) -> NDArray[np.uint8]:
+    """A network's input [C, H, W] as pixels [H, W, 3] uint8."""
+    mean = np.array(how.mean, np.float32)[:, None, None]
+    std = np.array(how.std, np.float32)[:, None, None]
+    pixels = np.clip((image * std + mean) * 255 + 0.5, 0, 255).astype(np.uint8)
+    if len(pixels) == 1:
+        pixels = np.repeat(pixels, 3, axis=0)
+    return np.ascontiguousarray(pixels.transpose(1, 2, 0))
+
+
+def find(paths: Sequence[str | Path]) -> list[Path]:
+    """The image files among some files and folders; folders are searched through and sorted.
+
+    Raises ImageError for a path that does not exist, or a folder without images.
+    """
+    found: list[Path] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
+            if not inside:
+                raise ImageError(f"{path} holds no images ({', '.join(SUFFIXES)})")
+            found += inside
+        elif path.exists():
+            found.append(path)
+        else:
+            raise ImageError(f"{path} does not exist")
+    return found

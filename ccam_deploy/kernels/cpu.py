@@ -1,0 +1,280 @@
+"""The kernels on a CPU, with NumPy and SciPy.
+
+P counts (image, class) pairs, C channels, k collections, n masks; h×w is a feature map's size,
+H×W the input's. Sums run in float64, results are float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.cluster.hierarchy import linkage
+
+Floats = NDArray[np.float32]
+Doubles = NDArray[np.float64]
+Labels = NDArray[np.int32]
+
+WORST_QUALITY = -1.0
+
+
+@dataclass(frozen=True)
+class Partition:
+    """A layer's channels in collections.
+
+    labels: [C] int32 in 0..count-1, collections numbered by their first channel.
+    count: the number of collections.
+    quality: [k_max - k_min + 1] float32, the mean dispersion-separation ratio for each number of
+        collections that was tried; -1 where the channels are too few or too alike for it.
+    """
+
+    labels: Labels
+    count: int
+    quality: Floats
+
+
+def channel_statistics(features: Floats, gradients: Floats) -> Floats:
+    """Each channel's representation vector ψ (Ha & Youn 2022, eq. 5).
+
+    features, gradients: [P, C, h, w] float32.
+    Returns [P, C, 4] float32: mean and population standard deviation of the feature map, then of
+    its gradient.
+    """
+    parts = []
+    for values in (features, gradients):
+        flat = values.reshape(*values.shape[:2], -1)
+        mean = flat.mean(axis=-1, dtype=np.float64)
+        centred = flat - mean[..., None]
+        variance = np.einsum("pci,pci->pc", centred, centred) / flat.shape[-1]
+        parts += [mean, np.sqrt(variance)]
+    psi: Floats = np.stack(parts, axis=-1).astype(np.float32)
+    return psi
+
+
+def standardise(psi: Floats) -> Floats:
+    """Scale each statistic to mean 0 and deviation 1 over a layer's channels; [P, C, 4] float32."""
+    values = psi.astype(np.float64)
+    centred = values - values.mean(axis=1, keepdims=True)
+    deviation = centred.std(axis=1, keepdims=True)
+    return np.divide(centred, deviation, where=deviation > 0, out=np.zeros_like(centred)).astype(
+        np.float32
+    )
+
+
+def partition(psi: Floats, k_min: int, k_max: int) -> Partition:
+    """Ward's hierarchy, cut where the dispersion-separation ratio is largest (eq. 6-16).
+
+    psi: [C, 4] float32, one row per channel.   k_min, k_max: the numbers of collections to try,
+    cut at the number of distinct rows; among equals the smallest wins.
+    """
+    channels = len(psi)
+    points = psi.astype(np.float64)
+    quality = np.full(k_max - k_min + 1, WORST_QUALITY, np.float32)
+    if channels == 1:
+        return Partition(np.zeros(1, np.int32), 1, quality)
+    tree = linkage(points, method="ward")
+    distinct = 1 + int(np.count_nonzero(tree[:, 2]))
+    largest = min(k_max, distinct)
+    clusters = _cut(tree, largest)
+    best, best_ratio = _number(clusters), -np.inf
+    for count in range(largest, min(k_min, largest) - 1, -1):
+        labels = _number(clusters)
+        ratio = dispersion_separation_ratio(points, labels) if count > 1 else WORST_QUALITY
+        if ratio >= best_ratio:
+            best, best_ratio = labels, ratio
+        if count >= k_min:
+            quality[count - k_min] = ratio
+        clusters = _merge(tree, clusters, count)
+    return Partition(best, int(best.max()) + 1, quality)
+
+
+def _cut(tree: Doubles, count: int) -> NDArray[np.intp]:
+    """The node of SciPy's tree that each leaf belongs to when `count` clusters are left."""
+    leaves = len(tree) + 1
+    merges = leaves - count
+    parent = np.arange(leaves + merges)
+    children = tree[:merges, :2].astype(np.intp)
+    parent[children] = np.arange(leaves, leaves + merges)[:, None]
+    while True:
+        further = parent[parent]
+        if np.array_equal(further, parent):
+            return parent[:leaves]
+        parent = further
+
+
+def _merge(tree: Doubles, clusters: NDArray[np.intp], count: int) -> NDArray[np.intp]:
+    """Go from `count` clusters to one less."""
+    leaves = len(clusters)
+    merge = leaves - count
+    if merge == len(tree):
+        return clusters
+    one, other = tree[merge, :2].astype(np.intp)
+    return np.where((clusters == one) | (clusters == other), leaves + merge, clusters)
+
+
+def _number(clusters: NDArray[np.intp]) -> Labels:
+    """Number clusters 0, 1, ... in the order in which they first appear."""
+    _, first, inverse = np.unique(clusters, return_index=True, return_inverse=True)
+    rank = np.empty(len(first), np.int32)
+    rank[np.argsort(first)] = np.arange(len(first), dtype=np.int32)
+    labels: Labels = rank[inverse]
+    return labels
+
+
+def dispersion_separation_ratio(psi: Doubles | Floats, labels: Labels) -> float:
+    """Mean dispersion-separation ratio of a partition (Ha & Youn 2022, eq. 12-15).
+
+    psi: [C, 4] floats, one row per channel.   labels: [C] int32 in 0..k-1, every value used.
+    Returns a float in [-1, 1]; 1 where every collection is a single channel.
+    Raises ValueError for fewer than two collections.
+    """
+    count = int(labels.max()) + 1
+    if count < 2:
+        raise ValueError("a partition needs two collections for its separation")
+    points = psi.astype(np.float64)
+    members = labels == np.arange(count, dtype=labels.dtype)[:, None]
+    sizes = members.sum(axis=1)
+    centroids = members @ points / sizes[:, None]
+    spread = np.square(points - centroids[labels]).sum(axis=1)
+    dispersion = members @ spread / sizes
+    distance = np.square(centroids[:, None] - centroids[None]).sum(axis=-1)
+    np.fill_diagonal(distance, np.inf)
+    separation = distance.min(axis=1)
+    total = separation + dispersion
+    ratio = np.divide(separation - dispersion, total, where=total > 0, out=np.zeros(count))
+    return float(ratio.mean())
+
+
+def collection_sums(
+    features: Floats, gradients: Floats, labels: Labels, count: int, final: bool
+) -> Floats:
+    """Sum a layer's channels over each collection, at the layer's own size (eq. 17-20).
+
+    features, gradients: [C, h, w] float32.   labels: [C] int32 in 0..count-1.
+    final: weigh each channel by its mean gradient, as for the last layer; else keep the pixels
+        with a positive gradient.
+    Returns [count, h, w] float32, negative values cut off, each map scaled to a maximum of 1;
+    a map that is flat becomes zeros.
+    """
+    channels = len(labels)
+    values = features.reshape(channels, -1).astype(np.float64)
+    slopes = gradients.reshape(channels, -1)
+    members = (labels == np.arange(count, dtype=labels.dtype)[:, None]).astype(np.float64)
+    if final:
+        sums = (members * slopes.mean(axis=1, dtype=np.float64)) @ values
+    else:
+        sums = members @ np.where(slopes > 0, values, 0.0)
+    np.maximum(sums, 0.0, out=sums)
+    highest = sums.max(axis=1, keepdims=True)
+    varied = highest > sums.min(axis=1, keepdims=True)
+    scaled = np.divide(sums, highest, where=varied, out=np.zeros_like(sums))
+    return scaled.astype(np.float32).reshape(count, *features.shape[1:])
+
+
+def render_masks(
+    sums: Floats, size: tuple[int, int], theta: float
+) -> tuple[Floats, NDArray[np.bool_]]:
+    """Upsample, denoise and normalise collection sums to masks M' (eq. 18-22).
+
+    sums: [n, h, w] float32, not negative.   size: H, W.
+    theta: values not above this quantile of the upsampled mask become 0; a fraction in [0, 1).
+    Returns masks [n, H, W] float32 in [0, 1], and [n] bool, true where a mask is flat: all zeros.
+    """
+    masks = upsample(sums, size)
+    flat = masks.reshape(len(masks), -1)
+    threshold = quantile(flat, theta)
+    np.multiply(flat, flat > threshold[:, None], out=flat)
+    highest = flat.max(axis=1)
+    np.divide(flat, highest[:, None], where=highest[:, None] > 0, out=flat)
+    return masks, highest == 0
+
+
+def upsample(maps: Floats, size: tuple[int, int]) -> Floats:
+    """Bilinear interpolation with half-pixel centres; [n, h, w] to [n, H, W] float32."""
+    rows = _interpolation(maps.shape[1], size[0])
+    columns = _interpolation(maps.shape[2], size[1])
+    upsampled: Floats = rows @ maps @ columns.T
+    return upsampled
+
+
+@lru_cache(maxsize=64)
+def _interpolation(source: int, target: int) -> Floats:
+    """The matrix [target, source] that interpolates a line; outside values repeat the edge."""
+    centres = (np.arange(target) + 0.5) * (source / target) - 0.5
+    centres = np.clip(centres, 0, source - 1)
+    low = np.floor(centres).astype(np.intp)
+    high = np.minimum(low + 1, source - 1)
+    share = centres - low
+    matrix = np.zeros((target, source))
+    np.add.at(matrix, (np.arange(target), low), 1 - share)
+    np.add.at(matrix, (np.arange(target), high), share)
+    return matrix.astype(np.float32)
+
+
+def quantile(values: Floats, fraction: float) -> Floats:
+    """The quantile of each row with linear interpolation, as NumPy defines it.
+
+    values: [n, m] float32, not negative.   fraction: in [0, 1).   Returns [n] float32.
+    """
+    place = fraction * (values.shape[1] - 1)
+    low = int(place)
+    high = min(low + 1, values.shape[1] - 1)
+    result = np.zeros(len(values), np.float32)
+    zeros = values.shape[1] - np.count_nonzero(values, axis=1)
+    for row in np.flatnonzero(zeros <= high):
+        ordered = np.partition(values[row], (low, high))
+        result[row] = ordered[low] + (ordered[high] - ordered[low]) * np.float32(place - low)
+    return result
+
+
+class SoftmaxSum:
+    """Masks weighted by the softmax of their scores, added up as they come (eq. 24, 25).
+
+    The scores need not be known before the first mask is added, so no mask has to be kept.
+    """
+
+    def __init__(self, pairs: int, size: tuple[int, int]) -> None:
+        self._highest = np.full(pairs, -np.inf, np.float64)
+        self._total = np.zeros(pairs, np.float64)
+        self._sum = np.zeros((pairs, *size), np.float32)
+
+    def add(self, pair: int, scores: Floats, masks: Floats) -> None:
+        """Add some masks [n, H, W] of one pair, with their scores [n]."""
+        if not len(scores):
+            return
+        highest = max(float(scores.max()), self._highest[pair])
+        kept = np.exp(self._highest[pair] - highest)
+        weights = np.exp(scores.astype(np.float64) - highest)
+        added = weights.astype(np.float32) @ masks.reshape(len(masks), -1)
+        target = self._sum[pair]
+        if kept != 1.0:
+            target *= np.float32(kept)
+        target += added.reshape(target.shape)
+        self._total[pair] = self._total[pair] * kept + weights.sum()
+        self._highest[pair] = highest
+
+    def result(self) -> Floats:
+        """ReLU of the weighted sums, [P, H, W] float32; zeros for a pair that got no mask."""
+        total = np.where(self._total > 0, self._total, 1.0).astype(np.float32)
+        weighted: Floats = self._sum / total[:, None, None]
+        return np.maximum(weighted, 0.0)
+
+
+def softmax(scores: Floats, counted: NDArray[np.bool_]) -> Floats:
+    """Softmax over the scores [n] that count; the others get weight 0."""
+    if not counted.any():
+        return np.zeros(len(scores), np.float32)
+    exponent = np.where(counted, scores.astype(np.float64), -np.inf)
+    weights = np.exp(exponent - exponent.max())
+    alpha: Floats = (weights / weights.sum()).astype(np.float32)
+    return alpha
+
+
+def min_max(maps: Floats) -> Floats:
+    """Scale each map [P, H, W] to [0, 1]; a flat map becomes zeros."""
+    low = maps.min(axis=(1, 2), keepdims=True)
+    span = maps.max(axis=(1, 2), keepdims=True) - low
+    scaled: Floats = np.divide(maps - low, span, where=span > 0, out=np.zeros_like(maps))
+    return scaled

@@ -1,0 +1,224 @@
+"""Collection-CAM (Ha & Youn, IEEE Access 2022)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ccam_deploy.engines import Classifier
+from ccam_deploy.errors import OptionError
+from ccam_deploy.kernels import cpu
+from ccam_deploy.methods.base import (
+    Batch,
+    Floats,
+    LayerPartition,
+    MaskSequence,
+    MethodResult,
+    Stopwatch,
+)
+
+Score = Literal["logit", "probability"]
+
+
+@dataclass(frozen=True)
+class CollectionCAMOptions:
+    """Options of Collection-CAM; the defaults are the paper's where it gives a value.
+
+    theta: mask values not above this quantile become 0; in [0, 1).
+    k_min, k_max: the numbers of collections that each layer may have.
+    score: what F_c is, the logit of the class or its softmax probability.
+    standardise: scale the channel statistics to equal deviation before they are clustered.
+    layers: use only these target layers; empty for all. The deepest is treated as the final one.
+    """
+
+    theta: float = 0.1
+    k_min: int = 2
+    k_max: int = 10
+    score: Score = "logit"
+    standardise: bool = False
+    layers: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.theta < 1:
+            raise OptionError(f"theta is {self.theta}; it must be in [0, 1)")
+        if not 1 <= self.k_min <= self.k_max:
+            raise OptionError(
+                f"k_min is {self.k_min} and k_max {self.k_max}; 1 <= k_min <= k_max must hold"
+            )
+        if self.score not in ("logit", "probability"):
+            raise OptionError(f'score is "{self.score}"; it must be logit or probability')
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Some masks of one pair, none of them flat, on their way through the classifier."""
+
+    pair: int
+    places: NDArray[np.intp]
+    masks: Floats
+
+
+class CollectionCAM:
+    """Clusters feature maps into collections, weighs each collection's mask by its score."""
+
+    name = "collection-cam"
+
+    def __init__(self, options: CollectionCAMOptions | None = None) -> None:
+        self.options = options or CollectionCAMOptions()
+
+    def explain(self, classifier: Classifier, batch: Batch, clock: Stopwatch) -> MethodResult:
+        """Explain every pair of a batch; see Method."""
+        chosen = self._chosen_layers(batch.layers)
+        with clock.stage("gradient"):
+            activations = batch.activations.take(batch.owner)
+            gradients = classifier.gradients(activations, self._output_gradient(batch))
+        layers, sums = [], []
+        for index in chosen:
+            features = activations.features[index]
+            final = index == chosen[-1]
+            partition, maps = self._partition(
+                batch.layers[index], features, gradients[index], final, clock
+            )
+            layers.append(partition)
+            sums.append(maps)
+        per_pair = list(zip(*sums, strict=True))
+        weighted = cpu.SoftmaxSum(len(per_pair), batch.size)
+        scores, counted = self._score(classifier, batch, per_pair, weighted, clock)
+        with clock.stage("combine"):
+            raw = weighted.result()
+            weights = tuple(map(cpu.softmax, scores, counted))
+            rows = np.broadcast_to(batch.baseline, (len(scores), len(batch.baseline)))
+            base = self._score_of(rows, batch.targets)
+            mic = tuple(
+                np.where(c, s - b, np.float32(0))
+                for s, c, b in zip(scores, counted, base, strict=True)
+            )
+        draw = partial(_draw, size=batch.size, theta=self.options.theta)
+        return MethodResult(raw, tuple(layers), MaskSequence(draw, per_pair), weights, mic)
+
+    def _chosen_layers(self, names: tuple[str, ...]) -> list[int]:
+        for name in self.options.layers:
+            if name not in names:
+                raise OptionError(f'layer "{name}" is not in the bundle; it has {", ".join(names)}')
+        wanted = self.options.layers or names
+        return [index for index, name in enumerate(names) if name in wanted]
+
+    def _output_gradient(self, batch: Batch) -> Floats:
+        """∂F_c/∂logits, [P, classes]."""
+        one_hot = np.zeros((len(batch.targets), batch.activations.logits.shape[1]), np.float32)
+        rows = np.arange(len(batch.targets))
+        one_hot[rows, batch.targets] = 1
+        if self.options.score == "logit":
+            return one_hot
+        probabilities = _probabilities(batch.activations.logits[batch.owner])
+        own = probabilities[rows, batch.targets][:, None]
+        return own * (one_hot - probabilities)
+
+    def _partition(
+        self, name: str, features: Floats, gradients: Floats, final: bool, clock: Stopwatch
+    ) -> tuple[LayerPartition, list[Floats]]:
+        """Cluster one layer's channels and add up the collections, pair by pair."""
+        with clock.stage("statistics"):
+            psi = cpu.channel_statistics(features, gradients)
+            if self.options.standardise:
+                psi = cpu.standardise(psi)
+        with clock.stage("partition"):
+            parts = [cpu.partition(row, self.options.k_min, self.options.k_max) for row in psi]
+        with clock.stage("masks"):
+            maps = [
+                cpu.collection_sums(a, g, part.labels, part.count, final)
+                for a, g, part in zip(features, gradients, parts, strict=True)
+            ]
+        partition = LayerPartition(
+            name,
+            np.stack([part.labels for part in parts]),
+            np.array([part.count for part in parts], np.int32),
+            np.stack([part.quality for part in parts]),
+        )
+        return partition, maps
+
+    def _score(
+        self,
+        classifier: Classifier,
+        batch: Batch,
+        per_pair: Sequence[tuple[Floats, ...]],
+        weighted: cpu.SoftmaxSum,
+        clock: Stopwatch,
+    ) -> tuple[list[Floats], list[NDArray[np.bool_]]]:
+        """Send all masks through the classifier in full chunks; add them up as scores come.
+
+        Returns each pair's scores, and which of its masks were counted: those that are not flat.
+        """
+        counts = [sum(len(maps) for maps in sums) for sums in per_pair]
+        scores = [np.zeros(count, np.float32) for count in counts]
+        counted = [np.zeros(count, np.bool_) for count in counts]
+        for pieces in _packed(self._pieces(batch, per_pair, clock), batch.chunk):
+            with clock.stage("classifier"):
+                masks = np.concatenate([piece.masks for piece in pieces])
+                pairs = np.repeat([p.pair for p in pieces], [len(p.masks) for p in pieces])
+                logits = classifier.masked_logits(batch.images, masks, batch.owner[pairs])
+            with clock.stage("combine"):
+                got = self._score_of(logits, batch.targets[pairs])
+                start = 0
+                for piece in pieces:
+                    own = got[start : start + len(piece.masks)]
+                    start += len(piece.masks)
+                    scores[piece.pair][piece.places] = own
+                    counted[piece.pair][piece.places] = True
+                    weighted.add(piece.pair, own, piece.masks)
+        return scores, counted
+
+    def _pieces(
+        self, batch: Batch, per_pair: Sequence[tuple[Floats, ...]], clock: Stopwatch
+    ) -> Iterator[_Piece]:
+        for pair, sums in enumerate(per_pair):
+            place = 0
+            for maps in sums:
+                for start in range(0, len(maps), batch.chunk):
+                    with clock.stage("masks"):
+                        part = maps[start : start + batch.chunk]
+                        masks, flat = cpu.render_masks(part, batch.size, self.options.theta)
+                        kept = np.flatnonzero(~flat)
+                    place += len(part)
+                    if len(kept):
+                        places = place - len(part) + kept
+                        yield _Piece(
+                            pair, places, masks if kept.size == len(masks) else masks[kept]
+                        )
+
+    def _score_of(self, logits: Floats, targets: NDArray[np.int64]) -> Floats:
+        """F_c for each row."""
+        values = logits if self.options.score == "logit" else _probabilities(logits)
+        scores: Floats = values[np.arange(len(targets)), targets]
+        return scores
+
+
+def _packed(pieces: Iterator[_Piece], size: int) -> Iterator[list[_Piece]]:
+    """Regroup pieces so that every group but the last holds exactly `size` masks."""
+    group: list[_Piece] = []
+    room = size
+    for piece in pieces:
+        while len(piece.masks) >= room:
+            yield [*group, _Piece(piece.pair, piece.places[:room], piece.masks[:room])]
+            piece = _Piece(piece.pair, piece.places[room:], piece.masks[room:])
+            group, room = [], size
+        if len(piece.masks):
+            group.append(piece)
+            room -= len(piece.masks)
+    if group:
+        yield group
+
+
+def _draw(sums: tuple[Floats, ...], size: tuple[int, int], theta: float) -> Floats:
+    return np.concatenate([cpu.render_masks(maps, size, theta)[0] for maps in sums])
+
+
+def _probabilities(logits: Floats) -> Floats:
+    shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
+    probabilities: Floats = shifted / shifted.sum(axis=1, keepdims=True)
+    return probabilities

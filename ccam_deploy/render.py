@@ -1,0 +1,144 @@
+"""Pictures of saliency maps: heat maps, overlays, panels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from ccam_deploy.errors import OptionError
+
+Floats = NDArray[np.float32]
+Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
+
+COLORMAPS = ("jet", "turbo", "viridis", "inferno", "magma", "hot", "gray")
+DEFAULT_COLORMAP = "jet"
+_MARGIN = 4
+_SMALLEST_TILE = 192
+
+
+@dataclass(frozen=True)
+class Look:
+    """How maps are shown. opacity: how much of the image an overlay hides, in [0, 1]."""
+
+    colormap: str = DEFAULT_COLORMAP
+    opacity: float = 0.5
+    bar: bool = False
+
+
+def check_colormap(name: str) -> None:
+    """Raise OptionError for a color map that does not exist."""
+    if name not in COLORMAPS:
+        raise OptionError(f'color map "{name}" is unknown; there are {", ".join(COLORMAPS)}')
+
+
+def colours(saliency: Floats, colormap: str = DEFAULT_COLORMAP) -> NDArray[np.uint8]:
+    """A map [H, W] in [0, 1] as colours [H, W, 3] uint8. Raises OptionError for other maps."""
+    table = _table(colormap)
+    steps = np.clip(saliency * (len(table) - 1) + 0.5, 0, len(table) - 1)
+    coloured: NDArray[np.uint8] = table[steps.astype(np.intp)]
+    return coloured
+
+
+@lru_cache(maxsize=16)
+def _table(colormap: str) -> NDArray[np.uint8]:
+    check_colormap(colormap)
+    from cmap import Colormap
+
+    table = np.asarray(Colormap(f"matlab:{colormap}" if colormap == "jet" else colormap).lut(256))
+    scaled: NDArray[np.uint8] = (table[:, :3] * 255 + 0.5).astype(np.uint8)
+    return scaled
+
+
+def heatmap(saliency: Floats, colormap: str = DEFAULT_COLORMAP, bar: bool = False) -> Image.Image:
+    """A plain heat map of a saliency map [H, W] in [0, 1], with a colour bar if wanted."""
+    picture = Image.fromarray(colours(saliency, colormap))
+    return _with_bar(picture, colormap) if bar else picture
+
+
+def overlay(
+    picture: Image.Image,
+    saliency: Floats,
+    colormap: str = DEFAULT_COLORMAP,
+    opacity: float = 0.5,
+    bar: bool = False,
+) -> Image.Image:
+    """A saliency map [H, W] in [0, 1] laid over the picture of the same size.
+
+    opacity: how much of the picture the colours hide, in [0, 1].
+    Raises OptionError for another size or opacity.
+    """
+    if not 0 <= opacity <= 1:
+        raise OptionError(f"opacity is {opacity}; it must be in [0, 1]")
+    if saliency.shape != (picture.height, picture.width):
+        raise OptionError(
+            f"the map is {saliency.shape[1]}x{saliency.shape[0]}, "
+            f"the picture {picture.width}x{picture.height}"
+        )
+    base = np.asarray(picture.convert("RGB"), np.float32)
+    mixed = base * (1 - opacity) + colours(saliency, colormap).astype(np.float32) * opacity
+    result = Image.fromarray((mixed + 0.5).astype(np.uint8))
+    return _with_bar(result, colormap) if bar else result
+
+
+def panel(tiles: Sequence[tuple[str, Image.Image]], height: int = 0) -> Image.Image:
+    """Pictures side by side, each with its caption above.
+
+    height: of every picture, in pixels; by default the tallest one's, at least 192.
+    """
+    if not tiles:
+        raise OptionError("a panel needs at least one picture")
+    height = height or max(_SMALLEST_TILE, *(tile.height for _, tile in tiles))
+    font = _font(max(12, height // 16))
+    scaled = [
+        tile.resize((max(round(tile.width * height / tile.height), 1), height)) for _, tile in tiles
+    ]
+    widths = [
+        max(picture.width, _text_width(caption, font))
+        for picture, (caption, _) in zip(scaled, tiles, strict=True)
+    ]
+    top = 2 * _MARGIN + _line_height(font)
+    size = (sum(widths) + _MARGIN * (len(tiles) + 1), top + height + _MARGIN)
+    canvas = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(canvas)
+    left = _MARGIN
+    for (caption, _), picture, width in zip(tiles, scaled, widths, strict=True):
+        draw.text((left, _MARGIN), caption, fill="black", font=font)
+        canvas.paste(picture, (left, top))
+        left += width + _MARGIN
+    return canvas
+
+
+def _with_bar(picture: Image.Image, colormap: str) -> Image.Image:
+    """Add a colour bar from 1 at the top to 0 at the bottom."""
+    font = _font(max(10, min(picture.height // 12, 40)))
+    width = max(8, picture.height // 16)
+    label = _text_width("1.0", font)
+    canvas = Image.new(
+        "RGB", (picture.width + width + label + 3 * _MARGIN, picture.height), "white"
+    )
+    canvas.paste(picture, (0, 0))
+    ramp = np.linspace(1, 0, picture.height, dtype=np.float32)[:, None].repeat(width, axis=1)
+    left = picture.width + _MARGIN
+    canvas.paste(Image.fromarray(colours(ramp, colormap)), (left, 0))
+    draw = ImageDraw.Draw(canvas)
+    bottom = picture.height - _line_height(font)
+    for text, place in (("1.0", 0), ("0.5", bottom // 2), ("0.0", bottom)):
+        draw.text((left + width + _MARGIN, place), text, fill="black", font=font)
+    return canvas
+
+
+def _font(size: int) -> Font:
+    return ImageFont.load_default(size)
+
+
+def _text_width(text: str, font: Font) -> int:
+    return int(font.getbbox(text)[2]) + 1
+
+
+def _line_height(font: Font) -> int:
+    return int(font.getbbox("Hg")[3]) + 1

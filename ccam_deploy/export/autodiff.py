@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -106,7 +107,7 @@ def _record(program: Program, layers: Sequence[TargetLayer], dtype: torch.dtype)
         return [scores, *features, *gradients]
 
     try:
-        with sdpa_kernel(SDPBackend.MATH), quiet():
+        with mode, enable_python_dispatcher(), sdpa_kernel(SDPBackend.MATH), quiet():
             joint = make_fx(both, decomposition_table=decompositions())(
                 buffers, image, output_gradient
             )

@@ -33,15 +33,19 @@ class TargetLayer:
 def find(program: Program, names: Sequence[str] | None = None) -> tuple[TargetLayer, ...]:
     """The target layers by name, or those that suit a classifier where none are named.
 
-    Without names: the last tensor of each of the last four resolutions at which a convolution is
-    computed, maps of a single pixel left out. Shallow layers come first.
+    Without names: of each of the last four resolutions at which a convolution is computed, maps of
+    a single pixel left out, the last tensor that all of the input's influence passes through; so
+    the output of a residual stage, not a tensor inside the next one. Shallow layers come first.
     Raises LayerError for names that are unknown, repeated or no feature maps.
     """
     outputs = _module_outputs(program)
     if names is None:
         nodes = _last_of_each_resolution(program)[-DEFAULT_COUNT:]
         if not nodes:
-            raise LayerError("the model computes no convolution with a spatial output to explain")
+            raise LayerError(
+                "no feature map was found that all of the input passes through; "
+                f"name target layers, such as {_known(outputs)}"
+            )
         layers = [TargetLayer(_name(node, outputs), node) for node in nodes]
     else:
         layers = [TargetLayer(name, _named(program, outputs, name)) for name in names]
@@ -106,9 +110,9 @@ def _last_of_each_resolution(program: Program) -> list[fx.Node]:
     convolved: set[tuple[int, int]] = set()
     last: dict[tuple[int, int], fx.Node] = {}
     axes: dict[fx.Node, tuple[int, ...]] = {program.image: _NCHW}
-    ancestors = _ancestors(program.logits)
+    bottlenecks = _bottlenecks(program)
     for node in program.graph.graph.nodes:
-        if node.op != "call_function" or node not in ancestors:
+        if node.op != "call_function":
             continue
         axes[node] = _axes(node, axes)
         if not _is_map(node) or axes[node] != _NCHW:
@@ -116,8 +120,9 @@ def _last_of_each_resolution(program: Program) -> list[fx.Node]:
         _, _, height, width = node.meta["val"].shape
         if node.target in (aten.conv2d.default, aten.convolution.default):
             convolved.add((height, width))
-        last.pop((height, width), None)
-        last[height, width] = node
+        if node in bottlenecks:
+            last.pop((height, width), None)
+            last[height, width] = node
     return [node for resolution, node in last.items() if resolution in convolved]
 
 
@@ -137,12 +142,16 @@ def _axes(node: fx.Node, axes: dict[fx.Node, tuple[int, ...]]) -> tuple[int, ...
     return source
 
 
-def _ancestors(node: fx.Node) -> set[fx.Node]:
-    seen: set[fx.Node] = set()
-    pending = [node]
-    while pending:
-        current = pending.pop()
-        if current not in seen:
-            seen.add(current)
-            pending.extend(current.all_input_nodes)
-    return seen
+def _bottlenecks(program: Program) -> set[fx.Node]:
+    """The nodes that every path from the input to the logits passes through."""
+    nodes = [n for n in program.graph.graph.nodes if isinstance(n.meta.get("val"), torch.Tensor)]
+    before = dict.fromkeys(nodes, 0)
+    before[program.image] = 1
+    for node in nodes:
+        before[node] += sum(before.get(source, 0) for source in node.all_input_nodes)
+    after = dict.fromkeys(nodes, 0)
+    after[program.logits] = 1
+    for node in reversed(nodes):
+        after[node] += sum(after.get(user, 0) for user in node.users)
+    total = before[program.logits]
+    return {node for node in nodes if before[node] * after[node] == total}

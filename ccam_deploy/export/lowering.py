@@ -178,7 +178,10 @@ def _reassemble(
     place = torch.tensor([[float(i == j) for j in range(positions)] for i in range(positions)])
     weight = place.to(parts[0].dtype).reshape(positions, 1, *kernel).repeat(channels, 1, 1, 1)
     flat = stacked.reshape(batch, channels * positions, height, width)
-    return aten.convolution(flat, weight, None, stride, [0, 0], dilation, True, [0, 0], channels)
+    placed: Tensor = aten.convolution(
+        flat, weight, None, stride, [0, 0], dilation, True, [0, 0], channels
+    )
+    return placed
 
 
 def avg_pool2d_backward(
@@ -201,7 +204,9 @@ def avg_pool2d_backward(
     share = grad / divisor.to(grad.dtype)
     full = [(o - 1) * s + k for o, s, k in zip(out, stride, kernel, strict=True)]
     weight = torch.ones(channels, 1, *kernel, dtype=grad.dtype)
-    spread = aten.convolution(share, weight, None, stride, [0, 0], [1, 1], True, [0, 0], channels)
+    spread: Tensor = aten.convolution(
+        share, weight, None, stride, [0, 0], [1, 1], True, [0, 0], channels
+    )
     missing = [max(n + p - f, 0) for n, p, f in zip(size, padding, full, strict=True)]
     if any(missing):
         spread = aten.constant_pad_nd(spread, [0, missing[1], 0, missing[0]], 0.0)
@@ -291,7 +296,8 @@ def _surround(grad: Tensor, dim: int, before: int, after: int) -> Tensor:
     if not before and not after:
         return grad
     border = [0, 0] * (grad.dim() - 1 - dim % grad.dim()) + [before, after]
-    return aten.constant_pad_nd(grad, border, 0.0)
+    padded: Tensor = aten.constant_pad_nd(grad, border, 0.0)
+    return padded
 
 
 def _pair(values: Sequence[int]) -> list[int]:

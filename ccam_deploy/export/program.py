@@ -132,7 +132,8 @@ def _check_signature(exported: ExportedProgram) -> None:
         raise SourceError(f"the model's output is {_shape(logits)}; it must be [batch, classes]")
     if image.dtype != torch.float32:
         raise SourceError(f"the program takes {image.dtype}; export the model in float32")
-    if isinstance(image.shape[0], int) or image.shape[0] != logits.shape[0]:
+    batch: int | torch.SymInt = image.shape[0]
+    if not isinstance(batch, torch.SymInt) or batch != logits.shape[0]:
         raise SourceError(
             "the program has a fixed batch; export it again with "
             'dynamic_shapes=({0: torch.export.Dim("batch")},)'
@@ -249,13 +250,13 @@ def _into_convolution(
     if source.target is not aten.conv2d.default or len(source.users) != 1:
         return None
     weight, bias = source.args[1], source.args[2] if len(source.args) > 2 else None
-    constants = [node for node in (weight, bias) if node is not None]
-    if not all(isinstance(node, fx.Node) and node.op == "get_attr" for node in constants):
+    constants = [node for node in (weight, bias) if isinstance(node, fx.Node)]
+    if any(node.op != "get_attr" for node in constants):
         return None
     read = _reader(module)
     kernel = read(weight) * scale[:, None, None, None]
     offset = shift if bias is None else shift + read(bias) * scale
-    name = str(weight.target)  # type: ignore[union-attr]
+    name = str(constants[0].target)
     new_weight = fresh_constant(module, kernel.float(), f"{name}_folded")
     new_bias = fresh_constant(module, offset.float(), f"{name}_folded_bias")
     arguments = (source.args[0], new_weight, new_bias, *source.args[3:])

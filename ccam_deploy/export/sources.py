@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from ccam_deploy.errors import SourceError, brief
+from ccam_deploy.export.program import quiet
 
 Model = nn.Module | ExportedProgram
 
@@ -84,10 +85,10 @@ def _arguments(arch: str, call: str) -> dict[str, Any]:
     """Keyword arguments of literal values, from "(name=value, ...)"."""
     try:
         node = ast.parse(f"f{call}", mode="eval").body
-        if not isinstance(node, ast.Call) or node.args:
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name) or node.args:
             raise ValueError("only name=value arguments are allowed")
         return {str(word.arg): ast.literal_eval(word.value) for word in node.keywords}
-    except (SyntaxError, ValueError) as error:
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
         raise SourceError(f'the arguments in arch "{arch}" are not name=value literals') from error
 
 
@@ -141,7 +142,7 @@ def _kind_of_archive(path: Path) -> str:
         with zipfile.ZipFile(path) as archive:
             names = [name.split("/", 1)[-1] for name in archive.namelist()]
             damaged = archive.testzip()
-    except (zipfile.BadZipFile, OSError, EOFError) as error:
+    except Exception as error:
         raise SourceError(f"{path} is truncated or damaged; copy or save it again") from error
     if damaged is not None:
         raise SourceError(f'{path} is damaged at "{damaged}"; copy or save it again')
@@ -200,7 +201,8 @@ class ScriptedModel(nn.Module):
 
 def _from_script(path: Path) -> nn.Module:
     try:
-        script = torch.jit.load(path, map_location="cpu")  # type: ignore[no-untyped-call]
+        with quiet():
+            script = torch.jit.load(path, map_location="cpu")  # type: ignore[no-untyped-call]
     except Exception as error:
         raise SourceError(f"{path} is not a readable TorchScript file: {brief(error)}") from error
     return ScriptedModel(script.float().eval())
@@ -214,7 +216,8 @@ def _state_dict(content: object) -> dict[str, Tensor] | None:
         inner = content.get(key)
         if isinstance(inner, Mapping) and inner:
             return _state_dict(inner)
-    if not content or not all(isinstance(value, Tensor) for value in content.values()):
+    named = all(isinstance(n, str) and isinstance(v, Tensor) for n, v in content.items())
+    if not content or not named:
         return None
     prefix = "module."
     wrapped = all(name.startswith(prefix) for name in content)

@@ -12,6 +12,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 from scipy.cluster.hierarchy import linkage
+from scipy.spatial.distance import pdist
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
@@ -58,9 +59,8 @@ def standardise(psi: Floats) -> Floats:
     values = psi.astype(np.float64)
     centred = values - values.mean(axis=1, keepdims=True)
     deviation = centred.std(axis=1, keepdims=True)
-    return np.divide(centred, deviation, where=deviation > 0, out=np.zeros_like(centred)).astype(
-        np.float32
-    )
+    scaled = np.divide(centred, deviation, where=deviation > 0, out=np.zeros_like(centred))
+    return np.asarray(scaled, dtype=np.float32)
 
 
 def partition(psi: Floats, k_min: int, k_max: int) -> Partition:
@@ -74,7 +74,7 @@ def partition(psi: Floats, k_min: int, k_max: int) -> Partition:
     quality = np.full(k_max - k_min + 1, WORST_QUALITY, np.float32)
     if channels == 1:
         return Partition(np.zeros(1, np.int32), 1, quality)
-    tree = linkage(points, method="ward")
+    tree = linkage(pdist(points), method="ward")
     distinct = 1 + int(np.count_nonzero(tree[:, 2]))
     largest = min(k_max, distinct)
     clusters = _cut(tree, largest)
@@ -170,7 +170,7 @@ def collection_sums(
     highest = sums.max(axis=1, keepdims=True)
     varied = highest > sums.min(axis=1, keepdims=True)
     scaled = np.divide(sums, highest, where=varied, out=np.zeros_like(sums))
-    return scaled.astype(np.float32).reshape(count, *features.shape[1:])
+    return np.asarray(scaled, dtype=np.float32).reshape(count, *features.shape[1:])
 
 
 def render_masks(
@@ -195,8 +195,7 @@ def upsample(maps: Floats, size: tuple[int, int]) -> Floats:
     """Bilinear interpolation with half-pixel centres; [n, h, w] to [n, H, W] float32."""
     rows = _interpolation(maps.shape[1], size[0])
     columns = _interpolation(maps.shape[2], size[1])
-    upsampled: Floats = rows @ maps @ columns.T
-    return upsampled
+    return np.asarray(rows @ maps @ columns.T, dtype=np.float32)
 
 
 @lru_cache(maxsize=64)

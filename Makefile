@@ -1,0 +1,40 @@
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test lint types format bench clean
+
+demo: .venv/.cpu
+	$(BIN)/ccam-deploy export --recipe export/digits.toml --output engines/digits
+	$(BIN)/ccam-deploy explain engines/digits export/examples --output demo
+
+test: lint types
+	$(BIN)/python -m pytest --cov --cov-report=term
+
+lint: .venv/.all
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/.all
+	$(BIN)/mypy
+
+format: .venv/.all
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: .venv/.all
+	$(BIN)/python -m bench.bench_overhead --output bench/results/overhead-cpu.json
+
+clean:
+	rm -rf .venv demo engines/digits .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/.cpu: pyproject.toml constraints.txt | .venv/bin/python
+	$(PIP) --editable '.[export,cpu]'
+	touch $@
+
+.venv/.all: pyproject.toml constraints.txt | .venv/bin/python
+	$(PIP) --editable '.[export,cpu,scenes,zoo,test,lint]'
+	touch $@ .venv/.cpu

@@ -1,0 +1,179 @@
+"""What an explanation costs beyond its forward passes, on ONNX Runtime and the CPU.
+
+    python -m bench.bench_overhead --output bench/results/overhead-cpu.json
+
+For each network with random weights at 224×224, one image, timed in turn:
+
+- explain: the whole explanation, from the preprocessed image to the saliency map
+- floor: backbone + gradient + one classifier batch of the same masks, on the same sessions
+- pytorch: the same explanation in plain PyTorch with hooks and one forward per mask
+
+Each network is exported and run in a process of its own; the peak memory is that of a process
+that explains only, read before PyTorch is loaded into it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import ccam_deploy as ccam
+from bench.timing import as_dict, conditions, measure_in_turn, summarise
+from ccam_deploy import image as imaging
+from ccam_deploy.explainer import Explainer, Explanation
+
+Floats = NDArray[np.float32]
+
+ROOT = Path(__file__).parents[1]
+NETWORKS = ("resnet18", "resnet101", "vgg19")
+_PHOTOGRAPH = ROOT / "ccam_deploy" / "export" / "photographs" / "flower.jpg"
+
+
+def floor_of(explainer: Explainer, images: Floats, result: Explanation) -> Callable[[], None]:
+    """Run what no explanation can do without; the masks are given."""
+    networks = explainer.networks
+    masks = result.masks[0][result.masks[0].any(axis=(1, 2))]
+    one_hot = np.zeros_like(result.logits)
+    one_hot[0, result.targets[0]] = 1
+    owner = np.zeros(len(masks), np.int64)
+
+    def run() -> None:
+        networks.gradients(networks.backbone(images), one_hot)
+        networks.masked_logits(images, masks, owner)
+
+    return run
+
+
+def measure(folder: Path, recipe: Path, rounds: int) -> dict[str, Any]:
+    """Time one network's bundle; called in a process of its own."""
+    explainer = ccam.load(folder, "onnxruntime-cpu", batch_size=32)
+    images, _ = explainer.preprocess([imaging.load(_PHOTOGRAPH)])
+    result = explainer.explain(images)
+    run_floor = floor_of(explainer, images, result)
+    alone = {"explain": lambda: explainer.explain(images), "floor": run_floor}
+    seconds = measure_in_turn(alone, rounds)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    ratios = np.divide(seconds["explain"], seconds["floor"])
+    stages = [explainer.explain(images).timings for _ in range(3)]
+    found: dict[str, Any] = {
+        "masks": int(sum(layer.count[0] for layer in result.layers)),
+        "masks_run": int(sum(bool(mask.any()) for mask in result.masks[0])),
+        "explain_ms": as_dict(summarise(seconds["explain"])),
+        "floor_ms": as_dict(summarise(seconds["floor"])),
+        "overhead": round(float(np.median(ratios)), 4),
+        "peak_memory_mib": round(peak, 1),
+        "stages_ms": {
+            name: round(1000 * float(np.median([times[name] for times in stages])), 2)
+            for name in stages[0]
+        },
+    }
+    found |= _against_pytorch(explainer, images, result, recipe, max(2, rounds // 2))
+    return found
+
+
+def _against_pytorch(
+    explainer: Explainer, images: Floats, result: Explanation, recipe: Path, rounds: int
+) -> dict[str, Any]:
+    import torch
+
+    from bench.peers.plain_pytorch import PlainCollectionCAM
+    from ccam_deploy.export import recipe as recipes
+
+    layers = [layer.name for layer in explainer.bundle.manifest.layers]
+    plain = PlainCollectionCAM(recipes.random_model(recipes.read(recipe)), layers)
+    image = torch.from_numpy(images[0].copy())
+    target = int(result.targets[0])
+    saliency, _ = plain.explain(image, target)
+    calls = {
+        "explain": lambda: explainer.explain(images),
+        "pytorch": lambda: plain.explain(image, target),
+    }
+    seconds = measure_in_turn(calls, rounds)
+    ratios = np.divide(seconds["pytorch"], seconds["explain"])
+    return {
+        "pytorch_ms": as_dict(summarise(seconds["pytorch"])),
+        "speedup_over_pytorch": round(float(np.median(ratios)), 3),
+        "largest_difference_from_pytorch": float(
+            np.abs(saliency.numpy() - result.raw_saliency[0]).max()
+        ),
+    }
+
+
+def table(results: dict[str, Any]) -> str:
+    """The results as Markdown."""
+    lines = [
+        "| network | masks | explain, ms | floor, ms | overhead | peak, MiB "
+        "| PyTorch, ms | speed-up |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, found in results.items():
+        lines.append(
+            f"| {name} | {found['masks']} | {found['explain_ms']['median']:.0f} "
+            f"| {found['floor_ms']['median']:.0f} | {found['overhead']:.3f} "
+            f"| {found['peak_memory_mib']:.0f} | {found['pytorch_ms']['median']:.0f} "
+            f"| {found['speedup_over_pytorch']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--networks", default=",".join(NETWORKS))
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--bundle", type=Path, help=argparse.SUPPRESS)
+    given = parser.parse_args(arguments)
+    if given.bundle:
+        recipe = ROOT / "export" / f"{given.networks}.toml"
+        print(json.dumps(measure(given.bundle, recipe, given.rounds)))
+        return
+    results = {}
+    for name in given.networks.split(","):
+        with tempfile.TemporaryDirectory() as folder:
+            results[name] = _in_own_process(name, Path(folder) / name, given.rounds)
+        print(table({name: results[name]}), flush=True)
+    if given.output:
+        command = f"python -m bench.bench_overhead --rounds {given.rounds}"
+        report = {"command": command, "conditions": conditions(), "results": results}
+        given.output.parent.mkdir(parents=True, exist_ok=True)
+        given.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        given.output.with_suffix(".md").write_text(table(results) + "\n", encoding="utf-8")
+
+
+def _in_own_process(name: str, folder: Path, rounds: int) -> dict[str, Any]:
+    recipe = str(ROOT / "export" / f"{name}.toml")
+    ccam_deploy = [sys.executable, "-c", "from ccam_deploy.cli.main import main; main()"]
+    export = ["export", "--recipe", recipe, "--random-weights", "--output", str(folder)]
+    subprocess.run([*ccam_deploy, *export], check=True, capture_output=True, cwd=ROOT)
+    own = [
+        sys.executable,
+        "-m",
+        "bench.bench_overhead",
+        "--networks",
+        name,
+        "--bundle",
+        str(folder),
+    ]
+    done = subprocess.run(
+        [*own, "--bundle", str(folder), "--rounds", str(rounds)],
+        check=True,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+if __name__ == "__main__":
+    main()

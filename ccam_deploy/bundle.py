@@ -7,6 +7,7 @@ checked before a byte reaches an engine.
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 import signal
 import tempfile
@@ -15,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from types import FrameType
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Literal, NoReturn, get_args
 
 import msgspec
 
@@ -62,9 +63,11 @@ class Layer:
 class Fidelity:
     """How far graphs were from PyTorch on the calibration images, and the tolerance they met.
 
-    logits, masked_logits, features, gradients: relative error in the Euclidean norm, per layer
-        for the last two.   saliency_rank: lowest Spearman correlation of the saliency.
-    saliency_similarity: lowest structural similarity (SSIM) of the saliency.
+    logits, masked_logits, features, gradients: relative error in the Euclidean norm; for the last
+        two per layer, the median over images.
+    saliency_rank, worst_saliency_rank: Spearman correlation of the saliency, of the median and the
+        worst image; a partition is a choice, and where two are nearly as good, rounding makes it.
+    saliency_similarity: structural similarity (SSIM) of the saliency, of the median image.
     partitions: share of the partitions that were equal.   images: how many images were compared.
     """
 
@@ -74,6 +77,7 @@ class Fidelity:
     gradients: tuple[float, ...]
     saliency_rank: float
     saliency_similarity: float
+    worst_saliency_rank: float
     partitions: float
     images: int
 
@@ -145,7 +149,7 @@ class Manifest:
                 raise TargetError(
                     f'the name "{target}" stands for classes {matches}; give a number'
                 )
-            if not target.lstrip("+-").isdecimal():
+            if not re.fullmatch(r"[+-]?\d{1,18}", target):
                 raise TargetError(f'class "{target}" is not in the bundle{self._some_labels()}')
             target = int(target)
         if not 0 <= target < self.classes:
@@ -159,6 +163,13 @@ class Manifest:
             return ", which has no class names; give a number"
         shown = ", ".join(self.labels[:10])
         return f"; it has {shown}" + (", …" if len(self.labels) > 10 else "")
+
+
+@dataclass(frozen=True)
+class _Version:
+    """What every format of the manifest has."""
+
+    format: int
 
 
 @dataclass(frozen=True)
@@ -178,9 +189,8 @@ class Bundle:
             if known == name:
                 return precision
         known_names = ", ".join(self.manifest.precisions)
-        raise OptionError(
-            f"the bundle has no {name} graphs, only {known_names}; export with --precision {name}"
-        )
+        hint = f"; export with --precision {name}" if name in get_args(PrecisionName) else ""
+        raise OptionError(f"the bundle has no {name} graphs, only {known_names}{hint}")
 
 
 def read(folder: str | Path) -> Bundle:
@@ -189,9 +199,12 @@ def read(folder: str | Path) -> Bundle:
     Raises ManifestError or IntegrityError, naming the file and what is wrong with it.
     """
     root = Path(folder)
-    manifest = _read_manifest(root)
-    for name, record in manifest.files.items():
-        _check_file(root, name, record)
+    try:
+        manifest = _read_manifest(root)
+        for name, record in manifest.files.items():
+            _check_file(root, name, record)
+    except OSError as error:
+        raise BundleError(f"{root} cannot be read: {error.strerror}") from error
     return Bundle(root, manifest)
 
 
@@ -208,18 +221,24 @@ def _read_manifest(root: Path) -> Manifest:
         raise BundleError(f"{root} is not a bundle: there is no such folder")
     if path.is_symlink() or not path.is_file():
         raise BundleError(f"{root} is not a bundle: it has no {MANIFEST}")
-    try:
-        manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise ManifestError(f"{path} is not a valid manifest: {error}") from error
-    if manifest.format != FORMAT:
-        raise ManifestError(
-            f"{path} has format {manifest.format}, this version reads {FORMAT}; export it again"
-        )
-    if manifest.digest != digest_of(manifest):
+    content = path.read_bytes()
+    manifest = _decode(path, content)
+    if manifest.digest != digest_of(manifest) or content != _encode(manifest):
         raise IntegrityError(f"{path} was changed after the export; export it again")
     _check_consistency(path, manifest)
     return manifest
+
+
+def _decode(path: Path, content: bytes) -> Manifest:
+    try:
+        version = msgspec.json.decode(content, type=_Version).format
+        if version != FORMAT:
+            raise ManifestError(
+                f"{path} has format {version}, this version reads {FORMAT}; export it again"
+            )
+        return msgspec.json.decode(content, type=Manifest)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise ManifestError(f"{path} is not a valid manifest: {error}") from error
 
 
 def _check_consistency(path: Path, manifest: Manifest) -> None:
@@ -285,9 +304,21 @@ def record_files(folder: Path) -> dict[str, FileRecord]:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write a manifest with its digest."""
-    sealed = replace(manifest, digest=digest_of(manifest))
+    """Write a manifest with its digest.
+
+    Raises ManifestError for values that could not be read back, such as a NaN.
+    """
+    # Decoding makes floats of the integers that stand for them, as reading will.
+    plain = _decode(folder / MANIFEST, _encode(manifest))
+    sealed = replace(plain, digest=digest_of(plain))
     (folder / MANIFEST).write_bytes(_encode(sealed))
+
+
+def check_place(target: str | Path) -> None:
+    """Raise BundleError where the target is something other than a bundle or an empty folder."""
+    place = Path(target)
+    if place.exists() and not _replaceable(place):
+        raise BundleError(f"{target} exists and is not a bundle; choose another --output")
 
 
 @contextmanager
@@ -298,9 +329,9 @@ def staged(target: str | Path) -> Iterator[Path]:
     leaves the target as it was and nothing beside it.
     Raises BundleError where the target is something other than a bundle or an empty folder.
     """
+    check_place(target)
     place = Path(target).absolute()
-    if place.exists() and not _replaceable(place):
-        raise BundleError(f"{target} exists and is not a bundle; choose another --output")
+    missing = [parent for parent in place.parents if not parent.exists()]
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{place.name}-", dir=place.parent))
@@ -315,6 +346,14 @@ def staged(target: str | Path) -> Iterator[Path]:
         raise BundleError(f"cannot write {target}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
+        _remove_empty(missing)
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    """Remove folders that were made on the way, innermost first, if nothing came to lie in them."""
+    for folder in folders:
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def _replaceable(place: Path) -> bool:

@@ -4,15 +4,16 @@ CcamError                what the command line prints as one line, with exit cod
 ├── OptionError          an option or argument that is unknown or out of range
 ├── ImageError           an image that cannot be read or used
 ├── TargetError          a class that the classifier does not have
+├── OutputError          a result that cannot be written
 ├── BundleError          a bundle that cannot be read or written
 │   ├── ManifestError    a manifest that breaks the schema, or leads outside its bundle
 │   └── IntegrityError   a file whose content is not what the manifest records
-├── BackendError         an engine that is missing, or that cannot do what was asked
-└── ExportError          a model that cannot become a bundle
-├── SourceError      a model file or module that cannot be loaded or traced
-├── LayerError       a target layer that is unknown or unusable
-├── LoweringError    an operator that the graphs cannot hold
-└── ToleranceError   a graph that does not agree with PyTorch
+├── ExportError          a model that cannot become a bundle
+│   ├── SourceError      a model file or module that cannot be loaded or traced
+│   ├── LayerError       a target layer that is unknown or unusable
+│   ├── LoweringError    an operator that the graphs cannot hold
+│   └── ToleranceError   a graph that does not agree with PyTorch
+└── BackendError         an engine that is missing, or that cannot do what was asked
 """
 
 from __future__ import annotations

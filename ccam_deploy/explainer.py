@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,9 +15,9 @@ from PIL import Image
 
 from ccam_deploy import bundle as bundles
 from ccam_deploy import image as imaging
-from ccam_deploy.bundle import Bundle
+from ccam_deploy.bundle import Bundle, Manifest
 from ccam_deploy.engines import Networks, open_networks
-from ccam_deploy.errors import ImageError, OptionError, TargetError
+from ccam_deploy.errors import BackendError, ImageError, OptionError, TargetError
 from ccam_deploy.image import Geometry
 from ccam_deploy.kernels import cpu
 from ccam_deploy.methods import (
@@ -83,7 +83,8 @@ class Explanation:
         """
         if not self.geometries:
             raise ImageError("the explanation was made from an array, which has no original image")
-        return self.geometries[self.image_index[pair]].to_original(self.saliency[pair])
+        geometry = self.geometries[int(self.image_index[pair])]
+        return geometry.to_original(self.saliency[pair])
 
 
 class Explainer:
@@ -92,8 +93,7 @@ class Explainer:
     def __init__(
         self, bundle: Bundle, networks: Networks, precision: str, batch_size: int = DEFAULT_BATCH
     ) -> None:
-        if batch_size < 1:
-            raise OptionError(f"batch_size is {batch_size}; it must be at least 1")
+        _check_batch_size(batch_size)
         self.bundle = bundle
         self.networks = networks
         self.precision = precision
@@ -120,8 +120,10 @@ class Explainer:
         """
         clock = Stopwatch()
         method = CollectionCAM(options)
-        pictures = [images] if isinstance(images, Image.Image) else images
-        wanted = _per_image(targets, len(pictures))
+        if isinstance(images, np.ndarray) and images.ndim == 0:
+            raise ImageError("a single number is no image")
+        pictures = images if isinstance(images, np.ndarray | Sequence) else [images]
+        wanted = _per_image(targets, len(pictures), self.bundle.manifest)
         if not 1 <= top <= self.bundle.manifest.classes:
             raise TargetError(f"top is {top}; it must be 1 to {self.bundle.manifest.classes}")
         parts = []
@@ -136,6 +138,12 @@ class Explainer:
         """Make the network's input [B, C, H, W] of PIL images; check an array that is one."""
         size = self.bundle.manifest.input
         if not isinstance(images, np.ndarray):
+            for picture in images:
+                if not isinstance(picture, Image.Image):
+                    raise ImageError(
+                        f"an image is a {type(picture).__name__}; "
+                        "give PIL images or one float32 array"
+                    )
             return imaging.prepare(images, size[1:], self.bundle.manifest.preprocessing)
         if images.dtype != np.float32 or images.shape[1:] != size:
             raise ImageError(
@@ -165,7 +173,7 @@ class Explainer:
         self,
         method: Method,
         pictures: Floats | Sequence[Image.Image],
-        wanted: Sequence[tuple[Target, ...] | None],
+        wanted: Sequence[tuple[int, ...] | None],
         top: int,
         clock: Stopwatch,
     ) -> _Part:
@@ -173,6 +181,8 @@ class Explainer:
             images, geometries = self.preprocess(pictures)
         with clock.stage("backbone"):
             activations = self.networks.backbone(images)
+        if not np.isfinite(activations.logits).all():
+            raise BackendError("the classifier gives NaN or infinite logits for these images")
         owner, classes = self._pairs(wanted, activations.logits, top)
         results = []
         for start in range(0, len(owner), self.batch_size):
@@ -190,17 +200,16 @@ class Explainer:
         return _Part(activations.logits, geometries, owner, classes, results)
 
     def _pairs(
-        self, wanted: Sequence[tuple[Target, ...] | None], logits: Floats, top: int
+        self, wanted: Sequence[tuple[int, ...] | None], logits: Floats, top: int
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The image and the class of each pair."""
-        owner, classes = [], []
-        for image, names in enumerate(wanted):
-            if names is None:
-                best = np.argsort(-logits[image], kind="stable")[:top]
-                names = tuple(int(index) for index in best)
-            for name in names:
-                owner.append(image)
-                classes.append(self.bundle.manifest.class_index(name))
+        owner: list[int] = []
+        classes: list[int] = []
+        for image, chosen in enumerate(wanted):
+            if chosen is None:
+                chosen = tuple(np.argsort(-logits[image], kind="stable")[:top].tolist())
+            owner += [image] * len(chosen)
+            classes += chosen
         return np.array(owner, np.int64), np.array(classes, np.int64)
 
     def _assemble(self, method: Method, parts: Sequence[_Part], clock: Stopwatch) -> Explanation:
@@ -256,31 +265,37 @@ def _join_layers(parts: tuple[LayerPartition, ...]) -> LayerPartition:
     )
 
 
-def _per_image(targets: Targets, images: int) -> list[tuple[Target, ...] | None]:
-    """The classes wanted for each image; None for its best one."""
+def _per_image(
+    targets: Targets, images: int, manifest: Manifest
+) -> Sequence[tuple[int, ...] | None]:
+    """The classes wanted for each image; None for its best ones."""
     if not images:
         raise ImageError("there are no images to explain")
     if targets is None:
         return [None] * images
-    if isinstance(targets, int | str | np.integer):
-        return [(_plain(targets),)] * images
+    if not _is_list(targets):
+        return [(_class_index(targets, manifest),)] * images
     if len(targets) != images:
         raise TargetError(f"there are {len(targets)} targets for {images} images")
-    wanted: list[tuple[Target, ...] | None] = []
+    wanted = []
     for target in targets:
-        if isinstance(target, int | str | np.integer):
-            wanted.append((_plain(target),))
-        elif len(target):
-            wanted.append(tuple(_plain(one) for one in target))
-        else:
+        several = target if _is_list(target) else [target]
+        if not len(several):
             raise TargetError("an image has an empty list of targets; give at least one class")
+        wanted.append(tuple(_class_index(one, manifest) for one in several))
     return wanted
 
 
-def _plain(target: Any) -> Target:
+def _is_list(targets: Any) -> TypeGuard[Sequence[Any]]:
+    if isinstance(targets, np.ndarray):
+        return targets.ndim > 0
+    return isinstance(targets, Sequence) and not isinstance(targets, str)
+
+
+def _class_index(target: Any, manifest: Manifest) -> int:
     if isinstance(target, bool) or not isinstance(target, int | str | np.integer):
         raise TargetError(f"a target is {target!r}; it must be the number or name of a class")
-    return target if isinstance(target, str) else int(target)
+    return manifest.class_index(target if isinstance(target, str) else int(target))
 
 
 def load(
@@ -299,5 +314,11 @@ def load(
     Raises BundleError, BackendError or OptionError.
     """
     opened = bundle if isinstance(bundle, Bundle) else bundles.read(bundle)
+    _check_batch_size(batch_size)
     networks = open_networks(opened, backend, precision, threads)
     return Explainer(opened, networks, precision, batch_size)
+
+
+def _check_batch_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise OptionError(f"batch_size is {batch_size}; it must be at least 1")

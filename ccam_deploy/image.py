@@ -20,6 +20,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", "
 MAX_BYTES = 256 * 2**20
 MAX_PIXELS = 100_000_000
 MIN_SIDE = 8
+_VIA = {"P": "RGBA", "PA": "RGBA", "La": "LA", "LAB": "RGB"}
 
 Floats = NDArray[np.float32]
 
@@ -118,8 +119,8 @@ def to_colours(picture: Image.Image, channels: int) -> Image.Image:
         if values.min() < 0 or values.max() > 1:
             raise ImageError("the image has floating-point pixels outside [0, 1]; scale them first")
         picture = Image.fromarray((values * 255 + 0.5).astype(np.uint8))
-    elif picture.mode in ("P", "PA"):
-        picture = picture.convert("RGBA")
+    elif picture.mode in _VIA:
+        picture = picture.convert(_VIA[picture.mode])
     return picture.convert("L" if channels == 1 else "RGB")
 
 
@@ -130,8 +131,12 @@ def prepare(
 
     size: height, width of the input.
     Returns [B, C, H, W] float32, scaled, cropped and normalised, and each image's geometry.
-    Raises ImageError for an image that is too small or has unusable pixels.
+    Raises ImageError for an image that is too small, too narrow or has unusable pixels.
     """
+    if len(how.mean) not in (1, 3):
+        raise ImageError(
+            f"the network takes {len(how.mean)} channels, images have 1 or 3; give an array"
+        )
     batch = np.empty((len(pictures), len(how.mean), *size), np.float32)
     geometries = []
     for row, picture in zip(batch, pictures, strict=True):
@@ -154,13 +159,19 @@ def prepare(
 def _geometry(original: tuple[int, int], size: tuple[int, int], how: Preprocessing) -> Geometry:
     if how.resize == "stretch":
         return Geometry(original, size, (0, 0), size)
-    scale = max(how.cover[0] / original[0], how.cover[1] / original[1])
-    scaled = tuple(
-        max(int(length * scale), cover) if length * scale > cover else cover
-        for length, cover in zip(original, how.cover, strict=True)
-    )
-    corner = tuple(round((length - part) / 2) for length, part in zip(scaled, size, strict=True))
-    return Geometry(original, (scaled[0], scaled[1]), (corner[0], corner[1]), size)
+    height, width = original
+    cover = how.cover
+    if cover[0] * width >= cover[1] * height:
+        scaled = (cover[0], cover[0] * width // height)
+    else:
+        scaled = (cover[1] * height // width, cover[1])
+    if scaled[0] * scaled[1] > MAX_PIXELS:
+        raise ImageError(
+            f"the image is {width}x{height}, too long and narrow: "
+            f"scaled to {scaled[1]}x{scaled[0]} it has more than {MAX_PIXELS} pixels"
+        )
+    corner = (round((scaled[0] - size[0]) / 2), round((scaled[1] - size[1]) / 2))
+    return Geometry(original, scaled, corner, size)
 
 
 def denormalise(image: Floats, how: Preprocessing) -> NDArray[np.uint8]:
@@ -181,7 +192,9 @@ def find(paths: Sequence[str | Path]) -> list[Path]:
     found: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
+            inside = sorted(
+                p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()
+            )
             if not inside:
                 raise ImageError(f"{path} holds no images ({', '.join(SUFFIXES)})")
             found += inside

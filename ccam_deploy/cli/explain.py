@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -158,10 +159,8 @@ def _method_options(pairs: Sequence[str]) -> CollectionCAMOptions:
 
 def _parse_target(word: str) -> tuple[int, str | None]:
     """How many of the best classes to explain, or else which class."""
-    number = word.removeprefix("top")
-    if word.startswith("top") and number.isdecimal():
-        return int(number), None
-    return 1, word
+    match = re.fullmatch(r"top(\d{1,9})", word)
+    return (int(match[1]), None) if match else (1, word)
 
 
 def _read(files: Sequence[Path]) -> tuple[list[tuple[Path, Image.Image]], list[str]]:
@@ -171,9 +170,14 @@ def _read(files: Sequence[Path]) -> tuple[list[tuple[Path, Image.Image]], list[s
     read, problems = [], []
     for file in files:
         try:
-            read.append((file, imaging.load(file)))
+            picture = imaging.load(file)
         except ImageError as error:
             problems.append(str(error))
+            continue
+        try:
+            read.append((file, imaging.to_colours(picture, 3)))
+        except ImageError as error:
+            problems.append(f"{file}: {error}")
     return read, problems
 
 

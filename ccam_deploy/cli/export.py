@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,12 +25,11 @@ class _Size(click.ParamType[tuple[int, int]]):
         """Parse "224x224" or "224"."""
         if isinstance(value, tuple):
             return value
-        parts = str(value).lower().split("x")
-        if len(parts) == 1:
-            parts *= 2
-        if len(parts) != 2 or not all(part.isdecimal() for part in parts):
+        match = re.fullmatch(r"(\d{1,4})(?:x(\d{1,4}))?", str(value).lower())
+        if not match:
             self.fail(f'"{value}" is not a size such as 224x224', param, ctx)
-        return int(parts[0]), int(parts[1])
+        height, width = match.groups()
+        return int(height), int(width or height)
 
 
 class _Numbers(click.ParamType[tuple[float, ...]]):

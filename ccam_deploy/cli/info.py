@@ -57,6 +57,7 @@ def _text(bundle: Bundle) -> str:
         ("gradients, worst layer", [f"{max(r.gradients):.1e}" for r in reports]),
         ("equal partitions", [f"{r.partitions:.1%}" for r in reports]),
         ("saliency, rank correlation", [f"{r.saliency_rank:.4f}" for r in reports]),
+        ("  of the worst image", [f"{r.worst_saliency_rank:.4f}" for r in reports]),
         ("saliency, SSIM", [f"{r.saliency_similarity:.4f}" for r in reports]),
         ("images", [str(r.images) for r in reports]),
     ):

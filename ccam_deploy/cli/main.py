@@ -22,17 +22,20 @@ class _Group(click.Group):
         """Run the command; --debug shows the traceback of what went wrong."""
         try:
             return super().invoke(ctx)
-        except (CcamError, KeyboardInterrupt) as error:
+        except (CcamError, click.UsageError, KeyboardInterrupt) as error:
             if ctx.params.get("debug"):
                 raise
             message = "interrupted; nothing was left half-written"
             if isinstance(error, CcamError):
                 message = str(error)
+            elif isinstance(error, click.UsageError):
+                command = error.ctx.command_path if error.ctx else "ccam-deploy"
+                message = f"{error.format_message()} See {command} --help"
             click.echo(f"error: {' '.join(message.split())}", err=True)
             sys.exit(2)
 
 
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group("ccam-deploy", cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 @click.version_option(__version__)
 def main(debug: bool) -> None:

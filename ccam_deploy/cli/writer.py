@@ -23,7 +23,8 @@ _LARGEST_SIDE = 1024
 class Writer:
     """Writes the chosen kinds of files for each image and class.
 
-    Names are FILE-CLASS.KIND; images of one name in several folders get a number.
+    Names are FILE-CLASS.KIND. Images of one name in several folders get a number, classes of one
+    name their own.
     """
 
     def __init__(self, folder: Path, kinds: Sequence[str], look: Look, manifest: Manifest) -> None:
@@ -31,20 +32,23 @@ class Writer:
         self._kinds = kinds
         self._look = look
         self._manifest = manifest
-        self._taken: Counter[str] = Counter()
+        self._stems: Counter[str] = Counter()
+        self._names: Counter[str] = Counter()
+        self._words = Counter(_word(label) for label in manifest.labels)
 
     def write(
         self, result: Explanation, read: Sequence[tuple[Path, Image.Image]]
     ) -> list[list[str]]:
         """Write a batch; returns the paths written for each (image, class) pair."""
-        stems = [self._stem(path) for path, _ in read]
+        stems = [_unused(path.stem, self._stems) for path, _ in read]
         written: list[list[str]] = []
         for pair in range(len(result)):
             owner = int(result.image_index[pair])
-            stem = f"{stems[owner]}-{_word(self._manifest.label(int(result.targets[pair])))}"
+            word = self._class_word(int(result.targets[pair]))
+            name = _unused(f"{stems[owner]}-{word}", self._names)
             paths = [
                 self._save(
-                    f"{stem}.{_SUFFIX[kind]}", self._content(kind, result, pair, read[owner])
+                    f"{name}.{_SUFFIX[kind]}", self._content(kind, result, pair, read[owner])
                 )
                 for kind in self._kinds
                 if kind != "panel"
@@ -56,10 +60,9 @@ class Writer:
             written.append(paths)
         return written
 
-    def _stem(self, path: Path) -> str:
-        self._taken[path.stem] += 1
-        count = self._taken[path.stem]
-        return path.stem if count == 1 else f"{path.stem}-{count}"
+    def _class_word(self, target: int) -> str:
+        word = _word(self._manifest.label(target))
+        return word if self._words[word] <= 1 else f"{word}-{target}"
 
     def _save(self, name: str, content: bytes) -> str:
         path = self._folder / name
@@ -94,6 +97,16 @@ class Writer:
 
 
 _SUFFIX = {"overlay": "overlay.png", "heatmap": "heatmap.png", "npz": "npz", "json": "json"}
+
+
+def _unused(name: str, taken: Counter[str]) -> str:
+    """The name, with a number where it was taken before."""
+    free = name
+    while taken[free]:
+        taken[name] += 1
+        free = f"{name}-{taken[name]}"
+    taken[free] += 1
+    return free
 
 
 def _word(label: str) -> str:

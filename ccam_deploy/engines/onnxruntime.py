@@ -43,7 +43,14 @@ class OnnxRuntimeEngine(Engine):
         options = runtime.SessionOptions()
         options.intra_op_num_threads = self._threads
         options.log_severity_level = 3
+        # A bundle's sessions and the kernels take turns: a session that goes on spinning after
+        # its run only takes the cores from the next one.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         provider = _PROVIDERS[self._device]
+        if provider not in runtime.get_available_providers():
+            raise BackendError(
+                f"the installed ONNX Runtime has no {provider}; pip install ccam-deploy[gpu]"
+            )
         try:
             self._session = runtime.InferenceSession(
                 self._path, options, providers=[provider, *_fallback(self._device)]
@@ -74,6 +81,10 @@ def _fallback(device: Device) -> list[str]:
 
 
 def _specs(tensors: list[onnxruntime.NodeArg]) -> tuple[TensorSpec, ...]:
+    for tensor in tensors:
+        if tensor.type not in _DTYPES:
+            known = ", ".join(_DTYPES)
+            raise BackendError(f'"{tensor.name}" is a {tensor.type}; graphs may hold {known}')
     return tuple(TensorSpec(t.name, _DTYPES[t.type], tuple(t.shape)) for t in tensors)
 
 

@@ -141,6 +141,8 @@ def _sizes_from_batch(joint: fx.GraphModule) -> None:
     """Write every size that is not known as a multiple of the first input's batch."""
     image = next(node for node in joint.graph.nodes if node.op == "placeholder")
     batch = image.meta["val"].shape[0].node.expr
+    if batch.is_Integer:
+        raise LoweringError("an operator in the model fixes the batch, which must stay free")
     sizes = [node for node in joint.graph.nodes if isinstance(node.meta.get("val"), torch.SymInt)]
     with joint.graph.inserting_after(_last_placeholder(joint)):
         whole = joint.graph.call_function(aten.sym_size.int, (image, 0))

@@ -30,7 +30,7 @@ from ccam_deploy.bundle import (
     Resize,
 )
 from ccam_deploy.engines import load_networks
-from ccam_deploy.errors import OptionError, ToleranceError
+from ccam_deploy.errors import OptionError, SourceError, ToleranceError
 from ccam_deploy.evaluate import fidelity
 from ccam_deploy.evaluate.fidelity import Observation
 from ccam_deploy.export import graphs as onnx_graphs
@@ -88,6 +88,8 @@ class ExportSettings:
             )
         if any(value <= 0 for value in self.std):
             raise OptionError(f"std is {self.std}; every value must be above 0")
+        if not all(math.isfinite(value) for value in (*self.mean, *self.std)):
+            raise OptionError(f"mean is {self.mean} and std {self.std}; they must be finite")
         for kind, bounds in self.tolerance.items():
             for name in bounds:
                 if name not in fidelity.TOLERANCE.get(kind, {}):
@@ -117,6 +119,7 @@ def export(
         raise OptionError(f'precision "{precision}" is unknown; there are {", ".join(_DTYPES)}')
     if min(input_size) < imaging.MIN_SIDE:
         raise OptionError(f"input_size is {input_size}; both must be {imaging.MIN_SIDE} or more")
+    bundles.check_place(output)
     chosen = settings or ExportSettings()
     chosen.progress("tracing the model")
     exported = model
@@ -224,6 +227,9 @@ def _reference(
     plain = programs.build(exported, fold=False)
     classifier = TorchClassifier(plain, target_layers.find(plain, names))
     baseline = classifier.backbone(np.zeros_like(images[:1])).logits[0]
+    logits = classifier.backbone(images).logits
+    if not (np.isfinite(baseline).all() and np.isfinite(logits).all()):
+        raise SourceError("the model gives NaN or infinite logits on the calibration images")
     return fidelity.observe(classifier, images, names), [float(value) for value in baseline]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,8 +115,8 @@ def _to_onnx(
     examples = tuple(example for example, _ in inputs.values())
     shapes = tuple(axes for _, axes in inputs.values())
     with torch.no_grad(), quiet():
-        exported = torch.export.export(module, examples, dynamic_shapes=shapes)
         try:
+            exported = torch.export.export(module, examples, dynamic_shapes=shapes)
             converted = torch.onnx.export(
                 exported,
                 dynamo=True,
@@ -125,37 +124,55 @@ def _to_onnx(
                 input_names=list(inputs),
                 output_names=list(outputs),
             )
-        except torch.onnx.OnnxExporterError as error:
-            raise LoweringError(_culprit(error, module, program)) from error
+        except (torch.onnx.OnnxExporterError, torch._dynamo.exc.UserError) as error:
+            raise LoweringError(_culprit(error, program)) from error
     assert converted is not None
     _clean(converted.model, inputs)
     return converted.model
 
 
-def _culprit(error: BaseException, module: nn.Module, program: Program) -> str:
-    """Name the operator, and its module, that the conversion to ONNX stopped at."""
-    chain: BaseException | None = error
-    while chain is not None:
-        found = re.search(r"target=torch\.ops\.([\w.]+)\]", str(chain))
-        if found:
-            operator = found.group(1)
-            where = _module_with(operator, module, program)
-            return f'operator {operator} in module "{where}" has no ONNX equivalent'
-        error, chain = chain, chain.__cause__
-    return f"the graph cannot be converted to ONNX: {brief(error)}"
+def _culprit(error: BaseException, program: Program) -> str:
+    """Name the operator, and its module, that the conversion to ONNX stops at.
+
+    The exporter's own message names an operator after decomposition, which no longer says where
+    it came from; so each kind of operator in the model is converted by itself.
+    """
+    kinds: dict[object, fx.Node] = {}
+    for node in program.graph.graph.nodes:
+        if isinstance(node.target, torch._ops.OpOverload):
+            kinds.setdefault(node.target, node)
+    for node in kinds.values():
+        if not _converts(node):
+            where = module_of(node) or "the model itself"
+            return f'operator {node.target} in module "{where}" has no ONNX equivalent'
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"the model's gradient cannot be converted to ONNX: {brief(error)}"
 
 
-def _module_with(operator: str, module: nn.Module, program: Program) -> str:
-    """The module that uses an operator; one that is only part of it, or its gradient, counts."""
-    graphs = [m for m in module.modules() if isinstance(m, fx.GraphModule)] + [program.graph]
-    base = operator.split(".")[1].split("_backward")[0]
-    for graph in graphs:
-        for node in graph.graph.nodes:
-            name = str(node.target).removeprefix("aten.").split(".")[0]
-            related = base.startswith(name) or name.startswith(base)
-            if node.op == "call_function" and related and module_of(node):
-                return module_of(node)
-    return "the model itself"
+def _converts(node: fx.Node) -> bool:
+    """Whether one operator, on inputs of the shapes that it has in the model, becomes ONNX."""
+    graph = fx.Graph()
+    copies, examples = {}, []
+    for source in node.all_input_nodes:
+        value = source.meta["val"]
+        if not isinstance(value, Tensor):
+            return True
+        copies[source] = graph.placeholder(source.name)
+        sizes = [size if isinstance(size, int) else 2 for size in value.shape]
+        examples.append(torch.zeros(sizes, dtype=value.dtype))
+    graph.output(graph.node_copy(node, lambda n: copies[n]))
+    try:
+        torch.onnx.export(
+            fx.GraphModule(nn.Module(), graph),
+            tuple(examples),
+            dynamo=True,
+            verbose=False,
+            optimize=False,
+        )
+    except torch.onnx.OnnxExporterError:
+        return False
+    return True
 
 
 def _clean(model: ir.Model, inputs: Mapping[str, tuple[Tensor, dict[int, Dim]]]) -> None:

@@ -16,6 +16,7 @@ from torch._decomp import get_decompositions
 
 from ccam_deploy.export.program import aten
 
+_TO_THE_END = 2**62
 Decomposition = Callable[..., object]
 
 _FROM_TORCH = (
@@ -278,6 +279,8 @@ def slice_backward(
     grad: Tensor, input_sizes: Sequence[int], dim: int, start: int, end: int, step: int
 ) -> Tensor:
     """Gradient of a slice: zeros around it."""
+    if start == 0 and end >= _TO_THE_END and step == 1:
+        return grad
     length = int(input_sizes[dim])
     first = min(max(start + length if start < 0 else start, 0), length)
     if step != 1:

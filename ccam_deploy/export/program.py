@@ -79,9 +79,9 @@ def trace(model: nn.Module, input_shape: tuple[int, int, int]) -> ExportedProgra
             "export it with torch.export and pass the .pt2 file"
         ) from error
     twin.requires_grad_(False)
-    example = torch.zeros(2, *input_shape)
     shapes = ({0: Dim("batch", min=1)},)
     try:
+        example = torch.zeros(2, *input_shape)
         with torch.no_grad(), quiet():
             return torch.export.export(twin, (example,), dynamic_shapes=shapes)
     except Exception as error:
@@ -260,7 +260,7 @@ def _into_convolution(
     new_weight = fresh_constant(module, kernel.float(), f"{name}_folded")
     new_bias = fresh_constant(module, offset.float(), f"{name}_folded_bias")
     arguments = (source.args[0], new_weight, new_bias, *source.args[3:])
-    return module.graph.call_function(aten.conv2d.default, arguments)
+    return module.graph.create_node("call_function", aten.conv2d.default, arguments)
 
 
 def _scale_and_shift(
@@ -271,5 +271,5 @@ def _scale_and_shift(
     factor = fresh_constant(module, scale.float().view(shape), "norm_scale")
     offset = fresh_constant(module, shift.float().view(shape), "norm_shift")
     scaled = module.graph.call_function(aten.mul.Tensor, (source, factor))
-    scaled.meta.update(source.meta)
+    scaled.meta["val"] = source.meta["val"]
     return module.graph.call_function(aten.add.Tensor, (scaled, offset))

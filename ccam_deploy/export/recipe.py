@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Annotated
 
 import msgspec
-import numpy as np
 import torch
 from torch import nn
 
 from ccam_deploy import image as imaging
-from ccam_deploy.bundle import Interpolation, PrecisionName, Resize
+from ccam_deploy.bundle import Interpolation, Positive, PrecisionName, Preprocessing, Resize
 from ccam_deploy.errors import OptionError, SourceError, brief
 from ccam_deploy.export import sources
 from ccam_deploy.export.exporter import (
@@ -28,7 +27,7 @@ Bound = Annotated[float, msgspec.Meta(ge=0)]
 class InputTable(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """[input]: size is height, width; see ExportSettings for the rest."""
 
-    size: tuple[int, int]
+    size: tuple[Positive, Positive]
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     resize: Resize = "crop"
@@ -124,17 +123,20 @@ def _set_statistics(network: nn.Module, recipe: Recipe) -> None:
     norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     if not norms:
         return
-    how = ExportSettings(mean=recipe.input.mean, std=recipe.input.std)
-    pictures = [picture.resize(recipe.input.size[::-1]) for picture in photographs()]
-    pixels = np.stack([np.asarray(p.convert("RGB"), np.float32) / 255 for p in pictures])
-    images = (pixels - np.array(how.mean, np.float32)) / np.array(how.std, np.float32)
-    batch = torch.from_numpy(images.transpose(0, 3, 1, 2).astype(np.float32))
+    size, mean, std = recipe.input.size, recipe.input.mean, recipe.input.std
+    how = Preprocessing("stretch", size, "bicubic", mean, std)
+    batch = torch.from_numpy(imaging.prepare(photographs(), size, how)[0])
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None
     network.train()
-    with torch.no_grad():
-        network(torch.cat([batch, batch.flip(3)]))
+    try:
+        with torch.no_grad():
+            network(torch.cat([batch, batch.flip(3)]))
+    except Exception as error:
+        raise SourceError(
+            f"{recipe.arch} does not run on images of {list(batch.shape[1:])}: {brief(error)}"
+        ) from error
 
 
 def _labels(recipe: Recipe, folder: Path) -> tuple[str, ...]:
@@ -144,9 +146,10 @@ def _labels(recipe: Recipe, folder: Path) -> tuple[str, ...]:
     if ":" in recipe.labels:
         module_name, _, attribute = recipe.labels.partition(":")
         weights = getattr(sources.import_module(module_name), attribute, None)
-        if weights is None:
+        best = getattr(weights, "DEFAULT", None)
+        if best is None:
             raise OptionError(f'labels "{recipe.labels}" do not exist')
-        return tuple(weights.DEFAULT.meta["categories"])
+        return tuple(best.meta["categories"])
     return read_labels(folder / recipe.labels)
 
 

@@ -57,14 +57,16 @@ class LayerPartition:
 
 
 class MaskSequence(Sequence[Floats]):
-    """Each pair's masks [N, H, W] float32, drawn from small maps when they are asked for."""
+    """Each pair's masks [N, H, W] float32, drawn when they are asked for.
 
-    def __init__(self, draw: Callable[[Any], Floats], recipes: Sequence[Any]) -> None:
-        self._draw = draw
-        self._recipes = tuple(recipes)
+    draws: one function for each pair.
+    """
+
+    def __init__(self, draws: Sequence[Callable[[], Floats]]) -> None:
+        self._draws = tuple(draws)
 
     def __len__(self) -> int:
-        return len(self._recipes)
+        return len(self._draws)
 
     @overload
     def __getitem__(self, index: int) -> Floats: ...
@@ -74,11 +76,11 @@ class MaskSequence(Sequence[Floats]):
 
     def __getitem__(self, index: int | slice) -> Floats | MaskSequence:
         if isinstance(index, slice):
-            return MaskSequence(self._draw, self._recipes[index])
-        return self._draw(self._recipes[index])
+            return MaskSequence(self._draws[index])
+        return self._draws[index]()
 
     def __add__(self, other: MaskSequence) -> MaskSequence:
-        return MaskSequence(self._draw, self._recipes + other._recipes)
+        return MaskSequence(self._draws + other._draws)
 
 
 @dataclass(frozen=True)

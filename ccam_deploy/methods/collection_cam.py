@@ -98,8 +98,8 @@ class CollectionCAM:
                 np.where(c, s - b, np.float32(0))
                 for s, c, b in zip(scores, counted, base, strict=True)
             )
-        draw = partial(_draw, size=batch.size, theta=self.options.theta)
-        return MethodResult(raw, tuple(layers), MaskSequence(draw, per_pair), weights, mic)
+        draws = [partial(_draw, sums, batch.size, self.options.theta) for sums in per_pair]
+        return MethodResult(raw, tuple(layers), MaskSequence(draws), weights, mic)
 
     def _chosen_layers(self, names: tuple[str, ...]) -> list[int]:
         for name in self.options.layers:

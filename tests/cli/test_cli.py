@@ -1,0 +1,412 @@
+"""The command line: what it prints and writes, and one line for everything that goes wrong."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+import statistics
+import struct
+import subprocess
+import sys
+import time
+import zlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from PIL import Image
+
+from ccam_deploy import bundle as bundles
+from ccam_deploy.cli.main import main
+from ccam_deploy.export import program as programs
+from tests.export.test_export import Detached
+from tests.helpers import ROOT, example_files, tiny
+from tests.test_bundle import contents, flip, full_disk
+
+SCRIPT = Path(sys.executable).with_name("ccam-deploy")
+WEIGHTS = ["--arch", "tests.helpers:tiny", "--input-size", "32x48"]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Programs and a file of weights. Do not change them: copy them."""
+    folder = tmp_path_factory.mktemp("models")
+    torch.export.save(programs.trace(tiny(), (3, 32, 48)), folder / "net.pt2")
+    torch.export.save(programs.trace(Detached(), (3, 32, 48)), folder / "aside.pt2")
+    torch.save(tiny().state_dict(), folder / "net.pt")
+    return folder
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(*words: object) -> Result:
+    return CliRunner().invoke(main, [str(word) for word in words])
+
+
+def success(*words: object) -> Result:
+    result = run(*words)
+    assert result.exit_code == 0, result.stderr
+    return result
+
+
+def failure(*words: object) -> str:
+    """The one line that a command prints on stderr when it fails."""
+    return refusal(run(*words))
+
+
+def refusal(result: Result) -> str:
+    assert result.exit_code == 2, result.output
+    assert isinstance(result.exception, SystemExit)
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, result.stderr
+    assert result.stderr.splitlines()[-1] == lines[0]
+    assert "Traceback" not in result.output
+    return lines[0].removeprefix("error: ")
+
+
+def tree(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+
+
+def picture(path: Path, size: tuple[int, int] = (40, 30), seed: int = 0) -> Path:
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def test_help_is_quick() -> None:
+    """Under half a second, median of five fresh processes."""
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        done = subprocess.run([str(SCRIPT), "--help"], capture_output=True, text=True, check=True)
+        seconds.append(time.perf_counter() - start)
+    assert re.search(r"explain .*\n +export .*\n +info .*\n +verify ", done.stdout)
+    assert statistics.median(seconds) < 0.5
+
+
+@pytest.mark.parametrize("words", [["--help"], ["explain", "--help"], ["export", "--help"]])
+def test_help_loads_nothing_heavy(words: list[str]) -> None:
+    code = (
+        "import sys; from ccam_deploy.cli.main import main\n"
+        "try: main(sys.argv[1:])\n"
+        "finally: print([m for m in ('torch', 'onnx', 'onnxruntime', 'numba', 'numpy') "
+        "if m in sys.modules])\n"
+    )
+    command = [sys.executable, "-c", code, *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_export_of_a_program(models: Path, here: Path) -> None:
+    (here / "names.txt").write_text("ant\nbee\ncat\ndog\neel\n")
+    result = success("export", models / "net.pt2", "--labels", "names.txt", "--json")
+    report = json.loads(result.stdout)
+    bundle = bundles.read(here / "engines" / "net")
+    assert report["bundle"] == "engines/net"
+    assert report["manifest"]["digest"] == bundle.manifest.digest
+    assert bundle.manifest.labels == ("ant", "bee", "cat", "dog", "eel")
+    assert (bundle.manifest.name, bundle.manifest.source) == ("net", "net.pt2")
+    assert "converting the fp32 graphs of relu1, relu2" in result.stderr.splitlines()
+    assert tree(here / "engines") == ["net", *(f"net/{name}" for name in tree(bundle.folder))]
+
+
+def test_export_of_weights(models: Path, here: Path, tiny_bundle: Path) -> None:
+    options = [*WEIGHTS, "--layers", "relu1, relu2", "--output", "out"]
+    options += ["--mean", "0.485,0.456,0.406", "--calibration-images", str(here)]
+    picture(here / "calibration.png")
+    result = success("export", models / "net.pt", *options)
+    first, second = result.stdout.splitlines()
+    assert first == "out: 5 classes, layers relu1, relu2"
+    number = r"\d\.\de[-+]\d\d"
+    pattern = f"fp32 against PyTorch: logits {number}, gradients {number}, saliency rank corr"
+    assert re.match(pattern, second)
+    assert bundles.read("out").precision("fp32").fidelity.images == 1
+    for name in ("backbone.onnx", "weights.bin"):
+        assert (here / "out" / name).read_bytes() == (tiny_bundle / name).read_bytes()
+
+
+LINE = re.compile(r"(\S+): class (\w+), score (0\.\d{3}), masks \d+\+\d+, \d+\.\d ms")
+
+
+def test_explain_writes_what_was_asked_for(tiny_bundle: Path, here: Path) -> None:
+    picture(here / "one.png")
+    words = ["explain", tiny_bundle, "one.png", "--target", "cat"]
+    result = success(*words, "--save", "overlay,heatmap, panel,npz,json")
+    first, *written = result.stdout.splitlines()
+    matched = LINE.fullmatch(first)
+    assert matched
+    assert (matched[1], matched[2]) == ("one.png", "cat")
+    stem = "explanations/one-cat"
+    kinds = ("overlay.png", "heatmap.png", "npz", "json")
+    expected = [f"{stem}.{kind}" for kind in kinds] + ["explanations/one-panel.png"]
+    assert [line.strip() for line in written] == expected
+    assert result.stderr == ""
+    for kind in ("overlay", "heatmap"):
+        with Image.open(f"{stem}.{kind}.png") as shown:
+            assert shown.size == (40, 30)
+    with np.load(f"{stem}.npz") as arrays:
+        assert arrays["saliency"].shape == (32, 48)
+        assert arrays["original"].shape == (30, 40)
+        assert len(arrays["masks"]) == len(arrays["weights"]) == len(arrays["mic"])
+        assert set(arrays) > {"labels.relu1", "quality.relu2", "logits", "raw_saliency"}
+    content = json.loads(Path(f"{stem}.json").read_text())
+    assert (content["class"], content["target"]) == ("cat", 2)
+    assert f"{content['probability']:.3f}" == matched[3]
+    assert content["settings"]["options"]["theta"] == 0.1
+
+
+def test_explain_folders_classes_and_options(tiny_bundle: Path, here: Path) -> None:
+    """Equal names get numbers: of files in several folders, and of classes."""
+    for index, name in enumerate(("a/x.png", "a/x-2.png", "b/x.png")):
+        Path(name).parent.mkdir(exist_ok=True)
+        picture(here / name, seed=index)
+    words = ["explain", tiny_bundle, "a", "b/x.png", "--target", "top5", "--output", "out"]
+    words += ["--option", "theta=0.3", "--option", "k_max=3", "--json", "--save", "json"]
+    lines = json.loads(success(*words).stdout)
+    names = ["ant", "bee", "cat", "dog-3", "dog-4"]
+    expected = {f"{stem}-{name}.json" for stem in ("x", "x-2", "x-3") for name in names}
+    assert set(tree(here / "out")) == expected
+    assert [line["file"] for line in lines[::5]] == ["a/x-2.png", "a/x.png", "b/x.png"]
+    assert sum(line["probability"] for line in lines[:5]) == pytest.approx(1)
+    assert all(set(line["masks"]) == {"relu1", "relu2"} for line in lines)
+    assert all(2 <= count <= 3 for line in lines for count in line["masks"].values())
+    for line in lines:
+        content = json.loads(Path(line["files"][0]).read_text())
+        assert (content["target"], content["file"]) == (line["target"], line["file"])
+        assert content["settings"]["options"]["theta"] == 0.3
+
+
+@pytest.mark.parametrize(("target", "classes"), [("top1", 1), ("top3", 3), ("cat", 2), ("4", 4)])
+def test_targets(tiny_bundle: Path, here: Path, target: str, classes: int) -> None:
+    picture(here / "one.png")
+    words = ["explain", tiny_bundle, "one.png", "--target", target, "--save", "none", "--json"]
+    lines = json.loads(success(*words).stdout)
+    if target.startswith("top"):
+        logits = [line["logit"] for line in lines]
+        assert len(logits) == classes
+        assert logits == sorted(logits, reverse=True)
+    else:
+        assert [line["target"] for line in lines] == [classes]
+    assert tree(here) == ["one.png"]
+
+
+def test_a_good_and_a_bad_image(tiny_bundle: Path, here: Path) -> None:
+    picture(here / "good.png")
+    (here / "bad.png").write_bytes((here / "good.png").read_bytes()[:900])
+    Image.fromarray(np.full((20, 20), np.nan, np.float32)).save(here / "nan.tif")
+    result = run("explain", tiny_bundle, "bad.png", "good.png")
+    assert refusal(result).startswith("bad.png cannot be decoded: ")
+    assert result.stdout.startswith("good.png: class ")
+    (written,) = tree(here / "explanations")
+    assert re.fullmatch(r"good-[a-z]+(-\d)?\.overlay\.png", written)
+    result = run("explain", tiny_bundle, "nan.tif", "good.png", "--save", "none")
+    assert refusal(result) == "nan.tif: the image has NaN or infinite pixels"
+    assert result.stdout.startswith("good.png: class ")
+
+
+def test_info(tiny_bundle: Path) -> None:
+    text = success("info", tiny_bundle).stdout
+    assert re.search(r"^input +3 channels, 32x48, cut from 37x55, bilinear$", text, re.M)
+    assert re.search(r"^classes +5, named$", text, re.M)
+    assert re.search(r"^relu2 +8 +8 +12$", text, re.M)
+    manifest = json.loads(success("info", tiny_bundle, "--json").stdout)
+    assert manifest == json.loads((tiny_bundle / "manifest.json").read_text())
+
+
+def test_verify(tiny_bundle: Path, here: Path) -> None:
+    last = success("verify", tiny_bundle).stdout.splitlines()[-1]
+    assert last == f"{tiny_bundle}: 5 files and all graphs are as exported"
+    report = json.loads(success("verify", tiny_bundle, "--json").stdout)
+    assert report["files"] == 5
+    assert report["graphs"]["fp32"]["backend"].startswith("onnxruntime-")
+    assert report["graphs"]["fp32"]["logits"] < 1e-4
+    shutil.copytree(tiny_bundle, here / "tiny")
+    (here / "tiny" / "extra").touch()
+    assert failure("verify", "tiny") == "tiny has files that its manifest does not list: extra"
+    (here / "tiny" / "extra").unlink()
+    strict = bundles.read(here / "tiny").manifest
+    precision = replace(strict.precisions["fp32"], tolerance={"saliency_rank": 1.5})
+    bundles.write_manifest(here / "tiny", replace(strict, precisions={"fp32": precision}))
+    message = "the graphs do not give what was recorded: fp32: saliency_rank 1 is below 1.5"
+    assert failure("verify", "tiny") == message
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["export"], "give a model file, or a --recipe that names its own network"),
+        (["export", "none.pt"], "none.pt does not exist"),
+        (["export", "text.pt"], "text.pt is not a PyTorch file"),
+        (["export", "short.pt"], "short.pt is truncated or damaged; copy or save it again"),
+        (["export", "net.pt"], "net.pt holds weights alone; name their network with --arch"),
+        (["export", "net.pt", "--random-weights"], "--random-weights goes with --recipe and"),
+        (
+            ["export", "net.pt", "--arch", "ccam_deploy.export.digits:DigitsNet"],
+            'net.pt is not for ccam_deploy.export.digits:DigitsNet: it lacks "stem.0.weight" and',
+        ),
+        (
+            ["export", "net.pt2", "--layers", "relu1,layer4"],
+            'layer "layer4" is not in the model; it has norm1, relu1, conv2, relu2',
+        ),
+        (
+            ["export", "aside.pt2", "--layers", "aside"],
+            'the logits do not depend on layer "aside"',
+        ),
+        (["export", "net.pt2", "--output", "text.pt"], "text.pt exists and is not a bundle"),
+        (["export", "net.pt2", "--labels", "none"], "none cannot be read as labels: "),
+        (["export", "net.pt2", "--recipe", "none"], "none cannot be read: No such file"),
+        (["export", "net.pt2", "--calibration-images", "none"], "none does not exist"),
+        (["export", "net.pt2", "--mean", "a,b"], '"a,b" is not a list of numbers such as'),
+        (["export", "net.pt2", "--std", "1,nan,1"], "they must be finite"),
+        (["export", "net.pt2", "--input-size", "9x9x9"], '"9x9x9" is not a size such as 224x224'),
+        (["export", "net.pt2", "--input-size", "9" * 9], "is not a size such as 224x224"),
+        (["explain", "none", "one.png"], "none is not a bundle: there is no such folder"),
+        (["explain", "tiny", "one.png", "--target", "5"], "class 5 is out of range; the bundle"),
+        (["explain", "tiny", "one.png", "--target", "-1"], "class -1 is out of range; the bund"),
+        (["explain", "tiny", "one.png", "--target", "top9"], "top is 9; it must be 1 to 5"),
+        (["explain", "tiny", "one.png", "--target", "top" + "9" * 5000], "is not in the bundle"),
+        (
+            ["explain", "tiny", "one.png", "--target", "cow"],
+            'class "cow" is not in the bundle; it has ant, bee, cat, dog, dog',
+        ),
+        (["explain", "tiny", "one.png", "--target", "dog"], 'the name "dog" stands for classes'),
+        (["explain", "tiny", "none.png"], "none.png does not exist"),
+        (["explain", "tiny", "empty"], "empty holds no images (.jpg, "),
+        (["explain", "tiny", "short.png"], "short.png cannot be decoded: "),
+        (["explain", "tiny", "bomb.png"], "bomb.png has too many pixels: "),
+        (["explain", "tiny", "dot.png"], "dot.png is 1x1; both sides must be at least 8"),
+        (["explain", "tiny", "text.pt"], "text.pt is not an image of a known format"),
+        (
+            ["explain", "tiny", "one.png", "--option", "depth=3"],
+            'option "depth" is unknown; the method has theta, k_min, k_max, score',
+        ),
+        (["explain", "tiny", "one.png", "--option", "theta"], 'option "theta" is not key=value'),
+        (["explain", "tiny", "one.png", "--option", "theta=2"], "theta is 2.0; it must be in"),
+        (["explain", "tiny", "one.png", "--option", "k_max=x"], "an option has an unusable value"),
+        (["explain", "tiny", "one.png", "--option", "layers=x"], '"x"'),
+        (
+            ["explain", "tiny", "one.png", "--colormap", "rainbow"],
+            'color map "rainbow" is unknown; there are jet, turbo',
+        ),
+        (
+            ["explain", "tiny", "one.png", "--save", "overlay,gif"],
+            '--save "gif" is unknown; there are overlay, heatmap, panel, npz, json and none',
+        ),
+        (["explain", "tiny", "one.png", "--output", "text.pt"], "'text.pt' is a file. See ccam-"),
+        (["explain", "tiny", "one.png", "--precision", "fp16"], "the bundle has no fp16 graphs"),
+        (["explain", "tiny", "one.png", "--colour"], "See ccam-deploy explain --help"),
+        (["explain", "tiny"], "Missing argument 'IMAGES...'. See ccam-deploy explain --help"),
+        (["explane"], "No such command 'explane'"),
+        (["verify", "tiny", "--backend", "tpu"], 'backend "tpu" is unknown; there are auto, onnx'),
+        (["verify", "none"], "none is not a bundle: there is no such folder"),
+        (["info", "text.pt"], "text.pt is not a bundle: there is no such folder"),
+        (["explain", "changed", "one.png"], "changed/weights.bin was changed after the export"),
+        (["verify", "changed"], "changed/weights.bin was changed after the export"),
+        (["info", "changed"], "changed/weights.bin was changed after the export"),
+        (["info", "outside"], 'the manifest of outside leads outside its folder: "../weights.bin"'),
+    ],
+)
+def test_bad_input(
+    models: Path, tiny_bundle: Path, here: Path, words: list[str], message: str
+) -> None:
+    (here / "empty").mkdir()
+    (here / "text.pt").write_text("not a model\n")
+    for name in ("net.pt", "net.pt2", "aside.pt2"):
+        shutil.copy(models / name, here)
+    (here / "short.pt").write_bytes((models / "net.pt").read_bytes()[:3000])
+    picture(here / "one.png")
+    picture(here / "dot.png", (1, 1))
+    (here / "short.png").write_bytes((here / "one.png").read_bytes()[:900])
+    (here / "bomb.png").write_bytes(bomb())
+    for name in ("tiny", "changed", "outside"):
+        shutil.copytree(tiny_bundle, here / name)
+    flip(here / "changed" / "weights.bin", 100)
+    manifest = bundles.read(here / "outside").manifest
+    files = manifest.files | {"../weights.bin": manifest.files["weights.bin"]}
+    bundles.write_manifest(here / "outside", replace(manifest, files=files))
+    before = tree(here)
+    assert message in failure(*words)
+    assert tree(here) == before
+
+
+def bomb() -> bytes:
+    """A PNG of 100 bytes that claims to have 60,000 x 60,000 pixels."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        check = zlib.crc32(kind + content)
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", check)
+
+    header = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(64)))
+    return b"\x89PNG\r\n\x1a\n" + body + chunk(b"IEND", b"")
+
+
+def test_debug_shows_the_error_itself(here: Path) -> None:
+    result = run("--debug", "info", "none")
+    assert result.exit_code == 1
+    assert "there is no such folder" in str(result.exception)
+
+
+@pytest.mark.parametrize("limit", [1000, 10000])
+def test_full_disk_while_exporting(models: Path, tiny_bundle: Path, here: Path, limit: int) -> None:
+    """In the weights, and in the recorded values."""
+    shutil.copytree(tiny_bundle, here / "tiny")
+    before = contents(here)
+    with full_disk(limit):
+        result = run("export", models / "net.pt2", "--output", "tiny")
+    assert refusal(result) == "cannot write tiny: File too large"
+    assert contents(here) == before
+    assert [path.name for path in here.iterdir()] == ["tiny"]
+
+
+def test_full_disk_while_explaining(tiny_bundle: Path, here: Path) -> None:
+    picture(here / "one.png")
+    with full_disk(500):
+        result = run("explain", tiny_bundle, "one.png")
+    assert re.fullmatch(
+        r"cannot write explanations/one-[\w-]+\.overlay\.png: File too large", refusal(result)
+    )
+    assert tree(here) == ["explanations", "one.png"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", ["converting", "writing"])
+def test_ctrl_c_in_the_middle_of_an_export(models: Path, here: Path, step: str) -> None:
+    code = (
+        "import signal; from ccam_deploy.cli.main import main\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler); main()\n"
+    )
+    command: list[Any] = [sys.executable, "-c", code, "export", models / "net.pt2"]
+    command += ["--output", here / "out" / "net"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        assert process.stderr is not None
+        while not (line := process.stderr.readline()).startswith(step):
+            assert line, "the export ended too early"
+        process.send_signal(signal.SIGINT)
+        rest = process.stderr.read()
+        assert process.wait(60) == 2
+    assert rest.splitlines()[-1] == "error: interrupted; nothing was left half-written"
+    assert "Traceback" not in rest
+    assert not [path for path in here.rglob("*") if path.is_file() or path.name != "out"]
+
+
+def test_the_examples_in_one_process(digits_bundle: Path, here: Path) -> None:
+    """The installed command, on the trained example and its own images."""
+    files = example_files()[:2]
+    words = [SCRIPT, "explain", digits_bundle, *files, "--precision", "fp16"]
+    command = [str(word) for word in words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(tree(here / "explanations")) == 2

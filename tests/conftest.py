@@ -1,0 +1,39 @@
+"""Fixtures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import ccam_deploy as ccam
+from ccam_deploy.export import ExportSettings, export
+from ccam_deploy.export import recipe as recipes
+from tests.helpers import RECIPES, digits_model, tiny
+
+
+@pytest.fixture(scope="session")
+def digits_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The example classifier's bundle, with both precisions. Do not change it: copy it."""
+    path = RECIPES / "digits.toml"
+    recipe = recipes.read(path)
+    settings = recipes.settings(recipe, path.parent)
+    folder = tmp_path_factory.mktemp("bundles") / "digits"
+    export(digits_model(), folder, recipe.input.size, None, "fp16", settings)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small network's bundle, 32 × 48 pixels. Do not change it: copy it."""
+    folder = tmp_path_factory.mktemp("bundles") / "tiny"
+    settings = ExportSettings(labels=("ant", "bee", "cat", "dog", "dog"))
+    export(tiny(), folder, (32, 48), None, "fp32", settings)
+    return folder
+
+
+@pytest.fixture
+def digits(digits_bundle: Path) -> Iterator[ccam.Explainer]:
+    with ccam.load(digits_bundle) as explainer:
+        yield explainer

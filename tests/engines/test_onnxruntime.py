@@ -1,0 +1,192 @@
+"""The ONNX Runtime engine and the choice of a backend."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from ccam_deploy import bundle as bundles
+from ccam_deploy.engines import TensorSpec, available, load_networks, open_networks
+from ccam_deploy.engines.onnxruntime import OnnxRuntimeEngine, devices
+from ccam_deploy.errors import BackendError, OptionError
+from tests.helpers import noise
+
+without_cuda = pytest.mark.skipif(
+    "cuda" in devices(), reason="the installed ONNX Runtime has the CUDA provider"
+)
+
+
+def write_graph(path: Path, kind: int = TensorProto.FLOAT, operator: str = "Add") -> Path:
+    """A graph of one operator: a [n, 3], b [n, 3] -> total, first, in that order."""
+    tensors = {
+        name: helper.make_tensor_value_info(name, kind, ["n", 3])
+        for name in ("a", "b", "total", "first")
+    }
+    nodes = [
+        helper.make_node(operator, ["a", "b"], ["total"]),
+        helper.make_node("Identity", ["a"], ["first"]),
+    ]
+    graph = helper.make_graph(
+        nodes, "test", [tensors["a"], tensors["b"]], [tensors["total"], tensors["first"]]
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(model, path)
+    return path
+
+
+@pytest.fixture
+def graph(tmp_path: Path) -> Path:
+    return write_graph(tmp_path / "sum.onnx")
+
+
+def test_outputs_are_named_and_right(graph: Path) -> None:
+    a, b = noise(4, 3), noise(4, 3, seed=1)
+    with OnnxRuntimeEngine(graph) as engine:
+        values = engine.run({"b": b, "a": a})
+    assert list(values) == ["total", "first"]
+    np.testing.assert_allclose(values["total"], a + b, rtol=1e-6)
+    np.testing.assert_array_equal(values["first"], a)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        (TensorProto.FLOAT, np.float32),
+        (TensorProto.FLOAT16, np.float16),
+        (TensorProto.INT64, np.int64),
+    ],
+)
+def test_specs_are_the_graphs(tmp_path: Path, kind: int, dtype: type[np.generic]) -> None:
+    engine = OnnxRuntimeEngine(write_graph(tmp_path / "sum.onnx", kind))
+    assert engine.inputs == tuple(TensorSpec(n, np.dtype(dtype), ("n", 3)) for n in "ab")
+    assert [spec.name for spec in engine.outputs] == ["total", "first"]
+    ones = np.ones((1, 3), dtype)
+    np.testing.assert_array_equal(engine.run({"a": ones, "b": ones})["total"], [[2, 2, 2]])
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (None, 'input "b" is missing'),
+        (noise(4, 2), r'input "b" is float32\[4, 2\], the graph takes float32\[\'n\', 3\]'),
+        (noise(4, 3, 1), r'input "b" is float32\[4, 3, 1\], the graph takes'),
+        (noise(4, 3).astype(np.float64), r'input "b" is float64\[4, 3\], the graph takes'),
+    ],
+    ids=["missing", "shape", "rank", "dtype"],
+)
+def test_unfit_inputs_are_named(graph: Path, value: Any, message: str) -> None:
+    feeds = {"a": noise(4, 3)} | ({} if value is None else {"b": value})
+    with OnnxRuntimeEngine(graph) as engine, pytest.raises(BackendError, match=message):
+        engine.run(feeds)
+
+
+def test_what_the_runtime_reports_is_passed_on(graph: Path) -> None:
+    """Sizes that the specs leave open, and that the operator cannot bring together."""
+    with (
+        OnnxRuntimeEngine(graph) as engine,
+        pytest.raises(BackendError, match=r"ONNX Runtime failed on .*sum\.onnx: .*"),
+    ):
+        engine.run({"a": noise(4, 3), "b": noise(5, 3)})
+
+
+def test_closed_engine_says_so(graph: Path) -> None:
+    engine = OnnxRuntimeEngine(graph)
+    engine.close()
+    engine.close()
+    with pytest.raises(BackendError, match="the engine was closed"):
+        engine.run({"a": noise(1, 3), "b": noise(1, 3)})
+
+
+@pytest.mark.parametrize("content", [b"", b"rubbish", None], ids=["empty", "rubbish", "missing"])
+def test_broken_files_are_named(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "bad.onnx"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(BackendError, match=r"ONNX Runtime cannot load .*bad\.onnx: .+"):
+        OnnxRuntimeEngine(path)
+
+
+def test_unknown_operator_is_named(tmp_path: Path) -> None:
+    path = write_graph(tmp_path / "odd.onnx", operator="Frobnicate")
+    with pytest.raises(BackendError, match=r"cannot load .*odd\.onnx: .*Frobnicate"):
+        OnnxRuntimeEngine(path)
+
+
+def test_foreign_types_are_named(tmp_path: Path) -> None:
+    path = write_graph(tmp_path / "wide.onnx", TensorProto.DOUBLE)
+    message = r'"a" is a tensor\(double\); graphs may hold tensor\(float\), '
+    with pytest.raises(BackendError, match=message):
+        OnnxRuntimeEngine(path)
+
+
+@without_cuda
+def test_cuda_is_refused_without_its_provider(graph: Path) -> None:
+    message = r"ONNX Runtime has no CUDAExecutionProvider; pip install ccam-deploy\[gpu\]"
+    with pytest.raises(BackendError, match=message):
+        OnnxRuntimeEngine(graph, "cuda")
+
+
+@without_cuda
+def test_cuda_does_not_fall_back(tiny_bundle: Path) -> None:
+    with pytest.raises(BackendError, match="has no CUDAExecutionProvider"):
+        open_networks(bundles.read(tiny_bundle), "onnxruntime-cuda")
+
+
+@pytest.mark.parametrize("threads", [0, 1, 3])
+def test_threads_reach_the_sessions(tiny_bundle: Path, threads: int) -> None:
+    networks = open_networks(bundles.read(tiny_bundle), "onnxruntime-cpu", threads=threads)
+    try:
+        assert networks.engines.keys() == {"backbone", "gradient", "classifier"}
+        for engine in networks.engines.values():
+            assert isinstance(engine, OnnxRuntimeEngine)
+            assert engine._session.get_session_options().intra_op_num_threads == threads
+            assert engine._session.get_providers() == ["CPUExecutionProvider"]
+    finally:
+        networks.close()
+
+
+@without_cuda
+def test_auto_takes_the_cpu_here(tiny_bundle: Path) -> None:
+    assert available() == ["onnxruntime-cpu"]
+    networks = open_networks(bundles.read(tiny_bundle))
+    assert networks.backend == "onnxruntime-cpu"
+    networks.close()
+
+
+def test_unknown_settings(tiny_bundle: Path) -> None:
+    bundle = bundles.read(tiny_bundle)
+    with pytest.raises(OptionError, match='backend "openvino" is unknown; there are auto, onnxr'):
+        open_networks(bundle, "openvino")
+    with pytest.raises(OptionError, match="threads is -1; it must be 0 or more"):
+        open_networks(bundle, threads=-1)
+    with pytest.raises(OptionError, match="the bundle has no int8 graphs, only fp32"):
+        open_networks(bundle, precision="int8")
+
+
+def test_auto_says_why_nothing_works(tiny_bundle: Path, tmp_path: Path) -> None:
+    """A bundle whose files went away after it was read."""
+    bundle = bundles.read(tiny_bundle)
+    message = "no backend works here: .*onnxruntime-cpu: ONNX Runtime cannot load .*backbone"
+    with pytest.raises(BackendError, match=message):
+        open_networks(bundles.Bundle(tmp_path, bundle.manifest))
+
+
+def test_engines_are_closed_where_one_fails(
+    graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[Path] = []
+    close = OnnxRuntimeEngine._close_impl
+
+    def noted(engine: OnnxRuntimeEngine) -> None:
+        closed.append(engine._path)
+        close(engine)
+
+    monkeypatch.setattr(OnnxRuntimeEngine, "_close_impl", noted)
+    with pytest.raises(BackendError, match=r"none\.onnx"):
+        load_networks({"one": graph, "other": tmp_path / "none.onnx"}, 1.0, "onnxruntime-cpu")
+    assert closed == [graph]

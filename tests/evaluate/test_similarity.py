@@ -1,0 +1,97 @@
+"""Spearman's correlation and SSIM against SciPy and scikit-image."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from scipy.ndimage import gaussian_filter
+from scipy.stats import spearmanr
+
+from ccam_deploy.evaluate.similarity import spearman, ssim
+from tests.helpers import Floats
+
+metrics = pytest.importorskip("skimage.metrics", reason="scikit-image is not installed")
+
+UNIT = st.floats(0, 1, width=32)
+
+
+def smooth(seed: int, height: int = 30, width: int = 41) -> Floats:
+    """A map like a saliency map: soft, in [0, 1]."""
+    values = np.random.default_rng(seed).random((height, width))
+    soft = gaussian_filter(values, 3)
+    scaled: Floats = ((soft - soft.min()) / np.ptp(soft)).astype(np.float32)
+    return scaled
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_spearman_is_scipys(seed: int) -> None:
+    one, other = smooth(seed), smooth(seed + 9)
+    expected = spearmanr(one.ravel(), other.ravel()).statistic
+    assert spearman(one, other) == pytest.approx(expected, abs=1e-12)
+
+
+@given(
+    st.lists(st.integers(0, 3), min_size=4, max_size=30),
+    st.integers(0, 2**31),
+)
+def test_spearman_shares_ranks_among_equals(values: list[int], seed: int) -> None:
+    one = np.array([0, 1, *values], np.float32)
+    other = np.random.default_rng(seed).permutation(one)
+    expected = spearmanr(one, other).statistic
+    assert spearman(one, other) == pytest.approx(expected, abs=1e-12)
+
+
+def test_spearman_by_hand() -> None:
+    """Ranks 1234 and 1243: 1 − 6·(1 + 1) / (4·15) = 0.8."""
+    one = np.array([[1, 2], [3, 4]], np.float32)
+    assert spearman(one, np.array([[1, 2], [9, 4]], np.float32)) == pytest.approx(0.8)
+    assert spearman(one, one**3) == pytest.approx(1)
+    assert spearman(one, -one) == pytest.approx(-1)
+
+
+def test_spearman_of_flat_maps() -> None:
+    flat, varied = np.full((9, 9), 0.3, np.float32), smooth(0, 9, 9)
+    assert spearman(flat, flat + 0.1) == 1
+    assert spearman(flat, varied) == 0
+    assert spearman(varied, flat) == 0
+
+
+@pytest.mark.parametrize("size", [(30, 41), (7, 7), (8, 100)])
+def test_ssim_is_scikit_images(size: tuple[int, int]) -> None:
+    one, other = smooth(1, *size), smooth(2, *size)
+    expected = metrics.structural_similarity(
+        one.astype(np.float64), other.astype(np.float64), data_range=1
+    )
+    assert ssim(one, other) == pytest.approx(expected, abs=1e-12)
+
+
+@given(arrays(np.float32, (8, 9), elements=UNIT), arrays(np.float32, (8, 9), elements=UNIT))
+def test_ssim_is_scikit_images_on_any_map(one: Floats, other: Floats) -> None:
+    expected = metrics.structural_similarity(
+        one.astype(np.float64), other.astype(np.float64), data_range=1
+    )
+    assert ssim(one, other) == pytest.approx(expected, abs=1e-9)
+
+
+def test_ssim_falls_with_the_difference() -> None:
+    one, other = smooth(3), smooth(4)
+    values = [ssim(one, one + share * (other - one)) for share in (0, 0.01, 0.1, 0.5, 1)]
+    assert values[0] == pytest.approx(1, abs=1e-12)
+    assert values == sorted(values, reverse=True)
+    assert values[-1] < 0.7
+
+
+def test_ssim_needs_its_window() -> None:
+    small = np.zeros((6, 20), np.float32)
+    with pytest.raises(ValueError, match=r"maps of \(6, 20\) are smaller than the 7x7 window"):
+        ssim(small, small)
+
+
+def test_what_is_not_a_number_stays_so() -> None:
+    broken = smooth(5)
+    broken[3, 3] = np.nan
+    assert np.isnan(spearman(broken, smooth(5)))
+    assert np.isnan(ssim(smooth(5), broken))

@@ -1,0 +1,400 @@
+"""Exports: the model is left alone, its bundle is exact, and what cannot be exported is named."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.export import Dim
+
+import ccam_deploy as ccam
+from ccam_deploy import bundle as bundles
+from ccam_deploy.errors import (
+    BundleError,
+    CcamError,
+    LayerError,
+    LoweringError,
+    OptionError,
+    SourceError,
+    ToleranceError,
+)
+from ccam_deploy.export import ExportSettings, export
+from ccam_deploy.export import program as programs
+from ccam_deploy.export import recipe as recipes
+from ccam_deploy.export.sources import Model
+from tests.helpers import RECIPES, TinyNet, features_and_gradients, noise, tiny
+
+SIZE = (32, 48)
+
+
+def test_the_model_is_left_as_it_was(tiny_bundle: Path, tmp_path: Path) -> None:
+    """In training mode, partly frozen, with gradients and a hook: the same bundle comes out."""
+    model = tiny().train()
+    model.norm1.eval()
+    model.conv1.requires_grad_(False)
+    model.head.weight.grad = torch.ones_like(model.head.weight)
+    calls: list[nn.Module] = []
+    model.conv2.register_forward_hook(lambda module, inputs, output: calls.append(module))
+    modes = [module.training for module in model.modules()]
+    grads = {name: p.requires_grad for name, p in model.named_parameters()}
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    random, enabled = torch.get_rng_state(), torch.is_grad_enabled()
+    export(model, tmp_path / "tiny", SIZE)
+    assert [module.training for module in model.modules()] == modes
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == grads
+    assert [len(module._forward_hooks) for module in model.modules()].count(1) == 1
+    assert torch.equal(model.head.weight.grad, torch.ones_like(model.head.weight))
+    assert model.conv2.weight.grad is None
+    assert list(model.state_dict()) == list(state)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random)
+    assert torch.is_grad_enabled() == enabled
+    for name in ("backbone.onnx", "gradient.onnx", "classifier.onnx", "weights.bin"):
+        assert (tmp_path / "tiny" / name).read_bytes() == (tiny_bundle / name).read_bytes(), name
+
+
+def test_a_convolution_before_its_normalisation(tmp_path: Path) -> None:
+    """It is folded away by default; named as a layer, it keeps its own output."""
+    bundle = export(tiny(), tmp_path / "tiny", SIZE, ["relu2", "conv1"])
+    assert [layer.name for layer in bundle.manifest.layers] == ["conv1", "relu2"]
+    images = noise(4, 3, *SIZE)
+    classes = [0, 1, 4, 2]
+    logits, features, gradients = features_and_gradients(
+        tiny(), torch.from_numpy(images.copy()), ["conv1", "relu2"], classes
+    )
+    with ccam.load(bundle) as explainer:
+        got = explainer.networks.backbone(images)
+        one_hot = np.eye(5, dtype=np.float32)[classes]
+        got_gradients = explainer.networks.gradients(got, one_hot)
+    np.testing.assert_allclose(got.logits, logits.numpy(), atol=1e-5)
+    for mine, theirs in zip(got.features, features, strict=True):
+        np.testing.assert_allclose(mine, theirs.numpy(), atol=1e-5)
+    for mine, theirs in zip(got_gradients, gradients, strict=True):
+        np.testing.assert_allclose(mine, theirs.numpy(), atol=1e-6)
+
+
+def test_grey_images_and_what_the_manifest_records(tmp_path: Path) -> None:
+    settings = ExportSettings(
+        mean=(0,),
+        std=(1,),
+        resize="stretch",
+        cover=(40, 60),
+        labels=tuple("abcde"),
+        name="grey",
+        source="a test",
+        random_weights=True,
+    )
+    manifest = export(tiny(1), tmp_path / "bundle", SIZE, None, "fp32", settings).manifest
+    assert (manifest.name, manifest.source, manifest.random_weights) == ("grey", "a test", True)
+    assert manifest.input == (1, 32, 48)
+    assert manifest.labels == ("a", "b", "c", "d", "e")
+    how = manifest.preprocessing
+    assert (how.resize, how.cover, how.mean, how.std) == ("stretch", (40, 60), (0.0,), (1.0,))
+    assert manifest.tools["torch"] == torch.__version__
+    picture = Image.fromarray(np.arange(64 * 64, dtype=np.uint16).reshape(64, 64).astype(np.uint8))
+    with ccam.load(tmp_path / "bundle") as explainer:
+        images, _ = explainer.preprocess([picture])
+        result = explainer.explain(picture)
+    assert images.shape == (1, 1, 32, 48)
+    assert result.saliency.shape == (1, 32, 48)
+    with torch.no_grad():
+        expected = tiny(1)(torch.from_numpy(images)).numpy()
+    np.testing.assert_allclose(result.logits, expected, atol=1e-5)
+
+
+def test_half_precision_adds_graphs(digits_bundle: Path) -> None:
+    bundle = bundles.read(digits_bundle)
+    whole, half = (bundle.precision(name) for name in ("fp32", "fp16"))
+    assert whole.gradient_scale == 1
+    assert half.gradient_scale > 0
+    assert math.frexp(half.gradient_scale)[0] == 0.5
+    for precision, dtype in ((whole, onnx.TensorProto.FLOAT), (half, onnx.TensorProto.FLOAT16)):
+        for file in precision.graphs.values():
+            model = onnx.load(bundle.path(file), load_external_data=False)
+            assert model.graph.output[0].type.tensor_type.elem_type == dtype, file
+    images = np.load(bundle.path(half.reference))["images"]
+    found = []
+    for kind in ("fp32", "fp16"):
+        with ccam.load(bundle, precision=kind) as explainer:
+            activations = explainer.networks.backbone(images)
+            found.append(explainer.networks.gradients(activations, np.eye(2, 10, dtype="f4")))
+    for one, other in zip(*found, strict=True):
+        assert np.linalg.norm(one - other) < 0.1 * np.linalg.norm(one)
+
+
+def test_impossible_tolerance(tiny_bundle: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_bundle, tmp_path / "tiny")
+    before = (tmp_path / "tiny" / "manifest.json").read_bytes()
+    settings = ExportSettings(tolerance={"fp32": {"saliency_rank": 1.5}})
+    with pytest.raises(ToleranceError) as raised:
+        export(tiny(), tmp_path / "tiny", SIZE, None, "fp32", settings)
+    message = r"the fp32 graphs do not agree with PyTorch: saliency_rank [\d.]+ is below 1\.5"
+    assert re.fullmatch(message, str(raised.value))
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
+    assert (tmp_path / "tiny" / "manifest.json").read_bytes() == before
+
+
+class Net(nn.Module):
+    """A convolution, something else, a head."""
+
+    def __init__(self, body: Callable[[Tensor], Tensor] = torch.relu) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, 2, 1)
+        self.aside = nn.Conv2d(3, 6, 3, 2, 1)
+        self.body = Body(body)
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.head(self.body(self.stem(x)).mean((2, 3)))
+
+
+class Body(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+class Detached(Net):
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x) + self.aside(x).detach().mean((2, 3))[:, :5]
+
+
+class TwoOutputs(Net):
+    def forward(self, x: Tensor) -> Any:
+        logits = super().forward(x)
+        return logits, logits.softmax(1)
+
+
+class ByValue(Net):
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x) if bool(x.sum() > 0) else torch.zeros(len(x), 5)
+
+
+class Uncopied(Net):
+    def __deepcopy__(self, memo: object) -> Net:
+        raise RuntimeError("this holds a socket")
+
+
+def fixed_batch() -> Model:
+    return torch.export.export(tiny(), (torch.zeros(2, 3, *SIZE),))
+
+
+def in_double() -> Model:
+    images = torch.zeros(2, 3, *SIZE, dtype=torch.float64)
+    return torch.export.export(tiny().double(), (images,), dynamic_shapes=({0: Dim("batch")},))
+
+
+@pytest.mark.parametrize(
+    ("make", "layers", "kind", "message"),
+    [
+        (
+            tiny,
+            ["relu2", "layer5"],
+            LayerError,
+            'layer "layer5" is not in the model; it has norm1, relu1, conv2, relu2',
+        ),
+        (
+            tiny,
+            ["head"],
+            LayerError,
+            'layer "head" gives no feature map [batch, channels, height, width]; '
+            "these do: norm1, relu1, conv2, relu2",
+        ),
+        (
+            tiny,
+            ["relu2", "relu2"],
+            LayerError,
+            "the layers relu2, relu2 do not name different feature maps",
+        ),
+        (Detached, ["aside"], LayerError, 'the logits do not depend on layer "aside"'),
+        (
+            TwoOutputs,
+            None,
+            SourceError,
+            "the model has 1 inputs and 2 outputs; it must take images and return logits alone",
+        ),
+        (
+            fixed_batch,
+            None,
+            SourceError,
+            "the program has a fixed batch; export it again with "
+            'dynamic_shapes=({0: torch.export.Dim("batch")},)',
+        ),
+        (
+            in_double,
+            None,
+            SourceError,
+            "the program takes torch.float64; export the model in float32",
+        ),
+        (
+            lambda: nn.Conv2d(3, 5, 3),
+            None,
+            SourceError,
+            "it must be [batch, classes]",
+        ),
+        (
+            ByValue,
+            None,
+            SourceError,
+            "torch.export cannot trace the model on images of 3x32x48: Could not guard on",
+        ),
+        (
+            Uncopied,
+            None,
+            SourceError,
+            "the model cannot be copied (this holds a socket); "
+            "export it with torch.export and pass the .pt2 file",
+        ),
+        (
+            lambda: Net(lambda x: x.median(3, keepdim=True)[0]),
+            ["stem"],
+            LoweringError,
+            'operator aten.median.dim in module "body" has no ONNX equivalent',
+        ),
+    ],
+)
+def test_models_that_cannot_be_exported(
+    tmp_path: Path,
+    make: Callable[[], Model],
+    layers: list[str] | None,
+    kind: type[CcamError],
+    message: str,
+) -> None:
+    with pytest.raises(kind) as raised:
+        export(make(), tmp_path / "a" / "bundle", SIZE, layers)
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mean": (0.5,)}, "mean has 1 values and std 3; both need 1 or 3"),
+        ({"mean": (0.5,) * 2, "std": (0.5,) * 2}, "mean has 2 values and std 2; both need 1 or 3"),
+        ({"std": (1, 0, 1)}, "std is (1, 0, 1); every value must be above 0"),
+        ({"std": (1, math.nan, 1)}, "they must be finite"),
+        ({"mean": (0, math.inf, 1)}, "they must be finite"),
+        ({"tolerance": {"fp32": {"logit": 1}}}, 'tolerance "fp32.logit" is unknown; there are log'),
+        ({"labels": ("a", "b")}, "there are 2 labels for the model's 5 classes"),
+        ({"cover": (31, 48)}, "cover is (31, 48); it must not be smaller than the input (32, 48)"),
+    ],
+)
+def test_settings_that_do_not_fit(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError) as raised:
+        export(tiny(), tmp_path / "bundle", SIZE, None, "fp32", ExportSettings(**settings))
+    assert message in str(raised.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_arguments_that_do_not_fit(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=r'^precision "fp64" is unknown; there are fp32, fp16$'):
+        export(tiny(), tmp_path / "bundle", SIZE, None, "fp64")
+    with pytest.raises(OptionError, match=r"^input_size is \(4, 48\); both must be 8 or more$"):
+        export(tiny(), tmp_path / "bundle", (4, 48))
+    grey = programs.trace(tiny(1), (1, *SIZE))
+    with pytest.raises(OptionError, match=r"^the model takes 1 channels, mean and std have 3 val"):
+        export(grey, tmp_path / "bundle")
+    (tmp_path / "file").touch()
+    steps: list[str] = []
+    with pytest.raises(BundleError, match=r"file exists and is not a bundle; choose another"):
+        export(tiny(), tmp_path / "file", SIZE, settings=ExportSettings(progress=steps.append))
+    assert steps == []
+
+
+RECIPE = 'name = "n"\narch = "tests.helpers:tiny"\n[input]\nsize = [32, 48]\n'
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("name = ", "is not a valid recipe: "),
+        (b"\xff\xfe", "is not a valid recipe: "),
+        ('name = "n"\n[input]\nsize = [8, 8]\n', "missing required field `arch`"),
+        ("labls = []\n" + RECIPE, "unknown field `labls`"),
+        (RECIPE.replace("[32, 48]", "32"), "Expected `array`, got `int` - at `$.input.size`"),
+        (RECIPE.replace("32", "0"), "Expected `int` >= 1 - at `$.input.size[0]`"),
+        ('precision = "int8"\n' + RECIPE, "Invalid enum value 'int8' - at `$.precision`"),
+        (RECIPE + "[tolerance.fp32]\nlogits = -1\n", "Expected `float` >= 0.0"),
+    ],
+)
+def test_recipes_that_cannot_be_read(tmp_path: Path, content: str | bytes, message: str) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(OptionError) as raised:
+        recipes.read(path)
+    assert str(raised.value).startswith(f"{path} ")
+    assert message in str(raised.value)
+
+
+def test_recipes_that_cannot_be_followed(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    with pytest.raises(OptionError, match=r"recipe\.toml cannot be read: No such file or direct"):
+        recipes.read(path)
+    path.write_text(RECIPE)
+    recipe = recipes.read(path)
+    with pytest.raises(SourceError, match=r"^the recipe n has no trained weights; use --random-w"):
+        recipes.model(recipe, tmp_path)
+    path.write_text('weights = "none.pt"\nlabels = "none.txt"\n' + RECIPE)
+    recipe = recipes.read(path)
+    with pytest.raises(SourceError, match=r"none\.pt does not exist$"):
+        recipes.model(recipe, tmp_path)
+    with pytest.raises(OptionError, match=r"none\.txt cannot be read as labels: "):
+        recipes.settings(recipe, tmp_path)
+    (tmp_path / "none.txt").write_text("\n \n")
+    with pytest.raises(OptionError, match=r"none\.txt holds no labels; give one a line$"):
+        recipes.settings(recipe, tmp_path)
+    path.write_text('labels = "math:pi"\n' + RECIPE)
+    with pytest.raises(OptionError, match=r'^labels "math:pi" do not exist$'):
+        recipes.settings(recipes.read(path), tmp_path)
+    path.write_text(RECIPE.replace(":tiny", ":tiny(channels=1)"))
+    with pytest.raises(SourceError, match=r"does not run on images of \[3, 32, 48\]: Given groups"):
+        recipes.random_model(recipes.read(path))
+
+
+def test_recipes_say_what_is_exported(tmp_path: Path) -> None:
+    (tmp_path / "names.txt").write_text("ant\n\n bee \n")
+    path = tmp_path / "recipe.toml"
+    path.write_text('labels = "names.txt"\n' + RECIPE + "mean = [0, 0.5, 1]\n")
+    settings = recipes.settings(recipes.read(path), tmp_path)
+    assert (settings.labels, settings.mean) == (("ant", "bee"), (0.0, 0.5, 1.0))
+    assert (settings.name, settings.source) == ("n", "tests.helpers:tiny")
+    digits = recipes.read(RECIPES / "digits.toml")
+    assert recipes.settings(digits, RECIPES).labels == tuple("0123456789")
+    assert all(recipes.read(file).name == file.stem for file in RECIPES.glob("*.toml"))
+
+
+def test_random_weights_are_the_same_every_time(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text(RECIPE.replace("tiny", "TinyNet"))
+    random = torch.get_rng_state()
+    one, other = (recipes.random_model(recipes.read(path)) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), random)
+    assert isinstance(one, TinyNet)
+    assert not one.training
+    for name, value in one.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name])
+    assert one.norm1.running_mean is not None
+    assert one.norm1.running_mean.abs().max() > 0.01
+
+
+def test_the_manifest_is_plain_json(digits_bundle: Path) -> None:
+    """And names every file."""
+    content = json.loads((digits_bundle / "manifest.json").read_text())
+    listed = {path.name for path in digits_bundle.iterdir()} - {"manifest.json"}
+    assert set(content["files"]) == listed
+    assert content["random_weights"] is False

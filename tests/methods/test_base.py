@@ -1,0 +1,113 @@
+"""What all methods share: the stopwatch and the lazy masks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import numpy as np
+import pytest
+
+from ccam_deploy.engines import Activations
+from ccam_deploy.methods import Batch, MaskSequence, Stopwatch
+from tests.helpers import Floats, noise
+
+
+def ticking(*seconds: float) -> Callable[[], float]:
+    """A clock that shows these times one after another."""
+    times: Iterator[float] = iter(seconds)
+    return lambda: next(times)
+
+
+def test_stages_add_up() -> None:
+    clock = Stopwatch(ticking(0, 2, 10, 10.5, 20, 23))
+    with clock.stage("masks"):
+        pass
+    with clock.stage("classifier"):
+        pass
+    with clock.stage("masks"):
+        pass
+    assert clock.seconds == {"masks": 5, "classifier": 0.5}
+
+
+def test_nested_stages_are_counted_on_their_own() -> None:
+    clock = Stopwatch(ticking(0, 1, 4, 6))
+    with clock.stage("outer"), clock.stage("inner"):
+        pass
+    assert clock.seconds == {"inner": 3, "outer": 6}
+
+
+def test_a_stage_that_fails_is_counted() -> None:
+    clock = Stopwatch(ticking(1, 8))
+    with pytest.raises(ZeroDivisionError), clock.stage("gradient"):
+        _ = 1 / 0
+    assert clock.seconds == {"gradient": 7}
+
+
+def test_stopwatch_runs_on_a_real_clock() -> None:
+    clock = Stopwatch()
+    with clock.stage("work"):
+        sum(range(1000))
+    assert 0 < clock.seconds["work"] < 60
+
+
+class Drawing:
+    """Draws maps of one value and notes which were asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+
+    def __call__(self, value: int) -> Floats:
+        self.asked.append(value)
+        return np.full((value, 2, 3), value, np.float32)
+
+    def sequence(self, *values: int) -> MaskSequence:
+        return MaskSequence([partial(self, value) for value in values])
+
+
+def test_masks_are_drawn_only_when_asked_for() -> None:
+    drawing = Drawing()
+    masks = drawing.sequence(1, 2, 3)
+    joined = masks[1:] + masks
+    assert (len(masks), len(joined)) == (3, 5)
+    assert drawing.asked == []
+    assert masks[2].shape == (3, 2, 3)
+    assert (masks[-1] == 3).all()
+    assert drawing.asked == [3, 3]
+
+
+def test_masks_are_a_sequence() -> None:
+    masks = Drawing().sequence(5, 6, 7)
+    assert [len(value) for value in masks] == [5, 6, 7]
+    assert [len(value) for value in reversed(masks)] == [7, 6, 5]
+    assert [len(value) for value in masks[::2]] == [5, 7]
+    assert isinstance(masks[:0], MaskSequence)
+    assert len(masks[:0]) == 0
+    with pytest.raises(IndexError):
+        masks[3]
+
+
+def test_joined_masks_keep_their_own_drawing() -> None:
+    one, other = Drawing(), Drawing()
+    joined = one.sequence(1) + other.sequence(2)
+    assert [len(value) for value in joined] == [1, 2]
+    assert (one.asked, other.asked) == ([1], [2])
+
+
+def test_batch_knows_its_size() -> None:
+    images = noise(2, 3, 32, 48)
+    activations = Activations(noise(2, 5), (noise(2, 6, 8, 12),), {})
+    pairs = np.zeros(1, np.int64)
+    batch = Batch(images, activations, pairs, pairs, ("relu1",), noise(5), 4)
+    assert batch.size == (32, 48)
+
+
+def test_activations_of_chosen_rows() -> None:
+    activations = Activations(noise(3, 5), (noise(3, 6, 8, 12),), {"r": noise(3, 4, seed=2)})
+    rows = np.array([2, 0, 2])
+    taken = activations.take(rows)
+    np.testing.assert_array_equal(taken.logits, activations.logits[rows])
+    np.testing.assert_array_equal(taken.features[0], activations.features[0][rows])
+    np.testing.assert_array_equal(taken.residuals["r"], activations.residuals["r"][rows])
+    assert activations.take(np.arange(3)) is activations
+    assert len(activations.take(np.arange(2)).logits) == 2

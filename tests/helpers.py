@@ -214,9 +214,9 @@ def collection_cam_in_pytorch(
                 low = F.relu(kept_values.sum(0))
             else:
                 low = F.relu((g[members].mean((1, 2), keepdim=True) * a[members]).sum(0))
-            masks.append(
-                F.interpolate(low[None, None], size, mode="bilinear", align_corners=False)[0, 0]
-            )
+            # In double precision, so that a plateau stays flat and the quantile can tell it.
+            wide = F.interpolate(low[None, None].double(), size, mode="bilinear")[0, 0]
+            masks.append(wide.float())
     weights, normal = [], []
     with torch.no_grad():
         for mask in masks:

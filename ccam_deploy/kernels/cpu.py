@@ -2,6 +2,9 @@
 
 P counts (image, class) pairs, C channels, k collections, n masks; h×w is a feature map's size,
 H×W the input's. Sums run in float64, results are float32.
+
+Nothing here calls a threaded BLAS: its threads would spin on after a product, and take the cores
+from the engine that runs next.
 """
 
 from __future__ import annotations
@@ -159,13 +162,15 @@ def collection_sums(
     a map that is flat becomes zeros.
     """
     channels = len(labels)
-    values = features.reshape(channels, -1).astype(np.float64)
+    values = features.reshape(channels, -1)
     slopes = gradients.reshape(channels, -1)
-    members = (labels == np.arange(count, dtype=labels.dtype)[:, None]).astype(np.float64)
     if final:
-        sums = (members * slopes.mean(axis=1, dtype=np.float64)) @ values
+        values = values * slopes.mean(axis=1, dtype=np.float64)[:, None]
     else:
-        sums = members @ np.where(slopes > 0, values, 0.0)
+        values = np.where(slopes > 0, values, np.float32(0))
+    sums = np.stack(
+        [values[labels == index].sum(axis=0, dtype=np.float64) for index in range(count)]
+    )
     np.maximum(sums, 0.0, out=sums)
     highest = sums.max(axis=1, keepdims=True)
     varied = highest > sums.min(axis=1, keepdims=True)
@@ -193,23 +198,28 @@ def render_masks(
 
 def upsample(maps: Floats, size: tuple[int, int]) -> Floats:
     """Bilinear interpolation with half-pixel centres; [n, h, w] to [n, H, W] float32."""
-    rows = _interpolation(maps.shape[1], size[0])
-    columns = _interpolation(maps.shape[2], size[1])
-    return np.asarray(rows @ maps @ columns.T, dtype=np.float32)
+    wide = _interpolate(maps, size[1], axis=2)
+    return _interpolate(wide, size[0], axis=1)
+
+
+def _interpolate(values: Floats, target: int, axis: int) -> Floats:
+    """Interpolate along an axis; between equal neighbours the result is exactly their value."""
+    low, high, share = _neighbours(values.shape[axis], target)
+    one = np.take(values, low, axis, mode="clip")
+    other = np.take(values, high, axis, mode="clip")
+    other -= one
+    other *= share if axis == 2 else share[:, None]
+    other += one
+    return other
 
 
 @lru_cache(maxsize=64)
-def _interpolation(source: int, target: int) -> Floats:
-    """The matrix [target, source] that interpolates a line; outside values repeat the edge."""
+def _neighbours(source: int, target: int) -> tuple[NDArray[np.intp], NDArray[np.intp], Floats]:
+    """For each place on a line of `target`, its two neighbours among `source`, and its share."""
     centres = (np.arange(target) + 0.5) * (source / target) - 0.5
     centres = np.clip(centres, 0, source - 1)
     low = np.floor(centres).astype(np.intp)
-    high = np.minimum(low + 1, source - 1)
-    share = centres - low
-    matrix = np.zeros((target, source))
-    np.add.at(matrix, (np.arange(target), low), 1 - share)
-    np.add.at(matrix, (np.arange(target), high), share)
-    return matrix.astype(np.float32)
+    return low, np.minimum(low + 1, source - 1), (centres - low).astype(np.float32)
 
 
 def quantile(values: Floats, fraction: float) -> Floats:
@@ -223,8 +233,10 @@ def quantile(values: Floats, fraction: float) -> Floats:
     result = np.zeros(len(values), np.float32)
     zeros = values.shape[1] - np.count_nonzero(values, axis=1)
     for row in np.flatnonzero(zeros <= high):
-        ordered = np.partition(values[row], (low, high))
-        result[row] = ordered[low] + (ordered[high] - ordered[low]) * np.float32(place - low)
+        ordered = np.partition(values[row], high)
+        above = ordered[high]
+        below = ordered[:high].max() if high > low else above
+        result[row] = below + (above - below) * np.float32(place - low)
     return result
 
 
@@ -246,7 +258,8 @@ class SoftmaxSum:
         highest = max(float(scores.max()), self._highest[pair])
         kept = np.exp(self._highest[pair] - highest)
         weights = np.exp(scores.astype(np.float64) - highest)
-        added = weights.astype(np.float32) @ masks.reshape(len(masks), -1)
+        flat = masks.reshape(len(masks), -1)
+        added = np.einsum("n,np->p", weights.astype(np.float32), flat)
         target = self._sum[pair]
         if kept != 1.0:
             target *= np.float32(kept)

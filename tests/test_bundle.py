@@ -5,13 +5,11 @@ from __future__ import annotations
 import errno
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,18 +27,13 @@ from ccam_deploy.errors import (
     OutputError,
     TargetError,
 )
+from tests.damage import contents, flip, full_disk
 
 
 @pytest.fixture
 def folder(tiny_bundle: Path, tmp_path: Path) -> Path:
     """A bundle that a test may change, alone in its folder."""
     return shutil.copytree(tiny_bundle, tmp_path / "place" / "tiny")
-
-
-def flip(path: Path, offset: int) -> None:
-    content = bytearray(path.read_bytes())
-    content[offset] ^= 1
-    path.write_bytes(content)
 
 
 def reseal(folder: Path, change: Callable[[Manifest], Manifest]) -> None:
@@ -60,23 +53,8 @@ def rename(old: str, new: str) -> Callable[[Manifest], Manifest]:
     return change
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
-
-
-@contextmanager
-def full_disk(size: int) -> Iterator[None]:
-    """No file can grow beyond some bytes, which fails as a full disk does: in the writing call."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_round_trip(folder: Path) -> None:

@@ -25,9 +25,9 @@ from PIL import Image
 from ccam_deploy import bundle as bundles
 from ccam_deploy.cli.main import main
 from ccam_deploy.export import program as programs
-from tests.export.test_export import Detached
+from tests.damage import contents, flip, full_disk
 from tests.helpers import ROOT, example_files, tiny
-from tests.test_bundle import contents, flip, full_disk
+from tests.networks import Detached
 
 SCRIPT = Path(sys.executable).with_name("ccam-deploy")
 WEIGHTS = ["--arch", "tests.helpers:tiny", "--input-size", "32x48"]

@@ -34,6 +34,7 @@ from ccam_deploy.export import program as programs
 from ccam_deploy.export import recipe as recipes
 from ccam_deploy.export.sources import Model
 from tests.helpers import RECIPES, TinyNet, features_and_gradients, noise, tiny
+from tests.networks import Detached, Net
 
 SIZE = (32, 48)
 
@@ -143,34 +144,6 @@ def test_impossible_tolerance(tiny_bundle: Path, tmp_path: Path) -> None:
     assert re.fullmatch(message, str(raised.value))
     assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
     assert (tmp_path / "tiny" / "manifest.json").read_bytes() == before
-
-
-class Net(nn.Module):
-    """A convolution, something else, a head."""
-
-    def __init__(self, body: Callable[[Tensor], Tensor] = torch.relu) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 6, 3, 2, 1)
-        self.aside = nn.Conv2d(3, 6, 3, 2, 1)
-        self.body = Body(body)
-        self.head = nn.Linear(6, 5)
-
-    def forward(self, x: Tensor) -> Any:
-        return self.head(self.body(self.stem(x)).mean((2, 3)))
-
-
-class Body(nn.Module):
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
-
-
-class Detached(Net):
-    def forward(self, x: Tensor) -> Any:
-        return super().forward(x) + self.aside(x).detach().mean((2, 3))[:, :5]
 
 
 class TwoOutputs(Net):

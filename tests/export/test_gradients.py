@@ -162,6 +162,7 @@ BODIES: dict[str, nn.Module] = {
     "concatenation": Dense(),
     "attention": Attention(),
     "slices": Lambda(lambda x: torch.cat([x[:, 2:5], x[:, 4:], x[:, :, -12:12][:, :1]], 1)),
+    "full-slice": Lambda(lambda x: x.mean((2, 3))[:, :5]),
     "split": Lambda(lambda x: x.chunk(2, 1)[0] * x.chunk(2, 1)[1]),
     "select": Lambda(lambda x: x[:, 3] * x[:, 5]),
     "pixel-shuffle": nn.PixelShuffle(2),

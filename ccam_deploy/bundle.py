@@ -11,7 +11,7 @@ import re
 import shutil
 import signal
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -24,6 +24,7 @@ from ccam_deploy.errors import BundleError, IntegrityError, ManifestError, Optio
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+WEIGHTS = "weights.bin"
 GRAPHS = ("backbone", "gradient", "classifier")
 
 Positive = Annotated[int, msgspec.Meta(gt=0)]
@@ -101,6 +102,26 @@ class Precision:
 
 
 @dataclass(frozen=True)
+class Plan:
+    """A TensorRT plan, and all that it was made for; another device or library needs another plan.
+
+    file: where it lies.   graph, precision: what was built.   library, version: by which TensorRT.
+    devices: compute capabilities such as "8.9".   source: SHA-256 of the ONNX graph.
+    weights: SHA-256 of the weights.   max_batch: the most images that it takes at a time.
+    """
+
+    file: str
+    graph: str
+    precision: PrecisionName
+    library: str
+    version: str
+    devices: tuple[str, ...]
+    source: Digest
+    weights: Digest
+    max_batch: Positive
+
+
+@dataclass(frozen=True)
 class FileRecord:
     """A file's size in bytes and its SHA-256."""
 
@@ -115,6 +136,7 @@ class Manifest:
     input: channels, height, width.   labels: names of the classes, or none.
     random_weights: the network was not trained; its explanations mean nothing.
     files: every file but the manifest, by its path inside the bundle.
+    plans: graphs built for some GPUs; none is needed on a CPU.
     digest: SHA-256 of the manifest itself with this field empty.
     """
 
@@ -130,6 +152,7 @@ class Manifest:
     source: str
     tools: dict[str, str]
     files: dict[str, FileRecord]
+    plans: tuple[Plan, ...] = ()
     digest: str = ""
 
     def label(self, index: int) -> str:
@@ -257,6 +280,9 @@ def _check_consistency(path: Path, manifest: Manifest) -> None:
         for file in [*precision.graphs.values(), precision.reference]:
             if file not in manifest.files:
                 wrong = f'{name} uses "{file}", which is not among the files'
+    for plan in manifest.plans:
+        if plan.file not in manifest.files:
+            wrong = f'a plan is "{plan.file}", which is not among the files'
     if wrong:
         raise ManifestError(f"{path} is not a valid manifest: {wrong}")
 
@@ -294,24 +320,31 @@ def _encode(manifest: Manifest) -> bytes:
     return msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n"
 
 
-def record_files(folder: Path) -> dict[str, FileRecord]:
-    """Size and hash of every file in a folder, by its path inside it."""
+def record_files(folder: Path, names: Iterable[str] | None = None) -> dict[str, FileRecord]:
+    """Size and hash of some files in a folder, or of all, by their path inside it."""
+    if names is None:
+        found = (path for path in sorted(folder.rglob("*")) if path.is_file())
+        paths = (path.relative_to(folder).as_posix() for path in found)
+        names = [name for name in paths if name != MANIFEST]
     return {
-        path.relative_to(folder).as_posix(): FileRecord(path.stat().st_size, hash_file(path))
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != MANIFEST
+        name: FileRecord((folder / name).stat().st_size, hash_file(folder / name)) for name in names
     }
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write a manifest with its digest.
+    """Write a manifest with its digest, whole or not at all.
 
     Raises ManifestError for values that could not be read back, such as a NaN.
     """
     # Decoding makes floats of the integers that stand for them, as reading will.
     plain = _decode(folder / MANIFEST, _encode(manifest))
     sealed = replace(plain, digest=digest_of(plain))
-    (folder / MANIFEST).write_bytes(_encode(sealed))
+    draft = folder / f".{MANIFEST}"
+    try:
+        draft.write_bytes(_encode(sealed))
+        draft.replace(folder / MANIFEST)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def check_place(target: str | Path) -> None:

@@ -36,7 +36,7 @@ def _text(bundle: Bundle) -> str:
     total = sum(record.bytes for record in manifest.files.values())
     weights = ", random weights" if manifest.random_weights else ""
     fitting = "stretched" if how.resize == "stretch" else f"cut from {how.cover[0]}x{how.cover[1]}"
-    facts = [
+    facts: list[tuple[str, ...]] = [
         ("name", f"{manifest.name} (from {manifest.source}{weights})"),
         ("input", f"{channels} channels, {height}x{width}, {fitting}, {how.interpolation}"),
         ("mean", ", ".join(f"{value:g}" for value in how.mean)),
@@ -45,11 +45,11 @@ def _text(bundle: Bundle) -> str:
         ("size", f"{total / 1e6:.1f} MB in {len(manifest.files)} files"),
         ("made with", ", ".join(f"{name} {v}" for name, v in manifest.tools.items())),
     ]
-    layers = [("layer", "channels", "height", "width")]
+    layers: list[tuple[str, ...]] = [("layer", "channels", "height", "width")]
     layers += [(x.name, str(x.channels), str(x.height), str(x.width)) for x in manifest.layers]
     names = list(manifest.precisions)
     reports = [manifest.precisions[name].fidelity for name in names]
-    comparison = [("against PyTorch", *names)]
+    comparison: list[tuple[str, ...]] = [("against PyTorch", *names)]
     for title, values in (
         ("logits, relative error", [f"{r.logits:.1e}" for r in reports]),
         ("masked logits", [f"{r.masked_logits:.1e}" for r in reports]),
@@ -62,4 +62,14 @@ def _text(bundle: Bundle) -> str:
         ("images", [str(r.images) for r in reports]),
     ):
         comparison.append((title, *values))
-    return "\n\n".join(table(rows) for rows in (facts, layers, comparison))
+    parts: list[list[tuple[str, ...]]] = [facts, layers, comparison]
+    if manifest.plans:
+        plans: list[tuple[str, ...]] = [
+            ("plan", "precision", "library", "compute capabilities", "batch")
+        ]
+        for plan in manifest.plans:
+            library = f"{plan.library} {plan.version}"
+            devices = ", ".join(plan.devices)
+            plans.append((plan.graph, plan.precision, library, devices, str(plan.max_batch)))
+        parts.append(plans)
+    return "\n\n".join(table(rows) for rows in parts)

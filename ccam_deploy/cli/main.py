@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from ccam_deploy import __version__
+from ccam_deploy.cli.build import build
 from ccam_deploy.cli.explain import explain
 from ccam_deploy.cli.export import export
 from ccam_deploy.cli.info import info
@@ -45,5 +46,5 @@ def main(debug: bool) -> None:
     """
 
 
-for command in (export, explain, info, verify):
+for command in (export, build, explain, info, verify):
     main.add_command(command)

@@ -19,6 +19,7 @@ from ccam_deploy import bundle as bundles
 from ccam_deploy import image as imaging
 from ccam_deploy.bundle import (
     FORMAT,
+    WEIGHTS,
     Bundle,
     Fidelity,
     Interpolation,
@@ -142,7 +143,7 @@ def export(
     scales = {"fp32": 1.0, "fp16": _gradient_scale(expected)}
     with bundles.staged(output) as folder:
         files = {}
-        with onnx_graphs.WeightFile(folder / onnx_graphs.WEIGHTS) as weights:
+        with onnx_graphs.WeightFile(folder / WEIGHTS) as weights:
             for kind, models in converted.items():
                 chosen.progress(f"writing the {kind} graphs")
                 suffix = "" if kind == "fp32" else f".{kind}"

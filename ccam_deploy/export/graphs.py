@@ -19,7 +19,6 @@ from ccam_deploy.export.autodiff import differentiate
 from ccam_deploy.export.layers import TargetLayer
 from ccam_deploy.export.program import Program, cast, module_of, quiet
 
-WEIGHTS = "weights.bin"
 _INLINE_BYTES = 1024
 _ALIGNMENT = 4096
 

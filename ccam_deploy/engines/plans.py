@@ -1,0 +1,229 @@
+"""TensorRT plans: a bundle's graphs built for one kind of GPU.
+
+`tensorrt` (for servers) and `tensorrt_rtx` (for workstations; it builds without a GPU too) have the
+same API; what only one of them has is found by probing. A plan is code for one library version
+and some compute capabilities, so each is recorded with all that it was made for.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ccam_deploy.errors import BackendError, OptionError, brief
+
+Flavour = Literal["tensorrt", "tensorrt-rtx"]
+Shape = tuple[int, ...]
+
+FLAVOURS: dict[Flavour, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+_OPTIMUM_MASKS = 24
+_LARGEST_MASKS = 64
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The sizes that a plan is tuned for. batch, masks: smallest, most likely and largest."""
+
+    name: str
+    batch: tuple[int, int, int]
+    masks: tuple[int, int, int]
+
+    def sizes(self, axis: str) -> tuple[int, int, int]:
+        """The sizes of a graph's dynamic axis, by the name that the export gave it."""
+        return self.masks if axis == "masks" else self.batch
+
+
+def profiles(max_batch: int) -> tuple[Profile, ...]:
+    """One image for latency, and up to `max_batch` for throughput where that is more than one."""
+    if max_batch < 1:
+        raise OptionError(f"max_batch is {max_batch}; it must be at least 1")
+    largest = max(_LARGEST_MASKS, max_batch)
+    latency = Profile("latency", (1, 1, 1), (1, _OPTIMUM_MASKS, largest))
+    if max_batch == 1:
+        return (latency,)
+    return latency, Profile("throughput", (1, max_batch, max_batch), (1, largest, largest))
+
+
+@dataclass(frozen=True)
+class Library:
+    """An installed TensorRT. module: typed as Any, for it is one of two packages."""
+
+    flavour: Flavour
+    module: Any
+
+    @property
+    def version(self) -> str:
+        """The version of the package, which a plan is bound to."""
+        return str(self.module.__version__)
+
+    @property
+    def capabilities(self) -> dict[str, Any]:
+        """The compute capabilities that can be built for without a GPU, by name such as "8.9".
+
+        Empty for a library that builds for the GPU that is there.
+        """
+        known = getattr(self.module, "ComputeCapability", None)
+        members = {} if known is None else known.__members__
+        return {
+            f"{name[2:-1]}.{name[-1]}": value
+            for name, value in members.items()
+            if name.startswith("SM")
+        }
+
+    def targets(self, devices: Sequence[str]) -> tuple[str, ...]:
+        """The compute capabilities to build for: those named, else all that can be.
+
+        Raises OptionError for one that is unknown, BackendError where a GPU is needed and missing.
+        """
+        known = self.capabilities
+        if not known:
+            here = present_device()
+            if any(device != here for device in devices):
+                raise OptionError(f"{self.flavour} builds for the GPU that is here, {here}, alone")
+            return (here,)
+        for device in devices:
+            if device not in known:
+                raise OptionError(
+                    f"{self.flavour} does not support compute capability {device}; "
+                    f"it supports {', '.join(known)}"
+                )
+        return tuple(devices) or tuple(known)
+
+
+def present_device() -> str:
+    """The compute capability of the first GPU here. Raises BackendError where there is none."""
+    try:
+        from numba import cuda
+
+        device: Any = cuda.get_current_device()  # type: ignore[no-untyped-call]
+        major, minor = device.compute_capability
+    except Exception as error:
+        raise BackendError(f"no NVIDIA GPU was found: {brief(error)}") from error
+    return f"{major}.{minor}"
+
+
+def load_library(flavour: Flavour) -> Library:
+    """Import a flavour of TensorRT. Raises BackendError where it is not installed."""
+    try:
+        return Library(flavour, importlib.import_module(FLAVOURS[flavour]))
+    except ImportError as error:
+        extra = "rtx" if flavour == "tensorrt-rtx" else "gpu"
+        raise BackendError(
+            f"{flavour} is not installed ({error}): pip install ccam-deploy[{extra}]"
+        ) from error
+
+
+def build_plan(
+    library: Library,
+    graph: Path,
+    tuned_for: Sequence[Profile],
+    devices: Sequence[str],
+    progress: Callable[[str], None] | None = None,
+) -> bytes:
+    """Build one ONNX graph into a plan.
+
+    tuned_for: one optimisation profile each.   devices: compute capabilities, as `targets` gave.
+    progress: called with the name of each phase.
+    Raises BackendError with TensorRT's own words where it rejects the graph.
+    """
+    trt = library.module
+    log = _logger(trt)
+    builder = trt.Builder(log)
+    if builder is None:
+        raise BackendError(f"{library.flavour} cannot build here: {log.last_error}")
+    network = builder.create_network(_network_flags(trt))
+    parser = trt.OnnxParser(network, log)
+    if not parser.parse_from_file(str(graph)):
+        reasons = [str(parser.get_error(i).desc()) for i in range(parser.num_errors)]
+        raise BackendError(f"{library.flavour} rejects {graph.name}: {'; '.join(reasons[:2])}")
+    config = builder.create_builder_config()
+    _aim_at(library, config, devices)
+    for profile in tuned_for:
+        _add_profile(builder, config, network, graph, profile)
+    if progress:
+        config.progress_monitor = _monitor(trt, progress)
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise BackendError(f"{library.flavour} cannot build {graph.name}: {log.last_error}")
+    return bytes(plan)
+
+
+def _network_flags(trt: Any) -> int:
+    """Strongly typed: the types in the ONNX graph hold. Newer versions know no other networks."""
+    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    return 0 if flag is None else 1 << int(flag)
+
+
+def _aim_at(library: Library, config: Any, devices: Sequence[str]) -> None:
+    known = library.capabilities
+    if not known:
+        return
+    config.num_compute_capabilities = len(devices)
+    for index, device in enumerate(devices):
+        config.set_compute_capability(known[device], index)
+
+
+def _add_profile(builder: Any, config: Any, network: Any, graph: Path, profile: Profile) -> None:
+    added = builder.create_optimization_profile()
+    axes = _dynamic_axes(graph)
+    for index in range(network.num_inputs):
+        tensor = network.get_input(index)
+        shapes = [
+            tuple(
+                profile.sizes(axes[tensor.name])[which] if size == -1 else int(size)
+                for size in tensor.shape
+            )
+            for which in range(3)
+        ]
+        added.set_shape(tensor.name, *shapes)
+    config.add_optimization_profile(added)
+
+
+def _dynamic_axes(graph: Path) -> dict[str, str]:
+    """The name of each input's dynamic axis, "batch" or "masks"; read without the weights."""
+    import onnx
+
+    model = onnx.load(str(graph), load_external_data=False)
+    names = {}
+    for tensor in model.graph.input:
+        sizes = tensor.type.tensor_type.shape.dim
+        names[tensor.name] = next((size.dim_param for size in sizes if size.dim_param), "")
+    return names
+
+
+def _logger(trt: Any) -> Any:
+    """A logger that keeps the last error and prints nothing."""
+
+    class Log(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.last_error = "no reason was given"
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.ILogger.Severity.ERROR:
+                self.last_error = " ".join(message.split())
+
+    return Log()
+
+
+def _monitor(trt: Any, progress: Callable[[str], None]) -> Any:
+    """Tells of each outermost phase as it starts."""
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+
+        def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
+            if parent is None:
+                progress(phase)
+
+        def phase_finish(self, phase: str) -> None:
+            pass
+
+        def step_complete(self, phase: str, step: int) -> bool:
+            return True
+
+    return Monitor()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import secrets
 import shutil
 import signal
 import tempfile
@@ -265,26 +266,38 @@ def _decode(path: Path, content: bytes) -> Manifest:
 
 
 def _check_consistency(path: Path, manifest: Manifest) -> None:
-    channels = manifest.input[0]
-    preprocessing = manifest.preprocessing
-    wrong = ""
-    if manifest.labels and len(manifest.labels) != manifest.classes:
-        wrong = f"{len(manifest.labels)} labels for {manifest.classes} classes"
-    elif len(preprocessing.mean) != channels or len(preprocessing.std) != channels:
-        wrong = f"mean and std must have {channels} values"
-    elif not manifest.layers or not manifest.precisions:
-        wrong = "it lists no layers or no graphs"
-    for name, precision in manifest.precisions.items():
-        if set(precision.graphs) != set(GRAPHS):
-            wrong = f"{name} must have the graphs {', '.join(GRAPHS)}"
-        for file in [*precision.graphs.values(), precision.reference]:
-            if file not in manifest.files:
-                wrong = f'{name} uses "{file}", which is not among the files'
-    for plan in manifest.plans:
-        if plan.file not in manifest.files:
-            wrong = f'a plan is "{plan.file}", which is not among the files'
-    if wrong:
+    for wrong in _inconsistencies(manifest):
         raise ManifestError(f"{path} is not a valid manifest: {wrong}")
+
+
+def _inconsistencies(manifest: Manifest) -> Iterator[str]:
+    """What the schema cannot say: sizes and names that must fit each other."""
+    channels, *size = manifest.input
+    how = manifest.preprocessing
+    layers = len(manifest.layers)
+    if manifest.labels and len(manifest.labels) != manifest.classes:
+        yield f"{len(manifest.labels)} labels for {manifest.classes} classes"
+    if len(how.mean) != channels or len(how.std) != channels:
+        yield f"mean and std must have {channels} values"
+    if how.resize == "crop" and any(c < s for c, s in zip(how.cover, size, strict=True)):
+        yield f"cover {how.cover} is smaller than the input {tuple(size)}"
+    if not layers or not manifest.precisions:
+        yield "it lists no layers or no graphs"
+    for name, precision in manifest.precisions.items():
+        report = precision.fidelity
+        if set(precision.graphs) != set(GRAPHS):
+            yield f"{name} must have the graphs {', '.join(GRAPHS)}"
+        if len(precision.baseline_logits) != manifest.classes:
+            yield f"{name} must have {manifest.classes} baseline logits"
+        if not len(report.features) == len(report.gradients) == layers:
+            yield f"the fidelity of {name} must have {layers} layers"
+        for bound in precision.tolerance:
+            if not hasattr(report, bound):
+                yield f'{name} has a tolerance for the unknown "{bound}"'
+    used = [f for p in manifest.precisions.values() for f in (*p.graphs.values(), p.reference)]
+    for file in [*used, *(plan.file for plan in manifest.plans)]:
+        if file not in manifest.files:
+            yield f'it uses "{file}", which is not among the files'
 
 
 def _check_file(root: Path, name: str, record: FileRecord) -> None:
@@ -365,15 +378,11 @@ def staged(target: str | Path) -> Iterator[Path]:
     check_place(target)
     place = Path(target).absolute()
     missing = [parent for parent in place.parents if not parent.exists()]
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{place.name}-", dir=place.parent))
-    except OSError as error:
-        raise BundleError(f"cannot write to {place.parent}: {error.strerror}") from error
+    work = place.with_name(f".{place.name}-{secrets.token_hex(4)}")
     try:
         with _termination_as_exit():
+            work.mkdir(parents=True)
             yield work
-            work.chmod(0o755)
             _swap(work, place)
     except OSError as error:
         raise BundleError(f"cannot write {target}: {error.strerror or error}") from error
@@ -402,12 +411,10 @@ def _swap(work: Path, place: Path) -> None:
     retired = Path(tempfile.mkdtemp(prefix=f".{place.name}-", dir=place.parent))
     try:
         place.rename(retired / "old")
-        try:
-            work.rename(place)
-        except BaseException:
-            (retired / "old").rename(place)
-            raise
+        work.rename(place)
     finally:
+        if not place.exists() and (retired / "old").exists():
+            (retired / "old").rename(place)
         shutil.rmtree(retired, ignore_errors=True)
 
 
@@ -426,4 +433,4 @@ def _termination_as_exit() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if previous is None else previous)

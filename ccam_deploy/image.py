@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from ccam_deploy.bundle import Preprocessing
 from ccam_deploy.errors import ImageError, brief
@@ -70,8 +70,7 @@ def load(source: str | Path | bytes, name: str = "") -> Image.Image:
             warnings.simplefilter("ignore")
             picture = Image.open(io.BytesIO(content), formats=FORMATS)
             _check_size(picture, name)
-            picture.load()
-            turned = ImageOps.exif_transpose(picture)
+            turned = _turned(picture)
     except UnidentifiedImageError as error:
         known = ", ".join(FORMATS)
         raise ImageError(f"{name} is not an image of a known format ({known})") from error
@@ -82,6 +81,13 @@ def load(source: str | Path | bytes, name: str = "") -> Image.Image:
     except Exception as error:
         raise ImageError(f"{name} cannot be decoded: {brief(error)}") from error
     return turned
+
+
+def _turned(picture: Image.Image) -> Image.Image:
+    """The picture with its pixels read, turned as its EXIF data says."""
+    picture.load()
+    turned = picture.getexif().get(ExifTags.Base.Orientation, 1) != 1
+    return ImageOps.exif_transpose(picture) if turned else picture
 
 
 def _read(path: Path) -> bytes:
@@ -127,11 +133,11 @@ def to_colours(picture: Image.Image, channels: int) -> Image.Image:
 def prepare(
     pictures: Sequence[Image.Image], size: tuple[int, int], how: Preprocessing
 ) -> tuple[Floats, tuple[Geometry, ...]]:
-    """Make the network's input of some images.
+    """Make the network's input of some images, turned as their EXIF data says.
 
     size: height, width of the input.
     Returns [B, C, H, W] float32, scaled, cropped and normalised, and each image's geometry.
-    Raises ImageError for an image that is too small, too narrow or has unusable pixels.
+    Raises ImageError for an image that is too small, too narrow, truncated or has unusable pixels.
     """
     if len(how.mean) not in (1, 3):
         raise ImageError(
@@ -141,13 +147,17 @@ def prepare(
     geometries = []
     for row, picture in zip(batch, pictures, strict=True):
         _check_size(picture, "the image")
-        geometry = _geometry((picture.height, picture.width), size, how)
-        geometries.append(geometry)
-        coloured = to_colours(picture, len(how.mean))
+        try:
+            turned = _turned(picture)
+        except Exception as error:
+            raise ImageError(f"the image cannot be decoded: {brief(error)}") from error
+        place = geometry((turned.height, turned.width), size, how)
+        geometries.append(place)
+        coloured = to_colours(turned, len(how.mean))
         scaled = coloured.resize(
-            (geometry.scaled[1], geometry.scaled[0]), Image.Resampling[how.interpolation.upper()]
+            (place.scaled[1], place.scaled[0]), Image.Resampling[how.interpolation.upper()]
         )
-        top, left = geometry.corner
+        top, left = place.corner
         cropped = scaled.crop((left, top, left + size[1], top + size[0]))
         pixels = np.asarray(cropped, dtype=np.float32).reshape(*size, -1).transpose(2, 0, 1)
         mean = np.array(how.mean, np.float32)[:, None, None]
@@ -156,7 +166,11 @@ def prepare(
     return batch, tuple(geometries)
 
 
-def _geometry(original: tuple[int, int], size: tuple[int, int], how: Preprocessing) -> Geometry:
+def geometry(original: tuple[int, int], size: tuple[int, int], how: Preprocessing) -> Geometry:
+    """Where the network's input lies in an image; sizes are height, width.
+
+    Raises ImageError for an image that is too long and narrow to be scaled.
+    """
     if how.resize == "stretch":
         return Geometry(original, size, (0, 0), size)
     height, width = original
@@ -172,16 +186,6 @@ def _geometry(original: tuple[int, int], size: tuple[int, int], how: Preprocessi
         )
     corner = (round((scaled[0] - size[0]) / 2), round((scaled[1] - size[1]) / 2))
     return Geometry(original, scaled, corner, size)
-
-
-def denormalise(image: Floats, how: Preprocessing) -> NDArray[np.uint8]:
-    """A network's input [C, H, W] as pixels [H, W, 3] uint8."""
-    mean = np.array(how.mean, np.float32)[:, None, None]
-    std = np.array(how.std, np.float32)[:, None, None]
-    pixels = np.clip((image * std + mean) * 255 + 0.5, 0, 255).astype(np.uint8)
-    if len(pixels) == 1:
-        pixels = np.repeat(pixels, 3, axis=0)
-    return np.ascontiguousarray(pixels.transpose(1, 2, 0))
 
 
 def find(paths: Sequence[str | Path]) -> list[Path]:

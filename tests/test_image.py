@@ -16,7 +16,7 @@ from ccam_deploy import image as imaging
 from ccam_deploy.bundle import Interpolation, Preprocessing, Resize
 from ccam_deploy.errors import ImageError
 from ccam_deploy.image import Geometry
-from tests.helpers import EXAMPLES, Floats, noise
+from tests.helpers import EXAMPLES, Floats
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.5)
 
@@ -140,6 +140,27 @@ def test_images_are_turned_as_exif_says(orientation: int) -> None:
     assert turned.getexif().get(0x0112, 1) == 1
 
 
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_pictures_of_pillow_are_turned_too(orientation: int) -> None:
+    """Opened by the caller, so neither decoded nor turned; the caller's picture stays as it is."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = encoded(photograph(48, 32), "JPEG", exif=exif)
+    expected = imaging.prepare([imaging.load(content)], (32, 48), how("stretch"))
+    with Image.open(io.BytesIO(content)) as picture:
+        got = imaging.prepare([picture], (32, 48), how("stretch"))
+        assert picture.size == (48, 32)
+    np.testing.assert_array_equal(got[0], expected[0])
+    assert got[1] == expected[1]
+    assert got[1][0].original == ((32, 48) if orientation == 1 else (48, 32))
+
+
+def test_truncated_pictures_of_pillow_are_refused() -> None:
+    picture = Image.open(io.BytesIO(encoded(photograph(64, 64), "JPEG")[:900]))
+    with pytest.raises(ImageError, match=r"^the image cannot be decoded: .*truncate"):
+        imaging.prepare([picture], (32, 32), how())
+
+
 BAD_CONTENT = {
     "truncated": (encoded(photograph(64, 64), "JPEG")[:900], "image cannot be decoded: .*truncate"),
     "text": (b"this is no image at all", r"image is not an image of a known format \(JPEG, PNG"),
@@ -255,7 +276,7 @@ def test_pictures_that_no_input_can_be_made_of() -> None:
 def blob_in_input(picture: Image.Image, size: tuple[int, int], how: Preprocessing) -> Floats:
     """The map of the input that marks what is light in it, and where it lies in the original."""
     images, (geometry,) = imaging.prepare([picture], size, how)
-    light = imaging.denormalise(images[0], how)[..., 0] > 127
+    light = images[0, 0] * how.std[0] + how.mean[0] > 0.5
     return geometry.to_original(light.astype(np.float32))
 
 
@@ -308,16 +329,3 @@ def test_maps_of_another_size_are_refused() -> None:
     geometry = Geometry((10, 10), (10, 10), (0, 0), (10, 10))
     with pytest.raises(ImageError, match=r"the map is \[4, 5\], the input \[10, 10\]"):
         geometry.to_original(np.zeros((4, 5), np.float32))
-
-
-def test_denormalise_inverts_the_normalisation() -> None:
-    picture = photograph(32, 24)
-    images, _ = imaging.prepare([picture], (24, 32), how("stretch"))
-    np.testing.assert_array_equal(imaging.denormalise(images[0], how()), np.asarray(picture))
-
-
-def test_denormalise_clips_and_repeats_grey() -> None:
-    grey = Preprocessing("stretch", (2, 3), "bilinear", (0.5,), (0.25,))
-    image = 9 * np.sign(noise(1, 2, 3))
-    expected = np.where(image > 0, 255, 0).transpose(1, 2, 0).repeat(3, axis=2)
-    np.testing.assert_array_equal(imaging.denormalise(image, grey), expected)

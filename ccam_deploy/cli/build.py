@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from ccam_deploy.cli.options import bundle_argument, json_option, print_json
+from ccam_deploy.cli.options import PRECISIONS, bundle_argument, json_option, print_json
 
 
 @click.command()
@@ -20,7 +20,7 @@ from ccam_deploy.cli.options import bundle_argument, json_option, print_json
 )
 @click.option(
     "--precision",
-    type=click.Choice(["fp32", "fp16"]),
+    type=click.Choice(PRECISIONS),
     default="fp32",
     show_default=True,
     help="The bundle's graphs to build.",

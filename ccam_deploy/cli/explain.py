@@ -14,10 +14,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ccam_deploy.cli.options import (
+    BATCH_SIZE,
+    COLORMAP,
+    OPACITY,
     bundle_argument,
     engine_options,
     json_option,
     parse_assignments,
+    precision_option,
     print_json,
 )
 from ccam_deploy.errors import ImageError, OptionError
@@ -25,6 +29,7 @@ from ccam_deploy.errors import ImageError, OptionError
 if TYPE_CHECKING:
     from PIL import Image
 
+    from ccam_deploy.bundle import Manifest
     from ccam_deploy.explainer import Explainer, Explanation
     from ccam_deploy.methods import CollectionCAMOptions
 
@@ -48,9 +53,10 @@ KINDS = ("overlay", "heatmap", "panel", "npz", "json")
     help="An option of the method, such as theta=0.2 or k_max=6; may be repeated.",
 )
 @engine_options
+@precision_option
 @click.option(
     "--batch-size",
-    default=16,
+    default=BATCH_SIZE,
     show_default=True,
     type=click.IntRange(min=1),
     help="Images, and masked images, that go through an engine at a time.",
@@ -68,10 +74,10 @@ KINDS = ("overlay", "heatmap", "panel", "npz", "json")
     show_default=True,
     help=f"What to write: {', '.join(KINDS)}, separated by commas, or none.",
 )
-@click.option("--colormap", default="jet", show_default=True, help="The colours of maps.")
+@click.option("--colormap", default=COLORMAP, show_default=True, help="The colours of maps.")
 @click.option(
     "--opacity",
-    default=0.5,
+    default=OPACITY,
     show_default=True,
     type=click.FloatRange(0, 1),
     help="How much of the image an overlay hides.",
@@ -99,6 +105,8 @@ def explain(bundle: Path, images: tuple[Path, ...], as_json: bool, **options: An
     with ccam.load(
         bundle, options["backend"], options["precision"], options["batch_size"], options["threads"]
     ) as explainer:
+        for note in explainer.networks.notes:
+            click.echo(f"passed over {note}", err=True)
         if explainer.bundle.manifest.random_weights:
             click.echo("warning: the bundle has random weights; its maps mean nothing", err=True)
         if target is not None:
@@ -108,7 +116,7 @@ def explain(bundle: Path, images: tuple[Path, ...], as_json: bool, **options: An
         with _progress(files) as bar:
             for start in range(0, len(files), explainer.batch_size):
                 chunk = files[start : start + explainer.batch_size]
-                read, problems = _read(chunk)
+                read, problems = _read(chunk, explainer.bundle.manifest)
                 for problem in problems:
                     click.echo(f"error: {problem}", err=True)
                 failed += len(problems)
@@ -163,8 +171,10 @@ def _parse_target(word: str) -> tuple[int, str | None]:
     return (int(match[1]), None) if match else (1, word)
 
 
-def _read(files: Sequence[Path]) -> tuple[list[tuple[Path, Image.Image]], list[str]]:
-    """The images that can be read, and a line about each one that cannot."""
+def _read(
+    files: Sequence[Path], manifest: Manifest
+) -> tuple[list[tuple[Path, Image.Image]], list[str]]:
+    """The images that the network can take, and a line about each other one."""
     from ccam_deploy import image as imaging
 
     read, problems = [], []
@@ -175,6 +185,7 @@ def _read(files: Sequence[Path]) -> tuple[list[tuple[Path, Image.Image]], list[s
             problems.append(str(error))
             continue
         try:
+            imaging.geometry(picture.size[::-1], manifest.input[1:], manifest.preprocessing)
             read.append((file, imaging.to_colours(picture, 3)))
         except ImageError as error:
             problems.append(f"{file}: {error}")

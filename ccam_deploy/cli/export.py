@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ccam_deploy.cli.options import json_option, print_json
+from ccam_deploy.cli.options import PRECISIONS, json_option, print_json
 from ccam_deploy.errors import ExportError, OptionError
 
 if TYPE_CHECKING:
@@ -67,7 +67,11 @@ class _Numbers(click.ParamType[tuple[float, ...]]):
     help="Target layers, names separated by commas.  [default: the last "
     "tensors of the last four resolutions]",
 )
-@click.option("--input-size", type=_Size(), help="Height x width of the input.  [default: 224x224]")
+@click.option(
+    "--input-size",
+    type=_Size(),
+    help="Height x width of the input.  [default: 224x224, or the program's]",
+)
 @click.option(
     "--mean",
     type=_Numbers(),
@@ -94,7 +98,7 @@ class _Numbers(click.ParamType[tuple[float, ...]]):
 )
 @click.option(
     "--precision",
-    type=click.Choice(["fp32", "fp16"]),
+    type=click.Choice(PRECISIONS),
     help="fp16 adds half-precision graphs to the fp32 ones.  [default: fp32]",
 )
 @click.option(
@@ -105,13 +109,13 @@ class _Numbers(click.ParamType[tuple[float, ...]]):
 @click.option(
     "--calibration-images",
     type=click.Path(path_type=Path),
-    help="A folder of real images for the check against PyTorch.  [default: two "
-    "photographs of the package]",
+    help="A folder of real images for the check against PyTorch; the first 16 are used.  "
+    "[default: two photographs of the package]",
 )
 @click.option(
     "--allow-pickle",
     is_flag=True,
-    help="Read a pickled module; this runs whatever code the file holds.",
+    help="Read pickled objects; this runs whatever code the file holds.",
 )
 @json_option
 def export(model: Path | None, as_json: bool, **options: Any) -> None:
@@ -137,7 +141,7 @@ def export(model: Path | None, as_json: bool, **options: Any) -> None:
     if names is None and recipe and recipe.layers:
         names = list(recipe.layers)
     precision = options["precision"] or (recipe.precision if recipe else "fp32")
-    size = options["input_size"] or (recipe.input.size if recipe else (224, 224))
+    size = options["input_size"] or (recipe.input.size if recipe else None)
     bundle = run(network, output, size, names, precision, settings)
     _report(bundle, as_json)
 
@@ -151,6 +155,7 @@ def _prepare(
     from ccam_deploy import image as imaging
     from ccam_deploy.export import ExportSettings, sources
     from ccam_deploy.export import recipe as recipes
+    from ccam_deploy.export.exporter import MAX_CALIBRATION_IMAGES
 
     recipe = None
     settings = ExportSettings()
@@ -163,11 +168,21 @@ def _prepare(
         settings = recipes.settings(recipe, folder)
     if options["random_weights"] and (path or not recipe):
         raise OptionError("--random-weights goes with --recipe and without a model file")
+    if options["cover"] and (options["resize"] or settings.resize) == "stretch":
+        raise OptionError("--cover goes with --resize crop; stretch scales to the input's size")
+    for option, given in (("--arch", options["arch"]), ("--allow-pickle", options["allow_pickle"])):
+        if given and path is None:
+            raise OptionError(f"{option} goes with a model file; there is none")
     if path is not None:
         arch = options["arch"] or (recipe.arch if recipe else None)
-        if options["allow_pickle"]:
-            click.echo(f"warning: reading {path} runs the code that it holds", err=True)
-        network: Model = sources.load(path, arch, options["allow_pickle"])
+        if options["arch"] and sources.kind(path) != "weights":
+            raise OptionError(f"--arch goes with a file of weights; {path} has its own network")
+        network: Model = sources.load(
+            path,
+            arch,
+            options["allow_pickle"],
+            lambda line: click.echo(f"warning: {line}", err=True),
+        )
         changes |= {"name": path.stem if not recipe else recipe.name, "source": path.name}
     elif recipe is None:
         raise OptionError("give a model file, or a --recipe that names its own network")
@@ -180,7 +195,7 @@ def _prepare(
         changes["labels"] = recipes.read_labels(options["labels"])
     if options["calibration_images"]:
         found = imaging.find([options["calibration_images"]])
-        changes["calibration"] = [imaging.load(file) for file in found]
+        changes["calibration"] = [imaging.load(file) for file in found[:MAX_CALIBRATION_IMAGES]]
     changes["progress"] = lambda line: click.echo(line, err=True)
     return network, replace(settings, **changes), recipe
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any
 
 import click
@@ -19,21 +21,43 @@ from ccam_deploy.errors import CcamError
 class _Group(click.Group):
     """Turns this package's errors into one line and exit code 2."""
 
-    def invoke(self, ctx: click.Context) -> Any:
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        **extra: Any,
+    ) -> Any:
         """Run the command; --debug shows the traceback of what went wrong."""
+        words = sys.argv[1:] if args is None else list(args)
+        debug = "--debug" in takewhile(lambda word: word.startswith("-"), words)
         try:
-            return super().invoke(ctx)
-        except (CcamError, click.UsageError, KeyboardInterrupt) as error:
-            if ctx.params.get("debug"):
+            code = super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
+        except click.exceptions.NoArgsIsHelpError as error:
+            error.show()
+            sys.exit(error.exit_code)
+        except (CcamError, OSError, click.ClickException, click.Abort) as error:
+            if debug or not standalone_mode:
                 raise
-            message = "interrupted; nothing was left half-written"
-            if isinstance(error, CcamError):
-                message = str(error)
-            elif isinstance(error, click.UsageError):
-                command = error.ctx.command_path if error.ctx else "ccam-deploy"
-                message = f"{error.format_message()} See {command} --help"
-            click.echo(f"error: {' '.join(message.split())}", err=True)
+            click.echo(f"error: {' '.join(_message(error).split())}", err=True)
             sys.exit(2)
+        if not standalone_mode:
+            return code
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, click.Abort):
+        return "interrupted; nothing was left half-written"
+    if isinstance(error, click.UsageError):
+        command = error.ctx.command_path if error.ctx else "ccam-deploy"
+        return f"{error.format_message()} See {command} --help"
+    if isinstance(error, click.ClickException):
+        return error.format_message()
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
 
 
 @click.group("ccam-deploy", cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})

@@ -13,7 +13,12 @@ from ccam_deploy.errors import OptionError
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
+# Repeated from modules whose imports would slow --help down; a test holds them equal.
 BACKENDS = ("auto", "onnxruntime-cpu", "onnxruntime-cuda")
+PRECISIONS = ("fp32", "fp16")
+BATCH_SIZE = 16
+COLORMAP = "jet"
+OPACITY = 0.5
 
 
 def bundle_argument(command: Command) -> Command:
@@ -28,8 +33,19 @@ def json_option(command: Command) -> Command:
     )
 
 
+def precision_option(command: Command) -> Command:
+    """--precision, for what runs one of a bundle's precisions."""
+    return click.option(
+        "--precision",
+        default="fp32",
+        show_default=True,
+        type=click.Choice(PRECISIONS),
+        help="The graphs to run.",
+    )(command)
+
+
 def engine_options(command: Command) -> Command:
-    """--backend, --precision, --threads: how a bundle is run."""
+    """--backend, --threads: how a bundle is run."""
     for option in (
         click.option(
             "--threads",
@@ -37,13 +53,6 @@ def engine_options(command: Command) -> Command:
             show_default=True,
             type=click.IntRange(min=0),
             help="Threads inside an operator on a CPU; 0 lets the engine choose.",
-        ),
-        click.option(
-            "--precision",
-            default="fp32",
-            show_default=True,
-            type=click.Choice(["fp32", "fp16"]),
-            help="The graphs to run.",
         ),
         click.option(
             "--backend",

@@ -7,20 +7,15 @@ from typing import Any
 
 import click
 
-from ccam_deploy.cli.options import bundle_argument, json_option, print_json
+from ccam_deploy.cli.options import bundle_argument, engine_options, json_option, print_json
 from ccam_deploy.errors import IntegrityError
 
 
 @click.command()
 @bundle_argument
-@click.option(
-    "--backend",
-    default="auto",
-    show_default=True,
-    help="The engine that runs the graphs; see explain.",
-)
+@engine_options
 @json_option
-def verify(bundle: Path, backend: str, as_json: bool) -> None:
+def verify(bundle: Path, backend: str, threads: int, as_json: bool) -> None:
     """Check a bundle: schema, hashes, and each graph against the values recorded at export."""
     import dataclasses
 
@@ -35,7 +30,9 @@ def verify(bundle: Path, backend: str, as_json: bool) -> None:
     reports: dict[str, Any] = {}
     problems = []
     for kind in opened.manifest.precisions:
-        networks = open_networks(opened, backend, kind)
+        networks = open_networks(opened, backend, kind, threads)
+        for note in networks.notes:
+            click.echo(f"passed over {note}", err=True)
         try:
             report, broken = fidelity.verify(opened, networks, kind)
         finally:

@@ -6,6 +6,8 @@ import io
 import json
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,33 @@ from ccam_deploy.explainer import Explanation
 from ccam_deploy.render import Floats, Look
 
 _LARGEST_SIDE = 1024
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """An image and class, and what several kinds of files show of them."""
+
+    result: Explanation
+    index: int
+    file: Path
+    picture: Image.Image
+    look: Look
+
+    @cached_property
+    def original(self) -> Floats:
+        """The map on the original image."""
+        return self.result.on_original(self.index)
+
+    @cached_property
+    def shown(self) -> tuple[Image.Image, Floats]:
+        """Picture and map, no side longer than 1,024 pixels."""
+        return _shrunk(self.picture, self.original)
+
+    @cached_property
+    def overlay(self) -> Image.Image:
+        """The map over the picture."""
+        look = self.look
+        return render.overlay(*self.shown, look.colormap, look.opacity, look.bar)
 
 
 class Writer:
@@ -42,21 +71,24 @@ class Writer:
         """Write a batch; returns the paths written for each (image, class) pair."""
         stems = [_unused(path.stem, self._stems) for path, _ in read]
         written: list[list[str]] = []
-        for pair in range(len(result)):
-            owner = int(result.image_index[pair])
-            word = self._class_word(int(result.targets[pair]))
+        tiles: list[tuple[str, Image.Image]] = []
+        for index in range(len(result)):
+            owner = int(result.image_index[index])
+            file, picture = read[owner]
+            pair = _Pair(result, index, file, image.to_colours(picture, 3), self._look)
+            word = self._class_word(int(result.targets[index]))
             name = _unused(f"{stems[owner]}-{word}", self._names)
             paths = [
-                self._save(
-                    f"{name}.{_SUFFIX[kind]}", self._content(kind, result, pair, read[owner])
-                )
+                self._save(f"{name}.{_SUFFIX[kind]}", self._content(kind, pair))
                 for kind in self._kinds
                 if kind != "panel"
             ]
-            last = pair + 1 == len(result) or result.image_index[pair + 1] != owner
-            if "panel" in self._kinds and last:
-                content = self._panel(result, owner, read[owner][1])
-                paths.append(self._save(f"{stems[owner]}-panel.png", content))
+            if "panel" in self._kinds:
+                tiles.append(self._tile(pair))
+                if index + 1 == len(result) or result.image_index[index + 1] != owner:
+                    content = _png(render.panel([("image", _thumbnail(pair.picture)), *tiles]))
+                    paths.append(self._save(f"{stems[owner]}-panel.png", content))
+                    tiles = []
             written.append(paths)
         return written
 
@@ -69,31 +101,19 @@ class Writer:
         files.write(path, content)
         return str(path)
 
-    def _content(
-        self, kind: str, result: Explanation, pair: int, read: tuple[Path, Image.Image]
-    ) -> bytes:
+    def _content(self, kind: str, pair: _Pair) -> bytes:
         if kind == "overlay":
-            return _png(self._overlay(result, pair, read[1]))
+            return _png(pair.overlay)
         if kind == "heatmap":
-            saliency = result.on_original(pair)
-            return _png(render.heatmap(saliency, self._look.colormap, self._look.bar))
+            return _png(render.heatmap(pair.shown[1], self._look.colormap, self._look.bar))
         if kind == "npz":
-            return _npz(result, pair)
-        return _json(result, pair, read[0], self._manifest)
+            return _npz(pair)
+        return _json(pair.result, pair.index, pair.file, self._manifest)
 
-    def _overlay(self, result: Explanation, pair: int, picture: Image.Image) -> Image.Image:
-        shown, saliency = _shrunk(image.to_colours(picture, 3), result.on_original(pair))
-        look = self._look
-        return render.overlay(shown, saliency, look.colormap, look.opacity, look.bar)
-
-    def _panel(self, result: Explanation, owner: int, picture: Image.Image) -> bytes:
-        pairs = np.flatnonzero(result.image_index == owner)
-        tiles = [("image", image.to_colours(picture, 3))]
-        for pair in pairs:
-            label = self._manifest.label(int(result.targets[pair]))
-            caption = f"{label} {result.probability(int(pair)):.3f}"
-            tiles.append((caption, self._overlay(result, int(pair), picture)))
-        return _png(render.panel([(name, _thumbnail(tile)) for name, tile in tiles]))
+    def _tile(self, pair: _Pair) -> tuple[str, Image.Image]:
+        label = self._manifest.label(int(pair.result.targets[pair.index]))
+        caption = f"{label} {pair.result.probability(pair.index):.3f}"
+        return caption, _thumbnail(pair.overlay)
 
 
 _SUFFIX = {"overlay": "overlay.png", "heatmap": "heatmap.png", "npz": "npz", "json": "json"}
@@ -140,12 +160,13 @@ def _png(picture: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def _npz(result: Explanation, pair: int) -> bytes:
+def _npz(shown: _Pair) -> bytes:
     """All arrays of one pair; see Explanation for their meaning."""
+    result, pair = shown.result, shown.index
     values: dict[str, Any] = {
         "saliency": result.saliency[pair],
         "raw_saliency": result.raw_saliency[pair],
-        "original": result.on_original(pair),
+        "original": shown.original,
         "target": result.targets[pair],
         "logits": result.logits[result.image_index[pair]],
         "masks": result.masks[pair],
@@ -156,7 +177,7 @@ def _npz(result: Explanation, pair: int) -> bytes:
         values[f"labels.{layer.name}"] = layer.labels[pair]
         values[f"quality.{layer.name}"] = layer.quality[pair]
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, allow_pickle=False, **values)
+    np.savez_compressed(buffer, **values)
     return buffer.getvalue()
 
 

@@ -49,7 +49,7 @@ class Classifier(Protocol):
         ...
 
     def gradients(self, activations: Activations, output_gradient: Floats) -> tuple[Floats, ...]:
-        """Gradients of the feature maps for a gradient [B, classes] of the logits."""
+        """Gradients [B, C, h, w] of each layer's maps for a gradient [B, classes] of the logits."""
         ...
 
     def masked_logits(self, images: Floats, masks: Floats, owner: NDArray[np.int64]) -> Floats:
@@ -58,17 +58,21 @@ class Classifier(Protocol):
 
 
 class Networks:
-    """The three engines of one precision."""
+    """The three engines of one precision.
+
+    backend: the engine's name.   notes: why better backends were passed over, one line each.
+    """
 
     def __init__(self, engines: Mapping[str, Engine], gradient_scale: float, backend: str) -> None:
         self.backend = backend
+        self.notes: tuple[str, ...] = ()
         self.engines = dict(engines)
         self._scale = np.float32(gradient_scale)
         self._type = engines["backbone"].inputs[0].dtype
         self._gradient_names = [spec.name for spec in engines["gradient"].inputs]
 
     def backbone(self, images: Floats) -> Activations:
-        """Run a batch of images; see Classifier."""
+        """Run a batch of images [B, C, H, W]; see Classifier."""
         values = self.engines["backbone"].run({"images": self._cast(images)})
         logits = values.pop("logits").astype(np.float32, copy=False)
         names = [name for name in values if name.startswith("feature_")]
@@ -77,14 +81,14 @@ class Networks:
         return Activations(logits, features, needed)
 
     def gradients(self, activations: Activations, output_gradient: Floats) -> tuple[Floats, ...]:
-        """Gradients of the feature maps; see Classifier."""
+        """Gradients [B, C, h, w] of the feature maps, one per layer; see Classifier."""
         feeds = dict(activations.residuals)
         feeds["output_gradient"] = self._cast(output_gradient * self._scale)
         values = self.engines["gradient"].run(feeds)
         return tuple(self._unscale(value) for value in values.values())
 
     def masked_logits(self, images: Floats, masks: Floats, owner: NDArray[np.int64]) -> Floats:
-        """Logits of masked images; see Classifier."""
+        """Logits [N, classes] of masked images; see Classifier."""
         feeds = {
             "images": self._cast(images),
             "masks": self._cast(masks[:, None]),
@@ -132,10 +136,12 @@ def open_networks(
         raise OptionError(f"threads is {threads}; it must be 0 or more")
     if named != "auto":
         return _open(bundle, named, precision, threads)
-    reasons = []
+    reasons: list[str] = []
     for candidate in available():
         try:
-            return _open(bundle, candidate, precision, threads)
+            networks = _open(bundle, candidate, precision, threads)
+            networks.notes = tuple(reasons)
+            return networks
         except BackendError as error:
             reasons.append(f"{candidate}: {error}")
     raise BackendError("no backend works here: " + "; ".join(reasons))

@@ -98,8 +98,8 @@ def observe(
     one_hot = np.zeros_like(activations.logits)
     one_hot[rows, classes] = 1
     gradients = classifier.gradients(activations, one_hot)
-    masks = np.tile(fixed_masks(*images.shape[2:]), (len(images), 1, 1))
-    masked = classifier.masked_logits(images, masks, np.repeat(rows, 4))
+    masks = fixed_masks(*images.shape[2:])
+    masked = [classifier.masked_logits(images, masks, np.repeat(row, 4)) for row in rows]
     baseline = np.zeros(activations.logits.shape[1], np.float32)
     batch = Batch(images, activations, rows, classes, tuple(layers), baseline, chunk)
     result = CollectionCAM().explain(classifier, batch, Stopwatch())
@@ -107,7 +107,7 @@ def observe(
         images,
         classes,
         activations.logits,
-        masked,
+        np.concatenate(masked),
         activations.features,
         gradients,
         tuple(layer.labels for layer in result.layers),
@@ -178,7 +178,7 @@ def failures(
 def save(path: Path, observation: Observation) -> None:
     """Write an observation's summary to an .npz file."""
     brief = observation.summary()
-    values: dict[str, NDArray[Any]] = {
+    values: dict[str, Any] = {
         "images": brief.images,
         "targets": brief.targets,
         "logits": brief.logits,
@@ -189,7 +189,7 @@ def save(path: Path, observation: Observation) -> None:
         values[f"features_{index}"] = brief.features[index]
         values[f"gradients_{index}"] = brief.gradients[index]
         values[f"labels_{index}"] = brief.labels[index]
-    np.savez_compressed(path, allow_pickle=False, **values)
+    np.savez_compressed(path, **values)
 
 
 def load(path: Path) -> Observation:

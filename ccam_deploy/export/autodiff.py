@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ def differentiate(
     return _split(joint, len(layers))
 
 
-class _Recorder(fx.Interpreter):
+class Recorder(fx.Interpreter):
     """Runs the forward graph, keeps the feature maps, and knows where it is."""
 
     def __init__(self, module: fx.GraphModule, kept: Sequence[fx.Node]) -> None:
@@ -73,11 +74,18 @@ class _Recorder(fx.Interpreter):
         self._wanted = set(kept)
 
     def run_node(self, n: fx.Node) -> Any:
+        """Run one node, keep its value if it is wanted, and follow its gradient."""
         self.current = n
         value = super().run_node(n)
         if n in self._wanted:
             self.kept[n] = value
+        if isinstance(value, Tensor) and value.grad_fn is not None:
+            # Backward, the node whose gradient is being recorded is the current one again.
+            value.grad_fn.register_prehook(partial(self._turn_to, n))
         return value
+
+    def _turn_to(self, node: fx.Node, gradients: tuple[Tensor, ...]) -> None:
+        self.current = node
 
 
 def _record(program: Program, layers: Sequence[TargetLayer], dtype: torch.dtype) -> fx.GraphModule:
@@ -87,7 +95,7 @@ def _record(program: Program, layers: Sequence[TargetLayer], dtype: torch.dtype)
         image = torch.empty_like(program.image.meta["val"], dtype=dtype)
         output_gradient = torch.empty_like(program.logits.meta["val"], dtype=dtype)
     nodes = [layer.node for layer in layers]
-    recorder = _Recorder(program.graph, nodes)
+    recorder = Recorder(program.graph, nodes)
     constants = {name: cast(value, dtype) for name, value in program.graph.named_buffers()}
     names = list(constants)
     buffers = [mode.from_tensor(value, static_shapes=True) for value in constants.values()]
@@ -99,7 +107,6 @@ def _record(program: Program, layers: Sequence[TargetLayer], dtype: torch.dtype)
         ):
             (scores,) = recorder.run(image)
         features = [recorder.kept[node] for node in nodes]
-        recorder.current = None
         gradients = torch.autograd.grad(scores, features, output_gradient, allow_unused=True)
         for layer, gradient in zip(layers, gradients, strict=True):
             if gradient is None:
@@ -114,9 +121,7 @@ def _record(program: Program, layers: Sequence[TargetLayer], dtype: torch.dtype)
     except LayerError:
         raise
     except Exception as error:
-        where = "the backward pass"
-        if recorder.current is not None:
-            where = _describe(recorder.current)
+        where = _describe(recorder.current) if recorder.current else "the model"
         raise LoweringError(f"{where} cannot be lowered: {brief(error)}") from error
     return _constants_as_attributes(joint, constants)
 
@@ -177,7 +182,7 @@ def _tidy(joint: fx.GraphModule) -> None:
             node.target = aten.reshape.default
         elif node.target is aten.t.default and _is_call(node.args[0], aten.t.default):
             node.replace_all_uses_with(node.args[0].args[0])
-        elif node.target is aten.addmm.default and _is_call(node.args[2], aten.t.default):
+        elif _is_linear(node):
             bias, source, weight = node.args[0], node.args[1], node.args[2].args[0]
             _replace(joint, node, aten.linear.default, (source, weight, bias))
         elif node.target is aten.mm.default and _is_call(node.args[1], aten.t.default):
@@ -189,6 +194,13 @@ def _tidy(joint: fx.GraphModule) -> None:
             _own_statistics(joint, node, axes, node.args[4])
     joint.graph.eliminate_dead_code()
     joint.recompile()
+
+
+def _is_linear(node: fx.Node) -> bool:
+    """Whether a node is x·Wᵀ + b as PyTorch writes a linear layer."""
+    if node.target is not aten.addmm.default or node.kwargs:
+        return False
+    return node.args[0].meta["val"].dim() == 1 and _is_call(node.args[2], aten.t.default)  # type: ignore[union-attr]
 
 
 def _is_call(node: object, target: object) -> bool:

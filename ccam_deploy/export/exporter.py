@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from importlib import metadata, resources
 from pathlib import Path
@@ -43,6 +44,7 @@ from ccam_deploy.export.sources import Model
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+INPUT_SIZE = (224, 224)
 COVER = 0.875
 RECORDED_IMAGES = 2
 MAX_CALIBRATION_IMAGES = 16
@@ -101,7 +103,7 @@ class ExportSettings:
 def export(
     model: Model,
     output: str | Path,
-    input_size: tuple[int, int] = (224, 224),
+    input_size: tuple[int, int] | None = None,
     layers: Sequence[str] | None = None,
     precision: str = "fp32",
     settings: ExportSettings | None = None,
@@ -111,24 +113,29 @@ def export(
     model: a torch.nn.Module that turns images [B, C, H, W] into logits [B, classes], or a
         program that torch.export made of one, with a dynamic batch.
     output: the bundle's folder; a bundle that is there is replaced.
-    input_size: height, width; a program has its own.   layers: names of the target layers, found
-        automatically by default.   precision: "fp32", or "fp16" for half-precision graphs as well.
+    input_size: height, width, 224×224 by default; a program has its own.
+    layers: names of the target layers, found automatically by default.
+    precision: "fp32", or "fp16" for half-precision graphs as well.
     Raises an ExportError where the model cannot be exported or the graphs do not agree with it,
     BundleError where the bundle cannot be written; nothing is left behind then.
     """
     if precision not in _DTYPES:
         raise OptionError(f'precision "{precision}" is unknown; there are {", ".join(_DTYPES)}')
-    if min(input_size) < imaging.MIN_SIDE:
+    if input_size and min(input_size) < imaging.MIN_SIDE:
         raise OptionError(f"input_size is {input_size}; both must be {imaging.MIN_SIDE} or more")
     bundles.check_place(output)
     chosen = settings or ExportSettings()
     chosen.progress("tracing the model")
     exported = model
     if not isinstance(model, ExportedProgram):
-        exported = programs.trace(model, (len(chosen.mean), *input_size))
+        exported = programs.trace(model, (len(chosen.mean), *(input_size or INPUT_SIZE)))
     assert isinstance(exported, ExportedProgram)
     program = programs.build(exported, keep=layers or ())
     _check_settings(chosen, program)
+    if input_size and input_size != program.input_shape[1:]:
+        raise OptionError(
+            f"input_size is {input_size}; the program takes {program.input_shape[1:]}"
+        )
     found = target_layers.find(program, layers)
     names = [layer.name for layer in found]
     wanted: list[PrecisionName] = ["fp32"] if precision == "fp32" else ["fp32", "fp16"]
@@ -143,7 +150,7 @@ def export(
     scales = {"fp32": 1.0, "fp16": _gradient_scale(expected)}
     with bundles.staged(output) as folder:
         files = {}
-        with onnx_graphs.WeightFile(folder / WEIGHTS) as weights:
+        with closing(onnx_graphs.WeightFile(folder / WEIGHTS)) as weights:
             for kind, models in converted.items():
                 chosen.progress(f"writing the {kind} graphs")
                 suffix = "" if kind == "fp32" else f".{kind}"
@@ -227,9 +234,9 @@ def _reference(
     """
     plain = programs.build(exported, fold=False)
     classifier = TorchClassifier(plain, target_layers.find(plain, names))
-    baseline = classifier.backbone(np.zeros_like(images[:1])).logits[0]
-    logits = classifier.backbone(images).logits
-    if not (np.isfinite(baseline).all() and np.isfinite(logits).all()):
+    probe = np.concatenate([np.zeros_like(images[:1]), images])
+    baseline, *logits = classifier.backbone(probe).logits
+    if not np.isfinite([baseline, *logits]).all():
         raise SourceError("the model gives NaN or infinite logits on the calibration images")
     return fidelity.observe(classifier, images, names), [float(value) for value in baseline]
 

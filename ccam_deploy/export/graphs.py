@@ -7,7 +7,6 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 import onnx_ir as ir
 import torch
@@ -123,7 +122,7 @@ def _to_onnx(
                 input_names=list(inputs),
                 output_names=list(outputs),
             )
-        except (torch.onnx.OnnxExporterError, torch._dynamo.exc.UserError) as error:
+        except Exception as error:
             raise LoweringError(_culprit(error, program)) from error
     assert converted is not None
     _clean(converted.model, inputs)
@@ -208,15 +207,8 @@ class WeightFile:
         self._file = path.open("wb")
         self._places: dict[bytes, tuple[int, int]] = {}
 
-    def __enter__(self) -> WeightFile:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Finish the file."""
         self._file.close()
 
     def move_weights(self, model: ir.Model) -> None:

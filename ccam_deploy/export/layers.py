@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from ccam_deploy.errors import LayerError
-from ccam_deploy.export.program import Program, aten
+from ccam_deploy.export.program import Program, aten, name_of, stack_of
 
 DEFAULT_COUNT = 4
 _NCHW = (0, 1, 2, 3)
@@ -56,7 +56,8 @@ def find(program: Program, names: Sequence[str] | None = None) -> tuple[TargetLa
 
 
 def _named(program: Program, outputs: dict[str, fx.Node], name: str) -> fx.Node:
-    nodes = {node.name: node for node in program.graph.graph.nodes if node.op == "call_function"}
+    called = (node for node in program.graph.graph.nodes if node.op == "call_function")
+    nodes = {name_of(node): node for node in called}
     node = outputs.get(name, nodes.get(name))
     if node is None:
         raise LayerError(f'layer "{name}" is not in the model; it has {_known(outputs)}')
@@ -88,22 +89,17 @@ def _module_outputs(program: Program) -> dict[str, fx.Node]:
     for node in program.graph.graph.nodes:
         if node.op != "call_function":
             continue
-        inside = {key: name for key, name in _stack(node).items() if name}
+        inside = {key: name for key, name in stack_of(node).items() if name}
         for key, name in inside.items():
-            if any(key not in _stack(user) for user in node.users):
+            if any(key not in stack_of(user) for user in node.users):
                 outputs[name] = node
     return outputs
-
-
-def _stack(node: fx.Node) -> dict[str, str]:
-    stack = node.meta.get("nn_module_stack") or {}
-    return {key: str(value[0]) for key, value in stack.items()}
 
 
 def _name(node: fx.Node, outputs: dict[str, fx.Node]) -> str:
     """The outermost module whose output the node is, else the node's own name."""
     names = [name for name, output in outputs.items() if output is node]
-    return min(names, key=lambda name: name.count("."), default=node.name)
+    return min(names, key=lambda name: name.count("."), default=name_of(node))
 
 
 def _last_of_each_resolution(program: Program) -> list[fx.Node]:

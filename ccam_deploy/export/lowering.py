@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -54,6 +54,10 @@ def decompositions() -> dict[Any, Decomposition]:
             aten._adaptive_avg_pool2d_backward.default: adaptive_avg_pool2d_backward,
             aten.slice_backward.default: slice_backward,
             aten.select_backward.default: select_backward,
+            aten.scatter_add.default: refuse_scattered_sum,
+            aten.index_add.default: refuse_scattered_sum,
+            aten.index_put.default: index_put,
+            aten._unsafe_index_put.default: index_put,
         }
     )
     return table
@@ -74,10 +78,13 @@ def convolution_backward(
 ) -> tuple[Tensor | None, None, None]:
     """Gradient of a convolution with respect to its input; parameters get none.
 
+    The parameters are ATen's: `make_fx` passes them by position.
     A plain convolution with flipped weights at stride 1, a transposed convolution otherwise.
     """
     if not output_mask[0]:
         return None, None, None
+    if weight.dim() != 4:
+        raise NotImplementedError(f"the gradient of a {weight.dim() - 2}-D convolution")
     if transposed:
         backward = aten.convolution(
             grad, weight, None, stride, padding, dilation, False, [0, 0], groups
@@ -293,6 +300,20 @@ def select_backward(grad: Tensor, input_sizes: Sequence[int], dim: int, index: i
     length = int(input_sizes[dim])
     first = index % length
     return _surround(grad.unsqueeze(dim), dim, first, length - first - 1)
+
+
+def refuse_scattered_sum(*_: object) -> NoReturn:
+    """Adding to scattered places has no form that engines run."""
+    raise NotImplementedError("it adds to scattered places, which engines reject")
+
+
+def index_put(
+    source: Tensor, indices: Sequence[Tensor], values: Tensor, accumulate: bool = False
+) -> object:
+    """Writing to places is left as it is, adding to them is refused."""
+    if accumulate:
+        refuse_scattered_sum()
+    return NotImplemented
 
 
 def _surround(grad: Tensor, dim: int, before: int, after: int) -> Tensor:

@@ -59,10 +59,20 @@ def quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
+def stack_of(node: fx.Node) -> dict[str, str]:
+    """The calls of modules that a node belongs to, outermost first: key of the call -> name."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return {key: str(value[0]) for key, value in stack.items()}
+
+
+def name_of(node: fx.Node) -> str:
+    """A node's name in the traced program, also where folding has put another in its place."""
+    return str(node.meta.get("original_name", node.name))
+
+
 def module_of(node: fx.Node) -> str:
     """The qualified name of the module that a node belongs to, "" for the model itself."""
-    stack = node.meta.get("nn_module_stack")
-    return str(list(stack.values())[-1][0]) if stack else ""
+    return list(stack_of(node).values() or [""])[-1]
 
 
 def trace(model: nn.Module, input_shape: tuple[int, int, int]) -> ExportedProgram:
@@ -86,7 +96,7 @@ def trace(model: nn.Module, input_shape: tuple[int, int, int]) -> ExportedProgra
             return torch.export.export(twin, (example,), dynamic_shapes=shapes)
     except Exception as error:
         size = "x".join(str(side) for side in input_shape)
-        reason = getattr(model, "advice", brief(error))
+        reason = getattr(model, "tracing_advice", brief(error))
         raise SourceError(
             f"torch.export cannot trace the model on images of {size}: {reason}"
         ) from error
@@ -95,13 +105,17 @@ def trace(model: nn.Module, input_shape: tuple[int, int, int]) -> ExportedProgra
 def build(exported: ExportedProgram, keep: Collection[str] = (), fold: bool = True) -> Program:
     """Make the functional graph of an exported program: images [B, C, H, W] to logits [B, classes].
 
-    keep: names of modules whose own output must survive folding.
+    keep: names of modules or nodes whose own output must survive folding.
     fold: fold batch normalisation into convolutions; without it the graph is the model's own.
     Raises SourceError where the program is not such a classifier.
     """
     _check_signature(exported)
-    with quiet():
-        graph = _unlift(exported.run_decompositions({}))
+    try:
+        with quiet():
+            functional = exported.run_decompositions({})
+    except Exception as error:
+        raise SourceError(f"the traced program cannot be decomposed: {brief(error)}") from error
+    graph = _unlift(functional)
     if fold:
         _fold_batch_norms(graph, keep)
     _plain_global_pools(graph)
@@ -214,15 +228,16 @@ def _fold_batch_norms(module: fx.GraphModule, keep: Collection[str]) -> None:
         shift = -read(mean) * scale
         if bias is not None:
             shift = shift + read(bias)
+        left = {name for key, name in stack_of(source).items() if key not in stack_of(node)}
         with module.graph.inserting_before(node):
             folded = None
-            if module_of(source) not in keep:
+            if not left.union([source.name]).intersection(keep):
                 folded = _into_convolution(module, source, scale, shift)
             if folded is None:
                 folded = _scale_and_shift(module, source, scale, shift)
         for user in list(node.users):
             if user.target is operator.getitem and user.args[1] == 0:
-                folded.meta.update(user.meta)
+                folded.meta.update(user.meta, original_name=user.name)
                 user.replace_all_uses_with(folded)
                 module.graph.erase_node(user)
 

@@ -16,6 +16,7 @@ from ccam_deploy.export import sources
 from ccam_deploy.export.exporter import (
     IMAGENET_MEAN,
     IMAGENET_STD,
+    MAX_CALIBRATION_IMAGES,
     ExportSettings,
     photographs,
 )
@@ -73,7 +74,8 @@ def settings(recipe: Recipe, folder: Path) -> ExportSettings:
     """The export's settings. folder: where the recipe lies."""
     calibration = []
     if recipe.calibration:
-        calibration = [imaging.load(path) for path in imaging.find([folder / recipe.calibration])]
+        found = imaging.find([folder / recipe.calibration])
+        calibration = [imaging.load(path) for path in found[:MAX_CALIBRATION_IMAGES]]
     return ExportSettings(
         mean=recipe.input.mean,
         std=recipe.input.std,
@@ -103,7 +105,9 @@ def model(recipe: Recipe, folder: Path) -> nn.Module:
     try:
         return sources.build(f"{recipe.arch}({arguments})")
     except SourceError as error:
-        raise SourceError(f"{error}; without a network use --random-weights") from error
+        raise SourceError(
+            f"{error}; without an internet connection use --random-weights"
+        ) from error
 
 
 def random_model(recipe: Recipe) -> nn.Module:

@@ -3,33 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, fx
+from torch import Tensor
 
 from ccam_deploy.engines import Activations
+from ccam_deploy.export.autodiff import Recorder
 from ccam_deploy.export.layers import TargetLayer
 from ccam_deploy.export.program import Program
 
 Floats = NDArray[np.float32]
-
-
-class _Watcher(fx.Interpreter):
-    """Runs a graph and keeps some nodes' values."""
-
-    def __init__(self, module: fx.GraphModule, nodes: Sequence[fx.Node]) -> None:
-        super().__init__(module)
-        self.nodes = list(nodes)
-        self.kept: dict[fx.Node, Tensor] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if n in self.nodes:
-            self.kept[n] = value
-        return value
 
 
 class TorchClassifier:
@@ -61,6 +46,6 @@ class TorchClassifier:
         return logits.numpy()  # type: ignore[no-any-return]
 
     def _run(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-        watcher = _Watcher(self._program.graph, self._nodes)
-        (logits,) = watcher.run(images)
-        return logits, [watcher.kept[node] for node in self._nodes]
+        recorder = Recorder(self._program.graph, self._nodes)
+        (logits,) = recorder.run(images)
+        return logits, [recorder.kept[node] for node in self._nodes]

@@ -14,22 +14,28 @@ import time
 import zlib
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+import click
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
 from PIL import Image
 
+from ccam_deploy import __version__, explainer, render
 from ccam_deploy import bundle as bundles
+from ccam_deploy.cli import options
 from ccam_deploy.cli.main import main
+from ccam_deploy.engines import Backend, plans
+from ccam_deploy.explainer import Explanation
 from ccam_deploy.export import program as programs
 from tests.damage import contents, flip, full_disk
-from tests.helpers import ROOT, example_files, tiny
+from tests.helpers import RECIPES, ROOT, example_files, tiny
 from tests.networks import Detached
 
 SCRIPT = Path(sys.executable).with_name("ccam-deploy")
+DIGITS = RECIPES / "digits.toml"
 WEIGHTS = ["--arch", "tests.helpers:tiny", "--input-size", "32x48"]
 
 
@@ -107,6 +113,17 @@ def test_help_loads_nothing_heavy(words: list[str]) -> None:
     command = [sys.executable, "-c", code, *words]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_defaults_and_choices_are_the_packages() -> None:
+    """They are repeated in cli.options, so that --help imports nothing heavy."""
+    assert get_args(Backend) == options.BACKENDS
+    assert get_args(bundles.PrecisionName) == options.PRECISIONS
+    assert options.BATCH_SIZE == explainer.DEFAULT_BATCH
+    assert render.Look() == render.Look(options.COLORMAP, options.OPACITY)
+    (backend,) = (p for p in main.commands["build"].params if p.name == "backend")
+    assert isinstance(backend.type, click.Choice)
+    assert tuple(backend.type.choices) == tuple(plans.FLAVOURS)
 
 
 def test_export_of_a_program(models: Path, here: Path) -> None:
@@ -214,6 +231,35 @@ def test_a_good_and_a_bad_image(tiny_bundle: Path, here: Path) -> None:
     result = run("explain", tiny_bundle, "nan.tif", "good.png", "--save", "none")
     assert refusal(result) == "nan.tif: the image has NaN or infinite pixels"
     assert result.stdout.startswith("good.png: class ")
+    Image.new("1", (3_000_000, 8)).save(here / "narrow.png")
+    result = run("explain", tiny_bundle, "narrow.png", "good.png", "--save", "none")
+    assert refusal(result).startswith("narrow.png: the image is 3000000x8, too long and narrow")
+    assert result.stdout.startswith("good.png: class ")
+
+
+def test_large_maps_are_shrunk_and_made_once(
+    tiny_bundle: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many kinds of files show them."""
+    asked: list[int] = []
+    plain = Explanation.on_original
+
+    def counting(result: Explanation, pair: int) -> Any:
+        asked.append(pair)
+        return plain(result, pair)
+
+    monkeypatch.setattr(Explanation, "on_original", counting)
+    picture(here / "one.png", (1500, 1000))
+    words = ["explain", tiny_bundle, "one.png", "--target", "top2", "--save"]
+    lines = json.loads(success(*words, "overlay,heatmap,npz,panel,json", "--json").stdout)
+    assert asked == [0, 1]
+    for file in lines[0]["files"][:2]:
+        with Image.open(file) as shown:
+            assert shown.size == (1024, 683)
+    with np.load(lines[0]["files"][2]) as arrays:
+        assert arrays["original"].shape == (1000, 1500)
+    success(*words, "json")
+    assert asked == [0, 1]
 
 
 def test_info(tiny_bundle: Path) -> None:
@@ -248,6 +294,17 @@ def test_verify(tiny_bundle: Path, here: Path) -> None:
     [
         (["export"], "give a model file, or a --recipe that names its own network"),
         (["export", "none.pt"], "none.pt does not exist"),
+        (["--nope"], "No such option '--nope'. See ccam-deploy --help"),
+        (["export", "x" * 300], f"{'x' * 300}: File name too long"),
+        (["explain", "x" * 300, "one.png"], "File name too long"),
+        (["explain", "tiny", "x" * 300], f"{'x' * 300}: File name too long"),
+        (["export", "--allow-pickle"], "--allow-pickle goes with a model file; there is none"),
+        (["export", "--recipe", str(DIGITS), "--arch", "a:b"], "--arch goes with a model file"),
+        (["export", "net.pt2", "--arch", "a:b"], "--arch goes with a file of weights; net.pt2 has"),
+        (
+            ["export", "net.pt2", "--resize", "stretch", "--cover", "40"],
+            "--cover goes with --resize crop; stretch scales to the input's size",
+        ),
         (["export", "text.pt"], "text.pt is not a PyTorch file"),
         (["export", "short.pt"], "short.pt is truncated or damaged; copy or save it again"),
         (["export", "net.pt"], "net.pt holds weights alone; name their network with --arch"),
@@ -309,7 +366,7 @@ def test_verify(tiny_bundle: Path, here: Path) -> None:
         (["explain", "tiny", "one.png", "--colour"], "See ccam-deploy explain --help"),
         (["explain", "tiny"], "Missing argument 'IMAGES...'. See ccam-deploy explain --help"),
         (["explane"], "No such command 'explane'"),
-        (["verify", "tiny", "--backend", "tpu"], 'backend "tpu" is unknown; there are auto, onnx'),
+        (["verify", "tiny", "--backend", "tpu"], "'tpu' is not one of 'auto', 'onnxruntime-cpu'"),
         (["verify", "none"], "none is not a bundle: there is no such folder"),
         (["info", "text.pt"], "text.pt is not a bundle: there is no such folder"),
         (["explain", "changed", "one.png"], "changed/weights.bin was changed after the export"),
@@ -351,6 +408,33 @@ def bomb() -> bytes:
     header = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
     body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(64)))
     return b"\x89PNG\r\n\x1a\n" + body + chunk(b"IEND", b"")
+
+
+def test_the_command_alone_shows_its_help() -> None:
+    result = run()
+    assert result.exit_code == 2
+    assert result.stderr.startswith("Usage: ccam-deploy [OPTIONS] COMMAND [ARGS]...")
+
+
+def test_version_and_completion(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert success("--version").stdout == f"ccam-deploy, version {__version__}\n"
+    monkeypatch.setenv("_CCAM_DEPLOY_COMPLETE", "bash_complete")
+    monkeypatch.setenv("COMP_WORDS", "ccam-deploy ver")
+    monkeypatch.setenv("COMP_CWORD", "1")
+    result = CliRunner().invoke(main, [], prog_name="ccam-deploy")
+    assert (result.exit_code, result.stdout) == (0, "plain,verify\n")
+
+
+@pytest.mark.parametrize("words", [["--nope"], ["export", "x" * 300]])
+def test_debug_keeps_every_error(words: list[str]) -> None:
+    assert isinstance(run("--debug", *words).exception, click.UsageError | OSError)
+
+
+def test_pickles_are_warned_of_only_where_there_are_any(models: Path, here: Path) -> None:
+    torch.save(tiny(), here / "pickled.pt")
+    for file, warnings in (("pickled.pt", 1), (models / "net.pt2", 0)):
+        result = success("export", file, "--allow-pickle", "--input-size", "32x48", "--output", "o")
+        assert result.stderr.count("runs the code that it holds") == warnings
 
 
 def test_debug_shows_the_error_itself(here: Path) -> None:

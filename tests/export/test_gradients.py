@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import ccam_deploy as ccam
+from ccam_deploy.errors import LoweringError
 from ccam_deploy.export import autodiff, layers, program
 from tests.helpers import DIGITS_LAYERS, digits_model, example_pictures, features_and_gradients
 
@@ -37,6 +38,29 @@ def test_gradients_of_the_trained_example(digits: ccam.Explainer) -> None:
         )
         assert np.count_nonzero(worst > 1e-4) <= 1
         assert np.median(worst) <= 1e-6
+        assert worst.max() <= 5e-2
+
+
+def test_gradient_graph_is_exact_in_double_precision() -> None:
+    """Where rounding decides no ReLU, the graph and autograd agree on every image and layer."""
+    model = digits_model()
+    built = program.build(program.trace(model, (3, 96, 96)))
+    found = layers.find(built)
+    assert [layer.name for layer in found] == list(DIGITS_LAYERS)
+    parts = autodiff.differentiate(built, found, torch.float64)
+    torch.manual_seed(0)
+    images = torch.randn(4, 3, 96, 96, dtype=torch.float64)
+    classes = [0, 3, 7, 9]
+    logits, features, expected = features_and_gradients(
+        model.double(), images.clone(), DIGITS_LAYERS, classes
+    )
+    with torch.no_grad():
+        outputs = parts.backbone(images)
+        one_hot = nn.functional.one_hot(torch.tensor(classes), 10).double()
+        gradients = parts.gradient(*outputs[5:], one_hot)
+    torch.testing.assert_close(outputs[0], logits, rtol=1e-5, atol=1e-6)
+    for got, want in zip((*outputs[1:5], *gradients), (*features, *expected), strict=True):
+        assert float((got - want).norm() / want.norm()) <= 1e-6
 
 
 def relative_errors(got: np.ndarray, want: Tensor) -> list[float]:
@@ -209,3 +233,30 @@ def test_ties_give_the_gradient_to_the_first(tmp_path: Path) -> None:
     assert (gradient[:, :, ::2, ::2] != 0).all()
     assert not gradient[:, :, 1::2].any()
     assert not gradient[:, :, :, 1::2].any()
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (
+            nn.Upsample(scale_factor=2, mode="bilinear"),
+            r'operator aten.upsample_bilinear2d.\w+ in module "body" cannot be lowered: '
+            "it adds to scattered places, which engines reject",
+        ),
+        (
+            Lambda(lambda x: nn.functional.conv1d(x.flatten(2), torch.ones(4, 8, 3))),
+            r'operator aten.conv1d.\w+ in module "body" cannot be lowered: '
+            "the gradient of a 1-D convolution",
+        ),
+        (
+            Lambda(lambda x: x[:, :, ::2]),
+            r'operator aten.slice.Tensor in module "body" cannot be lowered: '
+            "the gradient of a slice with a step",
+        ),
+    ],
+    ids=["upsampling", "conv1d", "strided-slice"],
+)
+def test_what_has_no_gradient_graph_is_named(body: nn.Module, message: str) -> None:
+    built = program.build(program.trace(Wrapped(body).eval(), (3, 12, 12)))
+    with pytest.raises(LoweringError, match=message):
+        autodiff.differentiate(built, layers.find(built, ["stem"]))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import io
+import json
 import pickle
 import subprocess
 import sys
@@ -165,6 +167,123 @@ def test_pickles_run_only_when_allowed(folder: Path, tmp_path: Path) -> None:
     assert (tmp_path / "sprung").exists()
 
 
+def saved(value: object) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def sprung(member: str, path: Path) -> tuple[str, Callable[[bytes], bytes]]:
+    """A member of a program, and how it changes to run code, which makes a file."""
+    if member == "opaque object":
+        entry = {"path_name": "opaque_obj_0", "use_pickle": False, "is_param": False}
+        content = json.dumps({"config": {"object": entry}}).encode()
+        return "data/constants/model_constants_config.json", lambda old: content
+    if member == "use_pickle":
+        name = "data/weights/model_weights_config.json"
+        return name, lambda old: old.replace(b'"use_pickle": false', b'"use_pickle": true')
+    if member == "expr_str":
+        code = f"open({str(path)!r}, chr(119)).close()"
+        return "models/model.json", lambda old: old.replace(
+            b'"expr_str": "S', b'"expr_str": ' + json.dumps(code).encode() + b', "x": "S', 1
+        )
+    return "data/sample_inputs/model.pt", lambda old: saved(Trap(path))
+
+
+def crafted(folder: Path, path: Path, name: str, change: Callable[[bytes], bytes]) -> None:
+    """Copy the program, one of its members changed."""
+    with zipfile.ZipFile(folder / "program.pt2") as old, zipfile.ZipFile(path, "w") as new:
+        changed = 0
+        for info in old.infolist():
+            content = old.read(info)
+            if info.filename.endswith(f"/{name}"):
+                changed += change(content) != content
+                content = change(content)
+            new.writestr(info.filename, content)
+    assert changed == 1
+
+
+@pytest.mark.parametrize(
+    ("member", "message"),
+    [
+        ("sample inputs", "holds pickled Python objects"),
+        ("opaque object", "asks for pickled Python objects"),
+        ("use_pickle", "asks for pickled Python objects"),
+        ("expr_str", "has a size that is no formula"),
+    ],
+)
+def test_programs_that_hold_code_are_refused(
+    folder: Path, tmp_path: Path, member: str, message: str
+) -> None:
+    path, mark = tmp_path / "program.pt2", tmp_path / "sprung"
+    name, change = sprung(member, mark)
+    crafted(folder, path, name, change)
+    text = refusal(lambda: sources.load(path))
+    assert text.startswith(f"{path} can run code: ")
+    assert f'{name}" {message}; save model.state_dict() or' in text
+    assert text.endswith("or trust it with --allow-pickle")
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("member", ["sample inputs", "expr_str"])
+def test_a_programs_code_runs_when_allowed(folder: Path, tmp_path: Path, member: str) -> None:
+    """It shows that the trap works, and the warning comes before."""
+    path, mark = tmp_path / "program.pt2", tmp_path / "sprung"
+    crafted(folder, path, *sprung(member, mark))
+    lines: list[tuple[str, bool]] = []
+    with pytest.raises(SourceError, match="cannot be read"), programs.quiet():
+        sources.load(path, None, True, lambda line: lines.append((line, mark.exists())))
+    assert lines == [(f"reading {path} runs the code that it holds", False)]
+    assert mark.exists()
+
+
+@pytest.mark.parametrize("name", ["state_dict", "constants", "example_inputs"])
+def test_old_programs_that_hold_code_are_refused(tmp_path: Path, name: str) -> None:
+    """The format of PyTorch 2.7 and before."""
+    path, mark = tmp_path / "old.pt2", tmp_path / "sprung"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("version", "8.1")
+        archive.writestr("serialized_exported_program.json", "{}")
+        archive.writestr(f"serialized_{name}.pt", saved(Trap(mark)))
+    assert "--allow-pickle" in refusal(lambda: sources.load(path))
+    assert not mark.exists()
+
+
+def test_compiled_programs_are_refused(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "program.pt2"
+    with zipfile.ZipFile(folder / "program.pt2") as old, zipfile.ZipFile(path, "w") as new:
+        for info in old.infolist():
+            new.writestr(info.filename, old.read(info))
+        new.writestr("program/data/aotinductor/model/model.so", b"")
+    assert 'model.so" is compiled; ' in refusal(lambda: sources.load(path))
+
+
+@pytest.mark.parametrize("name", ["program.pt2", "weights.pt", "pickled.pt"])
+def test_only_what_runs_code_is_warned_of(folder: Path, name: str) -> None:
+    lines: list[str] = []
+    sources.load(folder / name, TINY, True, lines.append)
+    pickled = [f"reading {folder / name} runs the code that it holds"]
+    assert lines == (pickled if name == "pickled.pt" else [])
+
+
+def test_sizes_are_formulas(tmp_path: Path) -> None:
+    """Programs whose sizes are computed from a dynamic batch and image are read."""
+
+    class Halves(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x[: x.shape[0] // 2, :, : x.shape[2] // 3].mean((2, 3))
+
+    dims = {0: torch.export.Dim.AUTO, 2: torch.export.Dim.AUTO}
+    program = torch.export.export(
+        Halves(), (torch.zeros(4, 3, 33, 32),), dynamic_shapes=(dims,), strict=False
+    )
+    torch.export.save(program, tmp_path / "halves.pt2")
+    with zipfile.ZipFile(tmp_path / "halves.pt2") as archive:
+        text = archive.read("halves/models/model.json")
+    assert b"FloorDiv" in text
+    assert isinstance(sources.load(tmp_path / "halves.pt2"), torch.export.ExportedProgram)
+
+
 def test_files_that_are_no_models(tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
     assert refusal(lambda: sources.load(path)) == f"{path} does not exist"
@@ -230,6 +349,17 @@ def test_any_flipped_byte_is_refused_or_harmless(folder: Path, tmp_path: Path) -
     assert refused > end / 13 / 2
 
 
+def test_weights_without_batch_counters(tmp_path: Path) -> None:
+    """As PyTorch before 0.4.1 wrote them."""
+    state = tiny().state_dict()
+    kept = {n: v for n, v in state.items() if not n.endswith("num_batches_tracked")}
+    assert len(kept) < len(state)
+    torch.save(kept, tmp_path / "old.pt")
+    loaded = sources.load(tmp_path / "old.pt", TINY)
+    assert isinstance(loaded, nn.Module)
+    assert all(torch.equal(loaded.state_dict()[name], kept[name]) for name in kept)
+
+
 def test_weights_of_another_network(folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "weights.pt"
     state = tiny().state_dict()
@@ -282,6 +412,26 @@ def test_imports_from_the_current_folder(tmp_path: Path, monkeypatch: pytest.Mon
     assert refusal(lambda: sources.build("my_broken_net:net")) == (
         'module "my_broken_net" cannot be imported: boom'
     )
+    assert sys.path == before
+
+
+def test_factories_and_pickles_import_from_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a factory runs, and while a pickled module is read."""
+    (tmp_path / "my_parts_of_today.py").write_text(
+        "from torch import nn\nclass Part(nn.Linear):\n    pass\n"
+    )
+    (tmp_path / "my_late_net.py").write_text(
+        "def net():\n    from my_parts_of_today import Part\n    return Part(2, 3)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    before = list(sys.path)
+    model = sources.build("my_late_net:net")
+    torch.save(model, tmp_path / "pickled.pt")
+    monkeypatch.delitem(sys.modules, "my_parts_of_today")
+    loaded = sources.load(tmp_path / "pickled.pt", None, True)
+    assert type(loaded).__name__ == "Part"
     assert sys.path == before
 
 

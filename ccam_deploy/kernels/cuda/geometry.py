@@ -1,0 +1,172 @@
+"""Where each layer lies in the arrays that the kernels share, and how large those arrays are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from ccam_deploy.errors import OptionError
+
+CHANNELS, HEIGHT, WIDTH, FEATURES, GRADIENTS, FIRST_CHANNEL, FIRST_PIXEL, FIRST_TILE = range(8)
+"""Columns of the table of layers: a layer's size, then where its part starts in the features and
+gradients (in elements), and among all layers' channels, pixels and tiles of TILE pixels."""
+
+TILE = 32
+LARGEST_K = 32
+LARGEST_LAYER = 4096
+
+
+@dataclass(frozen=True)
+class LayerPlace:
+    """One target layer.
+
+    channels, height, width: C, h, w.
+    features, gradients: where the layer's [images, C, h, w] and [pairs, C, h, w] start in the
+        arrays that hold all layers, in elements.
+    """
+
+    channels: int
+    height: int
+    width: int
+    features: int
+    gradients: int
+
+
+@dataclass(frozen=True)
+class Spec:
+    """An array that the caller allocates. zeroed: it must be zeros before its first use."""
+
+    shape: tuple[int, ...]
+    dtype: DTypeLike
+    zeroed: bool = False
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The sizes of one bundle on one slot, and the options that they depend on.
+
+    layers: the target layers, the final one last.   size: H, W of the input.
+    pairs: the most (image, class) pairs of one batch.
+    k_min, k_max: the numbers of collections to try.   theta: a fraction in [0, 1).
+    mask_dtype: float32 or float16, the type the classifier takes its masks in.
+    Raises OptionError where a kernel's limit is passed.
+    """
+
+    layers: tuple[LayerPlace, ...]
+    size: tuple[int, int]
+    pairs: int
+    k_min: int = 2
+    k_max: int = 10
+    theta: float = 0.1
+    mask_dtype: DTypeLike = np.float32
+
+    def __post_init__(self) -> None:
+        if self.k_max > LARGEST_K:
+            raise OptionError(f"k_max is {self.k_max}; the GPU kernels take at most {LARGEST_K}")
+        for number, layer in enumerate(self.layers):
+            if layer.channels > LARGEST_LAYER:
+                raise OptionError(
+                    f"layer {number} has {layer.channels} channels; "
+                    f"the GPU kernels take at most {LARGEST_LAYER}"
+                )
+
+    @property
+    def channels(self) -> int:
+        """Channels of all layers."""
+        return sum(layer.channels for layer in self.layers)
+
+    @property
+    def pixels(self) -> int:
+        """Pixels of one channel of every layer."""
+        return sum(layer.height * layer.width for layer in self.layers)
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of at most TILE pixels; none lies in two layers."""
+        return sum(map(_tiles, self.layers))
+
+    @property
+    def masks(self) -> int:
+        """The most masks of one batch."""
+        return self.pairs * len(self.layers) * self.k_max
+
+    @property
+    def quantile(self) -> tuple[int, int, np.float32]:
+        """The two ranks that θ lies between, and its share of the way from one to the other."""
+        last = self.size[0] * self.size[1] - 1
+        place = self.theta * last
+        low = int(place)
+        return low, min(low + 1, last), np.float32(place - low)
+
+    def table(self) -> NDArray[np.int64]:
+        """[L, 8] int64, one row per layer; see CHANNELS and what follows it."""
+        sizes = [
+            (layer.channels, layer.height * layer.width, _tiles(layer)) for layer in self.layers
+        ]
+        starts = accumulate(sizes, lambda a, b: (a[0] + b[0], a[1] + b[1], a[2] + b[2]))
+        rows = [
+            (layer.channels, layer.height, layer.width, layer.features, layer.gradients, *start)
+            for layer, start in zip(self.layers, [(0, 0, 0), *starts], strict=False)
+        ]
+        return np.array(rows, np.int64)
+
+    def interpolation(self) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """For each output row, then column, the source line before it and its share of the next.
+
+        Returns two arrays [L, H + W], int32 and float32; half-pixel centres, edges repeated.
+        """
+        height, width = self.size
+        low = np.empty((len(self.layers), height + width), np.int32)
+        share = np.empty(low.shape, np.float32)
+        for number, layer in enumerate(self.layers):
+            rows, columns = slice(0, height), slice(height, None)
+            low[number, rows], share[number, rows] = _line(layer.height, height)
+            low[number, columns], share[number, columns] = _line(layer.width, width)
+        return low, share
+
+    def specs(self) -> dict[str, Spec]:
+        """The arrays of `launch.Buffers`, by name; its docstring tells what they hold."""
+        pairs, layers, slots = self.pairs, len(self.layers), self.pairs * self.channels
+        image = self.size[0] * self.size[1]
+        results = {
+            "table": Spec((layers, 8), np.int64),
+            "low": Spec((layers, sum(self.size)), np.int32),
+            "share": Spec((layers, sum(self.size)), np.float32),
+            "psi": Spec((pairs, self.channels, 4), np.float32),
+            "labels": Spec((pairs, self.channels), np.int32),
+            "counts": Spec((pairs, layers), np.int32),
+            "quality": Spec((pairs, layers, self.k_max - self.k_min + 1), np.float32),
+            "rounds": Spec((pairs, layers), np.int32),
+            "sums": Spec((pairs, self.k_max * self.pixels), np.float32),
+            "starts": Spec((pairs * layers + 1,), np.int32),
+            "masks": Spec((self.masks, image), self.mask_dtype),
+            "flat": Spec((self.masks,), np.uint8),
+            "owner_of_mask": Spec((self.masks,), np.int64),
+            "weights": Spec((self.masks,), np.float32),
+            "raw": Spec((pairs, image), np.float32),
+            "saliency": Spec((pairs, image), np.float32),
+        }
+        workspace = {
+            "scaled_psi": Spec((pairs, self.channels, 4), np.float32),
+            "exact": Spec((15, slots), np.float64),
+            "coarse": Spec((6, slots), np.float32),
+            "links": Spec((7, slots), np.int32),
+            "scales": Spec((pairs, layers), np.float64),
+            "unscaled": Spec((pairs, self.k_max * self.pixels), np.float64),
+            "finished": Spec((pairs, layers, self.k_max), np.int32, zeroed=True),
+        }
+        return results | workspace
+
+
+def _tiles(layer: LayerPlace) -> int:
+    return -(-layer.height * layer.width // TILE)
+
+
+def _line(source: int, target: int) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
+    centres = (np.arange(target) + 0.5) * (source / target) - 0.5
+    centres = np.clip(centres, 0, source - 1)
+    low = np.floor(centres).astype(np.intp)
+    return low, centres - low

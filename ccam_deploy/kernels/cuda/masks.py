@@ -1,0 +1,266 @@
+"""Masks M' (Ha & Youn 2022, eq. 18-22), for all layers and pairs in one launch.
+
+A mask's upsampled values are never stored before they are final. Each pass works them out again
+from the collection sum, which is small and stays in the cache, by operations that the compiler
+cannot fuse differently from pass to pass: a value is the same, to the bit, in each of them.
+
+The quantile is found by radix select. Floats that are not negative order as their bits do, and
+those in [0, 1] have 30 of them: digits of 11, 11 and 8 bits. A thread goes down a column, where
+values change slowly, and counts a run of equal digits before it adds to the histogram; so a large
+area of zeros, or of any value, costs few atomic operations.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import cuda
+
+from ccam_deploy.kernels.cuda.collectives import (
+    MOST_WARPS,
+    WARP,
+    Array,
+    Number,
+    block_max,
+    block_min,
+    block_sum_before,
+)
+from ccam_deploy.kernels.cuda.geometry import FIRST_PIXEL, HEIGHT, WIDTH
+
+FIRST_DIGIT, FIRST_SHIFT = 11, 19
+BINS = 1 << FIRST_DIGIT
+NOTHING_ABOVE = np.int32(2**31 - 1)
+
+Source = tuple[Array, int]
+"""A collection sum: its pixels row by row, [h · w] float32, and w."""
+
+
+@cuda.jit
+def index_masks(counts: Array, pairs: int, starts: Array) -> None:
+    """Number the masks of a batch by pair, layer and collection. One block.
+
+    counts: [P, L] int32.   pairs: how many of the P are in use.
+    starts: [P · L + 1] int32, the first mask of each pair and layer in use, then how many masks
+    there are.
+    """
+    scratch = cuda.shared.array(MOST_WARPS, np.int32)
+    slots, thread = pairs * counts.shape[1], cuda.threadIdx.x
+    share = (slots + cuda.blockDim.x - 1) // cuda.blockDim.x
+    begin, end = min(thread * share, slots), min(thread * share + share, slots)
+    own = np.int32(0)
+    for slot in range(begin, end):
+        own += counts[slot // counts.shape[1], slot % counts.shape[1]]
+    place = block_sum_before(own, scratch)
+    if thread == 0:
+        starts[0] = 0
+    for slot in range(begin, end):
+        place += counts[slot // counts.shape[1], slot % counts.shape[1]]
+        starts[slot + 1] = place
+
+
+@cuda.jit
+def render_masks(
+    table: Array,
+    low: Array,
+    share: Array,
+    sums: Array,
+    starts: Array,
+    owner: Array,
+    pairs: int,
+    k_max: int,
+    height: int,
+    ranks: tuple[int, int, float],
+    masks: Array,
+    flat: Array,
+    owner_of_mask: Array,
+) -> None:
+    """Upsample, denoise and normalise collection sums. One block per mask that there may be.
+
+    low, share: [L, H + W] int32 and float32, from Geometry.interpolation.
+    sums: [P, k_max · pixels] float32 in [0, 1].   starts: from `index_masks`.   owner: [P] int32.
+    pairs: how many of the P are in use.   height: H.
+    ranks: from Geometry.quantile; two integers and a float32.
+    masks: [n, H · W] float32 or float16, in [0, 1].   flat: [n] uint8, 1 where a mask is all
+    zeros.   owner_of_mask: [n] int64, the image that a mask is for. Where there are fewer than n
+    masks, the rest of each array is left alone.
+    """
+    mask, layers = cuda.blockIdx.x, table.shape[0]
+    if mask >= starts[pairs * layers]:
+        return
+    place = holder(starts, pairs * layers, mask)
+    pair, layer = place // layers, place % layers
+    columns = table[layer, WIDTH]
+    pixels = table[layer, HEIGHT] * columns
+    start = k_max * table[layer, FIRST_PIXEL] + (mask - starts[place]) * pixels
+    source = sums[pair, start : start + pixels], columns
+    threshold, highest = threshold_and_maximum(source, low[layer], share[layer], height, ranks)
+    write(source, low[layer], share[layer], height, threshold, highest, masks[mask])
+    if cuda.threadIdx.x == 0:
+        flat[mask] = 0 if highest > threshold else 1
+        owner_of_mask[mask] = owner[pair]
+
+
+@cuda.jit(device=True)
+def holder(starts: Array, slots: int, mask: int) -> int:
+    """The pair and layer, as p · L + l, that a mask belongs to."""
+    first, last = 0, slots - 1
+    while first < last:
+        middle = (first + last + 1) >> 1
+        if starts[middle] <= mask:
+            first = middle
+        else:
+            last = middle - 1
+    return first
+
+
+@cuda.jit(device=True)
+def corners(source: Source, row: int, column: int) -> tuple[float, float, float, float]:
+    """The four pixels around a place: above left, below left, above right, below right."""
+    values, columns = source
+    above = row * columns
+    below = min(above + columns, values.shape[0] - columns)
+    right = min(column + 1, columns - 1)
+    return (
+        values[above + column],
+        values[below + column],
+        values[above + right],
+        values[below + right],
+    )
+
+
+@cuda.jit(device=True)
+def bilinear(around: tuple[float, float, float, float], down: Number, along: Number) -> Number:
+    """The value between four pixels; not negative and not above 1 where they are not."""
+    left = cuda.fma(down, around[1] - around[0], around[0])
+    right = cuda.fma(down, around[3] - around[2], around[2])
+    return cuda.fma(along, right - left, left)
+
+
+@cuda.jit(device=True)
+def threshold_and_maximum(
+    source: Source, low: Array, share: Array, height: int, ranks: tuple[int, int, float]
+) -> tuple[float, float]:
+    """The quantile, interpolated between two ranks, and the maximum of an upsampled map."""
+    histogram = cuda.shared.array(BINS, np.int32)
+    scratch = cuda.shared.array(MOST_WARPS, np.int32)
+    found = cuda.shared.array(4, np.int32)
+    rank, prefix, shift, bits = ranks[0], 0, FIRST_SHIFT, FIRST_DIGIT
+    higher, highest = NOTHING_ABOVE, np.int32(0)
+    while True:
+        for place in range(cuda.threadIdx.x, 1 << bits, cuda.blockDim.x):
+            histogram[place] = 0
+        cuda.syncthreads()
+        higher, highest = count(source, low, share, height, shift, bits, prefix, histogram)
+        cuda.syncthreads()
+        find(histogram, 1 << bits, rank, scratch, found[:2])
+        if shift == 0:
+            break
+        prefix, rank = (prefix << bits) + found[0], found[1]
+        bits = min(shift, FIRST_DIGIT)
+        shift -= bits
+    find(histogram, 1 << bits, rank + ranks[1] - ranks[0], scratch, found[2:])
+    higher, highest = block_min(higher, scratch), block_max(highest, scratch)
+    lower = np.int32((prefix << bits) + found[0])
+    if found[2] >= 0:
+        higher = np.int32((prefix << bits) + found[2])
+    lower_value, higher_value = lower.view(np.float32), higher.view(np.float32)
+    threshold = cuda.fma(higher_value - lower_value, ranks[2], lower_value)
+    return threshold, highest.view(np.float32)
+
+
+@cuda.jit(device=True)
+def count(
+    source: Source,
+    low: Array,
+    share: Array,
+    height: int,
+    shift: int,
+    bits: int,
+    prefix: int,
+    histogram: Array,
+) -> tuple[Number, Number]:
+    """Add up how often each digit comes after a prefix in the bits of an upsampled map.
+
+    Returns the thread's least value, as bits, with a prefix above that one, and its largest.
+    """
+    width = low.shape[0] - height
+    groups = (width + WARP - 1) // WARP
+    warp, warps = cuda.threadIdx.x // WARP, cuda.blockDim.x // WARP
+    stripes = max(1, warps // groups)
+    higher, highest = NOTHING_ABOVE, np.int32(0)
+    for part in range(warp, groups * stripes, warps):
+        x = part % groups * WARP + cuda.laneid
+        stripe = part // groups
+        if x < width:
+            column, along = low[height + x], share[height + x]
+            row, around = low[0], corners(source, low[0], column)
+            run_digit, run = 0, 0
+            for y in range(height * stripe // stripes, height * (stripe + 1) // stripes):
+                if low[y] != row:
+                    row = low[y]
+                    around = corners(source, row, column)
+                value = bilinear(around, share[y], along).view(np.int32)
+                highest = max(highest, value)
+                above = value >> (shift + bits)
+                if above == prefix:
+                    digit = (value >> shift) - (prefix << bits)
+                    if digit != run_digit:
+                        if run > 0:
+                            cuda.atomic.add(histogram, run_digit, run)
+                        run_digit, run = digit, 0
+                    run += 1
+                elif above > prefix:
+                    higher = min(higher, value)
+            if run > 0:
+                cuda.atomic.add(histogram, run_digit, run)
+    return higher, highest
+
+
+@cuda.jit(device=True)
+def find(histogram: Array, bins: int, rank: int, scratch: Array, found: Array) -> None:
+    """Write the bin that holds a rank, and the rank within it; -1 where there are fewer values."""
+    thread = cuda.threadIdx.x
+    part = (bins + cuda.blockDim.x - 1) // cuda.blockDim.x
+    begin, end = min(thread * part, bins), min(thread * part + part, bins)
+    own = np.int32(0)
+    for place in range(begin, end):
+        own += histogram[place]
+    if thread == 0:
+        found[0] = -1
+    before = block_sum_before(own, scratch)
+    if before <= rank < before + own:
+        place = begin
+        while before + histogram[place] <= rank:
+            before += histogram[place]
+            place += 1
+        found[0] = place
+        found[1] = rank - before
+    cuda.syncthreads()
+
+
+@cuda.jit(device=True)
+def write(
+    source: Source,
+    low: Array,
+    share: Array,
+    height: int,
+    threshold: float,
+    highest: float,
+    mask: Array,
+) -> None:
+    """Write the upsampled map, zero up to the threshold and scaled to a maximum of 1."""
+    width = low.shape[0] - height
+    groups = (width + WARP - 1) // WARP
+    warp, warps = cuda.threadIdx.x // WARP, cuda.blockDim.x // WARP
+    stripes = max(1, warps // groups)
+    for part in range(warp, groups * stripes, warps):
+        x = part % groups * WARP + cuda.laneid
+        stripe = part // groups
+        if x < width:
+            column, along = low[height + x], share[height + x]
+            row, around = low[0], corners(source, low[0], column)
+            for y in range(height * stripe // stripes, height * (stripe + 1) // stripes):
+                if low[y] != row:
+                    row = low[y]
+                    around = corners(source, row, column)
+                value = bilinear(around, share[y], along)
+                mask[y * width + x] = value / highest if value > threshold else np.float32(0)

@@ -1,0 +1,90 @@
+"""Channel statistics ψ (Ha & Youn 2022, eq. 5), for all layers and pairs in one launch."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numba import cuda
+
+from ccam_deploy.kernels.cuda.collectives import MOST_WARPS, Array, block_sum, part_of
+from ccam_deploy.kernels.cuda.geometry import (
+    CHANNELS,
+    FEATURES,
+    FIRST_CHANNEL,
+    GRADIENTS,
+    HEIGHT,
+    WIDTH,
+)
+
+
+@cuda.jit
+def channel_statistics(
+    table: Array, features: Array, gradients: Array, owner: Array, inverse_scale: float, psi: Array
+) -> None:
+    """One block per channel and pair: grid (channels of all layers, P).
+
+    features, gradients: 1-D, float32 or float16.   owner: [P] int32, the image of each pair.
+    inverse_scale: float64, what to multiply gradients by.
+    psi: [P, channels, 4] float32, written.
+    Two passes in float64, so that neither a large mean nor a large value costs precision; the
+    second pass finds the map in the cache.
+    """
+    scratch = cuda.shared.array(MOST_WARPS, np.float64)
+    channel, pair = cuda.blockIdx.x, cuda.blockIdx.y
+    layer = part_of(table, FIRST_CHANNEL, channel)
+    own = channel - table[layer, FIRST_CHANNEL]
+    count, channels = table[layer, HEIGHT] * table[layer, WIDTH], table[layer, CHANNELS]
+    feature = table[layer, FEATURES] + (owner[pair] * channels + own) * count
+    gradient = table[layer, GRADIENTS] + (pair * channels + own) * count
+
+    feature_sum, gradient_sum = 0.0, 0.0
+    for place in range(cuda.threadIdx.x, count, cuda.blockDim.x):
+        feature_sum += np.float64(features[feature + place])
+        gradient_sum += np.float64(gradients[gradient + place])
+    feature_mean = block_sum(feature_sum, scratch) / count
+    gradient_mean = block_sum(gradient_sum, scratch) / count
+
+    feature_sum, gradient_sum = 0.0, 0.0
+    for place in range(cuda.threadIdx.x, count, cuda.blockDim.x):
+        centred = np.float64(features[feature + place]) - feature_mean
+        feature_sum += centred * centred
+        centred = np.float64(gradients[gradient + place]) - gradient_mean
+        gradient_sum += centred * centred
+    feature_deviation = math.sqrt(block_sum(feature_sum, scratch) / count)
+    gradient_deviation = math.sqrt(block_sum(gradient_sum, scratch) / count)
+
+    if cuda.threadIdx.x == 0:
+        psi[pair, channel, 0] = feature_mean
+        psi[pair, channel, 1] = feature_deviation
+        psi[pair, channel, 2] = gradient_mean * inverse_scale
+        psi[pair, channel, 3] = gradient_deviation * inverse_scale
+
+
+@cuda.jit
+def standardise(table: Array, psi: Array, scaled: Array) -> None:
+    """Scale each statistic to mean 0 and deviation 1 over a layer's channels.
+
+    One block per statistic, layer and pair: grid (4, L, P).   psi, scaled: [P, channels, 4]
+    float32; not the same array, since the collection sums need the mean gradient as it was.
+    """
+    scratch = cuda.shared.array(MOST_WARPS, np.float64)
+    statistic, layer, pair = cuda.blockIdx.x, cuda.blockIdx.y, cuda.blockIdx.z
+    first, channels = table[layer, FIRST_CHANNEL], table[layer, CHANNELS]
+
+    total = 0.0
+    for channel in range(cuda.threadIdx.x, channels, cuda.blockDim.x):
+        total += np.float64(psi[pair, first + channel, statistic])
+    mean = block_sum(total, scratch) / channels
+    total = 0.0
+    for channel in range(cuda.threadIdx.x, channels, cuda.blockDim.x):
+        centred = np.float64(psi[pair, first + channel, statistic]) - mean
+        total += centred * centred
+    deviation = math.sqrt(block_sum(total, scratch) / channels)
+
+    factor = 0.0
+    if deviation > 0:
+        factor = 1 / deviation
+    for channel in range(cuda.threadIdx.x, channels, cuda.blockDim.x):
+        centred = np.float64(psi[pair, first + channel, statistic]) - mean
+        scaled[pair, first + channel, statistic] = centred * factor

@@ -1,0 +1,265 @@
+"""The CUDA kernels on Numba's simulator, in a process of its own.
+
+The simulator is chosen by an environment variable before Numba is imported, for a whole process.
+It knows no warps: their shuffles and votes are added here. So is a scheduler that runs one thread
+at a time, and finds out when threads wait for others that never come; the simulator's own polls
+all threads and is many times slower.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ccam_deploy.kernels.cuda.geometry import Geometry, LayerPlace, Spec
+
+WARP = 32
+Stages = tuple[str, ...]
+Arrays = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What to launch.
+
+    shapes: each layer's C, h, w.   stages: methods of CollectionKernels, in order.
+    features, gradients: per layer [images, C, h, w] and [pairs, C, h, w].   scores: [n].
+    given: contents of buffers before the first stage.   threads: per block, for every kernel.
+    """
+
+    shapes: tuple[tuple[int, int, int], ...]
+    stages: Stages
+    owner: tuple[int, ...] = (0,)
+    features: tuple[NDArray[Any], ...] = ()
+    gradients: tuple[NDArray[Any], ...] = ()
+    scores: NDArray[Any] | None = None
+    given: Arrays = field(default_factory=dict)
+    size: tuple[int, int] = (8, 8)
+    k_min: int = 2
+    k_max: int = 4
+    theta: float = 0.1
+    gradient_scale: float = 1.0
+    mask_dtype: str = "float32"
+    standardise: bool = False
+    threads: int = 64
+
+    def geometry(self) -> Geometry:
+        places, feature, gradient = [], 3, 1
+        for channels, height, width in self.shapes:
+            places.append(LayerPlace(channels, height, width, feature, gradient))
+            feature += (max(self.owner) + 1) * channels * height * width + 5
+            gradient += len(self.owner) * channels * height * width
+        return Geometry(
+            tuple(places),
+            self.size,
+            len(self.owner) + 1,
+            self.k_min,
+            self.k_max,
+            self.theta,
+            self.mask_dtype,
+        )
+
+
+def simulate(run: Run) -> Arrays:
+    """Run the stages in this process, which must have been started by `simulator`."""
+    from numba import cuda
+
+    from ccam_deploy.kernels.cuda.launch import Buffers, CollectionKernels, Inputs, Threads
+
+    def allocate(spec: Spec) -> Any:
+        filler = 77 if np.issubdtype(spec.dtype, np.integer) else np.nan
+        return cuda.to_device(np.full(spec.shape, filler, spec.dtype))
+
+    geometry = run.geometry()
+    buffers = Buffers.allocate(geometry, allocate)
+    for name, values in run.given.items():
+        target = getattr(buffers, name)
+        target[tuple(slice(n) for n in values.shape)] = values
+    inputs = Inputs(
+        cuda.to_device(_arena(run.features, [layer.features for layer in geometry.layers])),
+        cuda.to_device(_arena(run.gradients, [layer.gradients for layer in geometry.layers])),
+        cuda.to_device(np.array(run.owner, np.int32)),
+    )
+    kernels = CollectionKernels(geometry, buffers, Threads(*[run.threads] * 7))
+    stream = cuda.stream()
+    extra: dict[str, tuple[Any, ...]] = {
+        "statistics": (run.gradient_scale,),
+        "partition": (run.standardise,),
+        "combine": (None if run.scores is None else cuda.to_device(run.scores),),
+    }
+    for stage in run.stages:
+        getattr(kernels, stage)(inputs, *extra.get(stage, ()), stream)
+    return {name: array.copy_to_host() for name, array in vars(buffers).items()}
+
+
+def _arena(layers: tuple[NDArray[Any], ...], starts: list[int]) -> NDArray[Any]:
+    if not layers:
+        return np.zeros(1, np.float32)
+    arena = np.full(starts[-1] + layers[-1].size, np.nan, layers[0].dtype)
+    for start, values in zip(starts, layers, strict=True):
+        arena[start : start + values.size] = values.reshape(-1)
+    return arena
+
+
+@contextmanager
+def simulator() -> Iterator[ProcessPoolExecutor]:
+    """A process in which `simulate` works."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context, _begin) as pool:
+        yield pool
+
+
+def _begin() -> None:
+    os.environ["NUMBA_ENABLE_CUDASIM"] = "1"
+    from numba.cuda.simulator import kernel, kernelapi
+
+    kernel.swapped_cuda_module = _put_cuda_module
+    kernelapi.FakeCUDAShared.array = _shared_array
+    kernel.BlockManager.run = _run_block
+    kernel.BlockThread.syncthreads = lambda thread: thread._manager.schedule.wait(thread)
+    for name in ("shfl_sync", "shfl_up_sync", "shfl_xor_sync", "ballot_sync"):
+        setattr(kernelapi.FakeCUDAModule, name, globals()[f"_{name}"])
+
+
+def _put_cuda_module(function: Any, module: Any) -> AbstractContextManager[None]:
+    """Let a kernel's code see the simulated `cuda`; nothing else in this process needs another."""
+    function.__globals__["cuda"] = module
+    return nullcontext()
+
+
+def _shared_array(shared: Any, shape: Any, dtype: Any) -> NDArray[Any]:
+    """The block's array for this line of code, without reading the source as Numba's own does."""
+    frame = sys._getframe(1)
+    place = frame.f_code.co_filename, frame.f_lineno
+    if place not in shared._allocations:
+        shared._allocations[place] = np.zeros(shape, dtype)
+    return shared._allocations[place]  # type: ignore[no-any-return]
+
+
+def _run_block(block: Any, grid_point: Any, *args: Any) -> None:
+    from numba.cuda.simulator.kernel import BlockThread
+
+    def target() -> None:
+        block.schedule.run(threading.current_thread(), lambda: block._f(*args))
+
+    threads = [
+        BlockThread(target, block, grid_point, point, block._debug)
+        for point in np.ndindex(*block._block_dim)
+    ]
+    block.schedule = _Schedule(threads)
+    block.schedule.start()
+    for thread in threads:
+        if thread.exception and thread.exception[0] is not _StoppedError:
+            raise thread.exception[0].with_traceback(thread.exception[1])
+
+
+class _StoppedError(Exception):
+    """Another thread of the block failed."""
+
+
+class _Barrier:
+    """Threads that wait for each other, and what the lanes of a warp show each other meanwhile.
+
+    Two sets of values, so that lanes need not wait again before they show the next.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.waiting: list[Any] = []
+        self.shown: list[list[Any]] = [[None] * size, [None] * size]
+        self.turn = [0] * size
+
+
+class _Schedule:
+    """Lets the threads of a block run one at a time, each until it has to wait for others."""
+
+    def __init__(self, threads: list[Any]) -> None:
+        self.threads = threads
+        self.ready = deque(threads)
+        self.stopped = False
+        self.block = _Barrier(len(threads))
+        self.warps = [_Barrier(WARP) for _ in range(len(threads) // WARP)]
+        for thread in threads:
+            thread.turn = threading.Lock()
+            thread.turn.acquire()
+
+    def start(self) -> None:
+        for thread in self.threads:
+            thread.start()
+        self._next()
+        for thread in self.threads:
+            thread.join()
+
+    def run(self, thread: Any, work: Callable[[], None]) -> None:
+        try:
+            self._pause(thread)
+            work()
+            self._next()
+        except Exception:
+            self.stopped = True
+            for other in self.threads:
+                if other.turn.locked():
+                    other.turn.release()
+            raise
+
+    def wait(self, thread: Any, barrier: _Barrier | None = None) -> None:
+        barrier = barrier or self.block
+        barrier.waiting.append(thread)
+        if len(barrier.waiting) == barrier.size:
+            self.ready.extend(barrier.waiting)
+            barrier.waiting.clear()
+        self._next()
+        self._pause(thread)
+
+    def _pause(self, thread: Any) -> None:
+        thread.turn.acquire()
+        if self.stopped:
+            raise _StoppedError
+
+    def _next(self) -> None:
+        if self.ready:
+            self.ready.popleft().turn.release()
+        elif self.block.waiting or any(warp.waiting for warp in self.warps):
+            raise RuntimeError("some threads of the block wait for others that will not come")
+
+
+def _exchange(value: Any) -> tuple[int, list[Any]]:
+    thread: Any = threading.current_thread()
+    schedule = thread._manager.schedule
+    number, lane = divmod(thread.thread_id, WARP)
+    warp = schedule.warps[number]
+    shown = warp.shown[warp.turn[lane]]
+    warp.turn[lane] ^= 1
+    shown[lane] = value
+    schedule.wait(thread, warp)
+    return lane, shown
+
+
+def _shfl_sync(module: Any, mask: int, value: Any, source: int) -> Any:
+    return _exchange(value)[1][source % WARP]
+
+
+def _shfl_up_sync(module: Any, mask: int, value: Any, delta: int) -> Any:
+    lane, shown = _exchange(value)
+    return shown[lane - delta] if lane >= delta else value
+
+
+def _shfl_xor_sync(module: Any, mask: int, value: Any, change: int) -> Any:
+    lane, shown = _exchange(value)
+    return shown[lane ^ change]
+
+
+def _ballot_sync(module: Any, mask: int, predicate: Any) -> int:
+    _, shown = _exchange(bool(predicate))
+    return sum(1 << lane for lane, value in enumerate(shown) if value)

@@ -98,7 +98,7 @@ def present_device() -> str:
     try:
         from numba import cuda
 
-        device: Any = cuda.get_current_device()  # type: ignore[no-untyped-call]
+        device: Any = cuda.get_current_device()
         major, minor = device.compute_capability
     except Exception as error:
         raise BackendError(f"no NVIDIA GPU was found: {brief(error)}") from error

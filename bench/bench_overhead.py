@@ -135,7 +135,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             results[name] = _in_own_process(name, Path(folder) / name, given.rounds)
         print(table({name: results[name]}), flush=True)
     if given.output:
-        command = f"python -m bench.bench_overhead --rounds {given.rounds}"
+        command = (
+            f"python -m bench.bench_overhead --networks {given.networks} "
+            f"--rounds {given.rounds} --output {given.output}"
+        )
         report = {"command": command, "conditions": conditions(), "results": results}
         given.output.parent.mkdir(parents=True, exist_ok=True)
         given.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

@@ -241,6 +241,8 @@ def unlisted(bundle: Bundle) -> list[str]:
 
 def _read_manifest(root: Path) -> Manifest:
     path = root / MANIFEST
+    if root.exists() and not root.is_dir():
+        raise BundleError(f"{root} is not a bundle: it is a file, not a folder")
     if not root.is_dir():
         raise BundleError(f"{root} is not a bundle: there is no such folder")
     if path.is_symlink() or not path.is_file():
@@ -261,7 +263,7 @@ def _decode(path: Path, content: bytes) -> Manifest:
                 f"{path} has format {version}, this version reads {FORMAT}; export it again"
             )
         return msgspec.json.decode(content, type=Manifest)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise ManifestError(f"{path} is not a valid manifest: {error}") from error
 
 

@@ -92,6 +92,8 @@ def _turned(picture: Image.Image) -> Image.Image:
 
 def _read(path: Path) -> bytes:
     try:
+        if path.exists() and not path.is_file():
+            raise ImageError(f"{path} is not a file")
         if path.is_file() and path.stat().st_size > MAX_BYTES:
             raise ImageError(f"{path} has more than {MAX_BYTES} bytes")
         return path.read_bytes()

@@ -37,8 +37,8 @@ from ccam_deploy.cli.options import PRECISIONS, bundle_argument, json_option, pr
     "devices",
     multiple=True,
     metavar="X.Y",
-    help="A compute capability to build for, such as 8.9; may be repeated.  [default: all that "
-    "tensorrt-rtx supports; for tensorrt the GPU that is here]",
+    help="A compute capability to build for, such as 8.9; may be repeated.  [default: all from "
+    "8.0 on that tensorrt-rtx supports; for tensorrt the GPU that is here]",
 )
 @json_option
 def build(

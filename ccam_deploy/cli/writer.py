@@ -201,4 +201,6 @@ def _json(result: Explanation, pair: int, file: Path, manifest: Manifest) -> byt
         "mic": [float(value) for value in result.mic[pair]],
         "settings": result.settings,
     }
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode(
+        "utf-8", "backslashreplace"
+    )

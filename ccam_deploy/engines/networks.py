@@ -15,6 +15,7 @@ from ccam_deploy.engines.base import Array, Engine
 from ccam_deploy.errors import BackendError, OptionError
 
 Floats = NDArray[np.float32]
+_MOST_THREADS = 1024
 Backend = Literal["auto", "onnxruntime-cpu", "onnxruntime-cuda"]
 
 
@@ -132,8 +133,8 @@ def open_networks(
     if named is None:
         known = ", ".join(get_args(Backend))
         raise OptionError(f'backend "{backend}" is unknown; there are {known}')
-    if threads < 0:
-        raise OptionError(f"threads is {threads}; it must be 0 or more")
+    if not 0 <= threads <= _MOST_THREADS:
+        raise OptionError(f"threads is {threads}; it must be 0 to {_MOST_THREADS}")
     if named != "auto":
         return _open(bundle, named, precision, threads)
     reasons: list[str] = []

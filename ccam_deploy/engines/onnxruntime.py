@@ -42,7 +42,7 @@ class OnnxRuntimeEngine(Engine):
         runtime = _import()
         options = runtime.SessionOptions()
         options.intra_op_num_threads = self._threads
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # errors come as exceptions
         # A bundle's sessions and the kernels take turns: a session that goes on spinning after
         # its run only takes the cores from the next one.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")

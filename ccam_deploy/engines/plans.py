@@ -8,7 +8,8 @@ and some compute capabilities, so each is recorded with all that it was made for
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,7 @@ Flavour = Literal["tensorrt", "tensorrt-rtx"]
 Shape = tuple[int, ...]
 
 FLAVOURS: dict[Flavour, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+_TURING = "7.5"
 _OPTIMUM_MASKS = 24
 _LARGEST_MASKS = 64
 
@@ -74,7 +76,9 @@ class Library:
         }
 
     def targets(self, devices: Sequence[str]) -> tuple[str, ...]:
-        """The compute capabilities to build for: those named, else all that can be.
+        """The compute capabilities to build for: those named, else all that can be from 8.0 on.
+
+        Turing, 7.5, has no float32 matrix products in TensorRT-RTX, so it must be named.
 
         Raises OptionError for one that is unknown, BackendError where a GPU is needed and missing.
         """
@@ -90,7 +94,7 @@ class Library:
                     f"{self.flavour} does not support compute capability {device}; "
                     f"it supports {', '.join(known)}"
                 )
-        return tuple(devices) or tuple(known)
+        return tuple(devices) or tuple(device for device in known if device != _TURING)
 
 
 def present_device() -> str:
@@ -121,12 +125,10 @@ def build_plan(
     graph: Path,
     tuned_for: Sequence[Profile],
     devices: Sequence[str],
-    progress: Callable[[str], None] | None = None,
 ) -> bytes:
     """Build one ONNX graph into a plan.
 
     tuned_for: one optimisation profile each.   devices: compute capabilities, as `targets` gave.
-    progress: called with the name of each phase.
     Raises BackendError with TensorRT's own words where it rejects the graph.
     """
     trt = library.module
@@ -143,9 +145,11 @@ def build_plan(
     _aim_at(library, config, devices)
     for profile in tuned_for:
         _add_profile(builder, config, network, graph, profile)
-    if progress:
-        config.progress_monitor = _monitor(trt, progress)
+    monitor = _monitor(trt)
+    config.progress_monitor = monitor
     plan = builder.build_serialized_network(network, config)
+    if log.interrupted or monitor.interrupted:
+        raise KeyboardInterrupt
     if plan is None:
         raise BackendError(f"{library.flavour} cannot build {graph.name}: {log.last_error}")
     return bytes(plan)
@@ -201,29 +205,37 @@ def _logger(trt: Any) -> Any:
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.last_error = "no reason was given"
+            self.interrupted = False
 
         def log(self, severity: Any, message: str) -> None:
-            if severity <= trt.ILogger.Severity.ERROR:
-                self.last_error = " ".join(message.split())
+            try:
+                if severity <= trt.ILogger.Severity.ERROR:
+                    self.last_error = " ".join(message.split())
+            except KeyboardInterrupt:
+                self.interrupted = True
 
     return Log()
 
 
-def _monitor(trt: Any, progress: Callable[[str], None]) -> Any:
-    """Tells of each outermost phase as it starts."""
+def _monitor(trt: Any) -> Any:
+    """Ends the build at Ctrl-C, which TensorRT would swallow where it calls back into Python."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
+            self.interrupted = False
 
         def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
-            if parent is None:
-                progress(phase)
+            self.step_complete(phase, 0)
 
         def phase_finish(self, phase: str) -> None:
-            pass
+            self.step_complete(phase, 0)
 
         def step_complete(self, phase: str, step: int) -> bool:
-            return True
+            try:
+                time.sleep(0)  # gives a pending Ctrl-C its turn, here where it can be caught
+            except KeyboardInterrupt:
+                self.interrupted = True
+            return not self.interrupted
 
     return Monitor()

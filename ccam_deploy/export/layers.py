@@ -73,6 +73,8 @@ def _named(program: Program, outputs: dict[str, fx.Node], name: str) -> fx.Node:
 def _known(outputs: dict[str, fx.Node], limit: int = 24) -> str:
     """Names of the modules that give feature maps, outer ones first."""
     maps = [name for name, node in outputs.items() if _is_map(node)]
+    if not maps:
+        return "no modules; name a node of the traced program"
     names = sorted(maps, key=lambda name: name.count("."))
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more

@@ -116,6 +116,7 @@ def build(exported: ExportedProgram, keep: Collection[str] = (), fold: bool = Tr
     except Exception as error:
         raise SourceError(f"the traced program cannot be decomposed: {brief(error)}") from error
     graph = _unlift(functional)
+    _plain_convolutions(graph)
     if fold:
         _fold_batch_norms(graph, keep)
     _plain_global_pools(graph)
@@ -242,6 +243,14 @@ def _fold_batch_norms(module: fx.GraphModule, keep: Collection[str]) -> None:
                 module.graph.erase_node(user)
 
 
+def _plain_convolutions(module: fx.GraphModule) -> None:
+    """TorchScript's form of convolution, with settings of one library, as the plain one."""
+    for node in module.graph.nodes:
+        if node.target is aten._convolution.default:
+            node.target = aten.convolution.default
+            node.args = node.args[:9]
+
+
 def _plain_global_pools(module: fx.GraphModule) -> None:
     """Global average pooling as a mean: PyTorch's operator also sets strides in place."""
     for node in module.graph.nodes:
@@ -262,7 +271,9 @@ def _reader(module: fx.GraphModule) -> Callable[[Any], torch.Tensor]:
 def _into_convolution(
     module: fx.GraphModule, source: fx.Node, scale: torch.Tensor, shift: torch.Tensor
 ) -> fx.Node | None:
-    if source.target is not aten.conv2d.default or len(source.users) != 1:
+    plain = source.target is aten.conv2d.default
+    plain |= source.target is aten.convolution.default and source.args[6] is False
+    if not plain or source.meta["val"].dim() != 4 or len(source.users) != 1:
         return None
     weight, bias = source.args[1], source.args[2] if len(source.args) > 2 else None
     constants = [node for node in (weight, bias) if isinstance(node, fx.Node)]
@@ -275,7 +286,7 @@ def _into_convolution(
     new_weight = fresh_constant(module, kernel.float(), f"{name}_folded")
     new_bias = fresh_constant(module, offset.float(), f"{name}_folded_bias")
     arguments = (source.args[0], new_weight, new_bias, *source.args[3:])
-    return module.graph.create_node("call_function", aten.conv2d.default, arguments)
+    return module.graph.create_node("call_function", source.target, arguments)
 
 
 def _scale_and_shift(

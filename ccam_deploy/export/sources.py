@@ -96,7 +96,7 @@ def build(arch: str) -> nn.Module:
             factory = getattr(factory, part)
         try:
             model = factory(**arguments)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise SourceError(f"{arch} cannot be built: {brief(error)}") from error
     if not isinstance(model, nn.Module):
         raise SourceError(f"{arch} gives a {type(model).__name__}, not a torch.nn.Module")
@@ -137,7 +137,7 @@ def import_module(name: str) -> Any:
     try:
         with _current_folder():
             return _import_module(name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise SourceError(f'module "{name}" cannot be imported: {brief(error)}') from error
 
 

@@ -22,6 +22,7 @@ from ccam_deploy.methods.base import (
     Stopwatch,
 )
 
+_MOST_COLLECTIONS = 1024
 Score = Literal["logit", "probability"]
 
 
@@ -50,6 +51,8 @@ class CollectionCAMOptions:
             raise OptionError(
                 f"k_min is {self.k_min} and k_max {self.k_max}; 1 <= k_min <= k_max must hold"
             )
+        if self.k_max > _MOST_COLLECTIONS:
+            raise OptionError(f"k_max is {self.k_max}; it must be at most {_MOST_COLLECTIONS}")
         if self.score not in ("logit", "probability"):
             raise OptionError(f'score is "{self.score}"; it must be logit or probability')
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -494,3 +495,44 @@ def test_the_examples_in_one_process(digits_bundle: Path, here: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
     assert len(tree(here / "explanations")) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["--option", "k_max=99999999999"],
+            "an option has an unusable value: k_max is 99999999999; it must be at most 1024",
+        ),
+        (["--threads", "100000"], "threads is 100000; it must be 0 to 1024"),
+    ],
+)
+def test_values_that_would_exhaust_the_machine(
+    tiny_bundle: Path, words: list[str], message: str
+) -> None:
+    done = CliRunner().invoke(main, ["explain", str(tiny_bundle), str(example_files()[0]), *words])
+    assert (done.exit_code, done.stderr) == (2, f"error: {message}\n")
+
+
+def test_what_is_no_file_is_not_read(tiny_bundle: Path, tmp_path: Path) -> None:
+    """A pipe would be waited for, and /dev/zero has no end."""
+    os.mkfifo(tmp_path / "pipe.png")
+    done = CliRunner().invoke(main, ["explain", str(tiny_bundle), str(tmp_path / "pipe.png")])
+    assert (done.exit_code, done.stderr) == (2, f"error: {tmp_path / 'pipe.png'} is not a file\n")
+
+
+def test_interrupting_a_build_leaves_the_bundle_as_it_was(
+    digits_bundle: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    folder = shutil.copytree(digits_bundle, tmp_path / "digits")
+    words = ["build", str(folder), "--backend", "tensorrt-rtx", "--device", "8.9"]
+    with subprocess.Popen([SCRIPT, *words], stderr=subprocess.PIPE, text=True) as running:
+        assert running.stderr is not None
+        assert running.stderr.readline() == "building backbone (fp32)\n"
+        running.send_signal(signal.SIGINT)
+        rest = running.stderr.read()
+    assert running.returncode == 2
+    assert rest.endswith("error: interrupted; nothing was left half-written\n")
+    assert not bundles.unlisted(bundles.read(folder))
+    assert not bundles.read(folder).manifest.plans

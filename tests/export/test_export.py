@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from ccam_deploy.errors import (
     SourceError,
     ToleranceError,
 )
-from ccam_deploy.export import ExportSettings, export
+from ccam_deploy.export import ExportSettings, export, sources
 from ccam_deploy.export import program as programs
 from ccam_deploy.export import recipe as recipes
 from ccam_deploy.export.sources import Model
@@ -371,3 +372,19 @@ def test_the_manifest_is_plain_json(digits_bundle: Path) -> None:
     listed = {path.name for path in digits_bundle.iterdir()} - {"manifest.json"}
     assert set(content["files"]) == listed
     assert content["random_weights"] is False
+
+
+def test_a_traced_script_is_exported_like_its_model(tmp_path: Path) -> None:
+    """TorchScript has its own convolution and no module names; batch normalisation is folded."""
+    model = tiny()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.trace(model, torch.zeros(1, 3, *SIZE)), tmp_path / "net.pt")  # type: ignore[no-untyped-call]
+    script = sources.load(tmp_path / "net.pt")
+    bundle = export(script, tmp_path / "script", SIZE)
+    assert [layer.channels for layer in bundle.manifest.layers] == [6, 8]
+    images = noise(2, 3, *SIZE)
+    with ccam.load(bundle) as one, ccam.load(export(model, tmp_path / "own", SIZE)) as other:
+        got, expected = one.explain(images), other.explain(images)
+    np.testing.assert_allclose(got.logits, expected.logits, atol=1e-5)
+    np.testing.assert_allclose(got.saliency, expected.saliency, atol=1e-4)

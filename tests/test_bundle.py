@@ -158,7 +158,7 @@ def test_missing_and_resized_files(folder: Path) -> None:
 def test_what_is_no_bundle(folder: Path) -> None:
     with pytest.raises(BundleError, match=r"nowhere is not a bundle: there is no such folder"):
         bundles.read(folder / "nowhere")
-    with pytest.raises(BundleError, match=r"weights.bin is not a bundle: there is no such folder"):
+    with pytest.raises(BundleError, match=r"weights.bin is not a bundle: it is a file"):
         bundles.read(folder / "weights.bin")
     (folder / "manifest.json").rename(folder / "other.json")
     with pytest.raises(BundleError, match=r"tiny is not a bundle: it has no manifest\.json"):

@@ -162,7 +162,7 @@ def test_unknown_settings(tiny_bundle: Path) -> None:
     bundle = bundles.read(tiny_bundle)
     with pytest.raises(OptionError, match='backend "openvino" is unknown; there are auto, onnxr'):
         open_networks(bundle, "openvino")
-    with pytest.raises(OptionError, match="threads is -1; it must be 0 or more"):
+    with pytest.raises(OptionError, match="threads is -1; it must be 0 to 1024"):
         open_networks(bundle, threads=-1)
     with pytest.raises(OptionError, match="the bundle has no int8 graphs, only fp32"):
         open_networks(bundle, precision="int8")

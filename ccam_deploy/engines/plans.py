@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -143,8 +143,9 @@ def build_plan(
         raise BackendError(f"{library.flavour} rejects {graph.name}: {'; '.join(reasons[:2])}")
     config = builder.create_builder_config()
     _aim_at(library, config, devices)
+    axes = _dynamic_axes(graph)
     for profile in tuned_for:
-        _add_profile(builder, config, network, graph, profile)
+        _add_profile(builder, config, network, axes, profile)
     monitor = _monitor(trt)
     config.progress_monitor = monitor
     plan = builder.build_serialized_network(network, config)
@@ -170,9 +171,10 @@ def _aim_at(library: Library, config: Any, devices: Sequence[str]) -> None:
         config.set_compute_capability(known[device], index)
 
 
-def _add_profile(builder: Any, config: Any, network: Any, graph: Path, profile: Profile) -> None:
+def _add_profile(
+    builder: Any, config: Any, network: Any, axes: Mapping[str, str], profile: Profile
+) -> None:
     added = builder.create_optimization_profile()
-    axes = _dynamic_axes(graph)
     for index in range(network.num_inputs):
         tensor = network.get_input(index)
         shapes = [

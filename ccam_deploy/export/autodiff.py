@@ -242,7 +242,7 @@ def _own_statistics(joint: fx.GraphModule, node: fx.Node, axes: list[int], epsil
 
 
 def _fold_constants(joint: fx.GraphModule) -> None:
-    """Evaluate what depends on constants alone, but for views that cost nothing to repeat."""
+    """Evaluate what depends on constants alone."""
     values: dict[fx.Node, Tensor] = {}
     for node in list(joint.graph.nodes):
         if node.op == "get_attr":

@@ -1,4 +1,4 @@
-"""The kernels on a CPU, with NumPy and SciPy.
+"""The kernels on a CPU, with NumPy, SciPy and fastcluster.
 
 P counts (image, class) pairs, C channels, k collections, n masks; h×w is a feature map's size,
 H×W the input's. Sums run in float64, results are float32.
@@ -12,10 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
+import fastcluster
 import numpy as np
 from numpy.typing import NDArray
-from scipy.cluster.hierarchy import linkage
-from scipy.spatial.distance import pdist
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
@@ -39,12 +38,13 @@ class Partition:
     quality: Floats
 
 
+@np.errstate(invalid="ignore")
 def channel_statistics(features: Floats, gradients: Floats) -> Floats:
     """Each channel's representation vector ψ (Ha & Youn 2022, eq. 5).
 
     features, gradients: [P, C, h, w] float32.
     Returns [P, C, 4] float32: mean and population standard deviation of the feature map, then of
-    its gradient.
+    its gradient; not finite where a value of the channel is not.
     """
     parts = []
     for values in (features, gradients):
@@ -69,15 +69,15 @@ def standardise(psi: Floats) -> Floats:
 def partition(psi: Floats, k_min: int, k_max: int) -> Partition:
     """Ward's hierarchy, cut where the dispersion-separation ratio is largest (eq. 6-16).
 
-    psi: [C, 4] float32, one row per channel.   k_min, k_max: the numbers of collections to try,
-    cut at the number of distinct rows; among equals the smallest wins.
+    psi: [C, 4] float32, finite, one row per channel.   k_min, k_max: the numbers of collections
+    to try, cut at the number of distinct rows; among equals the smallest wins.
     """
     channels = len(psi)
     points = psi.astype(np.float64)
     quality = np.full(k_max - k_min + 1, WORST_QUALITY, np.float32)
     if channels == 1:
         return Partition(np.zeros(1, np.int32), 1, quality)
-    tree = linkage(pdist(points), method="ward")
+    tree = fastcluster.linkage_vector(points, method="ward")
     distinct = 1 + int(np.count_nonzero(tree[:, 2]))
     largest = min(k_max, distinct)
     clusters = _cut(tree, largest)
@@ -94,7 +94,7 @@ def partition(psi: Floats, k_min: int, k_max: int) -> Partition:
 
 
 def _cut(tree: Doubles, count: int) -> NDArray[np.intp]:
-    """The node of SciPy's tree that each leaf belongs to when `count` clusters are left."""
+    """The node of the tree that each leaf belongs to when `count` clusters are left."""
     leaves = len(tree) + 1
     merges = leaves - count
     parent = np.arange(leaves + merges)

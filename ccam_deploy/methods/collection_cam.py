@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ccam_deploy.engines import Classifier
-from ccam_deploy.errors import OptionError
+from ccam_deploy.errors import BackendError, OptionError
 from ccam_deploy.kernels import cpu
 from ccam_deploy.methods.base import (
     Batch,
@@ -128,6 +128,11 @@ class CollectionCAM:
         """Cluster one layer's channels and add up the collections, pair by pair."""
         with clock.stage("statistics"):
             psi = cpu.channel_statistics(features, gradients)
+            if not np.isfinite(psi).all():
+                raise BackendError(
+                    f'layer "{name}" has NaN or infinite features or gradients for these images; '
+                    "a bundle in fp32 has the wider range"
+                )
             if self.options.standardise:
                 psi = cpu.standardise(psi)
         with clock.stage("partition"):

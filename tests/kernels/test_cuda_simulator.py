@@ -151,10 +151,10 @@ def test_partition_matches_cpu(
 
 
 def test_hard_partitions_match_cpu(device: Simulate) -> None:
-    """Ties whose partition is unique, and statistics that float32 cannot tell apart."""
+    """Ties that leave every ratio the same, and statistics that float32 cannot tell apart."""
     stream = np.random.default_rng(11)
     corners = np.array([[x, y, 0, 0] for x in (0, 1) for y in (0, 1)])
-    squares = np.concatenate([corners + offset for offset in (0, 20, 50)])
+    squares = np.concatenate([side * corners + 20 * side**2 for side in (1, 2, 3)])
     dead = stream.standard_normal((24, 4)) * (np.arange(24) % 3 == 0)[:, None]
     gradients_only = stream.standard_normal((12, 4)) * [0, 0, 1e-7, 1e-7] + [[1, 0, 0, 0]]
     offset = (1e3 + stream.standard_normal((16, 4)) / 256).astype(np.float32)

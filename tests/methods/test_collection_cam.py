@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import ccam_deploy as ccam
-from ccam_deploy.errors import OptionError
+from ccam_deploy.engines import Activations
+from ccam_deploy.errors import BackendError, OptionError
 from ccam_deploy.methods import CollectionCAMOptions
 from tests.helpers import (
     DIGITS_LAYERS,
@@ -160,3 +161,16 @@ def test_unknown_layer_is_named(digits: ccam.Explainer) -> None:
     options = CollectionCAMOptions(layers=("layer9",))
     with pytest.raises(OptionError, match='"layer9" is not in the bundle; it has layer1'):
         digits.explain(example_pictures()[:1], options=options)
+
+
+def test_features_that_overflowed_are_refused(
+    digits: ccam.Explainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def overflow(activations: Activations, output_gradient: np.ndarray) -> list[np.ndarray]:
+        gradients = [np.zeros_like(features) for features in activations.features]
+        gradients[1][0, 3, 2, 2] = np.inf
+        return gradients
+
+    monkeypatch.setattr(digits.networks, "gradients", overflow)
+    with pytest.raises(BackendError, match=f'layer "{DIGITS_LAYERS[1]}" has NaN or infinite'):
+        digits.explain(example_pictures())

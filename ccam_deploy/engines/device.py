@@ -1,0 +1,118 @@
+"""A GPU's memory and one of its streams, as engines and kernels share them.
+
+PyCUDA attaches to the primary context, the only one that Numba knows, and owns the memory, the
+stream and the events. Engines take the stream's handle and addresses; Numba's kernels take the
+same stream and memory wrapped. CUDA graphs are captured with cuda.bindings on that stream.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from ccam_deploy.engines.base import Array, TensorSpec
+
+ALIGNMENT = 256
+
+
+@dataclass(frozen=True)
+class DeviceTensor:
+    """A tensor in device memory, its elements in a row. address: of the first one."""
+
+    address: int
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    @property
+    def bytes(self) -> int:
+        """How much memory it takes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class DeviceGraph(Protocol):
+    """One graph, ready to run on tensors in device memory, always on the same device's stream.
+
+    inputs, outputs: in order; a shape has names for the axes that vary, "batch" and "masks".
+    limits: the largest size of each axis that varies; one that is not named has no limit.
+    capturable: whether `launch` may be captured in a CUDA graph.
+    Not to be used by two threads at a time.
+    """
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    limits: Mapping[str, int]
+    capturable: bool
+
+    def launch(self, tensors: Mapping[str, DeviceTensor]) -> None:
+        """Put a run on the stream, and return without waiting for it.
+
+        tensors: every input and output by name. Raises BackendError where the engine refuses.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free what the graph holds."""
+        ...
+
+
+class Device(Protocol):
+    """One stream and the memory that goes with it; work on it is done in order.
+
+    stream: the stream's handle, for engines.   kernel_stream: the same, for Numba's kernels.
+    """
+
+    stream: int
+    kernel_stream: Any
+
+    def allocate(self, size: int) -> int:
+        """The address of `size` new bytes, on a multiple of ALIGNMENT; freed by `close`."""
+        ...
+
+    def view(self, address: int, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
+        """Device memory as an array for Numba's kernels."""
+        ...
+
+    def pinned(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+        """A host array that copies to and from the device need not stage."""
+        ...
+
+    def upload(self, address: int, values: Array) -> None:
+        """Put a copy of a host array, without gaps, to the device on the stream."""
+        ...
+
+    def download(self, values: Array, address: int) -> None:
+        """Put a copy from the device into a host array, without gaps, on the stream."""
+        ...
+
+    def copy(self, target: int, source: int, size: int) -> None:
+        """Put a copy within the device on the stream."""
+        ...
+
+    def wait(self) -> None:
+        """Wait until the stream's work is done. Raises BackendError for what went wrong in it."""
+        ...
+
+    def mark(self) -> Any:
+        """An event: the moment when the work put on the stream so far is done."""
+        ...
+
+    def seconds(self, start: Any, end: Any) -> float:
+        """The time between two events, both in the past."""
+        ...
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        """Capture what `work` puts on the stream; return a function that puts it there again.
+
+        Everything that `work` needs must stand before: no memory may be allocated and no kernel
+        compiled in it. Raises BackendError where it cannot be captured.
+        """
+        ...
+
+    def close(self) -> None:
+        """Wait, and free memory and stream."""
+        ...

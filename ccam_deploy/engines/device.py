@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -70,7 +71,18 @@ class Device(Protocol):
     kernel_stream: Any
 
     def allocate(self, size: int) -> int:
-        """The address of `size` new bytes, on a multiple of ALIGNMENT; freed by `close`."""
+        """The address of `size` new bytes, on a multiple of ALIGNMENT.
+
+        They are freed by `free` or by `close`. Raises BackendError where there is no room.
+        """
+        ...
+
+    def free(self, address: int) -> None:
+        """Give memory back that `allocate` gave, once the stream's work is done."""
+        ...
+
+    def current(self) -> AbstractContextManager[None]:
+        """Make the device the calling thread's; everything else is called inside of this."""
         ...
 
     def view(self, address: int, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
@@ -116,3 +128,50 @@ class Device(Protocol):
     def close(self) -> None:
         """Wait, and free memory and stream."""
         ...
+
+
+class Region:
+    """Named arrays one after the other in device memory, and maybe the same on the host.
+
+    tensors: the arrays on the device.   host: their mirror in pinned memory.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        arrays: Mapping[str, tuple[tuple[int, ...], DTypeLike]],
+        mirrored: bool = False,
+    ) -> None:
+        self._device = device
+        self.tensors: dict[str, DeviceTensor] = {}
+        self.host: dict[str, NDArray[Any]] = {}
+        places, size = [], 0
+        for shape, dtype in arrays.values():
+            places.append(size)
+            size += -(-math.prod(shape) * np.dtype(dtype).itemsize // ALIGNMENT) * ALIGNMENT
+        self.size = size
+        self.address = device.allocate(size)
+        self._mirror = device.pinned((size if mirrored else 0,), np.uint8)
+        for (name, (shape, dtype)), place in zip(arrays.items(), places, strict=True):
+            tensor = DeviceTensor(self.address + place, shape, np.dtype(dtype))
+            self.tensors[name] = tensor
+            if mirrored:
+                part = self._mirror[place : place + tensor.bytes]
+                self.host[name] = part.view(tensor.dtype).reshape(shape)
+
+    def view(self, name: str) -> Any:
+        """One of the arrays for Numba's kernels."""
+        tensor = self.tensors[name]
+        return self._device.view(tensor.address, tensor.shape, tensor.dtype)
+
+    def upload(self) -> None:
+        """Put a copy of the whole mirror to the device on the stream."""
+        self._device.upload(self.address, self._mirror)
+
+    def download(self) -> None:
+        """Put a copy of all arrays to the mirror on the stream."""
+        self._device.download(self._mirror, self.address)
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._device.free(self.address)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from ccam_deploy.engines.base import Array, Engine, TensorSpec
+from ccam_deploy.engines.device import DeviceTensor
 from ccam_deploy.errors import BackendError, brief
 
 if TYPE_CHECKING:
@@ -25,6 +26,44 @@ _DTYPES: dict[str, np.dtype[Any]] = {
 }
 
 
+class OnnxRuntimeGraph:
+    """One ONNX graph on tensors where they lie: in a GPU's memory, or, for tests, in the host's.
+
+    stream: the handle of the CUDA stream that the session works on; see DeviceGraph.
+    """
+
+    capturable = False
+    """Its arena allocates while it runs, and it may leave operators to the CPU."""
+
+    def __init__(self, path: Path, device: Device, stream: int) -> None:
+        runtime = _import()
+        self._path = path
+        self._device = device
+        self._session = _session(path, device, 1, stream)
+        self.inputs = _specs(self._session.get_inputs())
+        self.outputs = _specs(self._session.get_outputs())
+        self.limits: Mapping[str, int] = {}
+        self._options = runtime.RunOptions()
+        # The stream keeps the order; the run must not wait for it.
+        self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+
+    def launch(self, tensors: Mapping[str, DeviceTensor]) -> None:
+        """Put a run on the stream; see DeviceGraph."""
+        binding = self._session.io_binding()
+        for specs, bind in ((self.inputs, binding.bind_input), (self.outputs, binding.bind_output)):
+            for spec in specs:
+                tensor = tensors[spec.name]
+                bind(spec.name, self._device, 0, tensor.dtype, tensor.shape, tensor.address)
+        try:
+            self._session.run_with_iobinding(binding, self._options)
+        except Exception as error:
+            raise BackendError(f"ONNX Runtime failed on {self._path}: {brief(error)}") from error
+
+    def close(self) -> None:
+        """Free the session."""
+        del self._session
+
+
 class OnnxRuntimeEngine(Engine):
     """One ONNX graph in an ONNX Runtime session.
 
@@ -39,30 +78,7 @@ class OnnxRuntimeEngine(Engine):
         super().__init__()
 
     def _load_impl(self) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
-        runtime = _import()
-        options = runtime.SessionOptions()
-        options.intra_op_num_threads = self._threads
-        options.log_severity_level = 4  # errors come as exceptions
-        # A bundle's sessions and the kernels take turns: a session that goes on spinning after
-        # its run only takes the cores from the next one.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        provider = _PROVIDERS[self._device]
-        if provider not in runtime.get_available_providers():
-            raise BackendError(
-                f"the installed ONNX Runtime has no {provider}; pip install ccam-deploy[gpu]"
-            )
-        try:
-            self._session = runtime.InferenceSession(
-                self._path, options, providers=[provider, *_fallback(self._device)]
-            )
-        except Exception as error:
-            raise BackendError(f"ONNX Runtime cannot load {self._path}: {brief(error)}") from error
-        got = self._session.get_providers()[0]
-        if got != provider:
-            raise BackendError(
-                f"ONNX Runtime gave {got} where {provider} was asked for; "
-                "see that onnxruntime-gpu, a GPU and its driver are there"
-            )
+        self._session = _session(self._path, self._device, self._threads)
         return _specs(self._session.get_inputs()), _specs(self._session.get_outputs())
 
     def _run_impl(self, feeds: Mapping[str, Array]) -> list[Array]:
@@ -75,9 +91,36 @@ class OnnxRuntimeEngine(Engine):
         del self._session
 
 
-def _fallback(device: Device) -> list[str]:
-    """The CUDA provider hands operators that it lacks to the CPU."""
-    return [_PROVIDERS["cpu"]] if device == "cuda" else []
+def _session(
+    path: Path, device: Device, threads: int, stream: int = 0
+) -> onnxruntime.InferenceSession:
+    runtime = _import()
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4  # errors come as exceptions
+    # A bundle's sessions and the kernels take turns: a session that goes on spinning after
+    # its run only takes the cores from the next one.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    provider = _PROVIDERS[device]
+    if provider not in runtime.get_available_providers():
+        raise BackendError(
+            f"the installed ONNX Runtime has no {provider}; pip install ccam-deploy[gpu]"
+        )
+    wanted: list[Any] = [provider]
+    if device == "cuda":  # it hands operators that it lacks to the CPU
+        own = (provider, {"user_compute_stream": str(stream)}) if stream else provider
+        wanted = [own, _PROVIDERS["cpu"]]
+    try:
+        session = runtime.InferenceSession(path, options, providers=wanted)
+    except Exception as error:
+        raise BackendError(f"ONNX Runtime cannot load {path}: {brief(error)}") from error
+    got = session.get_providers()[0]
+    if got != provider:
+        raise BackendError(
+            f"ONNX Runtime gave {got} where {provider} was asked for; "
+            "see that onnxruntime-gpu, a GPU and its driver are there"
+        )
+    return session
 
 
 def _specs(tensors: list[onnxruntime.NodeArg]) -> tuple[TensorSpec, ...]:

@@ -16,13 +16,16 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ccam_deploy.kernels.cuda.geometry import Geometry, LayerPlace, Spec
+
+if TYPE_CHECKING:
+    from ccam_deploy.kernels.cuda.launch import CollectionKernels
 
 WARP = 32
 Stages = tuple[str, ...]
@@ -34,7 +37,8 @@ class Run:
     """What to launch.
 
     shapes: each layer's C, h, w.   stages: methods of CollectionKernels, in order.
-    features, gradients: per layer [images, C, h, w] and [pairs, C, h, w].   scores: [n].
+    features, gradients: per layer [images, C, h, w] and [pairs, C, h, w].
+    logits: [images, classes], or [rows, classes] from mask `first` on.   wanted: [pairs].
     given: contents of buffers before the first stage.   threads: per block, for every kernel.
     """
 
@@ -43,7 +47,10 @@ class Run:
     owner: tuple[int, ...] = (0,)
     features: tuple[NDArray[Any], ...] = ()
     gradients: tuple[NDArray[Any], ...] = ()
-    scores: NDArray[Any] | None = None
+    logits: NDArray[Any] | None = None
+    wanted: tuple[int, ...] = ()
+    probability: bool = False
+    first: int = 0
     given: Arrays = field(default_factory=dict)
     size: tuple[int, int] = (8, 8)
     k_min: int = 2
@@ -75,7 +82,48 @@ def simulate(run: Run) -> Arrays:
     """Run the stages in this process, which must have been started by `simulator`."""
     from numba import cuda
 
-    from ccam_deploy.kernels.cuda.launch import Buffers, CollectionKernels, Inputs, Threads
+    from ccam_deploy.kernels.cuda.launch import Head, Inputs
+
+    kernels = _kernels(run)
+    layers = kernels.geometry.layers
+    inputs = Inputs(
+        cuda.to_device(_arena(run.features, [layer.features for layer in layers])),
+        cuda.to_device(_arena(run.gradients, [layer.gradients for layer in layers])),
+        cuda.to_device(np.array(run.owner, np.int32)),
+    )
+    logits = np.zeros((1, 1), np.float32) if run.logits is None else run.logits
+    head = Head(
+        cuda.to_device(logits),
+        cuda.to_device(np.array(run.wanted, np.int32)),
+        cuda.to_device(np.full((len(run.owner), logits.shape[1]), np.nan, logits.dtype)),
+    )
+    stream = cuda.stream()
+    extra: dict[str, tuple[Any, ...]] = {
+        "output_gradient": (head, run.gradient_scale, run.probability),
+        "statistics": (run.gradient_scale,),
+        "partition": (run.standardise,),
+        "scores": (head.logits, run.first, run.probability),
+    }
+    for stage in run.stages:
+        getattr(kernels, stage)(inputs, *extra.get(stage, ()), stream)
+    arrays = {name: array.copy_to_host() for name, array in vars(kernels.buffers).items()}
+    return arrays | {"gradient": head.gradient.copy_to_host()}
+
+
+def simulate_cast(values: NDArray[Any], dtype: str, threads: int) -> NDArray[Any]:
+    """The same values in another type, as a kernel in this process casts them."""
+    from numba import cuda
+
+    kernels = _kernels(Run(((1, 1, 1),), (), threads=threads))
+    target = cuda.to_device(np.full(values.shape, np.nan, dtype))
+    kernels.cast(cuda.to_device(values), target, cuda.stream())
+    return target.copy_to_host()  # type: ignore[no-any-return]
+
+
+def _kernels(run: Run) -> CollectionKernels:
+    from numba import cuda
+
+    from ccam_deploy.kernels.cuda.launch import Buffers, CollectionKernels, Threads
 
     def allocate(spec: Spec) -> Any:
         filler = 77 if np.issubdtype(spec.dtype, np.integer) else np.nan
@@ -86,21 +134,7 @@ def simulate(run: Run) -> Arrays:
     for name, values in run.given.items():
         target = getattr(buffers, name)
         target[tuple(slice(n) for n in values.shape)] = values
-    inputs = Inputs(
-        cuda.to_device(_arena(run.features, [layer.features for layer in geometry.layers])),
-        cuda.to_device(_arena(run.gradients, [layer.gradients for layer in geometry.layers])),
-        cuda.to_device(np.array(run.owner, np.int32)),
-    )
-    kernels = CollectionKernels(geometry, buffers, Threads(*[run.threads] * 7))
-    stream = cuda.stream()
-    extra: dict[str, tuple[Any, ...]] = {
-        "statistics": (run.gradient_scale,),
-        "partition": (run.standardise,),
-        "combine": (None if run.scores is None else cuda.to_device(run.scores),),
-    }
-    for stage in run.stages:
-        getattr(kernels, stage)(inputs, *extra.get(stage, ()), stream)
-    return {name: array.copy_to_host() for name, array in vars(buffers).items()}
+    return CollectionKernels(geometry, buffers, Threads(*[run.threads] * len(fields(Threads))))
 
 
 def _arena(layers: tuple[NDArray[Any], ...], starts: list[int]) -> NDArray[Any]:

@@ -20,7 +20,7 @@ pytest.importorskip("numba.cuda")
 
 from numba import cuda, types
 
-from ccam_deploy.kernels.cuda import combine, cut, masks, statistics, sums, ward
+from ccam_deploy.kernels.cuda import combine, cut, masks, scores, statistics, sums, ward
 from ccam_deploy.kernels.cuda.launch import Threads
 
 CAPABILITIES = ((7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
@@ -39,6 +39,15 @@ def signatures(dtype: Any) -> dict[Any, tuple[tuple[Any, ...], str]]:
     """Each kernel's argument types, for features and masks of a type, and its row of Threads."""
     inputs = TABLE, dtype[::1], dtype[::1], OWNER
     return {
+        scores.cast: ((f4[::1], dtype[::1]), "combine"),
+        scores.output_gradient: (
+            (dtype[:, ::1], OWNER, OWNER, f4, i8, i8[::1], dtype[:, ::1]),
+            "scores",
+        ),
+        scores.mask_scores: (
+            (dtype[:, ::1], STARTS, i8[::1], i8, i8, i8, i8, f4[::1]),
+            "scores",
+        ),
         statistics.channel_statistics: ((*inputs, f8, PSI), "statistics"),
         statistics.standardise: ((TABLE, PSI, PSI), "search"),
         ward.begin: ((TABLE, PSI, *HIERARCHY, f8[:, ::1], COUNTS), "search"),
@@ -51,7 +60,7 @@ def signatures(dtype: Any) -> dict[Any, tuple[tuple[Any, ...], str]]:
             (*inputs, PSI, LABELS, COUNTS, f8[:, ::1], i4[:, :, ::1], f4[:, ::1]),
             "sums",
         ),
-        masks.index_masks: ((COUNTS, i8, STARTS), "combine"),
+        masks.index_masks: ((COUNTS, i8, STARTS, FLAGS, i8[::1]), "combine"),
         masks.render_masks: (
             (TABLE, *MAPS, STARTS, OWNER, i8, i8, i8, RANKS, dtype[:, ::1], FLAGS, i8[::1]),
             "masks",

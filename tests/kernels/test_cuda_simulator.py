@@ -6,29 +6,44 @@ cases share a launch, as layers and pairs of one batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from concurrent.futures import Executor
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from scipy import special
 
 pytest.importorskip("numba.cuda")
 
 from ccam_deploy.kernels import cpu
-from tests.kernels.simulated_device import Arrays, Run, simulate, simulator
+from tests.kernels.simulated_device import Arrays, Run, simulate, simulate_cast, simulator
 
 Floats = NDArray[np.float32]
-Simulate = Callable[[Run], Arrays]
 SEEDS = st.integers(0, 2**31)
 FEW = settings(max_examples=4, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 
 
+class Device:
+    """Runs kernels in the simulator's process."""
+
+    def __init__(self, pool: Executor) -> None:
+        self.pool = pool
+
+    def __call__(self, run: Run) -> Arrays:
+        return self.pool.submit(simulate, run).result()
+
+    def cast(self, values: Floats, dtype: str, threads: int) -> NDArray[np.generic]:
+        return self.pool.submit(simulate_cast, values, dtype, threads).result()
+
+
 @pytest.fixture(scope="module")
-def device() -> Iterator[Simulate]:
+def device() -> Iterator[Device]:
     with simulator() as pool:
-        yield lambda run: pool.submit(simulate, run).result()
+        yield Device(pool)
 
 
 def split(run: Run, values: NDArray[np.generic]) -> list[NDArray[np.generic]]:
@@ -86,7 +101,7 @@ def assert_partitions_match(run: Run, out: Arrays) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "threads"), [("float32", 32), ("float16", 64)])
-def test_pipeline_matches_cpu(device: Simulate, dtype: str, threads: int) -> None:
+def test_pipeline_matches_cpu(device: Device, dtype: str, threads: int) -> None:
     """Every stage, on two layers and two pairs that share no image order."""
     stream = np.random.default_rng(7)
     shapes, owner, scale = ((5, 6, 7), (8, 3, 2)), (1, 0), 1024.0
@@ -121,7 +136,7 @@ def test_pipeline_matches_cpu(device: Simulate, dtype: str, threads: int) -> Non
     assert not out["finished"].any()
 
 
-def test_statistics_do_not_overflow_or_cancel(device: Simulate) -> None:
+def test_statistics_do_not_overflow_or_cancel(device: Device) -> None:
     huge = np.full((1, 1, 3, 3), 3e38, np.float32)
     near = (1e4 + np.random.default_rng(0).standard_normal((1, 1, 3, 3)) / 64).astype(np.float32)
     features = np.concatenate([huge, near], axis=1)
@@ -130,7 +145,7 @@ def test_statistics_do_not_overflow_or_cancel(device: Simulate) -> None:
     np.testing.assert_allclose(device(run)["psi"][:1], wanted, rtol=1e-5)
 
 
-def test_standardised_partition_matches_cpu(device: Simulate) -> None:
+def test_standardised_partition_matches_cpu(device: Device) -> None:
     psi = np.random.default_rng(3).standard_normal((1, 9, 4)) * [1, 10, 100, 0] + 5
     run = partition_run([psi.astype(np.float32)])
     out = device(Run(**{**vars(run), "standardise": True, "threads": 32}))
@@ -141,16 +156,14 @@ def test_standardised_partition_matches_cpu(device: Simulate) -> None:
 
 @FEW
 @given(st.lists(st.integers(1, 14), min_size=1, max_size=3), st.integers(1, 5), SEEDS)
-def test_partition_matches_cpu(
-    device: Simulate, channels: list[int], k_max: int, seed: int
-) -> None:
+def test_partition_matches_cpu(device: Device, channels: list[int], k_max: int, seed: int) -> None:
     stream = np.random.default_rng(seed)
     layers = [stream.standard_normal((2, c, 4)).astype(np.float32) for c in channels]
     run = partition_run(layers, k_min=min(2, k_max), k_max=k_max, threads=32)
     assert_partitions_match(run, device(run))
 
 
-def test_hard_partitions_match_cpu(device: Simulate) -> None:
+def test_hard_partitions_match_cpu(device: Device) -> None:
     """Ties that leave every ratio the same, and statistics that float32 cannot tell apart."""
     stream = np.random.default_rng(11)
     corners = np.array([[x, y, 0, 0] for x in (0, 1) for y in (0, 1)])
@@ -170,7 +183,7 @@ def test_hard_partitions_match_cpu(device: Simulate) -> None:
 
 
 @pytest.mark.parametrize("threads", [32, 64])
-def test_identical_channels_take_logarithmic_rounds(device: Simulate, threads: int) -> None:
+def test_identical_channels_take_logarithmic_rounds(device: Device, threads: int) -> None:
     """2^n identical channels pair up in n rounds; they are one collection."""
     identical, single = np.ones((1, 64, 4), np.float32), np.ones((1, 1, 4), np.float32)
     run = partition_run([identical, single], threads=threads)
@@ -179,7 +192,7 @@ def test_identical_channels_take_logarithmic_rounds(device: Simulate, threads: i
     assert out["rounds"][0].tolist() == [6, 0]
 
 
-def test_chain_takes_a_round_per_merge(device: Simulate) -> None:
+def test_chain_takes_a_round_per_merge(device: Device) -> None:
     """The worst case: only one pair at a time is each other's nearest."""
     chain = np.zeros((1, 20, 4), np.float32)
     chain[0, :, 0] = 3.0 ** np.arange(20)
@@ -187,7 +200,7 @@ def test_chain_takes_a_round_per_merge(device: Simulate) -> None:
     assert device(run)["rounds"][0, 0] == 19
 
 
-def test_equal_distances_end_in_a_sound_partition(device: Simulate) -> None:
+def test_equal_distances_end_in_a_sound_partition(device: Device) -> None:
     """Many partitions are right here; the rounds are bounded, and each ratio that of its cut."""
     line, plane = np.zeros((1, 24, 4), np.float32), np.zeros((1, 25, 4), np.float32)
     line[0, :, 2] = np.arange(24)
@@ -207,7 +220,7 @@ def test_equal_distances_end_in_a_sound_partition(device: Simulate) -> None:
         assert out["rounds"][0, layer] <= 2 * (psi.shape[1] - 1)
 
 
-def test_statistics_that_are_not_finite_are_told(device: Simulate) -> None:
+def test_statistics_that_are_not_finite_are_told(device: Device) -> None:
     """A layer with an infinite or undefined statistic gets no collection; the others do."""
     psi = np.random.default_rng(0).standard_normal((2, 6, 4)).astype(np.float32)
     psi[0, 3, 1], psi[1, 5, 2] = np.inf, np.nan
@@ -219,7 +232,7 @@ def test_statistics_that_are_not_finite_are_told(device: Simulate) -> None:
     assert (out["quality"][:2, 0] == -1).all()
 
 
-def test_flat_sums_become_zeros(device: Simulate) -> None:
+def test_flat_sums_become_zeros(device: Device) -> None:
     """A constant map, one without a positive gradient, and one that is negative everywhere."""
     features = np.full((1, 3, 6, 7), 0.1, np.float32)
     features[0, 2] = -np.arange(42).reshape(6, 7)
@@ -244,7 +257,7 @@ def test_flat_sums_become_zeros(device: Simulate) -> None:
     SEEDS,
 )
 def test_masks_match_cpu(
-    device: Simulate,
+    device: Device,
     source: tuple[int, int],
     size: tuple[int, int],
     theta: float,
@@ -264,7 +277,7 @@ def test_masks_match_cpu(
     assert_masks_match(out["masks"][:4], out["flat"][:4], maps, run, 1e-5)
 
 
-def test_masks_are_weighted_by_their_scores(device: Simulate) -> None:
+def test_masks_are_weighted_by_their_scores(device: Device) -> None:
     """Flat masks take no weight, scores may be large, and a pair without a mask is empty."""
     stream = np.random.default_rng(5)
     masks = stream.random((6, 12), dtype=np.float32)
@@ -272,7 +285,8 @@ def test_masks_are_weighted_by_their_scores(device: Simulate) -> None:
     masks[flat == 1] = 0
     scores = np.array([300, 301.5, 900, 299, 5, 6], np.float32)
     given: Arrays = {"masks": masks, "flat": flat, "starts": np.array([0, 3, 4, 5, 6])}
-    run = Run(((4, 1, 1),) * 2, ("combine",), (0, 0), scores=scores, given=given, size=(3, 4))
+    given["scores"] = scores
+    run = Run(((4, 1, 1),) * 2, ("combine",), (0, 0), given=given, size=(3, 4))
     out = device(run)
     weighted = cpu.SoftmaxSum(2, (3, 4))
     counted = flat[:4] == 0
@@ -284,8 +298,85 @@ def test_masks_are_weighted_by_their_scores(device: Simulate) -> None:
     np.testing.assert_allclose(out["saliency"][:2].reshape(2, 3, 4), cpu.min_max(wanted), atol=1e-5)
 
 
-def test_failures_inside_a_kernel_are_told(device: Simulate) -> None:
+def classes_by_logit(logits: NDArray[np.generic]) -> NDArray[np.int64]:
+    return np.argsort(-logits.astype(np.float32), axis=1, kind="stable")
+
+
+def probabilities_of(logits: NDArray[np.generic]) -> NDArray[np.float64]:
+    return special.softmax(logits.astype(np.float64), axis=1)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_images_are_cast(device: Device, dtype: str) -> None:
+    values = np.random.default_rng(0).standard_normal(75).astype(np.float32)
+    values[3] = 7e-8
+    np.testing.assert_array_equal(device.cast(values, dtype, 32), values.astype(dtype))
+
+
+@pytest.mark.parametrize(("dtype", "threads"), [("float32", 32), ("float16", 64)])
+@pytest.mark.parametrize("probability", [False, True])
+def test_output_gradient_matches_numpy(
+    device: Device, dtype: str, threads: int, probability: bool
+) -> None:
+    """Given classes and ranks, among equal, infinite and undefined logits."""
+    logits = (np.random.default_rng(2).standard_normal((3, 70)) * 3).astype(dtype)
+    logits[1] = np.repeat([5, 7, -1, 7, 7, 5, 0], 10)
+    logits[2] -= 40
+    owner, wanted = (2, 0, 1, 1, 1, 0), (69, -1, -2, -32, -70, -3)
+    run = Run(((4, 1, 1),), ("output_gradient",), owner, logits=logits, wanted=wanted)
+    run = replace(run, gradient_scale=1024.0, probability=probability, threads=threads)
+    out = device(run)
+    ranked = classes_by_logit(logits)
+    targets = [
+        w if w >= 0 else ranked[image, -1 - w] for image, w in zip(owner, wanted, strict=True)
+    ]
+    assert out["targets"][:6].tolist() == targets
+    gradient = np.eye(70)[targets]
+    if probability:
+        p = probabilities_of(logits)[list(owner)]
+        gradient = p[np.arange(6), targets][:, None] * (gradient - p)
+    assert out["gradient"].dtype == dtype
+    exact = 1e-5 if dtype == "float32" else 1e-3
+    np.testing.assert_allclose(out["gradient"], 1024 * gradient, rtol=exact, atol=1e-6)
+
+
+def test_undefined_logits_come_last(device: Device) -> None:
+    """As NumPy sorts them; with nothing but those left, the class is 0."""
+    logits = np.full((1, 40), np.nan, np.float32)
+    logits[0, [5, 9, 33]] = [-np.inf, np.inf, 2]
+    run = Run(((4, 1, 1),), ("output_gradient",), (0,) * 4, logits=logits, wanted=(-1, -2, -3, -4))
+    out = device(replace(run, threads=32))
+    assert out["targets"][:4].tolist() == [*classes_by_logit(logits)[0, :3], 0]
+
+
+@pytest.mark.parametrize(("dtype", "threads"), [("float32", 64), ("float16", 32)])
+@pytest.mark.parametrize("probability", [False, True])
+def test_masks_get_the_score_of_their_pairs_class(
+    device: Device, dtype: str, threads: int, probability: bool
+) -> None:
+    """From a batch that begins at the third mask and ends after the last."""
+    logits = (np.random.default_rng(4).standard_normal((8, 40)) * 4 - 50).astype(dtype)
+    targets, pairs = np.array([39, 0, 7]), np.array([0, 1, 1, 2, 2, 2])
+    given: Arrays = {"targets": targets, "starts": np.array([0, 2, 3, 3, 5, 5, 8])}
+    run = Run(((4, 1, 1),) * 2, ("scores",), (0, 1, 0), logits=logits, given=given)
+    out = device(replace(run, first=2, probability=probability, threads=threads))
+    values = probabilities_of(logits) if probability else logits
+    wanted = values[np.arange(6), targets[pairs]]
+    np.testing.assert_allclose(out["scores"][2:8], wanted, rtol=1e-5)
+    assert np.isnan(out["scores"][:2]).all()
+    assert np.isnan(out["scores"][8:]).all()
+
+
+def test_a_larger_batch_than_the_masks_reads_valid_owners(device: Device) -> None:
+    given: Arrays = {"counts": np.array([[2, 0], [1, 3]])}
+    given["sums"] = np.ones((2, 8), np.float32)
+    out = device(Run(((4, 1, 1),) * 2, ("masks",), (1, 0), given=given, threads=32))
+    assert out["owner_of_mask"].tolist() == [1, 1, 0, 0, 0, 0] + [0] * 18
+    assert out["flat"][6:].all()
+
+
+def test_failures_inside_a_kernel_are_told(device: Device) -> None:
     """The simulated device's own check."""
-    given: Arrays = {"starts": np.array([0, 3]), "flat": np.zeros(3, np.uint8)}
+    given: Arrays = {"starts": np.array([0, 300])}
     with pytest.raises(IndexError):
-        device(Run(((4, 1, 1),), ("combine",), scores=np.zeros(0, np.float32), given=given))
+        device(Run(((4, 1, 1),), ("combine",), given=given))

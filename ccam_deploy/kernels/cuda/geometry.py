@@ -145,6 +145,8 @@ class Geometry:
             "masks": Spec((self.masks, image), self.mask_dtype),
             "flat": Spec((self.masks,), np.uint8),
             "owner_of_mask": Spec((self.masks,), np.int64),
+            "targets": Spec((pairs,), np.int64),
+            "scores": Spec((self.masks,), np.float32),
             "weights": Spec((self.masks,), np.float32),
             "raw": Spec((pairs, image), np.float32),
             "saliency": Spec((pairs, image), np.float32),

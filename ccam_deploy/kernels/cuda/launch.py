@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ccam_deploy.kernels.cuda import combine, cut, masks, statistics, sums, ward
+from ccam_deploy.kernels.cuda import combine, cut, masks, scores, statistics, sums, ward
 from ccam_deploy.kernels.cuda.collectives import WARP, Array
 from ccam_deploy.kernels.cuda.geometry import Geometry, Spec
 
@@ -28,7 +28,8 @@ class Buffers:
     quality: [P, L, k_max - k_min + 1].   rounds: [P, L], rounds of merging.
     sums: [P, k_max · pixels], the collection sums in [0, 1].
     starts: [P · L + 1], the first mask of each pair and layer; the last one in use, how many.
-    masks: [n, H · W].   flat: [n].   owner_of_mask: [n], images.   weights: [n].
+    masks: [n, H · W].   flat: [n].   owner_of_mask: [n], images.
+    targets: [P], classes.   scores: [n].   weights: [n].
     raw, saliency: [P, H · W], before and after scaling to [0, 1].
     The others are tables and working space.
     """
@@ -46,6 +47,8 @@ class Buffers:
     masks: Array
     flat: Array
     owner_of_mask: Array
+    targets: Array
+    scores: Array
     weights: Array
     raw: Array
     saliency: Array
@@ -91,6 +94,20 @@ class Inputs:
 
 
 @dataclass(frozen=True)
+class Head:
+    """What the classes of one batch are chosen from, in device memory.
+
+    logits: [B, classes] float32 or float16.
+    wanted: [P] int32, a class, or -1 - r for the class of rank r by its logit, from 0.
+    gradient: [P, classes] float32 or float16, written: the gradient graph's input.
+    """
+
+    logits: Array
+    wanted: Array
+    gradient: Array
+
+
+@dataclass(frozen=True)
 class Threads:
     """Threads per block, multiples of 32. Results do not depend on them."""
 
@@ -99,6 +116,7 @@ class Threads:
     partition: int = 512
     sums: int = 256
     masks: int = 512
+    scores: int = 128
     combine: int = 256
     scaling: int = 512
 
@@ -112,6 +130,25 @@ class CollectionKernels:
         self.geometry = geometry
         self.buffers = buffers
         self.threads = threads or Threads()
+
+    def cast(self, images: Array, target: Array, stream: Any) -> None:
+        """Images [n] float32 in the engine's type, both 1-D."""
+        grid = -(-target.shape[0] // self.threads.combine)
+        scores.cast[grid, self.threads.combine, stream](images, target)
+
+    def output_gradient(
+        self, inputs: Inputs, head: Head, gradient_scale: float, probability: bool, stream: Any
+    ) -> None:
+        """Each pair's class, and the gradient of its score times the scale."""
+        scores.output_gradient[inputs.pairs, self.threads.scores, stream](
+            head.logits,
+            inputs.owner,
+            head.wanted,
+            np.float32(gradient_scale),
+            int(probability),
+            self.buffers.targets,
+            head.gradient,
+        )
 
     def statistics(self, inputs: Inputs, gradient_scale: float, stream: Any) -> None:
         """Channel statistics ψ; gradients are divided by their scale."""
@@ -173,7 +210,9 @@ class CollectionKernels:
     def masks(self, inputs: Inputs, stream: Any) -> None:
         """Masks M', and where each pair's begin."""
         b, geometry = self.buffers, self.geometry
-        masks.index_masks[1, self.threads.combine, stream](b.counts, inputs.pairs, b.starts)
+        masks.index_masks[1, self.threads.combine, stream](
+            b.counts, inputs.pairs, b.starts, b.flat, b.owner_of_mask
+        )
         grid = inputs.pairs * len(geometry.layers) * geometry.k_max
         masks.render_masks[grid, self.threads.masks, stream](
             b.table,
@@ -191,10 +230,25 @@ class CollectionKernels:
             b.owner_of_mask,
         )
 
-    def combine(self, inputs: Inputs, scores: Array, stream: Any) -> None:
-        """Saliency from the masks' scores, [n] float32."""
+    def scores(
+        self, inputs: Inputs, logits: Array, first: int, probability: bool, stream: Any
+    ) -> None:
+        """Scores of the masks from `first` on, from the logits [rows, classes] of their images."""
+        scores.mask_scores[logits.shape[0], self.threads.scores, stream](
+            logits,
+            self.buffers.starts,
+            self.buffers.targets,
+            inputs.pairs,
+            len(self.geometry.layers),
+            first,
+            int(probability),
+            self.buffers.scores,
+        )
+
+    def combine(self, inputs: Inputs, stream: Any) -> None:
+        """Saliency from the masks and their scores."""
         b, layers, pairs = self.buffers, len(self.geometry.layers), inputs.pairs
-        combine.softmax_weights[pairs, WARP, stream](b.starts, scores, b.flat, layers, b.weights)
+        combine.softmax_weights[pairs, WARP, stream](b.starts, b.scores, b.flat, layers, b.weights)
         pixels = self.geometry.size[0] * self.geometry.size[1]
         grid = -(-pixels // self.threads.combine), pairs
         combine.weighted_sum[grid, self.threads.combine, stream](

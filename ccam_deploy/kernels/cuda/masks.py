@@ -35,12 +35,16 @@ Source = tuple[Array, int]
 
 
 @cuda.jit
-def index_masks(counts: Array, pairs: int, starts: Array) -> None:
+def index_masks(
+    counts: Array, pairs: int, starts: Array, flat: Array, owner_of_mask: Array
+) -> None:
     """Number the masks of a batch by pair, layer and collection. One block.
 
     counts: [P, L] int32.   pairs: how many of the P are in use.
     starts: [P · L + 1] int32, the first mask of each pair and layer in use, then how many masks
-    there are.
+    there are.   flat: [n] uint8.   owner_of_mask: [n] int64. Where there are fewer than n masks,
+    the rest becomes 1 and 0: a classifier's batch may be larger than the number of masks, and
+    reads them.
     """
     scratch = cuda.shared.array(MOST_WARPS, np.int32)
     slots, thread = pairs * counts.shape[1], cuda.threadIdx.x
@@ -55,6 +59,10 @@ def index_masks(counts: Array, pairs: int, starts: Array) -> None:
     for slot in range(begin, end):
         place += counts[slot // counts.shape[1], slot % counts.shape[1]]
         starts[slot + 1] = place
+    cuda.syncthreads()
+    for mask in range(starts[slots] + thread, flat.shape[0], cuda.blockDim.x):
+        flat[mask] = 1
+        owner_of_mask[mask] = 0
 
 
 @cuda.jit
@@ -81,7 +89,7 @@ def render_masks(
     ranks: from Geometry.quantile; two integers and a float32.
     masks: [n, H · W] float32 or float16, in [0, 1].   flat: [n] uint8, 1 where a mask is all
     zeros.   owner_of_mask: [n] int64, the image that a mask is for. Where there are fewer than n
-    masks, the rest of each array is left alone.
+    masks, the rest of each array is left as it is.
     """
     mask, layers = cuda.blockIdx.x, table.shape[0]
     if mask >= starts[pairs * layers]:

@@ -12,6 +12,9 @@ area of zeros, or of any value, costs few atomic operations.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 from numba import cuda
 
@@ -101,7 +104,7 @@ def render_masks(
     start = k_max * table[layer, FIRST_PIXEL] + (mask - starts[place]) * pixels
     source = sums[pair, start : start + pixels], columns
     threshold, highest = threshold_and_maximum(source, low[layer], share[layer], height, ranks)
-    write(source, low[layer], share[layer], height, threshold, highest, masks[mask])
+    walk_and_write(source, low[layer], share[layer], height, 0, (masks[mask], threshold, highest))
     if cuda.threadIdx.x == 0:
         flat[mask] = 0 if highest > threshold else 1
         owner_of_mask[mask] = owner[pair]
@@ -175,6 +178,69 @@ def threshold_and_maximum(
     return threshold, highest.view(np.float32)
 
 
+def _walk(visit: Callable[..., Any]) -> Any:
+    """A device function that shows each pixel of an upsampled map to `visit`.
+
+    visit: takes what it returned before, what it is given, the pixel's place and its value.
+    """
+
+    @cuda.jit(device=True)
+    def walk(source: Source, low: Array, share: Array, height: int, state: Any, given: Any) -> Any:
+        width = low.shape[0] - height
+        groups = (width + WARP - 1) // WARP
+        warp, warps = cuda.threadIdx.x // WARP, cuda.blockDim.x // WARP
+        stripes = max(1, warps // groups)
+        for part in range(warp, groups * stripes, warps):
+            x = part % groups * WARP + cuda.laneid
+            stripe = part // groups
+            if x < width:
+                column, along = low[height + x], share[height + x]
+                row, around = low[0], corners(source, low[0], column)
+                for y in range(height * stripe // stripes, height * (stripe + 1) // stripes):
+                    if low[y] != row:
+                        row = low[y]
+                        around = corners(source, row, column)
+                    state = visit(state, given, y * width + x, bilinear(around, share[y], along))
+        return state
+
+    return walk
+
+
+@cuda.jit(device=True)
+def _count(
+    state: tuple[Number, Number, Number, Number],
+    given: tuple[Array, int, int, int],
+    place: int,
+    value: Number,
+) -> tuple[Number, Number, Number, Number]:
+    run_digit, run, higher, highest = state
+    histogram, shift, bits, prefix = given
+    order = value.view(np.int32)
+    highest = max(highest, order)
+    above = order >> (shift + bits)
+    if above == prefix:
+        digit = (order >> shift) - (prefix << bits)
+        if digit != run_digit:
+            if run > 0:
+                cuda.atomic.add(histogram, run_digit, run)
+            run_digit, run = digit, 0
+        run += 1
+    elif above > prefix:
+        higher = min(higher, order)
+    return run_digit, run, higher, highest
+
+
+@cuda.jit(device=True)
+def _write(state: int, given: tuple[Array, float, float], place: int, value: Number) -> int:
+    mask, threshold, highest = given
+    mask[place] = value / highest if value > threshold else np.float32(0)
+    return state
+
+
+walk_and_count = _walk(_count)
+walk_and_write = _walk(_write)
+
+
 @cuda.jit(device=True)
 def count(
     source: Source,
@@ -190,36 +256,12 @@ def count(
 
     Returns the thread's least value, as bits, with a prefix above that one, and its largest.
     """
-    width = low.shape[0] - height
-    groups = (width + WARP - 1) // WARP
-    warp, warps = cuda.threadIdx.x // WARP, cuda.blockDim.x // WARP
-    stripes = max(1, warps // groups)
-    higher, highest = NOTHING_ABOVE, np.int32(0)
-    for part in range(warp, groups * stripes, warps):
-        x = part % groups * WARP + cuda.laneid
-        stripe = part // groups
-        if x < width:
-            column, along = low[height + x], share[height + x]
-            row, around = low[0], corners(source, low[0], column)
-            run_digit, run = 0, 0
-            for y in range(height * stripe // stripes, height * (stripe + 1) // stripes):
-                if low[y] != row:
-                    row = low[y]
-                    around = corners(source, row, column)
-                value = bilinear(around, share[y], along).view(np.int32)
-                highest = max(highest, value)
-                above = value >> (shift + bits)
-                if above == prefix:
-                    digit = (value >> shift) - (prefix << bits)
-                    if digit != run_digit:
-                        if run > 0:
-                            cuda.atomic.add(histogram, run_digit, run)
-                        run_digit, run = digit, 0
-                    run += 1
-                elif above > prefix:
-                    higher = min(higher, value)
-            if run > 0:
-                cuda.atomic.add(histogram, run_digit, run)
+    start = 0, 0, NOTHING_ABOVE, np.int32(0)
+    run_digit, run, higher, highest = walk_and_count(
+        source, low, share, height, start, (histogram, shift, bits, prefix)
+    )
+    if run > 0:
+        cuda.atomic.add(histogram, run_digit, run)
     return higher, highest
 
 
@@ -243,32 +285,3 @@ def find(histogram: Array, bins: int, rank: int, scratch: Array, found: Array) -
         found[0] = place
         found[1] = rank - before
     cuda.syncthreads()
-
-
-@cuda.jit(device=True)
-def write(
-    source: Source,
-    low: Array,
-    share: Array,
-    height: int,
-    threshold: float,
-    highest: float,
-    mask: Array,
-) -> None:
-    """Write the upsampled map, zero up to the threshold and scaled to a maximum of 1."""
-    width = low.shape[0] - height
-    groups = (width + WARP - 1) // WARP
-    warp, warps = cuda.threadIdx.x // WARP, cuda.blockDim.x // WARP
-    stripes = max(1, warps // groups)
-    for part in range(warp, groups * stripes, warps):
-        x = part % groups * WARP + cuda.laneid
-        stripe = part // groups
-        if x < width:
-            column, along = low[height + x], share[height + x]
-            row, around = low[0], corners(source, low[0], column)
-            for y in range(height * stripe // stripes, height * (stripe + 1) // stripes):
-                if low[y] != row:
-                    row = low[y]
-                    around = corners(source, row, column)
-                value = bilinear(around, share[y], along)
-                mask[y * width + x] = value / highest if value > threshold else np.float32(0)

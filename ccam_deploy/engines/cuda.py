@@ -1,12 +1,13 @@
 """A GPU through PyCUDA, Numba and cuda.bindings, which all work on its primary context.
 
 PyCUDA counts, thread by thread, which context is current, and aborts the process where a thread
-ends with one. So each method makes the primary context current and gives it back. What PyCUDA
-made is freed in `CudaDevice.close` alone, where that context is current: elsewhere it would leak.
+ends with one: `CudaDevice.current` makes the primary context current and gives it back. What PyCUDA
+made would leak where it is freed in another thread without that context, so the device keeps it.
 """
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,36 +18,9 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from ccam_deploy.engines.base import Array
-from ccam_deploy.engines.device import ALIGNMENT
 from ccam_deploy.errors import BackendError, brief
 
-_BLOCK = 32 << 20
 _INSTALL = "pip install 'ccam-deploy[gpu]'"
-
-
-class Arena:
-    """Hands out pieces of a few large blocks of memory; they are freed all at once.
-
-    allocate: the address of so many new bytes.
-    """
-
-    def __init__(self, allocate: Callable[[int], int], block: int = _BLOCK) -> None:
-        self._allocate = allocate
-        self._block = block
-        self._next = 0
-        self._end = 0
-
-    def take(self, size: int) -> int:
-        """The address of `size` bytes, on a multiple of ALIGNMENT."""
-        size = -(-max(size, 1) // ALIGNMENT) * ALIGNMENT
-        if size > self._block:
-            return self._allocate(size)
-        if self._next + size > self._end:
-            self._next = self._allocate(self._block)
-            self._end = self._next + self._block
-        address = self._next
-        self._next += size
-        return address
 
 
 class _Memory:
@@ -73,72 +47,92 @@ class _Mark:
 class CudaDevice:
     """The first GPU, with a stream and memory of one's own; see Device.
 
-    Arrays from `pinned` are not to be used after `close`.
     Raises BackendError where a package, the driver or a GPU is missing.
     """
 
     def __init__(self) -> None:
         self._driver, self._context = _primary_context()
+        self._memory: dict[int, Any] = {}
         self._graphs: list[Any] = []
-        self._blocks: list[Any] = []
-        self._pinned: list[Any] = []
-        self._spare: list[Any] = []
-        self._arena = Arena(self._new_block)
+        self._spare_events: list[Any] = []
+        self._dropped_pinned: list[Any] = []
         self._closed = False
         bindings, numba_cuda = _bindings(), _numba()
         # Work on the default stream must not wait for this one, nor this one for it.
         flags = int(bindings.CUstream_flags.CU_STREAM_NON_BLOCKING)
-        with self._current():
+        with self.current():
             self._stream = self._driver.Stream(flags)
             self.stream = int(self._stream.handle)
             self.kernel_stream = numba_cuda.external_stream(self.stream)
 
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        """See Device. Raises BackendError for errors of the driver and of kernels' launches."""
+        with _told():
+            self._context.push()
+            try:
+                yield
+            finally:
+                self._context.pop()
+
     def allocate(self, size: int) -> int:
         """See Device."""
-        return self._arena.take(size)
+        with _told(f" for {size} bytes"):
+            block = self._driver.mem_alloc(max(size, 1))
+        self._memory[int(block)] = block
+        return int(block)
+
+    def free(self, address: int) -> None:
+        """See Device."""
+        with _told():
+            self._stream.synchronize()
+            self._memory.pop(address).free()
 
     def view(self, address: int, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
         """See Device."""
-        with self._current():
+        with _told():
             return _numba().as_cuda_array(_Memory(address, shape, np.dtype(dtype)), sync=False)
 
     def pinned(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
         """See Device."""
-        with self._current():
+        self._dropped_pinned.clear()
+        if not math.prod(shape):
+            return np.empty(shape, dtype)
+        with _told():
             array: NDArray[Any] = self._driver.pagelocked_empty(shape, np.dtype(dtype))
-            self._pinned.append(array)
-            return array
+        weakref.finalize(array, self._dropped_pinned.append, array.base)
+        return array
 
     def upload(self, address: int, values: Array) -> None:
         """See Device."""
-        with self._current():
+        with _told():
             self._driver.memcpy_htod_async(address, values, self._stream)
 
     def download(self, values: Array, address: int) -> None:
         """See Device."""
-        with self._current():
+        with _told():
             self._driver.memcpy_dtoh_async(values, address, self._stream)
 
     def copy(self, target: int, source: int, size: int) -> None:
         """See Device."""
-        with self._current():
+        with _told():
             self._driver.memcpy_dtod_async(target, source, size, self._stream)
 
     def wait(self) -> None:
         """See Device."""
-        with self._current():
+        with _told():
             self._stream.synchronize()
 
     def mark(self) -> Any:
         """See Device."""
-        with self._current():
-            event = self._spare.pop() if self._spare else self._driver.Event()
+        with _told():
+            event = self._spare_events.pop() if self._spare_events else self._driver.Event()
             event.record(self._stream)
-            return _Mark(event, self._spare)
+        return _Mark(event, self._spare_events)
 
     def seconds(self, start: Any, end: Any) -> float:
         """See Device."""
-        with self._current():
+        with _told():
             return float(end.event.time_since(start.event)) / 1e3
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
@@ -147,7 +141,7 @@ class CudaDevice:
         stream = bindings.CUstream(self.stream)
         mode = bindings.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
         # Memory that Numba would free meanwhile cannot be freed during a capture.
-        with self._current(), _numba().defer_cleanup():
+        with _told(), _numba().defer_cleanup():
             _check(bindings.cuStreamBeginCapture(stream, mode))
             try:
                 work()
@@ -164,8 +158,7 @@ class CudaDevice:
         self._graphs.append(executable)
 
         def replay() -> None:
-            with self._current():
-                _check(bindings.cuGraphLaunch(executable, stream))
+            _check(bindings.cuGraphLaunch(executable, stream))
 
         return replay
 
@@ -175,35 +168,27 @@ class CudaDevice:
             return
         self._closed = True
         bindings = _bindings()
-        with self._current():
+        with self.current():
             try:
                 self._stream.synchronize()
             finally:
                 for graph in self._graphs:
                     bindings.cuGraphExecDestroy(graph)
-                for block in self._blocks:
+                for block in self._memory.values():
                     block.free()
-                for held in (self._graphs, self._blocks, self._pinned, self._spare):
+                for held in (self._graphs, self._spare_events, self._dropped_pinned):
                     held.clear()
+                self._memory.clear()
                 del self._stream
 
-    def _new_block(self, size: int) -> int:
-        with self._current():
-            block = self._driver.mem_alloc(size)
-            self._blocks.append(block)
-            return int(block)
 
-    @contextmanager
-    def _current(self) -> Iterator[None]:
-        """Make the context current in this thread; raise BackendError for the driver's errors."""
-        try:
-            self._context.push()
-            try:
-                yield
-            finally:
-                self._context.pop()
-        except _driver_errors() as error:
-            raise BackendError(f"the GPU failed: {brief(error)}") from error
+@contextmanager
+def _told(what: str = "") -> Iterator[None]:
+    """Raise BackendError for errors of the driver, and of kernels' launches."""
+    try:
+        yield
+    except _driver_errors() as error:
+        raise BackendError(f"the GPU failed{what}: {brief(error)}") from error
 
 
 def _check(answer: tuple[Any, ...]) -> Any:

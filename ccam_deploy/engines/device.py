@@ -40,14 +40,18 @@ class DeviceGraph(Protocol):
 
     inputs, outputs: in order; a shape has names for the axes that vary, "batch" and "masks".
     limits: the largest size of each axis that varies; one that is not named has no limit.
-    capturable: whether `launch` may be captured in a CUDA graph.
+    The first launch for each set of shapes may take long, and wait.
     Not to be used by two threads at a time.
     """
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     limits: Mapping[str, int]
-    capturable: bool
+
+    @property
+    def capturable(self) -> bool:
+        """Whether a later launch for the same shapes may be captured in a CUDA graph."""
+        ...
 
     def launch(self, tensors: Mapping[str, DeviceTensor]) -> None:
         """Put a run on the stream, and return without waiting for it.
@@ -90,7 +94,7 @@ class Device(Protocol):
         ...
 
     def pinned(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
-        """A host array that copies to and from the device need not stage."""
+        """A host array that copies to and from the device need not stage; gone after `close`."""
         ...
 
     def upload(self, address: int, values: Array) -> None:

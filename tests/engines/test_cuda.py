@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 
 from ccam_deploy.engines import cuda
-from ccam_deploy.engines.cuda import Arena, CudaDevice
-from ccam_deploy.engines.device import ALIGNMENT
+from ccam_deploy.engines.cuda import CudaDevice
 from ccam_deploy.errors import BackendError
 
 
@@ -44,7 +43,7 @@ class FakeDriver:
         self.depth.value -= 1
 
     def note(self, call: str) -> None:
-        assert self.depth.value == 1
+        assert self.depth.value >= 1
         if self.fault:
             raise self.fault
         self.calls.append(call)
@@ -73,10 +72,22 @@ class FakeDriver:
 
     def pagelocked_empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
         self.note("pinned")
-        return np.empty(shape, dtype)
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        return np.ndarray(shape, dtype, Pinned(self, size))
 
     def memcpy_htod_async(self, address: int, values: Any, stream: Any) -> None:
         self.note(f"upload {values.nbytes}")
+
+
+class Pinned(bytearray):
+    """Pinned memory, which must be freed where the context is current."""
+
+    def __init__(self, driver: FakeDriver, size: int) -> None:
+        super().__init__(size)
+        self.driver = driver
+
+    def __del__(self) -> None:
+        self.driver.calls.append(f"unpin {self.driver.depth.value}")
 
 
 class FakeBindings:
@@ -127,72 +138,87 @@ def bindings(monkeypatch: pytest.MonkeyPatch) -> FakeBindings:
     return bindings
 
 
-def test_arena_hands_out_aligned_pieces_of_blocks() -> None:
-    blocks: list[int] = []
-
-    def allocate(size: int) -> int:
-        blocks.append(size)
-        return len(blocks) << 20
-
-    arena = Arena(allocate, block=4096)
-    taken = [arena.take(size) for size in (1, 0, 300, 5000, 2048, 2048)]
-    assert blocks == [4096, 5120, 4096]
-    assert [address - (1 << 20) for address in taken[:3]] == [0, 256, 512]
-    assert taken[3] == 2 << 20
-    assert taken[4] == (1 << 20) + 1024
-    assert taken[5] == 3 << 20
-    assert all(address % ALIGNMENT == 0 for address in taken)
-
-
-def test_context_is_current_in_every_thread_that_works(
-    driver: FakeDriver, bindings: FakeBindings
-) -> None:
-    """And in none of them afterwards: PyCUDA aborts where a thread ends with one."""
+def test_context_is_current_only_inside(driver: FakeDriver, bindings: FakeBindings) -> None:
+    """In every thread that works: PyCUDA aborts where a thread ends with one."""
     device = CudaDevice()
-    address = device.allocate(8)
+    with device.current():
+        address = device.allocate(8)
     depths = []
 
     def work() -> None:
-        device.upload(address, np.zeros(2, np.float32))
-        device.wait()
+        with device.current():
+            device.upload(address, np.zeros(2, np.float32))
+            device.wait()
         depths.append(driver.depth.value)
 
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
     assert depths == [0]
+    with device.current():
+        device.free(address)
+        device.allocate(16)
     device.close()
     device.close()
-    assert driver.calls[0] == "stream 1"
-    assert driver.calls[2:] == ["upload 8", "wait", "wait", "free"]
+    assert driver.calls == [
+        *("stream 1", "allocate 8", "upload 8", "wait", "wait", "free"),
+        *("allocate 16", "wait", "free"),
+    ]
     assert driver.depth.value == 0
 
 
 def test_driver_errors_are_told(driver: FakeDriver, bindings: FakeBindings) -> None:
     device = CudaDevice()
-    driver.fault = DriverError("cuStreamSynchronize failed: an illegal address")
-    with pytest.raises(BackendError, match="cuStreamSynchronize failed: an illegal address"):
-        device.wait()
+    driver.fault = DriverError("cuMemAlloc failed: out of memory")
+    with (
+        pytest.raises(BackendError, match="failed for 64 bytes: cuMemAlloc failed: out of"),
+        device.current(),
+    ):
+        device.allocate(64)
     assert driver.depth.value == 0
+    with pytest.raises(BackendError, match="a kernel would not launch"), device.current():
+        raise DriverError("a kernel would not launch")
 
 
 def test_events_are_used_again(driver: FakeDriver, bindings: FakeBindings) -> None:
     """None is made on the way once there are as many as are held at a time."""
     device = CudaDevice()
-    for _ in range(3):
-        start, end = device.mark(), device.mark()
-        assert device.seconds(start, end) == pytest.approx(2.5e-3)
-        del start, end
-        gc.collect()
+    with device.current():
+        for _ in range(3):
+            start, end = device.mark(), device.mark()
+            assert device.seconds(start, end) == pytest.approx(2.5e-3)
+            del start, end
+            gc.collect()
     assert driver.calls.count("event") == 2
+
+
+def test_pinned_memory_is_freed_where_the_context_is_current(
+    driver: FakeDriver, bindings: FakeBindings
+) -> None:
+    """Not where the last reference is dropped, which may be in any thread."""
+    device = CudaDevice()
+    with device.current():
+        array = device.pinned((2, 3), np.float32)
+        assert device.pinned((0,), np.uint8).size == 0
+    part = array[1:]
+    del array
+    gc.collect()
+    assert "unpin 0" not in driver.calls
+    del part
+    gc.collect()
+    assert driver.calls == ["stream 1", "pinned"]
+    with device.current():
+        device.pinned((1,), np.uint8)
+    assert driver.calls[2:4] == ["unpin 1", "pinned"]
 
 
 def test_captured_work_is_replayed(driver: FakeDriver, bindings: FakeBindings) -> None:
     device = CudaDevice()
     done = []
-    replay = device.capture(lambda: done.append(1))
-    assert done == [1]
-    replay()
+    with device.current():
+        replay = device.capture(lambda: done.append(1))
+        assert done == [1]
+        replay()
     device.close()
     assert bindings.calls == [
         "cuStreamBeginCapture",
@@ -208,7 +234,10 @@ def test_captured_work_is_replayed(driver: FakeDriver, bindings: FakeBindings) -
 def test_failed_captures_are_told(driver: FakeDriver, bindings: FakeBindings, call: str) -> None:
     device = CudaDevice()
     bindings.fails = call
-    with pytest.raises(BackendError, match="not permitted when stream is capturing"):
+    with (
+        device.current(),
+        pytest.raises(BackendError, match="not permitted when stream is capturing"),
+    ):
         device.capture(lambda: None)()
     assert driver.depth.value == 0
 
@@ -219,7 +248,7 @@ def test_capture_ends_where_its_work_fails(driver: FakeDriver, bindings: FakeBin
     def work() -> None:
         raise BackendError("the plan cannot run")
 
-    with pytest.raises(BackendError, match="the plan cannot run"):
+    with device.current(), pytest.raises(BackendError, match="the plan cannot run"):
         device.capture(work)
     assert bindings.calls == ["cuStreamBeginCapture", "cuStreamEndCapture", "cuGraphDestroy"]
 

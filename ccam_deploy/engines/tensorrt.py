@@ -1,0 +1,300 @@
+"""TensorRT plans on a GPU; `tensorrt` and `tensorrt_rtx` alike.
+
+What only one of the two has is found by probing. TensorRT works on the primary context of the
+first GPU wherever no other is current, as `CudaDevice` does.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from ccam_deploy.engines.base import TensorSpec
+from ccam_deploy.engines.device import Device, DeviceTensor
+from ccam_deploy.engines.hosted import HostedGraph
+from ccam_deploy.engines.plans import Library
+from ccam_deploy.errors import BackendError
+
+ProfileName = Literal["latency", "throughput"]
+
+_TYPES = {"FLOAT": "float32", "HALF": "float16", "INT64": "int64", "BOOL": "bool"}
+_MOST_ERRORS = 8
+
+
+class SharedPlan:
+    """A plan in device memory, once for all slots of the process; made inside of Device.current.
+
+    library: of the version that the plan was built by.   path: the plan's file.
+    inputs, outputs: see DeviceGraph.   profiles: the names of its optimisation profiles.
+    Raises BackendError with TensorRT's own words where it cannot be loaded here.
+    """
+
+    def __init__(self, library: Library, path: Path) -> None:
+        self.name = path.name
+        self.flavour = library.flavour
+        self._trt = trt = library.module
+        self._lock = threading.Lock()
+        self._log = _logger(trt)
+        self._recorder = self.new_recorder()
+        self._runtime = trt.Runtime(self._log)
+        # Without a driver the runtime may be an empty shell, which no method call survives.
+        if self._log.first_error:
+            raise BackendError(f"{library.flavour} cannot run here: {self._log.first_error}")
+        self._runtime.error_recorder = self._recorder
+        self._engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
+        if self._engine is None:
+            raise self._recorder.error(f"{library.flavour} cannot load {path.name}")
+        self._config = self._context_options()
+        self.profiles = get_args(ProfileName)[: self._engine.num_optimization_profiles]
+        self.inputs, self.outputs = self._tensors()
+
+    def index(self, profile: ProfileName) -> int:
+        """The number of a profile. Raises BackendError where the plan has none of that name."""
+        if profile not in self.profiles:
+            raise BackendError(
+                f"{self.name} has no profile for {profile}, only for {', '.join(self.profiles)}; "
+                "build it with a larger --max-batch"
+            )
+        return self.profiles.index(profile)
+
+    def limits(self, profile: ProfileName) -> dict[str, int]:
+        """The largest size of each axis that varies."""
+        limits: dict[str, int] = {}
+        for spec in self.inputs:
+            shapes = self._engine.get_tensor_profile_shape(spec.name, self.index(profile))
+            for axis, size in zip(spec.shape, shapes[-1], strict=True):
+                if isinstance(axis, str):
+                    limits[axis] = min(int(size), limits.get(axis, int(size)))
+        return limits
+
+    def scratch_bytes(self, profile: ProfileName) -> int:
+        """How much memory a run needs beside its tensors."""
+        return int(self._engine.get_device_memory_size_for_profile_v2(self.index(profile)))
+
+    def context(self) -> Any:
+        """A new execution context, whose memory its user provides."""
+        with self._lock:
+            context = self._engine.create_execution_context(self._config)
+        if context is None:
+            raise self._recorder.error(f"{self.flavour} cannot prepare {self.name} to run")
+        return context
+
+    def new_recorder(self) -> Any:
+        """What TensorRT tells its errors to; its `error` makes ours of them."""
+        return _recorder(self._trt)
+
+    def close(self) -> None:
+        """Free the plan; to be done after its graphs are closed."""
+        self._config = self._engine = self._runtime = None
+
+    def _context_options(self) -> Any:
+        """What contexts are made with: a strategy, or an object that holds that and more."""
+        strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        kernels = getattr(self._trt, "DynamicShapesKernelSpecializationStrategy", None)
+        if kernels is None:
+            return strategy
+        # TensorRT-RTX compiles kernels for the shapes that come. It does so at once: kernels
+        # that are swapped later would change results, and a captured graph would miss them.
+        # The graphs are ours, and slots share what was compiled.
+        config = self._engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(strategy)
+        config.dynamic_shapes_kernel_specialization_strategy = kernels.EAGER
+        config.cuda_graph_strategy = self._trt.CudaGraphStrategy.DISABLED
+        if not config.set_runtime_cache(config.create_runtime_cache()):
+            raise self._recorder.error(f"{self.flavour} takes no cache for {self.name}")
+        return config
+
+    def _tensors(self) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+        engine = self._engine
+        names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+        inputs: list[TensorSpec] = []
+        outputs: list[TensorSpec] = []
+        for name in names:
+            if engine.get_tensor_location(name) != self._trt.TensorLocation.DEVICE:
+                raise BackendError(f'{self.name} takes "{name}" from host memory; build it again')
+            kind = engine.get_tensor_dtype(name).name
+            if kind not in _TYPES:
+                raise BackendError(f'{self.name} has "{name}" in {kind}, not {", ".join(_TYPES)}')
+            shape = tuple(
+                _axis_name(name, names) if size == -1 else int(size)
+                for size in engine.get_tensor_shape(name)
+            )
+            mode = engine.get_tensor_mode(name)
+            group = inputs if mode == self._trt.TensorIOMode.INPUT else outputs
+            group.append(TensorSpec(name, np.dtype(_TYPES[kind]), shape))
+        return tuple(inputs), tuple(outputs)
+
+
+class PlanGraph:
+    """A plan with one profile and one execution context on a device; see DeviceGraph.
+
+    scratch: the address of `plan.scratch_bytes(profile)` bytes on that device. Graphs that run
+    one after the other on its stream may share them.
+    A first launch for each set of shapes takes long and must not be captured.
+    """
+
+    def __init__(
+        self,
+        plan: SharedPlan,
+        device: Device,
+        scratch: int,
+        profile: ProfileName = "latency",
+    ) -> None:
+        self.inputs, self.outputs = plan.inputs, plan.outputs
+        self.limits: Mapping[str, int] = plan.limits(profile)
+        self._plan = plan
+        self._stream = device.stream
+        self._bound: dict[str, DeviceTensor] = {}
+        self._recorder = plan.new_recorder()
+        self._context = plan.context()
+        self._context.error_recorder = self._recorder
+        index = plan.index(profile)
+        if index and not self._context.set_optimization_profile_async(index, self._stream):
+            raise self._error(f"cannot take the profile for {profile}")
+        size = plan.scratch_bytes(profile)
+        if size:
+            self._context.set_device_memory(scratch, size)
+
+    @property
+    def capturable(self) -> bool:
+        """See DeviceGraph; to be asked after a first launch."""
+        probe = getattr(self._context, "is_stream_capturable", None)
+        return True if probe is None else bool(probe(self._stream))
+
+    def launch(self, tensors: Mapping[str, DeviceTensor]) -> None:
+        """See DeviceGraph."""
+        for spec in self.inputs:
+            self._bind_input(spec, _tensor(spec, tensors))
+        for spec in self.outputs:
+            self._bind_output(spec, _tensor(spec, tensors))
+        if not self._context.execute_async_v3(self._stream):
+            raise self._error("cannot run")
+
+    def close(self) -> None:
+        """See DeviceGraph."""
+        self._context = None
+
+    def _bind_input(self, spec: TensorSpec, tensor: DeviceTensor) -> None:
+        bound = self._bound.get(spec.name)
+        if bound == tensor:
+            return
+        if bound is None or bound.shape != tensor.shape:
+            for output in self.outputs:
+                self._bound.pop(output.name, None)
+            if not self._context.set_input_shape(spec.name, tensor.shape):
+                raise self._error(f'does not take "{spec.name}" of shape {list(tensor.shape)}')
+        self._set_address(spec, tensor)
+
+    def _bind_output(self, spec: TensorSpec, tensor: DeviceTensor) -> None:
+        if self._bound.get(spec.name) == tensor:
+            return
+        wanted = tuple(self._context.get_tensor_shape(spec.name))
+        if tensor.shape != wanted:
+            raise BackendError(
+                f'{self._plan.name} writes "{spec.name}" of shape {list(wanted)}, '
+                f"there is room for {list(tensor.shape)}"
+            )
+        self._set_address(spec, tensor)
+
+    def _set_address(self, spec: TensorSpec, tensor: DeviceTensor) -> None:
+        if not self._context.set_tensor_address(spec.name, tensor.address):
+            raise self._error(f'does not take the memory of "{spec.name}"')
+        self._bound[spec.name] = tensor
+
+    def _error(self, what: str) -> BackendError:
+        error: BackendError = self._recorder.error(
+            f"{self._plan.flavour}: {self._plan.name} {what}"
+        )
+        return error
+
+
+class TensorRTEngine(HostedGraph):
+    """A plan for callers whose arrays lie in host memory; see HostedGraph.
+
+    plan: stays open when the engine is closed.   device: is closed with it.
+    profile: the widest one unless named.
+    """
+
+    def __init__(
+        self, plan: SharedPlan, device: Device, profile: ProfileName | None = None
+    ) -> None:
+        chosen = profile or plan.profiles[-1]
+        with device.current():
+            scratch = device.allocate(plan.scratch_bytes(chosen))
+            graph = PlanGraph(plan, device, scratch, chosen)
+        super().__init__(graph, device)
+
+
+def _axis_name(tensor: str, tensors: Sequence[str]) -> str:
+    """The name of the axis that varies, which plans do not keep.
+
+    In a graph that takes masks everything goes with these but the images.
+    """
+    return "masks" if "masks" in tensors and tensor != "images" else "batch"
+
+
+def _tensor(spec: TensorSpec, tensors: Mapping[str, DeviceTensor]) -> DeviceTensor:
+    tensor = tensors.get(spec.name)
+    if tensor is None:
+        raise BackendError(f'tensor "{spec.name}" is missing')
+    if tensor.dtype != spec.dtype:
+        raise BackendError(f'tensor "{spec.name}" is {tensor.dtype}, the plan has {spec.dtype}')
+    return tensor
+
+
+def _recorder(trt: Any) -> Any:
+    class Recorder(trt.IErrorRecorder):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IErrorRecorder.__init__(self)
+            self._errors: list[tuple[Any, str]] = []
+            self._dropped = False
+
+        def error(self, what: str) -> BackendError:
+            """An error with TensorRT's first words, which are then forgotten."""
+            words = self._errors[0][1] if self._errors else "no reason was given"
+            self.clear()
+            return BackendError(f"{what}: {' '.join(words.split())}")
+
+        def clear(self) -> None:
+            self._errors.clear()
+            self._dropped = False
+
+        def num_errors(self) -> int:
+            return len(self._errors)
+
+        def get_error_code(self, index: int) -> Any:
+            return self._errors[index][0]
+
+        def get_error_desc(self, index: int) -> str:
+            return self._errors[index][1]
+
+        def has_overflowed(self) -> bool:
+            return self._dropped
+
+        def report_error(self, code: Any, words: str) -> bool:
+            if len(self._errors) < _MOST_ERRORS:
+                self._errors.append((code, words))
+            else:
+                self._dropped = True
+            return True
+
+    return Recorder()
+
+
+def _logger(trt: Any) -> Any:
+    """A logger for what comes before a recorder can be set; it prints nothing."""
+
+    class Log(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.first_error = ""
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.ILogger.Severity.ERROR and not self.first_error:
+                self.first_error = " ".join(message.split())
+
+    return Log()

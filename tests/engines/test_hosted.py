@@ -1,0 +1,163 @@
+"""Graphs on a device for host arrays, over a device whose memory is NumPy's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import DTypeLike, NDArray
+
+from ccam_deploy.engines.base import TensorSpec
+from ccam_deploy.engines.device import DeviceTensor
+from ccam_deploy.engines.hosted import HostedGraph
+from ccam_deploy.errors import BackendError
+
+
+class NumpyDevice:
+    """A device whose work is done at once."""
+
+    stream = 0
+    kernel_stream: Any = None
+
+    def __init__(self) -> None:
+        self.memory: dict[int, NDArray[np.uint8]] = {}
+        self.allocated: list[int] = []
+        self.closed = 0
+
+    def allocate(self, size: int) -> int:
+        self.allocated.append(size)
+        address = 1 << 12 + len(self.allocated)
+        self.memory[address] = np.zeros(size, np.uint8)
+        return address
+
+    def free(self, address: int) -> None:
+        del self.memory[address]
+
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        yield
+
+    def view(self, address: int, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        return self.memory[address][:size].view(dtype).reshape(shape)
+
+    def pinned(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+        return np.empty(shape, dtype)
+
+    def upload(self, address: int, values: NDArray[Any]) -> None:
+        assert values.flags.c_contiguous
+        self.view(address, values.shape, values.dtype)[...] = values
+
+    def download(self, values: NDArray[Any], address: int) -> None:
+        values[...] = self.view(address, values.shape, values.dtype)
+
+    def copy(self, target: int, source: int, size: int) -> None:
+        raise NotImplementedError
+
+    def wait(self) -> None:
+        pass
+
+    def mark(self) -> Any:
+        raise NotImplementedError
+
+    def seconds(self, start: Any, end: Any) -> float:
+        raise NotImplementedError
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+def spec(name: str, dtype: str, *shape: int | str) -> TensorSpec:
+    return TensorSpec(name, np.dtype(dtype), shape)
+
+
+class Gather:
+    """images[owner] · masks, [masks, 3]."""
+
+    inputs: tuple[TensorSpec, ...] = (
+        spec("images", "float32", "batch", 3),
+        spec("masks", "float32", "masks", 1),
+        spec("owner", "int64", "masks"),
+    )
+    outputs: tuple[TensorSpec, ...] = (
+        spec("logits", "float32", "masks", 3),
+        spec("kept", "bool", "masks"),
+    )
+    limits: Mapping[str, int] = {"masks": 6}
+    capturable = False
+
+    def __init__(self, device: NumpyDevice) -> None:
+        self.device = device
+        self.closed = 0
+
+    def launch(self, tensors: Mapping[str, DeviceTensor]) -> None:
+        t = {n: self.device.view(x.address, x.shape, x.dtype) for n, x in tensors.items()}
+        t["logits"][...] = t["images"][t["owner"]] * t["masks"]
+        t["kept"][...] = t["masks"][:, 0] > 0
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+def feeds(batch: int, masks: int) -> dict[str, NDArray[Any]]:
+    stream = np.random.default_rng(batch)
+    return {
+        "images": stream.random((3, batch), dtype=np.float32).T,
+        "masks": stream.random((masks, 1), dtype=np.float32) - np.float32(0.5),
+        "owner": np.arange(masks) % batch,
+    }
+
+
+def test_runs_on_host_arrays() -> None:
+    device = NumpyDevice()
+    graph = Gather(device)
+    with HostedGraph(graph, device) as engine:
+        for batch, masks in ((2, 3), (1, 6), (2, 1)):
+            given = feeds(batch, masks)
+            out = engine.run(given)
+            wanted = given["images"][given["owner"]] * given["masks"]
+            np.testing.assert_array_equal(out["logits"], wanted)
+            np.testing.assert_array_equal(out["kept"], given["masks"][:, 0] > 0)
+    assert (graph.closed, device.closed) == (1, 1)
+
+
+def test_memory_grows_only_for_larger_batches() -> None:
+    device = NumpyDevice()
+    engine = HostedGraph(Gather(device), device)
+    for masks in (4, 3, 4):
+        engine.run(feeds(1, masks))
+    assert sorted(device.allocated) == [4, 12, 16, 32, 48]
+    engine.run(feeds(1, 5))
+    assert sorted(device.allocated[5:]) == [5, 20, 40, 60]
+    assert sorted(memory.size for memory in device.memory.values()) == [5, 12, 20, 40, 60]
+
+
+def test_results_are_not_overwritten() -> None:
+    device = NumpyDevice()
+    engine = HostedGraph(Gather(device), device)
+    first = engine.run(feeds(1, 3))["logits"]
+    before = first.copy()
+    engine.run(feeds(2, 3))
+    np.testing.assert_array_equal(first, before)
+
+
+@pytest.mark.parametrize(
+    ("masks", "owners", "message"),
+    [
+        (7, 7, 'input "masks" has 7 masks; the engine takes at most 6'),
+        (4, 3, 'input "owner" has 3 masks, another one 4'),
+    ],
+)
+def test_unfit_sizes_are_refused(masks: int, owners: int, message: str) -> None:
+    device = NumpyDevice()
+    engine = HostedGraph(Gather(device), device)
+    given = feeds(1, masks)
+    given["owner"] = given["owner"][:owners]
+    with pytest.raises(BackendError, match=message):
+        engine.run(given)

@@ -19,7 +19,6 @@ from ccam_deploy.bundle import Bundle, Manifest
 from ccam_deploy.engines import Networks, open_networks
 from ccam_deploy.errors import BackendError, ImageError, OptionError, TargetError
 from ccam_deploy.image import Geometry
-from ccam_deploy.kernels import cpu
 from ccam_deploy.methods import (
     Batch,
     CollectionCAM,
@@ -30,6 +29,7 @@ from ccam_deploy.methods import (
     MethodResult,
     Stopwatch,
 )
+from ccam_deploy.methods.collection_cam_device import DeviceCollectionCAM
 
 Floats = NDArray[np.float32]
 Target = int | str
@@ -91,15 +91,35 @@ class Explainer:
     """Explains images with one bundle. Safe to call from several threads; close it when done."""
 
     def __init__(
-        self, bundle: Bundle, networks: Networks, precision: str, batch_size: int = DEFAULT_BATCH
+        self,
+        bundle: Bundle,
+        networks: Networks,
+        precision: str,
+        batch_size: int = DEFAULT_BATCH,
+        cuda_graphs: bool = True,
     ) -> None:
         _check_batch_size(batch_size)
         self.bundle = bundle
         self.networks = networks
         self.precision = precision
         self.batch_size = batch_size
-        baseline = bundle.precision(precision).baseline_logits
-        self._baseline = np.array(baseline, np.float32)
+        graphs = bundle.precision(precision)
+        self._baseline = np.array(graphs.baseline_logits, np.float32)
+        self._on_device: DeviceCollectionCAM | None = None
+        if networks.slots is not None:
+            self._on_device = DeviceCollectionCAM(
+                networks.slots,
+                bundle.manifest,
+                graphs.gradient_scale,
+                self._baseline,
+                batch_size,
+                cuda_graphs,
+            )
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is not as asked or as fast as it could be, a line each."""
+        return self.networks.notes + (self._on_device.notes if self._on_device else ())
 
     def explain(
         self,
@@ -179,11 +199,17 @@ class Explainer:
     ) -> _Part:
         with clock.stage("preprocess"):
             images, geometries = self.preprocess(pictures)
+        owner, codes = _pairs(wanted, top)
+        if self._on_device is not None:
+            logits, classes, results = self._on_device.explain(
+                images, owner, codes, method.options, clock
+            )
+            _check_logits(logits)
+            return _Part(logits, geometries, owner, classes, results)
         with clock.stage("backbone"):
             activations = self.networks.backbone(images)
-        if not np.isfinite(activations.logits).all():
-            raise BackendError("the classifier gives NaN or infinite logits for these images")
-        owner, classes = self._pairs(wanted, activations.logits, top)
+        _check_logits(activations.logits)
+        classes = _classes(codes, owner, activations.logits)
         results = []
         for start in range(0, len(owner), self.batch_size):
             pairs = slice(start, start + self.batch_size)
@@ -199,30 +225,14 @@ class Explainer:
             results.append(method.explain(self.networks, batch, clock))
         return _Part(activations.logits, geometries, owner, classes, results)
 
-    def _pairs(
-        self, wanted: Sequence[tuple[int, ...] | None], logits: Floats, top: int
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The image and the class of each pair."""
-        owner: list[int] = []
-        classes: list[int] = []
-        for image, chosen in enumerate(wanted):
-            if chosen is None:
-                chosen = tuple(np.argsort(-logits[image], kind="stable")[:top].tolist())
-            owner += [image] * len(chosen)
-            classes += chosen
-        return np.array(owner, np.int64), np.array(classes, np.int64)
-
     def _assemble(self, method: Method, parts: Sequence[_Part], clock: Stopwatch) -> Explanation:
-        with clock.stage("combine"):
-            results = [result for part in parts for result in part.results]
-            raw = np.concatenate([result.raw_saliency for result in results])
-            saliency = cpu.min_max(raw)
+        results = [result for part in parts for result in part.results]
         masks = results[0].masks
         for result in results[1:]:
             masks = masks + result.masks
         return Explanation(
-            saliency=saliency,
-            raw_saliency=raw,
+            saliency=np.concatenate([result.saliency for result in results]),
+            raw_saliency=np.concatenate([result.raw_saliency for result in results]),
             targets=np.concatenate([part.targets for part in parts]),
             image_index=np.concatenate(
                 [part.owner + index * self.batch_size for index, part in enumerate(parts)]
@@ -263,6 +273,31 @@ def _join_layers(parts: tuple[LayerPartition, ...]) -> LayerPartition:
         np.concatenate([part.count for part in parts]),
         np.concatenate([part.quality for part in parts]),
     )
+
+
+def _pairs(
+    wanted: Sequence[tuple[int, ...] | None], top: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The image of each pair, and its class, or -1 - r for the class of rank r."""
+    best = tuple(range(-1, -1 - top, -1))
+    classes = [best if chosen is None else chosen for chosen in wanted]
+    owner = np.repeat(np.arange(len(classes)), [len(chosen) for chosen in classes])
+    return owner, np.concatenate(classes).astype(np.int64)
+
+
+def _classes(
+    codes: NDArray[np.int64], owner: NDArray[np.int64], logits: Floats
+) -> NDArray[np.int64]:
+    """The class of each pair, the ranks among its codes looked up in the logits."""
+    if (codes >= 0).all():
+        return codes
+    order = np.argsort(-logits, axis=1, kind="stable")
+    return np.where(codes < 0, order[owner, -1 - codes], codes)
+
+
+def _check_logits(logits: Floats) -> None:
+    if not np.isfinite(logits).all():
+        raise BackendError("the classifier gives NaN or infinite logits for these images")
 
 
 def _per_image(

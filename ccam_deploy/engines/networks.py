@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from ccam_deploy.bundle import Bundle
 from ccam_deploy.engines.base import Array, Engine
+from ccam_deploy.engines.slots import Slots
 from ccam_deploy.errors import BackendError, OptionError
 
 Floats = NDArray[np.float32]
@@ -61,11 +62,19 @@ class Classifier(Protocol):
 class Networks:
     """The three engines of one precision.
 
-    backend: the engine's name.   notes: why better backends were passed over, one line each.
+    backend: the engine's name.   slots: where all of an explanation can run on a GPU.
+    notes: why better backends were passed over, one line each.
     """
 
-    def __init__(self, engines: Mapping[str, Engine], gradient_scale: float, backend: str) -> None:
+    def __init__(
+        self,
+        engines: Mapping[str, Engine],
+        gradient_scale: float,
+        backend: str,
+        slots: Slots | None = None,
+    ) -> None:
         self.backend = backend
+        self.slots = slots
         self.notes: tuple[str, ...] = ()
         self.engines = dict(engines)
         self._scale = np.float32(gradient_scale)
@@ -102,6 +111,8 @@ class Networks:
         """Close the engines."""
         for engine in self.engines.values():
             engine.close()
+        if self.slots is not None:
+            self.slots.close()
 
     def _cast(self, values: Floats) -> Array:
         return values.astype(self._type, copy=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, overload
@@ -87,10 +87,12 @@ class MaskSequence(Sequence[Floats]):
 class MethodResult:
     """A method's result for P pairs.
 
-    raw_saliency: [P, H, W] float32.   layers, masks, weights, mic: see Explanation.
+    raw_saliency: [P, H, W] float32.   saliency: the same, each map scaled to [0, 1].
+    layers, masks, weights, mic: see Explanation.
     """
 
     raw_saliency: Floats
+    saliency: Floats
     layers: tuple[LayerPartition, ...]
     masks: MaskSequence
     weights: tuple[Floats, ...]
@@ -122,6 +124,11 @@ class Stopwatch:
         self.seconds: dict[str, float] = {}
         self._now = now
 
+    def add(self, stages: Iterable[tuple[str, float]]) -> None:
+        """Count seconds that were measured elsewhere to stages."""
+        for name, seconds in stages:
+            self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Count the block's time to a stage."""
@@ -129,4 +136,4 @@ class Stopwatch:
         try:
             yield
         finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + self._now() - started
+            self.add([(name, self._now() - started)])

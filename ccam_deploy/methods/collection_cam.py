@@ -76,7 +76,7 @@ class CollectionCAM:
 
     def explain(self, classifier: Classifier, batch: Batch, clock: Stopwatch) -> MethodResult:
         """Explain every pair of a batch; see Method."""
-        chosen = self._chosen_layers(batch.layers)
+        chosen = chosen_layers(self.options, batch.layers)
         with clock.stage("gradient"):
             activations = batch.activations.take(batch.owner)
             gradients = classifier.gradients(activations, self._output_gradient(batch))
@@ -96,20 +96,14 @@ class CollectionCAM:
             raw = weighted.result()
             weights = tuple(map(cpu.softmax, scores, counted))
             rows = np.broadcast_to(batch.baseline, (len(scores), len(batch.baseline)))
-            base = self._score_of(rows, batch.targets)
+            base = score_of(self.options.score, rows, batch.targets)
             mic = tuple(
                 np.where(c, s - b, np.float32(0))
                 for s, c, b in zip(scores, counted, base, strict=True)
             )
-        draws = [partial(_draw, sums, batch.size, self.options.theta) for sums in per_pair]
-        return MethodResult(raw, tuple(layers), MaskSequence(draws), weights, mic)
-
-    def _chosen_layers(self, names: tuple[str, ...]) -> list[int]:
-        for name in self.options.layers:
-            if name not in names:
-                raise OptionError(f'layer "{name}" is not in the bundle; it has {", ".join(names)}')
-        wanted = self.options.layers or names
-        return [index for index, name in enumerate(names) if name in wanted]
+            saliency = cpu.min_max(raw)
+        draws = [partial(draw_masks, sums, batch.size, self.options.theta) for sums in per_pair]
+        return MethodResult(raw, saliency, tuple(layers), MaskSequence(draws), weights, mic)
 
     def _output_gradient(self, batch: Batch) -> Floats:
         """∂F_c/∂logits, [P, classes]."""
@@ -129,10 +123,7 @@ class CollectionCAM:
         with clock.stage("statistics"):
             psi = cpu.channel_statistics(features, gradients)
             if not np.isfinite(psi).all():
-                raise BackendError(
-                    f'layer "{name}" has NaN or infinite features or gradients for these images; '
-                    "a bundle in fp32 has the wider range"
-                )
+                raise not_finite(name)
             if self.options.standardise:
                 psi = cpu.standardise(psi)
         with clock.stage("partition"):
@@ -171,7 +162,7 @@ class CollectionCAM:
                 pairs = np.repeat([p.pair for p in pieces], [len(p.masks) for p in pieces])
                 logits = classifier.masked_logits(batch.images, masks, batch.owner[pairs])
             with clock.stage("combine"):
-                got = self._score_of(logits, batch.targets[pairs])
+                got = score_of(self.options.score, logits, batch.targets[pairs])
                 start = 0
                 for piece in pieces:
                     own = got[start : start + len(piece.masks)]
@@ -199,11 +190,36 @@ class CollectionCAM:
                             pair, places, masks if kept.size == len(masks) else masks[kept]
                         )
 
-    def _score_of(self, logits: Floats, targets: NDArray[np.int64]) -> Floats:
-        """F_c for each row."""
-        values = logits if self.options.score == "logit" else _probabilities(logits)
-        scores: Floats = values[np.arange(len(targets)), targets]
-        return scores
+
+def chosen_layers(options: CollectionCAMOptions, names: Sequence[str]) -> list[int]:
+    """The places of the layers that the options ask for, the final one last.
+
+    Raises OptionError for one that is not there.
+    """
+    for name in options.layers:
+        if name not in names:
+            raise OptionError(f'layer "{name}" is not in the bundle; it has {", ".join(names)}')
+    return [index for index, name in enumerate(names) if name in (options.layers or names)]
+
+
+def score_of(score: Score, logits: Floats, targets: NDArray[np.int64]) -> Floats:
+    """F_c of each row: logits [n, classes] float32, targets [n]; returns [n] float32."""
+    values = logits if score == "logit" else _probabilities(logits)
+    scores: Floats = values[np.arange(len(targets)), targets]
+    return scores
+
+
+def not_finite(layer: str) -> BackendError:
+    """The error for a layer whose statistics are NaN or infinite."""
+    return BackendError(
+        f'layer "{layer}" has NaN or infinite features or gradients for these images; '
+        "a bundle in fp32 has the wider range"
+    )
+
+
+def draw_masks(sums: Sequence[Floats], size: tuple[int, int], theta: float) -> Floats:
+    """All masks [n, H, W] of one pair, from the collection sums of its layers."""
+    return np.concatenate([cpu.render_masks(maps, size, theta)[0] for maps in sums])
 
 
 def _packed(pieces: Iterator[_Piece], size: int) -> Iterator[list[_Piece]]:
@@ -220,10 +236,6 @@ def _packed(pieces: Iterator[_Piece], size: int) -> Iterator[list[_Piece]]:
             room -= len(piece.masks)
     if group:
         yield group
-
-
-def _draw(sums: tuple[Floats, ...], size: tuple[int, int], theta: float) -> Floats:
-    return np.concatenate([cpu.render_masks(maps, size, theta)[0] for maps in sums])
 
 
 def _probabilities(logits: Floats) -> Floats:

@@ -125,7 +125,7 @@ def _kernels(run: Run) -> CollectionKernels:
 
     from ccam_deploy.kernels.cuda.launch import Buffers, CollectionKernels, Threads
 
-    def allocate(spec: Spec) -> Any:
+    def allocate(name: str, spec: Spec) -> Any:
         filler = 77 if np.issubdtype(spec.dtype, np.integer) else np.nan
         return cuda.to_device(np.full(spec.shape, filler, spec.dtype))
 

@@ -127,6 +127,18 @@ class Geometry:
             low[number, columns], share[number, columns] = _line(layer.width, width)
         return low, share
 
+    def split_sums(
+        self, row: NDArray[np.float32], counts: NDArray[np.int32]
+    ) -> tuple[NDArray[np.float32], ...]:
+        """A pair's row of the array of sums as one [count, h, w] per layer."""
+        parts, start = [], 0
+        for layer, count in zip(self.layers, counts.tolist(), strict=True):
+            pixels = layer.height * layer.width
+            part = row[start : start + count * pixels]
+            parts.append(part.reshape(count, layer.height, layer.width))
+            start += self.k_max * pixels
+        return tuple(parts)
+
     def specs(self) -> dict[str, Spec]:
         """The arrays of `launch.Buffers`, by name; its docstring tells what they hold."""
         pairs, layers, slots = self.pairs, len(self.layers), self.pairs * self.channels

@@ -61,10 +61,10 @@ class Buffers:
     finished: Array
 
     @classmethod
-    def allocate(cls, geometry: Geometry, allocate: Callable[[Spec], Array]) -> Buffers:
+    def allocate(cls, geometry: Geometry, allocate: Callable[[str, Spec], Array]) -> Buffers:
         """Let the caller allocate each array, and fill those that are to be filled once."""
         specs = geometry.specs()
-        arrays = {field.name: allocate(specs[field.name]) for field in fields(cls)}
+        arrays = {field.name: allocate(field.name, specs[field.name]) for field in fields(cls)}
         low, share = geometry.interpolation()
         for name, values in {"table": geometry.table(), "low": low, "share": share}.items():
             arrays[name].copy_to_device(values)

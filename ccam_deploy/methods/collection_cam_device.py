@@ -1,0 +1,143 @@
+"""Collection-CAM on a GPU: batches go to whichever slot is free, results come as the CPU's do."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ccam_deploy.bundle import Manifest
+from ccam_deploy.engines.slots import Slot, Slots, Use
+from ccam_deploy.kernels.cuda.geometry import Geometry
+from ccam_deploy.methods.base import Floats, LayerPartition, MaskSequence, MethodResult, Stopwatch
+from ccam_deploy.methods.collection_cam import (
+    CollectionCAMOptions,
+    chosen_layers,
+    draw_masks,
+    not_finite,
+    score_of,
+)
+from ccam_deploy.methods.device_pipeline import HostArrays, Pipeline, Setup
+
+_PIPELINES_AT_MOST = 4
+
+
+class DeviceCollectionCAM:
+    """Explains batches on slots; safe to call from several threads.
+
+    gradient_scale: of the bundle's graphs.   baseline: [classes] float32, logits of an input of
+    zeros.   batch_size: the most images, and the most pairs, that a slot takes at a time.
+    cuda_graphs: replay what comes again at the same sizes; it gives the same result as launching
+    it piece by piece.   notes: what cannot be done here as asked, a line each.
+    """
+
+    def __init__(
+        self,
+        slots: Slots,
+        manifest: Manifest,
+        gradient_scale: float,
+        baseline: Floats,
+        batch_size: int,
+        cuda_graphs: bool = True,
+    ) -> None:
+        self._slots = slots
+        self._manifest = manifest
+        self._gradient_scale = gradient_scale
+        self._baseline = baseline
+        self._batch_size = batch_size
+        self._cuda_graphs = cuda_graphs
+        self.notes: tuple[str, ...] = ()
+
+    def explain(
+        self,
+        images: Floats,
+        owner: NDArray[np.int64],
+        wanted: NDArray[np.int64],
+        options: CollectionCAMOptions,
+        clock: Stopwatch,
+    ) -> tuple[Floats, NDArray[np.int64], list[MethodResult]]:
+        """Explain P (image, class) pairs of B images.
+
+        images: [B, C, H, W] float32.   owner: [P], the image of each pair, in ascending order.
+        wanted: [P], a class, or -1 - r for the image's class of rank r.
+        Returns logits [B, classes] float32, targets [P] int64, and results for parts of the pairs.
+        Raises BackendError for what the engine reports and for values that are not finite,
+        OptionError for sizes that the kernels do not take.
+        """
+        logits, parts = [], []
+        with self._slots.take() as slot:
+            single = len(images) == len(owner) == 1
+            pipeline = self._pipeline(slot, "latency" if single else "throughput", options)
+            for start in range(0, len(images), pipeline.batch):
+                own = (owner >= start) & (owner < start + pipeline.batch)
+                rows, found = pipeline.run(
+                    images[start : start + pipeline.batch], owner[own] - start, wanted[own], clock
+                )
+                logits.append(rows)
+                parts += found
+        targets = np.concatenate([part["targets"] for part in parts])
+        results = [self._result(pipeline.geometry, part, options) for part in parts]
+        return np.concatenate(logits), targets, results
+
+    def _pipeline(self, slot: Slot, use: Use, options: CollectionCAMOptions) -> Pipeline:
+        """The slot's pipeline for some options, made when they are first asked for."""
+        key = self._batch_size, use, options
+        found: Pipeline | None = slot.kept.pop(key, None)
+        if found is None:
+            while len(slot.kept) >= _PIPELINES_AT_MOST:
+                slot.kept.pop(next(iter(slot.kept))).close()
+            setup = Setup(
+                self._manifest.layers,
+                tuple(chosen_layers(options, [layer.name for layer in self._manifest.layers])),
+                self._manifest.input,
+                self._manifest.classes,
+                1 if use == "latency" else self._batch_size,
+                self._gradient_scale,
+                options,
+                self._cuda_graphs,
+            )
+            found = Pipeline(slot.device, slot.graphs[use], setup, self._note)
+        slot.kept[key] = found
+        return found
+
+    def _result(
+        self, geometry: Geometry, host: HostArrays, options: CollectionCAMOptions
+    ) -> MethodResult:
+        names = [layer.name for layer in self._manifest.layers]
+        chosen = [names[index] for index in chosen_layers(options, names)]
+        counts = host["counts"]
+        for index, name in enumerate(chosen):
+            if not counts[:, index].all():
+                raise not_finite(name)
+        ends = np.cumsum([layer.channels for layer in geometry.layers])
+        labels = np.split(host["labels"], ends[:-1], axis=1)
+        per_pair = np.cumsum(counts.sum(axis=1))[:-1]
+        scores, weights, flat = (
+            np.split(host[name], per_pair) for name in ("scores", "weights", "flat")
+        )
+        rows = np.broadcast_to(self._baseline, (len(counts), len(self._baseline)))
+        base = score_of(options.score, rows, host["targets"])
+        return MethodResult(
+            host["raw"].reshape(-1, *geometry.size),
+            host["saliency"].reshape(-1, *geometry.size),
+            tuple(
+                LayerPartition(name, own, counts[:, index], host["quality"][:, index])
+                for index, (name, own) in enumerate(zip(chosen, labels, strict=True))
+            ),
+            MaskSequence(
+                [
+                    partial(draw_masks, maps, geometry.size, options.theta)
+                    for maps in map(geometry.split_sums, host["sums"], counts)
+                ]
+            ),
+            tuple(weights),
+            tuple(
+                np.where(unused == 0, score - zero, np.float32(0))
+                for score, unused, zero in zip(scores, flat, base, strict=True)
+            ),
+        )
+
+    def _note(self, line: str) -> None:
+        if line not in self.notes:
+            self.notes = (*self.notes, line)

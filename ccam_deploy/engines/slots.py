@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -57,7 +57,8 @@ class Slots:
                 with slot.device.current():
                     yield slot
             except BackendError:
-                slot.close()
+                with suppress(BackendError):  # a device that failed may fail again
+                    slot.close()
                 raise
             except BaseException:
                 self._give_back(slot)

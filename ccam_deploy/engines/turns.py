@@ -16,13 +16,21 @@ class Turns:
     """Puts work on a device's stream, and times its stages with events.
 
     replay: capture work that comes a second time with the same key in a CUDA graph, and launch
-        that from then on.   note: called with a line where work cannot be captured; it is then
+        that from then on.   capturable: whether the engines can be captured; asked once all have
+        run.   note: called with a line where work cannot be captured; it is then
         launched piece by piece, with the same result.
     """
 
-    def __init__(self, device: Device, replay: bool, note: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        device: Device,
+        replay: bool,
+        capturable: Callable[[], bool],
+        note: Callable[[str], None],
+    ) -> None:
         self._device = device
         self._replay = replay
+        self._capturable = capturable
         self._note = note
         self._seen: set[Hashable] = set()
         self._graphs: dict[Hashable, Callable[[], None]] = {}
@@ -64,16 +72,22 @@ class Turns:
         if key not in self._seen:
             self._seen.add(key)
             return None
-        self._capturing = True
         try:
-            graph = self._device.capture(work)
+            graph = self._capture(work)
         except BackendError as error:
             self._replay = False
             self._note(f"no CUDA graphs: {error}")
             return None
-        finally:
-            self._capturing = False
         if len(self._graphs) >= _GRAPHS_AT_MOST:
             self._graphs.pop(next(iter(self._graphs)))
         self._graphs[key] = graph
         return graph
+
+    def _capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        if not self._capturable():
+            raise BackendError("the engine cannot be captured in one")
+        self._capturing = True
+        try:
+            return self._device.capture(work)
+        finally:
+            self._capturing = False

@@ -70,10 +70,12 @@ class Pipeline:
         self.batch = min(
             setup.batch, *(graph.limits.get("batch", setup.batch) for graph in graphs.values())
         )
-        replay = setup.cuda_graphs and all(graph.capturable for graph in graphs.values())
-        if setup.cuda_graphs and not replay:
-            note("no CUDA graphs: the engine cannot be captured in one")
-        self._turns = Turns(device, replay, note)
+        self._turns = Turns(
+            device,
+            setup.cuda_graphs,
+            lambda: all(graph.capturable for graph in graphs.values()),
+            note,
+        )
         self._regions: list[Region] = []
         self._tensors: dict[str, DeviceTensor] = {}
         self._gathered: dict[str, DeviceTensor] = {}

@@ -1,0 +1,76 @@
+"""A bundle's graphs on the first GPU: TensorRT's plans, or ONNX Runtime's CUDA provider."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import get_args
+
+from ccam_deploy.bundle import Bundle, PrecisionName
+from ccam_deploy.engines.cuda import CudaDevice
+from ccam_deploy.engines.onnxruntime import OnnxRuntimeGraph
+from ccam_deploy.engines.plans import Flavour, load_library, present_device
+from ccam_deploy.engines.selection import fitting_plans
+from ccam_deploy.engines.slots import Graphs, Slot, Slots, Use
+from ccam_deploy.engines.tensorrt import PlanGraph, SharedPlan
+
+
+def tensorrt_slots(bundle: Bundle, flavour: Flavour, precision: PrecisionName, most: int) -> Slots:
+    """Slots on a bundle's plans, which all of them share.
+
+    most: how many slots there may be.
+    Raises BackendError where no plan fits the library or the GPU, saying which and how to mend it.
+    """
+    library = load_library(flavour)
+    chosen = fitting_plans(bundle, flavour, library.version, present_device(), precision)
+    first = CudaDevice()
+    with first.current():
+        plans = {
+            graph: SharedPlan(library, bundle.path(plan.file)) for graph, plan in chosen.items()
+        }
+    first.close()
+    return Slots(lambda: _plan_slot(plans), most)
+
+
+def _plan_slot(plans: dict[str, SharedPlan]) -> Slot:
+    """A stream with one execution context for each plan and profile, on shared scratch memory."""
+    device = CudaDevice()
+    try:
+        with device.current():
+            names = [
+                use for use in get_args(Use) if all(use in plan.profiles for plan in plans.values())
+            ]
+            size = max(plan.scratch_bytes(use) for plan in plans.values() for use in names)
+            scratch = device.allocate(size)
+            graphs: dict[Use, Graphs] = {
+                use: {
+                    graph: PlanGraph(plan, device, scratch, use) for graph, plan in plans.items()
+                }
+                for use in names
+            }
+    except BaseException:
+        device.close()
+        raise
+    graphs.setdefault("throughput", graphs["latency"])
+    return Slot(device, graphs)
+
+
+def onnxruntime_slots(paths: dict[str, Path], most: int) -> Slots:
+    """Slots on ONNX graphs; a session works on one stream, so each slot has sessions of its own.
+
+    Raises BackendError where a package, the CUDA provider or a GPU is missing.
+    """
+
+    def open_slot() -> Slot:
+        device = CudaDevice()
+        try:
+            with device.current():
+                graphs = {
+                    name: OnnxRuntimeGraph(path, "cuda", device.stream)
+                    for name, path in paths.items()
+                }
+        except BaseException:
+            device.close()
+            raise
+        return Slot(device, {"latency": graphs, "throughput": graphs})
+
+    return Slots(open_slot, most)

@@ -3,14 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 import ccam_deploy as ccam
+from ccam_deploy.engines.cuda import CudaDevice
+from ccam_deploy.errors import BackendError
 from ccam_deploy.export import ExportSettings, export
 from ccam_deploy.export import recipe as recipes
 from tests.helpers import RECIPES, digits_model, tiny
+
+
+@cache
+def _why_no_gpu() -> str:
+    """What is missing for the tests that need a GPU; empty where they can run."""
+    try:
+        CudaDevice().close()
+    except BackendError as error:
+        return str(error)
+    return ""
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and _why_no_gpu():
+        pytest.skip(_why_no_gpu())
 
 
 @pytest.fixture(scope="session")

@@ -79,7 +79,7 @@ class Run:
 
 
 def simulate(run: Run) -> Arrays:
-    """Run the stages in this process, which must have been started by `simulator`."""
+    """Run the stages on the device that this process has: a GPU, or Numba's simulator."""
     from numba import cuda
 
     from ccam_deploy.kernels.cuda.launch import Head, Inputs
@@ -106,6 +106,7 @@ def simulate(run: Run) -> Arrays:
     }
     for stage in run.stages:
         getattr(kernels, stage)(inputs, *extra.get(stage, ()), stream)
+    stream.synchronize()
     arrays = {name: array.copy_to_host() for name, array in vars(kernels.buffers).items()}
     return arrays | {"gradient": head.gradient.copy_to_host()}
 
@@ -115,8 +116,9 @@ def simulate_cast(values: NDArray[Any], dtype: str, threads: int) -> NDArray[Any
     from numba import cuda
 
     kernels = _kernels(Run(((1, 1, 1),), (), threads=threads))
-    target = cuda.to_device(np.full(values.shape, np.nan, dtype))
-    kernels.cast(cuda.to_device(values), target, cuda.stream())
+    target, stream = cuda.to_device(np.full(values.shape, np.nan, dtype)), cuda.stream()
+    kernels.cast(cuda.to_device(values), target, stream)
+    stream.synchronize()
     return target.copy_to_host()  # type: ignore[no-any-return]
 
 
@@ -133,7 +135,7 @@ def _kernels(run: Run) -> CollectionKernels:
     buffers = Buffers.allocate(geometry, allocate)
     for name, values in run.given.items():
         target = getattr(buffers, name)
-        target[tuple(slice(n) for n in values.shape)] = values
+        target[tuple(slice(n) for n in values.shape)] = values.astype(target.dtype)
     return CollectionKernels(geometry, buffers, Threads(*[run.threads] * len(fields(Threads))))
 
 

@@ -1,4 +1,4 @@
-"""The CUDA kernels, on Numba's simulator, against the CPU kernels.
+"""The CUDA kernels, on Numba's simulator and on a GPU where there is one, against the CPU kernels.
 
 The simulator needs about 20 µs to change from one thread to another: shapes are tiny, and many
 cases share a launch, as layers and pairs of one batch.
@@ -6,9 +6,10 @@ cases share a launch, as layers and pairs of one batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from dataclasses import replace
+from typing import TypeVar
 
 import numpy as np
 import pytest
@@ -23,27 +24,42 @@ from ccam_deploy.kernels import cpu
 from tests.kernels.simulated_device import Arrays, Run, simulate, simulate_cast, simulator
 
 Floats = NDArray[np.float32]
+Result = TypeVar("Result")
 SEEDS = st.integers(0, 2**31)
 FEW = settings(max_examples=4, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 
 
 class Device:
-    """Runs kernels in the simulator's process."""
+    """Runs kernels in the simulator's process, or, without one, on the GPU."""
 
-    def __init__(self, pool: Executor) -> None:
+    def __init__(self, pool: Executor | None) -> None:
         self.pool = pool
 
     def __call__(self, run: Run) -> Arrays:
-        return self.pool.submit(simulate, run).result()
+        return self._call(simulate, run)
 
     def cast(self, values: Floats, dtype: str, threads: int) -> NDArray[np.generic]:
-        return self.pool.submit(simulate_cast, values, dtype, threads).result()
+        return self._call(simulate_cast, values, dtype, threads)
+
+    def _call(self, function: Callable[..., Result], *arguments: object) -> Result:
+        if self.pool is None:
+            return function(*arguments)
+        return self.pool.submit(function, *arguments).result()
 
 
 @pytest.fixture(scope="module")
-def device() -> Iterator[Device]:
+def simulated() -> Iterator[Device]:
     with simulator() as pool:
         yield Device(pool)
+
+
+@pytest.fixture(scope="module", params=["simulator", pytest.param("gpu", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> Device:
+    """The simulator; and the GPU, where there is one."""
+    if request.param == "gpu":
+        return Device(None)
+    chosen: Device = request.getfixturevalue("simulated")
+    return chosen
 
 
 def split(run: Run, values: NDArray[np.generic]) -> list[NDArray[np.generic]]:
@@ -375,8 +391,8 @@ def test_a_larger_batch_than_the_masks_reads_valid_owners(device: Device) -> Non
     assert out["flat"][6:].all()
 
 
-def test_failures_inside_a_kernel_are_told(device: Device) -> None:
+def test_failures_inside_a_kernel_are_told(simulated: Device) -> None:
     """The simulated device's own check."""
     given: Arrays = {"starts": np.array([0, 300])}
     with pytest.raises(IndexError):
-        device(Run(((4, 1, 1),), ("combine",), given=given))
+        simulated(Run(((4, 1, 1),), ("combine",), given=given))

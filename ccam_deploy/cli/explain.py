@@ -140,7 +140,7 @@ def explain(bundle: Path, images: tuple[Path, ...], as_json: bool, **options: An
 def _kinds(words: str) -> tuple[str, ...]:
     if words.strip() == "none":
         return ()
-    kinds = tuple(word.strip() for word in words.split(","))
+    kinds = tuple(dict.fromkeys(word.strip() for word in words.split(",")))
     for kind in kinds:
         if kind not in KINDS:
             raise OptionError(f'--save "{kind}" is unknown; there are {", ".join(KINDS)} and none')

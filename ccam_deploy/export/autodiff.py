@@ -39,12 +39,10 @@ class Differentiated:
 
     backbone: images -> (logits, *features, *residuals).
     gradient: (*residuals, output_gradient [B, classes]) -> gradients of the feature maps.
-    residuals: how many tensors the first hands to the second.
     """
 
     backbone: fx.GraphModule
     gradient: fx.GraphModule
-    residuals: int
 
 
 def differentiate(
@@ -289,17 +287,16 @@ def _split(joint: fx.GraphModule, layers: int) -> Differentiated:
     on_image, on_gradient = _depending(joint, image), _depending(joint, output_gradient)
     outputs = list(joint.graph.output_node().args[0])  # type: ignore[arg-type]
     forward, gradients = outputs[: 1 + layers], outputs[1 + layers :]
-    needed = _ancestors(gradients)
     crossing = {
         source: None
         for node in joint.graph.nodes
-        if node in on_gradient and node in needed
+        if node in on_gradient
         for source in node.all_input_nodes
         if source in on_image and source not in on_gradient
     }
     backbone = _extract(joint, [image], [*forward, *crossing])
     gradient = _extract(joint, [*crossing, output_gradient], gradients)
-    return Differentiated(backbone, gradient, len(crossing))
+    return Differentiated(backbone, gradient)
 
 
 def _depending(joint: fx.GraphModule, root: fx.Node) -> set[fx.Node]:
@@ -311,17 +308,6 @@ def _depending(joint: fx.GraphModule, root: fx.Node) -> set[fx.Node]:
         if any(source in found for source in node.all_input_nodes):
             found.add(node)
     return found
-
-
-def _ancestors(nodes: Sequence[fx.Node]) -> set[fx.Node]:
-    seen: set[fx.Node] = set()
-    pending = list(nodes)
-    while pending:
-        node = pending.pop()
-        if node not in seen:
-            seen.add(node)
-            pending.extend(node.all_input_nodes)
-    return seen
 
 
 def _extract(

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
-from ccam_deploy.cli.options import PRECISIONS, bundle_argument, json_option, print_json
+from ccam_deploy.cli.options import (
+    PRECISIONS,
+    bundle_argument,
+    json_option,
+    plan_options,
+    print_json,
+)
 
 
 @click.command()
 @bundle_argument
-@click.option(
-    "--backend",
-    type=click.Choice(["tensorrt", "tensorrt-rtx"]),
-    default="tensorrt",
-    show_default=True,
-    help="The TensorRT to build with; tensorrt-rtx needs no GPU for it.",
-)
 @click.option(
     "--precision",
     type=click.Choice(PRECISIONS),
@@ -25,56 +25,25 @@ from ccam_deploy.cli.options import PRECISIONS, bundle_argument, json_option, pr
     show_default=True,
     help="The bundle's graphs to build.",
 )
-@click.option(
-    "--max-batch",
-    type=click.IntRange(min=1),
-    default=8,
-    show_default=True,
-    help="The most images that a plan takes at a time.",
-)
-@click.option(
-    "--device",
-    "devices",
-    multiple=True,
-    metavar="X.Y",
-    help="A compute capability to build for, such as 8.9; may be repeated.  [default: all from "
-    "8.0 on that tensorrt-rtx supports; for tensorrt the GPU that is here]",
-)
+@plan_options
+@click.option("--force", is_flag=True, help="Build also where the plans are up to date.")
 @json_option
-def build(
-    bundle: Path,
-    backend: str,
-    precision: str,
-    max_batch: int,
-    devices: tuple[str, ...],
-    as_json: bool,
-) -> None:
-    """Build a bundle's graphs into TensorRT plans and add them to it."""
+def build(bundle: Path, precision: str, force: bool, as_json: bool, **options: Any) -> None:
+    """Build a bundle's graphs into TensorRT plans and add them to it.
+
+    Plans that the bundle has already, of the same graphs and for the same TensorRT, devices and
+    batch, are kept.
+    """
     import msgspec
 
     from ccam_deploy import bundle as bundles
     from ccam_deploy.bundle import PrecisionName
-    from ccam_deploy.engines import plans
-    from ccam_deploy.engines.build import build as run
+    from ccam_deploy.cli.planner import Planner
 
-    library = plans.load_library(msgspec.convert(backend, plans.Flavour))
-    kind = msgspec.convert(precision, PrecisionName)
-    made = run(
-        bundles.read(bundle),
-        library,
-        kind,
-        max_batch,
-        devices,
-        lambda line: click.echo(line, err=True),
-    )
-    listed = [
-        plan
-        for plan in made.manifest.plans
-        if (plan.library, plan.precision, plan.version) == (backend, kind, library.version)
-    ]
+    planner = Planner(**options, force=force)
+    built = planner.build(bundles.read(bundle), msgspec.convert(precision, PrecisionName))
     if as_json:
-        print_json(msgspec.to_builtins(listed))
-        return
-    for plan in listed:
-        size = made.manifest.files[plan.file].bytes / 1e6
-        click.echo(f"{made.path(plan.file)}: {size:.1f} MB for {', '.join(plan.devices)}")
+        plans = msgspec.to_builtins(built.plans)
+        print_json({"bundle": str(bundle), "up_to_date": not built.fresh, "plans": plans})
+    else:
+        planner.report(built)

@@ -7,12 +7,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
-from ccam_deploy.cli.options import PRECISIONS, json_option, print_json
-from ccam_deploy.errors import ExportError, OptionError
+from ccam_deploy.cli.options import (
+    PLAN_OPTIONS,
+    PRECISIONS,
+    json_option,
+    plan_options,
+    print_json,
+)
+from ccam_deploy.errors import BackendError, CcamError, ExportError, OptionError
 
 if TYPE_CHECKING:
     from ccam_deploy.bundle import Bundle
+    from ccam_deploy.cli.planner import Planner
     from ccam_deploy.export import Recipe
     from ccam_deploy.export.exporter import ExportSettings
     from ccam_deploy.export.sources import Model
@@ -117,6 +125,12 @@ class _Numbers(click.ParamType[tuple[float, ...]]):
     is_flag=True,
     help="Read pickled objects; this runs whatever code the file holds.",
 )
+@click.option(
+    "--build",
+    is_flag=True,
+    help="Then build the graphs into TensorRT plans; the options below go with it.",
+)
+@plan_options
 @json_option
 def export(model: Path | None, as_json: bool, **options: Any) -> None:
     """Export a classifier to a bundle, checked against PyTorch.
@@ -133,6 +147,7 @@ def export(model: Path | None, as_json: bool, **options: Any) -> None:
         ) from error
     from ccam_deploy.export import export as run
 
+    planner = _planner(options)
     network, settings, recipe = _prepare(model, options)
     name = recipe.name if recipe else (model.stem if model else "")
     output = options["output"] or Path("engines") / name
@@ -143,7 +158,45 @@ def export(model: Path | None, as_json: bool, **options: Any) -> None:
     precision = options["precision"] or (recipe.precision if recipe else "fp32")
     size = options["input_size"] or (recipe.input.size if recipe else None)
     bundle = run(network, output, size, names, precision, settings)
-    _report(bundle, as_json)
+    if not as_json:
+        _report(bundle)
+    if planner:
+        bundle = _build(planner, bundle, as_json)
+    if as_json:
+        import msgspec
+
+        manifest = msgspec.to_builtins(bundle.manifest)
+        print_json({"bundle": str(bundle.folder), "manifest": manifest})
+
+
+def _planner(options: dict[str, Any]) -> Planner | None:
+    """What builds the plans, checked before the export takes its time; none without --build."""
+    context = click.get_current_context()
+    wanted = options.pop("build")
+    given = {name: options.pop(name) for name in PLAN_OPTIONS}
+    if not wanted:
+        for name, option in PLAN_OPTIONS.items():
+            if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+                raise OptionError(f"{option} goes with --build")
+        return None
+    from ccam_deploy.cli.planner import Planner
+
+    return Planner(**given)
+
+
+def _build(planner: Planner, bundle: Bundle, as_json: bool) -> Bundle:
+    """Build every precision of a bundle that was just exported."""
+    for precision in bundle.manifest.precisions:
+        try:
+            built = planner.build(bundle, precision)
+        except CcamError as error:
+            raise BackendError(
+                f"{bundle.folder} was exported, but its {precision} plans were not built: {error}"
+            ) from error
+        bundle = built.bundle
+        if not as_json:
+            planner.report(built)
+    return bundle
 
 
 def _prepare(
@@ -200,13 +253,8 @@ def _prepare(
     return network, replace(settings, **changes), recipe
 
 
-def _report(bundle: Bundle, as_json: bool) -> None:
+def _report(bundle: Bundle) -> None:
     manifest = bundle.manifest
-    if as_json:
-        import msgspec
-
-        print_json({"bundle": str(bundle.folder), "manifest": msgspec.to_builtins(manifest)})
-        return
     layers = ", ".join(layer.name for layer in manifest.layers)
     click.echo(f"{bundle.folder}: {manifest.classes} classes, layers {layers}")
     for kind, precision in manifest.precisions.items():

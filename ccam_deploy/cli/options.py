@@ -16,6 +16,8 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 # Repeated from modules whose imports would slow --help down; a test holds them equal.
 BACKENDS = ("auto", "onnxruntime-cpu", "onnxruntime-cuda")
 PRECISIONS = ("fp32", "fp16")
+TENSORRT = ("tensorrt", "tensorrt-rtx")
+MAX_BATCH = 8
 BATCH_SIZE = 16
 COLORMAP = "jet"
 OPACITY = 0.5
@@ -64,6 +66,50 @@ def engine_options(command: Command) -> Command:
     ):
         command = option(command)
     return command
+
+
+def plan_options(command: Command) -> Command:
+    """--backend, --max-batch, --device, --timing-cache: what TensorRT plans are built for."""
+    for option in (
+        click.option(
+            "--timing-cache",
+            type=click.Path(path_type=Path, dir_okay=False),
+            help="A file where tensorrt keeps how fast kernels were, to build faster next time; "
+            "tensorrt-rtx has none.",
+        ),
+        click.option(
+            "--device",
+            "devices",
+            multiple=True,
+            metavar="X.Y",
+            help="A compute capability to build for, such as 8.9; may be repeated.  [default: all "
+            "from 8.0 on that tensorrt-rtx supports; for tensorrt the GPU that is here]",
+        ),
+        click.option(
+            "--max-batch",
+            type=click.IntRange(min=1),
+            default=MAX_BATCH,
+            show_default=True,
+            help="The most images that a plan takes at a time.",
+        ),
+        click.option(
+            "--backend",
+            type=click.Choice(TENSORRT),
+            default="tensorrt",
+            show_default=True,
+            help="The TensorRT to build with; tensorrt-rtx needs no GPU for it.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+PLAN_OPTIONS = {
+    "backend": "--backend",
+    "max_batch": "--max-batch",
+    "devices": "--device",
+    "timing_cache": "--timing-cache",
+}
 
 
 def parse_assignments(pairs: Sequence[str]) -> dict[str, str]:

@@ -5,40 +5,79 @@ from __future__ import annotations
 import hashlib
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from ccam_deploy import bundle as bundles
 from ccam_deploy.bundle import WEIGHTS, Bundle, Plan, PrecisionName
-from ccam_deploy.engines import plans
-from ccam_deploy.engines.plans import Library
-from ccam_deploy.errors import BundleError
+from ccam_deploy.engines import plans, selection
+from ccam_deploy.engines.plans import DEFAULT_MAX_BATCH, Library
+from ccam_deploy.engines.timings import TimingCache
+from ccam_deploy.errors import BundleError, OptionError
+
+Progress = Callable[[str, float, str], None]
+"""Called with what is built, the share of it that is done, 0 to 1, and TensorRT's phase."""
+
+
+@dataclass(frozen=True)
+class BuildSettings:
+    """What plans are built for.
+
+    max_batch: the most images that a plan takes at a time.
+    devices: compute capabilities such as "8.9", for a library that builds without a GPU; empty for
+        all that it supports, or else for the GPU that is here.
+    timing_cache: a file where TensorRT keeps how fast kernels were, for the next build.
+    force: build also where the bundle has just these plans.
+    """
+
+    max_batch: int = DEFAULT_MAX_BATCH
+    devices: tuple[str, ...] = ()
+    timing_cache: Path | None = None
+    force: bool = False
+
+    def check(self, library: Library) -> None:
+        """Raise an error for what a library cannot build, before it costs time."""
+        plans.profiles(self.max_batch)
+        library.targets(self.devices)
+        if self.timing_cache is not None and not library.times_kernels:
+            raise OptionError(
+                f"{library.flavour} has no timing cache, it measures nothing while it builds; "
+                f"leave {self.timing_cache} out"
+            )
+
+
+@dataclass(frozen=True)
+class Built:
+    """A bundle with its plans for some settings. fresh: whether they were built just now."""
+
+    bundle: Bundle
+    plans: tuple[Plan, ...]
+    fresh: bool
 
 
 def build(
     bundle: Bundle,
     library: Library,
     precision: PrecisionName = "fp32",
-    max_batch: int = 8,
-    devices: Sequence[str] = (),
-    progress: Callable[[str], None] = lambda line: None,
-) -> Bundle:
+    settings: BuildSettings | None = None,
+    progress: Progress = lambda what, share, phase: None,
+) -> Built:
     """Build every graph of one precision, and record the plans in the manifest.
 
-    devices: compute capabilities such as "8.9", for a library that builds without a GPU; empty for
-        all that it supports, or else for the GPU that is here.
-    Plans of the same graph, precision, library, version and devices are replaced.
+    Nothing is built where the bundle has these plans already, unless the settings say so. Plans
+    of the same graph, precision, library, version and devices are replaced.
     Raises BackendError where TensorRT rejects a graph, OptionError for devices that it does not
     know, BundleError where the plans cannot be written; the bundle is left as it was then.
     """
-    chosen = bundle.precision(precision)
-    tuned_for = plans.profiles(max_batch)
-    targets = library.targets(devices)
-    built = {}
-    for graph, file in chosen.graphs.items():
-        progress(f"building {graph} ({precision})")
-        built[graph] = plans.build_plan(library, bundle.path(file), tuned_for, targets)
+    chosen = settings or BuildSettings()
+    chosen.check(library)
+    targets = library.targets(chosen.devices)
+    current = selection.current_plans(bundle, library, targets, precision, chosen.max_batch)
+    if current and not chosen.force:
+        return Built(bundle, current, fresh=False)
+    built = _build(bundle, library, precision, chosen, progress)
     digest = hashlib.sha256(b"".join(built.values())).hexdigest()
     device = targets[0] if len(targets) == 1 else "several"
     folder = f"plans/{device}-{library.flavour}-{library.version}-{precision}-{digest[:8]}"
@@ -52,16 +91,47 @@ def build(
             devices=targets,
             source=bundle.manifest.files[file].sha256,
             weights=bundle.manifest.files[WEIGHTS].sha256,
-            max_batch=max_batch,
+            max_batch=chosen.max_batch,
         )
-        for graph, file in chosen.graphs.items()
+        for graph, file in bundle.precision(precision).graphs.items()
     )
+    place = bundle.folder / folder
+    known = place.exists()
     try:
-        _write(bundle.folder / folder, built)
+        _write(place, built)
         _record(bundle, entries)
     except OSError as error:
+        if not known:
+            shutil.rmtree(place, ignore_errors=True)
         raise BundleError(f"cannot write the plans: {error.strerror or error}") from error
-    return bundles.read(bundle.folder)
+    return Built(bundles.read(bundle.folder), entries, fresh=True)
+
+
+def _build(
+    bundle: Bundle,
+    library: Library,
+    precision: PrecisionName,
+    settings: BuildSettings,
+    progress: Progress,
+) -> dict[str, bytes]:
+    """The plan of each graph."""
+    tuned_for = plans.profiles(settings.max_batch)
+    targets = library.targets(settings.devices)
+    timings = None if settings.timing_cache is None else TimingCache(settings.timing_cache)
+    built = {}
+    for graph, file in bundle.precision(precision).graphs.items():
+        what = f"{graph} ({precision})"
+        progress(what, 0.0, "")
+        built[graph] = plans.build_plan(
+            library,
+            bundle.path(file),
+            tuned_for,
+            targets,
+            timings,
+            partial(progress, what),
+        )
+        progress(what, 1.0, "")
+    return built
 
 
 def _write(place: Path, built: Mapping[str, bytes]) -> None:

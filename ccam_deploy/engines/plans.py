@@ -8,19 +8,22 @@ and some compute capabilities, so each is recorded with all that it was made for
 from __future__ import annotations
 
 import importlib
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from ccam_deploy.engines import progress
+from ccam_deploy.engines.timings import TimingCache
 from ccam_deploy.errors import BackendError, OptionError, brief
 
 Flavour = Literal["tensorrt", "tensorrt-rtx"]
 Shape = tuple[int, ...]
 
 FLAVOURS: dict[Flavour, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-_TURING = "7.5"
+TITLES: dict[Flavour, str] = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
+TURING = "7.5"
+DEFAULT_MAX_BATCH = 8
 _OPTIMUM_MASKS = 24
 _LARGEST_MASKS = 64
 
@@ -57,6 +60,11 @@ class Library:
     module: Any
 
     @property
+    def title(self) -> str:
+        """Its name as its makers write it."""
+        return TITLES[self.flavour]
+
+    @property
     def version(self) -> str:
         """The version of the package, which a plan is bound to."""
         return str(self.module.__version__)
@@ -75,10 +83,18 @@ class Library:
             if name.startswith("SM")
         }
 
+    @property
+    def times_kernels(self) -> bool:
+        """Whether building measures kernels, so that a timing cache saves time.
+
+        A library that builds for GPUs that are not there has nothing to measure them on.
+        """
+        return not self.capabilities
+
     def targets(self, devices: Sequence[str]) -> tuple[str, ...]:
         """The compute capabilities to build for: those named, else all that can be from 8.0 on.
 
-        Turing, 7.5, has no float32 matrix products in TensorRT-RTX, so it must be named.
+        Turing has no float32 matrix products in TensorRT-RTX, so it must be named.
 
         Raises OptionError for one that is unknown, BackendError where a GPU is needed and missing.
         """
@@ -94,7 +110,9 @@ class Library:
                     f"{self.flavour} does not support compute capability {device}; "
                     f"it supports {', '.join(known)}"
                 )
-        return tuple(devices) or tuple(device for device in known if device != _TURING)
+        return tuple(
+            device for device in known if (device in devices if devices else device != TURING)
+        )
 
 
 def present_device() -> str:
@@ -125,34 +143,41 @@ def build_plan(
     graph: Path,
     tuned_for: Sequence[Profile],
     devices: Sequence[str],
+    timings: TimingCache | None = None,
+    report: progress.Report = lambda share, phase: None,
 ) -> bytes:
     """Build one ONNX graph into a plan.
 
     tuned_for: one optimisation profile each.   devices: compute capabilities, as `targets` gave.
+    timings: read, and added to.   report: called often while TensorRT builds.
     Raises BackendError with TensorRT's own words where it rejects the graph.
     """
     trt = library.module
-    log = _logger(trt)
+    log = progress.logger(trt)
     builder = trt.Builder(log)
     if builder is None:
         raise BackendError(f"{library.flavour} cannot build here: {log.last_error}")
     network = builder.create_network(_network_flags(trt))
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(graph)):
-        reasons = [str(parser.get_error(i).desc()) for i in range(parser.num_errors)]
+        reasons = [problem.desc() for problem in map(parser.get_error, range(parser.num_errors))]
         raise BackendError(f"{library.flavour} rejects {graph.name}: {'; '.join(reasons[:2])}")
     config = builder.create_builder_config()
     _aim_at(library, config, devices)
-    axes = _dynamic_axes(graph)
     for profile in tuned_for:
-        _add_profile(builder, config, network, axes, profile)
-    monitor = _monitor(trt)
+        _add_profile(builder, config, network, profile)
+    if timings is not None:
+        timings.attach(config, log)
+    monitor = progress.monitor(trt, report)
     config.progress_monitor = monitor
     plan = builder.build_serialized_network(network, config)
-    if log.interrupted or monitor.interrupted:
-        raise KeyboardInterrupt
+    for failure in (log.failure, monitor.failure):
+        if failure is not None:
+            raise failure
     if plan is None:
         raise BackendError(f"{library.flavour} cannot build {graph.name}: {log.last_error}")
+    if timings is not None:
+        timings.keep(config)
     return bytes(plan)
 
 
@@ -168,76 +193,19 @@ def _aim_at(library: Library, config: Any, devices: Sequence[str]) -> None:
         return
     config.num_compute_capabilities = len(devices)
     for index, device in enumerate(devices):
-        config.set_compute_capability(known[device], index)
+        if not config.set_compute_capability(known[device], index):
+            raise BackendError(f"{library.flavour} refuses to build for {', '.join(devices)}")
 
 
-def _add_profile(
-    builder: Any, config: Any, network: Any, axes: Mapping[str, str], profile: Profile
-) -> None:
+def _add_profile(builder: Any, config: Any, network: Any, profile: Profile) -> None:
+    """Give each axis that varies its sizes; the export named it "batch" or "masks"."""
     added = builder.create_optimization_profile()
     for index in range(network.num_inputs):
         tensor = network.get_input(index)
-        shapes = [
-            tuple(
-                profile.sizes(axes[tensor.name])[which] if size == -1 else int(size)
-                for size in tensor.shape
-            )
-            for which in range(3)
+        sizes = [
+            (size, size, size) if size >= 0 else profile.sizes(tensor.get_dimension_name(axis))
+            for axis, size in enumerate(tensor.shape)
         ]
-        added.set_shape(tensor.name, *shapes)
-    config.add_optimization_profile(added)
-
-
-def _dynamic_axes(graph: Path) -> dict[str, str]:
-    """The name of each input's dynamic axis, "batch" or "masks"; read without the weights."""
-    import onnx
-
-    model = onnx.load(str(graph), load_external_data=False)
-    names = {}
-    for tensor in model.graph.input:
-        sizes = tensor.type.tensor_type.shape.dim
-        names[tensor.name] = next((size.dim_param for size in sizes if size.dim_param), "")
-    return names
-
-
-def _logger(trt: Any) -> Any:
-    """A logger that keeps the last error and prints nothing."""
-
-    class Log(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.last_error = "no reason was given"
-            self.interrupted = False
-
-        def log(self, severity: Any, message: str) -> None:
-            try:
-                if severity <= trt.ILogger.Severity.ERROR:
-                    self.last_error = " ".join(message.split())
-            except KeyboardInterrupt:
-                self.interrupted = True
-
-    return Log()
-
-
-def _monitor(trt: Any) -> Any:
-    """Ends the build at Ctrl-C, which TensorRT would swallow where it calls back into Python."""
-
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.IProgressMonitor.__init__(self)
-            self.interrupted = False
-
-        def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
-            self.step_complete(phase, 0)
-
-        def phase_finish(self, phase: str) -> None:
-            self.step_complete(phase, 0)
-
-        def step_complete(self, phase: str, step: int) -> bool:
-            try:
-                time.sleep(0)  # gives a pending Ctrl-C its turn, here where it can be caught
-            except KeyboardInterrupt:
-                self.interrupted = True
-            return not self.interrupted
-
-    return Monitor()
+        added.set_shape(tensor.name, *zip(*sizes, strict=True))
+    if config.add_optimization_profile(added) < 0:
+        raise BackendError(f"TensorRT refuses the optimisation profile {profile}")

@@ -122,9 +122,8 @@ def test_defaults_and_choices_are_the_packages() -> None:
     assert get_args(bundles.PrecisionName) == options.PRECISIONS
     assert options.BATCH_SIZE == explainer.DEFAULT_BATCH
     assert render.Look() == render.Look(options.COLORMAP, options.OPACITY)
-    (backend,) = (p for p in main.commands["build"].params if p.name == "backend")
-    assert isinstance(backend.type, click.Choice)
-    assert tuple(backend.type.choices) == tuple(plans.FLAVOURS)
+    assert tuple(plans.FLAVOURS) == options.TENSORRT
+    assert plans.DEFAULT_MAX_BATCH == options.MAX_BATCH
 
 
 def test_export_of_a_program(models: Path, here: Path) -> None:
@@ -519,20 +518,3 @@ def test_what_is_no_file_is_not_read(tiny_bundle: Path, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.png")
     done = CliRunner().invoke(main, ["explain", str(tiny_bundle), str(tmp_path / "pipe.png")])
     assert (done.exit_code, done.stderr) == (2, f"error: {tmp_path / 'pipe.png'} is not a file\n")
-
-
-def test_interrupting_a_build_leaves_the_bundle_as_it_was(
-    digits_bundle: Path, tmp_path: Path
-) -> None:
-    pytest.importorskip("tensorrt_rtx")
-    folder = shutil.copytree(digits_bundle, tmp_path / "digits")
-    words = ["build", str(folder), "--backend", "tensorrt-rtx", "--device", "8.9"]
-    with subprocess.Popen([SCRIPT, *words], stderr=subprocess.PIPE, text=True) as running:
-        assert running.stderr is not None
-        assert running.stderr.readline() == "building backbone (fp32)\n"
-        running.send_signal(signal.SIGINT)
-        rest = running.stderr.read()
-    assert running.returncode == 2
-    assert rest.endswith("error: interrupted; nothing was left half-written\n")
-    assert not bundles.unlisted(bundles.read(folder))
-    assert not bundles.read(folder).manifest.plans

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ccam_deploy import bundle as bundles
-from ccam_deploy.engines import build as builder
 from ccam_deploy.engines import plans
-from ccam_deploy.errors import BackendError, IntegrityError, OptionError
+from ccam_deploy.engines.build import BuildSettings, build
+from ccam_deploy.engines.selection import fitting_plans
+from ccam_deploy.errors import BackendError, BundleError, IntegrityError, OptionError
 
 pytest.importorskip("tensorrt_rtx")
 
@@ -29,31 +33,109 @@ def folder(digits_bundle: Path, tmp_path: Path) -> Path:
 def test_every_graph_becomes_a_plan(
     folder: Path, rtx: plans.Library, precision: bundles.PrecisionName
 ) -> None:
-    lines: list[str] = []
-    made = builder.build(bundles.read(folder), rtx, precision, 4, ["8.9"], lines.append)
-    assert lines == [f"building {g} ({precision})" for g in ("backbone", "gradient", "classifier")]
+    told: dict[str, list[tuple[float, str]]] = {}
+
+    def progress(what: str, share: float, phase: str) -> None:
+        told.setdefault(what, []).append((share, phase))
+
+    done = build(bundles.read(folder), rtx, precision, BuildSettings(4, ("8.9",)), progress)
+    made = done.bundle
+    assert done.fresh
+    assert list(told) == [f"{g} ({precision})" for g in ("backbone", "gradient", "classifier")]
+    for steps in told.values():
+        shares = [share for share, _ in steps]
+        assert shares == sorted(shares)
+        assert (shares[0], shares[-1]) == (0, 1)
+        assert len({phase for _, phase in steps}) > 3
     graphs = made.manifest.precisions[precision].graphs
     assert [plan.graph for plan in made.manifest.plans] == list(graphs)
+    assert done.plans == made.manifest.plans
     for plan in made.manifest.plans:
         assert plan.devices == ("8.9",)
         assert plan.version == rtx.version
         assert plan.source == made.manifest.files[graphs[plan.graph]].sha256
         assert made.manifest.files[plan.file].bytes == made.path(plan.file).stat().st_size > 1000
     assert not bundles.unlisted(made)
+    fitting = fitting_plans(made, "tensorrt-rtx", rtx.version, "8.9", precision, 4)
+    assert tuple(fitting.values()) == done.plans
 
 
 def test_a_plan_with_the_same_key_is_replaced(folder: Path, rtx: plans.Library) -> None:
-    first = builder.build(bundles.read(folder), rtx, "fp32", 4, ["8.6"])
-    second = builder.build(first, rtx, "fp32", 2, ["8.6"])
-    assert [plan.max_batch for plan in second.manifest.plans] == [2, 2, 2]
-    other = builder.build(second, rtx, "fp32", 2, ["12.0"])
-    assert len(other.manifest.plans) == 6
-    assert not bundles.unlisted(other)
+    first = build(bundles.read(folder), rtx, "fp32", BuildSettings(4, ("8.6",)))
+    second = build(first.bundle, rtx, "fp32", BuildSettings(2, ("8.6",)))
+    assert [plan.max_batch for plan in second.bundle.manifest.plans] == [2, 2, 2]
+    other = build(second.bundle, rtx, "fp32", BuildSettings(2, ("12.0",)))
+    assert len(other.bundle.manifest.plans) == 6
+    assert not bundles.unlisted(other.bundle)
     assert len(list((folder / "plans").iterdir())) == 2
 
 
+def test_plans_that_fit_are_kept(
+    folder: Path, rtx: plans.Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[str] = []
+
+    def fake(library: plans.Library, graph: Path, *others: object) -> bytes:
+        built.append(graph.stem)
+        return f"{graph.stem} {len(built)}".encode()
+
+    monkeypatch.setattr(plans, "build_plan", fake)
+    settings = BuildSettings(4, ("8.9", "8.6"))
+    first = build(bundles.read(folder), rtx, "fp32", settings)
+    assert (first.fresh, len(built)) == (True, 3)
+    assert first.plans[0].devices == ("8.6", "8.9")
+    for same in (settings, BuildSettings(4, ("8.6", "8.9", "8.9"))):
+        again = build(first.bundle, rtx, "fp32", same)
+        assert (again.fresh, len(built)) == (False, 3)
+        assert (again.plans, again.bundle) == (first.plans, first.bundle)
+    forced = build(first.bundle, rtx, "fp32", BuildSettings(4, ("8.6", "8.9"), force=True))
+    assert (forced.fresh, len(built)) == (True, 6)
+    assert len(forced.bundle.manifest.plans) == 3
+    assert len(list((folder / "plans").iterdir())) == 1
+    assert not bundles.unlisted(forced.bundle)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"version": "1.0"},
+        {"devices": ("8.6",)},
+        {"source": "0" * 64},
+        {"weights": "0" * 64},
+        {"max_batch": 2},
+        {"library": "tensorrt"},
+        {"precision": "fp16"},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_plans_that_do_not_fit_are_built_anew(
+    folder: Path, rtx: plans.Library, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(plans, "build_plan", lambda library, graph, *others: graph.name.encode())
+    settings = BuildSettings(4, ("8.9",))
+    made = build(bundles.read(folder), rtx, "fp32", settings).bundle
+    first, *others = made.manifest.plans
+    altered = replace(made.manifest, plans=(replace(first, **change), *others))
+    assert build(replace(made, manifest=altered), rtx, "fp32", settings).fresh
+
+
+def test_a_full_disk_leaves_the_bundle_as_it_was(
+    folder: Path, rtx: plans.Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = bundles.read(folder)
+    monkeypatch.setattr(plans, "build_plan", lambda library, graph, *others: graph.name.encode())
+    monkeypatch.setattr(bundles, "write_manifest", full)
+    with pytest.raises(BundleError, match="cannot write the plans: No space left on device"):
+        build(before, rtx, "fp32", BuildSettings(4, ("8.9",)))
+    assert bundles.read(folder) == before
+    assert not bundles.unlisted(before)
+
+
 def test_a_changed_plan_is_not_read(folder: Path, rtx: plans.Library) -> None:
-    made = builder.build(bundles.read(folder), rtx, "fp32", 1, ["8.9"])
+    made = build(bundles.read(folder), rtx, "fp32", BuildSettings(1, ("8.9",))).bundle
     path = made.path(made.manifest.plans[0].file)
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -62,10 +144,27 @@ def test_a_changed_plan_is_not_read(folder: Path, rtx: plans.Library) -> None:
         bundles.read(folder)
 
 
-def test_unknown_device_is_refused_and_nothing_is_left(folder: Path, rtx: plans.Library) -> None:
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            BuildSettings(4, ("8.9", "9.9")),
+            r"does not support compute capability 9\.9; it supports 7\.5, ",
+        ),
+        (BuildSettings(0), "max_batch is 0; it must be at least 1"),
+        (
+            BuildSettings(timing_cache=Path("times.bin")),
+            r"tensorrt-rtx has no timing cache, it measures nothing while it builds; leave "
+            r"times\.bin out",
+        ),
+    ],
+)
+def test_what_cannot_be_built_is_refused_and_nothing_is_left(
+    folder: Path, rtx: plans.Library, settings: BuildSettings, message: str
+) -> None:
     before = bundles.read(folder)
-    with pytest.raises(OptionError, match=r"does not support compute capability 9\.9; it supports"):
-        builder.build(before, rtx, "fp32", 4, ["8.9", "9.9"])
+    with pytest.raises(OptionError, match=message):
+        build(before, rtx, "fp32", settings)
     assert bundles.read(folder) == before
     assert not bundles.unlisted(before)
 
@@ -75,6 +174,20 @@ def test_a_rejected_graph_is_named(rtx: plans.Library, tmp_path: Path) -> None:
     broken.write_bytes(b"\x08\x08no graph")
     with pytest.raises(BackendError, match=r"tensorrt-rtx (rejects|cannot build) broken\.onnx"):
         plans.build_plan(rtx, broken, plans.profiles(1), ["8.9"])
+
+
+def test_what_a_report_raises_ends_the_build(rtx: plans.Library, digits_bundle: Path) -> None:
+    """TensorRT itself would print it and go on."""
+    told: list[str] = []
+
+    def broken(share: float, phase: str) -> None:
+        told.append(phase)
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    graph = digits_bundle / "classifier.onnx"
+    with pytest.raises(BrokenPipeError):
+        plans.build_plan(rtx, graph, plans.profiles(1), ["8.9"], report=broken)
+    assert len(told) == 1
 
 
 def test_profiles_for_latency_and_throughput() -> None:
@@ -94,6 +207,7 @@ def test_all_capabilities_are_the_default(rtx: plans.Library) -> None:
     assert {"7.5", "8.6", "8.9", "12.0"} <= set(rtx.capabilities)
     assert rtx.targets(()) == tuple(d for d in rtx.capabilities if d != "7.5")
     assert rtx.targets(("7.5",)) == ("7.5",)
+    assert rtx.targets(("8.9", "8.6", "8.9")) == ("8.6", "8.9")
 
 
 def test_missing_library_says_what_to_install() -> None:

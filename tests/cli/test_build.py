@@ -1,0 +1,197 @@
+"""`build` and `export --build`: what they print, keep and refuse."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from ccam_deploy import bundle as bundles
+from ccam_deploy.engines import plans
+from ccam_deploy.errors import BackendError
+from tests.cli.test_cli import SCRIPT, WEIGHTS, failure, success
+from tests.helpers import tiny
+
+pytest.importorskip("tensorrt_rtx")
+
+RTX = ["--backend", "tensorrt-rtx", "--device", "8.9", "--max-batch", "2"]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with a bundle, `tiny`, and the weights that it was exported from."""
+    monkeypatch.chdir(tmp_path)
+    torch.save(tiny().state_dict(), tmp_path / "net.pt")
+    return tmp_path
+
+
+@pytest.fixture
+def bundle(here: Path, tiny_bundle: Path) -> Path:
+    return shutil.copytree(tiny_bundle, here / "tiny").relative_to(here)
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Plans of a few bytes instead of TensorRT's; the graphs that were built, in order."""
+    built: list[str] = []
+
+    def build_plan(library: plans.Library, graph: Path, *others: object) -> bytes:
+        built.append(graph.name)
+        return f"{graph.name} {len(built)}".encode()
+
+    monkeypatch.setattr(plans, "build_plan", build_plan)
+    return built
+
+
+def test_plans_are_built_once(bundle: Path) -> None:
+    result = success("build", bundle, *RTX)
+    version = plans.load_library("tensorrt-rtx").version
+    pattern = rf"tiny/plans/8\.9-tensorrt-rtx-{re.escape(version)}-fp32-\w{{8}}/(\w+)\.plan: "
+    names = [re.match(pattern + r"\d+\.\d MB for 8\.9$", x) for x in result.stdout.splitlines()]
+    graphs = ["backbone", "gradient", "classifier"]
+    assert [match and match[1] for match in names] == graphs
+    assert result.stderr.splitlines() == [f"building {graph} (fp32)" for graph in graphs]
+    again = success("build", bundle, *RTX)
+    assert again.stdout == f"tiny: the fp32 plans for TensorRT-RTX {version} are up to date\n"
+    assert not again.stderr
+    table = success("info", bundle).stdout
+    assert len(re.findall(rf"fp32 +tensorrt-rtx {re.escape(version)} +8\.9 +2$", table, re.M)) == 3
+
+
+def test_json(bundle: Path, stand_in: list[str]) -> None:
+    first = json.loads(success("build", bundle, *RTX, "--json").stdout)
+    assert (first["bundle"], first["up_to_date"]) == ("tiny", False)
+    assert [plan["graph"] for plan in first["plans"]] == ["backbone", "gradient", "classifier"]
+    again = json.loads(success("build", bundle, *RTX, "--json").stdout)
+    assert again == {**first, "up_to_date": True}
+    assert len(stand_in) == 3
+
+
+def test_force_builds_anyway(bundle: Path, stand_in: list[str]) -> None:
+    for count, words in ((3, []), (3, []), (6, ["--force"]), (6, []), (9, ["--max-batch", "4"])):
+        success("build", bundle, *RTX, *words)
+        assert len(stand_in) == count
+    assert len(bundles.read(bundle).manifest.plans) == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--device", "1.0"], "tensorrt-rtx does not support compute capability 1.0; it supports"),
+        (["--max-batch", "0"], "'--max-batch': 0 is not in the range x>=1. See ccam-deploy build"),
+        (["--timing-cache", "times.bin"], "tensorrt-rtx has no timing cache, it measures nothing"),
+        (["--timing-cache", "tiny"], "'--timing-cache': File 'tiny' is a directory"),
+        (["--precision", "fp16"], "the bundle has no fp16 graphs, only fp32; export with"),
+    ],
+)
+def test_bad_options(bundle: Path, words: list[str], message: str) -> None:
+    assert message in failure("build", bundle, *RTX, *words)
+    assert not bundles.read(bundle).manifest.plans
+    assert not bundles.unlisted(bundles.read(bundle))
+
+
+def test_the_progress_on_a_terminal(bundle: Path) -> None:
+    """A bar that ends full, and the phases of TensorRT beside it; nothing of it on stdout."""
+    ours, theirs = pty.openpty()
+    words = [str(SCRIPT), "build", str(bundle), *RTX]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=theirs, text=True) as running:
+        os.close(theirs)
+        shown = b""
+        try:
+            while part := os.read(ours, 4096):
+                shown += part
+        except OSError:  # how Linux says that the other end was closed
+            pass
+        assert running.stdout is not None
+        assert "building" not in running.stdout.read()
+    os.close(ours)
+    assert running.returncode == 0
+    for graph in ("backbone", "gradient", "classifier"):
+        assert re.search(rf"building {graph} \(fp32\)  \[#+\]  100%", shown.decode())
+    assert re.search(r"\d+%  Building engine", shown.decode())
+
+
+def test_interrupting_a_build_leaves_the_bundle_as_it_was(
+    digits_bundle: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(digits_bundle, tmp_path / "digits")
+    words = ["build", str(folder), *RTX]
+    with subprocess.Popen([SCRIPT, *words], stderr=subprocess.PIPE, text=True) as running:
+        assert running.stderr is not None
+        assert running.stderr.readline() == "building backbone (fp32)\n"
+        running.send_signal(signal.SIGINT)
+        rest = running.stderr.read()
+    assert running.returncode == 2
+    assert rest.endswith("error: interrupted; nothing was left half-written\n")
+    assert not bundles.unlisted(bundles.read(folder))
+    assert not bundles.read(folder).manifest.plans
+
+
+def test_export_builds_every_precision(here: Path, stand_in: list[str]) -> None:
+    words = ["export", "net.pt", *WEIGHTS, "--precision", "fp16", "--output", "out", "--build"]
+    result = success(*words, *RTX)
+    names = ("backbone", "gradient", "classifier")
+    assert stand_in == [f"{name}{half}.onnx" for half in ("", ".fp16") for name in names]
+    first, *_ = result.stdout.splitlines()
+    assert first == "out: 5 classes, layers relu1, relu2"
+    assert result.stdout.count(" MB for 8.9\n") == 6
+    made = bundles.read("out").manifest.plans
+    assert [(p.precision, p.max_batch, p.devices) for p in made] == [
+        (precision, 2, ("8.9",)) for precision in ("fp32", "fp16") for _ in names
+    ]
+
+
+def test_export_and_build_as_json(here: Path, stand_in: list[str]) -> None:
+    words = ["export", "net.pt", *WEIGHTS, "--output", "out", "--build", *RTX, "--json"]
+    report = json.loads(success(*words).stdout)
+    assert len(report["manifest"]["plans"]) == 3
+    assert report["manifest"]["digest"] == bundles.read("out").manifest.digest
+
+
+def test_a_failed_build_leaves_the_exported_bundle(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def rejects(library: plans.Library, graph: Path, *others: object) -> bytes:
+        raise BackendError(f"{library.flavour} rejects {graph.name}: no such operator")
+
+    monkeypatch.setattr(plans, "build_plan", rejects)
+    words = ["export", "net.pt", *WEIGHTS, "--output", "out", "--build", *RTX]
+    assert failure(*words) == (
+        "out was exported, but its fp32 plans were not built: "
+        "tensorrt-rtx rejects backbone.onnx: no such operator"
+    )
+    exported = bundles.read("out")
+    assert not exported.manifest.plans
+    assert not bundles.unlisted(exported)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--backend", "tensorrt"], "--backend goes with --build"),
+        (["--max-batch", "8"], "--max-batch goes with --build"),
+        (["--device", "8.9"], "--device goes with --build"),
+        (["--timing-cache", "times.bin"], "--timing-cache goes with --build"),
+        (
+            ["--build", "--backend", "tensorrt-rtx", "--device", "1.0"],
+            "tensorrt-rtx does not support compute capability 1.0",
+        ),
+        (
+            ["--build", "--backend", "tensorrt-rtx", "--timing-cache", "times.bin"],
+            "tensorrt-rtx has no timing cache",
+        ),
+    ],
+)
+def test_bad_build_options_are_found_before_the_export(
+    here: Path, words: list[str], message: str
+) -> None:
+    assert message in failure("export", "net.pt", *WEIGHTS, "--output", "out", *words)
+    assert [path.name for path in here.iterdir()] == ["net.pt"]

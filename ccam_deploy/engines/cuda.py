@@ -53,7 +53,8 @@ class CudaDevice:
     def __init__(self) -> None:
         self._driver, self._context = _primary_context()
         self._memory: dict[int, Any] = {}
-        self._graphs: list[Any] = []
+        self._graphs: list[weakref.finalize[..., Any]] = []
+        self._dropped_graphs: list[Any] = []
         self._spare_events: list[Any] = []
         self._dropped_pinned: list[Any] = []
         self._closed = False
@@ -140,6 +141,7 @@ class CudaDevice:
         bindings = _bindings()
         stream = bindings.CUstream(self.stream)
         mode = bindings.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+        self._destroy_dropped_graphs()
         # Memory that Numba would free meanwhile cannot be freed during a capture.
         with _told(), _numba().defer_cleanup():
             _check(bindings.cuStreamBeginCapture(stream, mode))
@@ -155,11 +157,11 @@ class CudaDevice:
                 executable = _check(bindings.cuGraphInstantiate(graph, 0))
             finally:
                 _check(bindings.cuGraphDestroy(graph))
-        self._graphs.append(executable)
 
         def replay() -> None:
             _check(bindings.cuGraphLaunch(executable, stream))
 
+        self._graphs.append(weakref.finalize(replay, self._dropped_graphs.append, executable))
         return replay
 
     def close(self) -> None:
@@ -167,19 +169,24 @@ class CudaDevice:
         if self._closed:
             return
         self._closed = True
-        bindings = _bindings()
         with self.current():
             try:
                 self._stream.synchronize()
             finally:
                 for graph in self._graphs:
-                    bindings.cuGraphExecDestroy(graph)
+                    graph()
+                self._destroy_dropped_graphs()
                 for block in self._memory.values():
                     block.free()
-                for held in (self._graphs, self._spare_events, self._dropped_pinned):
-                    held.clear()
+                self._spare_events.clear()
+                self._dropped_pinned.clear()
                 self._memory.clear()
                 del self._stream
+
+    def _destroy_dropped_graphs(self) -> None:
+        self._graphs = [graph for graph in self._graphs if graph.alive]
+        while self._dropped_graphs:
+            _bindings().cuGraphExecDestroy(self._dropped_graphs.pop())
 
 
 @contextmanager

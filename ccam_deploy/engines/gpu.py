@@ -42,9 +42,7 @@ def _plan_slot(plans: dict[str, SharedPlan]) -> Slot:
             size = max(plan.scratch_bytes(use) for plan in plans.values() for use in names)
             scratch = device.allocate(size)
             graphs: dict[Use, Graphs] = {
-                use: {
-                    graph: PlanGraph(plan, device, scratch, use) for graph, plan in plans.items()
-                }
+                use: {graph: PlanGraph(plan, device, scratch, use) for graph, plan in plans.items()}
                 for use in names
             }
     except BaseException:

@@ -164,6 +164,8 @@ def build_plan(
         raise BackendError(f"{library.flavour} rejects {graph.name}: {'; '.join(reasons[:2])}")
     config = builder.create_builder_config()
     _aim_at(library, config, devices)
+    if (flag := getattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION", None)) is not None:
+        config.set_flag(flag)  # without it, TensorRT-RTX may allocate in a run that is captured
     for profile in tuned_for:
         _add_profile(builder, config, network, profile)
     if timings is not None:

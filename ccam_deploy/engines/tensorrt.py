@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -16,7 +17,7 @@ import numpy as np
 from ccam_deploy.engines.base import TensorSpec
 from ccam_deploy.engines.device import Device, DeviceTensor
 from ccam_deploy.engines.hosted import HostedGraph
-from ccam_deploy.engines.plans import Library
+from ccam_deploy.engines.plans import Library, Shape
 from ccam_deploy.errors import BackendError
 
 ProfileName = Literal["latency", "throughput"]
@@ -130,11 +131,13 @@ class SharedPlan:
 
 
 class PlanGraph:
-    """A plan with one profile and one execution context on a device; see DeviceGraph.
+    """A plan with one profile on a device; see DeviceGraph. Made inside of Device.current.
 
     scratch: the address of `plan.scratch_bytes(profile)` bytes on that device. Graphs that run
     one after the other on its stream may share them.
-    A first launch for each set of shapes takes long and must not be captured.
+    captured: whether launches are captured in CUDA graphs. Each set of shapes then gets an
+    execution context of its own, since a captured graph holds good only until its context takes
+    other shapes.
     """
 
     def __init__(
@@ -143,67 +146,90 @@ class PlanGraph:
         device: Device,
         scratch: int,
         profile: ProfileName = "latency",
+        captured: bool = True,
     ) -> None:
         self.inputs, self.outputs = plan.inputs, plan.outputs
         self.limits: Mapping[str, int] = plan.limits(profile)
+        self._new_context = partial(_Context, plan, profile, scratch, device.stream)
+        self._captured = captured
+        self._contexts: dict[tuple[Shape, ...], _Context] = {}
+
+    @property
+    def capturable(self) -> bool:
+        """See DeviceGraph."""
+        return all(context.capturable for context in self._contexts.values())
+
+    def launch(self, tensors: Mapping[str, DeviceTensor]) -> None:
+        """See DeviceGraph."""
+        for spec in self.inputs + self.outputs:
+            _check(spec, tensors)
+        shapes = tuple(tensors[spec.name].shape for spec in self.inputs) if self._captured else ()
+        if shapes not in self._contexts:
+            self._contexts[shapes] = self._new_context()
+        self._contexts[shapes].launch(tensors)
+
+    def close(self) -> None:
+        """See DeviceGraph."""
+        self._contexts.clear()
+
+
+class _Context:
+    """An execution context, with what it was told last."""
+
+    def __init__(self, plan: SharedPlan, profile: ProfileName, scratch: int, stream: int) -> None:
         self._plan = plan
-        self._stream = device.stream
+        self._stream = stream
         self._bound: dict[str, DeviceTensor] = {}
         self._recorder = plan.new_recorder()
         self._context = plan.context()
         self._context.error_recorder = self._recorder
-        index = plan.index(profile)
-        if index and not self._context.set_optimization_profile_async(index, self._stream):
+        index, size = plan.index(profile), plan.scratch_bytes(profile)
+        if index and not self._context.set_optimization_profile_async(index, stream):
             raise self._error(f"cannot take the profile for {profile}")
-        size = plan.scratch_bytes(profile)
         if size:
             self._context.set_device_memory(scratch, size)
 
     @property
     def capturable(self) -> bool:
-        """See DeviceGraph; to be asked after a first launch."""
+        """Whether launches may be captured, once there was one."""
         probe = getattr(self._context, "is_stream_capturable", None)
         return True if probe is None else bool(probe(self._stream))
 
     def launch(self, tensors: Mapping[str, DeviceTensor]) -> None:
-        """See DeviceGraph."""
-        for spec in self.inputs:
-            self._bind_input(spec, _tensor(spec, tensors))
-        for spec in self.outputs:
-            self._bind_output(spec, _tensor(spec, tensors))
+        """Put a run on the stream."""
+        for spec in self._plan.inputs:
+            self._bind_input(spec.name, tensors[spec.name])
+        for spec in self._plan.outputs:
+            self._bind_output(spec.name, tensors[spec.name])
         if not self._context.execute_async_v3(self._stream):
             raise self._error("cannot run")
 
-    def close(self) -> None:
-        """See DeviceGraph."""
-        self._context = None
-
-    def _bind_input(self, spec: TensorSpec, tensor: DeviceTensor) -> None:
-        bound = self._bound.get(spec.name)
+    def _bind_input(self, name: str, tensor: DeviceTensor) -> None:
+        bound = self._bound.get(name)
         if bound == tensor:
             return
         if bound is None or bound.shape != tensor.shape:
-            for output in self.outputs:
+            for output in self._plan.outputs:
                 self._bound.pop(output.name, None)
-            if not self._context.set_input_shape(spec.name, tensor.shape):
-                raise self._error(f'does not take "{spec.name}" of shape {list(tensor.shape)}')
-        self._set_address(spec, tensor)
+            if not self._context.set_input_shape(name, tensor.shape):
+                raise self._error(f'does not take "{name}" of shape {list(tensor.shape)}')
+        self._set_address(name, tensor)
 
-    def _bind_output(self, spec: TensorSpec, tensor: DeviceTensor) -> None:
-        if self._bound.get(spec.name) == tensor:
+    def _bind_output(self, name: str, tensor: DeviceTensor) -> None:
+        if self._bound.get(name) == tensor:
             return
-        wanted = tuple(self._context.get_tensor_shape(spec.name))
+        wanted = tuple(self._context.get_tensor_shape(name))
         if tensor.shape != wanted:
             raise BackendError(
-                f'{self._plan.name} writes "{spec.name}" of shape {list(wanted)}, '
+                f'{self._plan.name} writes "{name}" of shape {list(wanted)}, '
                 f"there is room for {list(tensor.shape)}"
             )
-        self._set_address(spec, tensor)
+        self._set_address(name, tensor)
 
-    def _set_address(self, spec: TensorSpec, tensor: DeviceTensor) -> None:
-        if not self._context.set_tensor_address(spec.name, tensor.address):
-            raise self._error(f'does not take the memory of "{spec.name}"')
-        self._bound[spec.name] = tensor
+    def _set_address(self, name: str, tensor: DeviceTensor) -> None:
+        if not self._context.set_tensor_address(name, tensor.address):
+            raise self._error(f'does not take the memory of "{name}"')
+        self._bound[name] = tensor
 
     def _error(self, what: str) -> BackendError:
         error: BackendError = self._recorder.error(
@@ -225,7 +251,7 @@ class TensorRTEngine(HostedGraph):
         chosen = profile or plan.profiles[-1]
         with device.current():
             scratch = device.allocate(plan.scratch_bytes(chosen))
-            graph = PlanGraph(plan, device, scratch, chosen)
+            graph = PlanGraph(plan, device, scratch, chosen, captured=False)
         super().__init__(graph, device)
 
 
@@ -237,13 +263,12 @@ def _axis_name(tensor: str, tensors: Sequence[str]) -> str:
     return "masks" if "masks" in tensors and tensor != "images" else "batch"
 
 
-def _tensor(spec: TensorSpec, tensors: Mapping[str, DeviceTensor]) -> DeviceTensor:
+def _check(spec: TensorSpec, tensors: Mapping[str, DeviceTensor]) -> None:
     tensor = tensors.get(spec.name)
     if tensor is None:
         raise BackendError(f'tensor "{spec.name}" is missing')
     if tensor.dtype != spec.dtype:
         raise BackendError(f'tensor "{spec.name}" is {tensor.dtype}, the plan has {spec.dtype}')
-    return tensor
 
 
 def _recorder(trt: Any) -> Any:

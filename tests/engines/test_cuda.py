@@ -230,6 +230,23 @@ def test_captured_work_is_replayed(driver: FakeDriver, bindings: FakeBindings) -
     ]
 
 
+def test_dropped_graphs_are_destroyed_at_the_next_capture(
+    driver: FakeDriver, bindings: FakeBindings
+) -> None:
+    device = CudaDevice()
+    with device.current():
+        kept, dropped = (device.capture(lambda: None) for _ in range(2))
+        del dropped
+        gc.collect()
+        assert "cuGraphExecDestroy" not in bindings.calls
+        more = device.capture(lambda: None)
+        assert bindings.calls.count("cuGraphExecDestroy") == 1
+        kept()
+    device.close()
+    assert bindings.calls.count("cuGraphExecDestroy") == 3
+    del kept, more
+
+
 @pytest.mark.parametrize("call", ["cuStreamEndCapture", "cuGraphInstantiate", "cuGraphLaunch"])
 def test_failed_captures_are_told(driver: FakeDriver, bindings: FakeBindings, call: str) -> None:
     device = CudaDevice()

@@ -186,24 +186,10 @@ def test_unknown_types_are_refused(path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_latency_needs_no_change_of_profile(path: Path) -> None:
     engine = FakeEngine(2)
-    PlanGraph(SharedPlan(library(engine), path), slot(), 4096)
+    PlanGraph(SharedPlan(library(engine), path), slot(), 4096).launch(tensors(3))
     (context,) = engine.contexts
     assert context.options == "user"
-    assert context.calls == []
-
-
-def test_throughput_takes_its_profile_and_scratch(path: Path) -> None:
-    engine = FakeEngine(2)
-    PlanGraph(SharedPlan(library(engine), path), slot(), 4096, "throughput")
-    assert engine.contexts[0].calls == [("profile", 1, 9), ("memory", 4096, 512)]
-
-
-def test_launch_tells_only_what_changed(path: Path) -> None:
-    engine = FakeEngine(2)
-    graph = PlanGraph(SharedPlan(library(engine), path), slot(), 0)
-    calls = engine.contexts[0].calls
-    graph.launch(tensors(3))
-    assert calls == [
+    assert context.calls == [
         ("shape", "images", (1, 3)),
         ("address", "images", 256),
         ("shape", "masks", (3, 1)),
@@ -211,18 +197,54 @@ def test_launch_tells_only_what_changed(path: Path) -> None:
         ("address", "logits", 768),
         ("run", 9),
     ]
+
+
+def test_throughput_takes_its_profile_and_scratch(path: Path) -> None:
+    engine = FakeEngine(2)
+    graph = PlanGraph(SharedPlan(library(engine), path), slot(), 4096, "throughput")
+    graph.launch(tensors(3, 4))
+    assert engine.contexts[0].calls[:2] == [("profile", 1, 9), ("memory", 4096, 512)]
+
+
+@pytest.mark.parametrize("captured", [True, False])
+def test_launch_tells_only_what_changed(path: Path, captured: bool) -> None:
+    engine = FakeEngine(2)
+    graph = PlanGraph(SharedPlan(library(engine), path), slot(), 0, captured=captured)
+    graph.launch(tensors(3))
+    calls = engine.contexts[0].calls
     calls.clear()
     graph.launch(tensors(3))
     assert calls == [("run", 9)]
     calls.clear()
+    moved = DeviceTensor(1024, (3, 1), np.dtype("float32"))
+    graph.launch(tensors(3) | {"masks": moved})
+    assert calls == [("address", "masks", 1024), ("run", 9)]
+    assert graph.capturable
+
+
+def test_captured_shapes_have_contexts_of_their_own(path: Path) -> None:
+    """A context that takes other shapes spoils the graphs that were captured from it."""
+    engine = FakeEngine(2)
+    graph = PlanGraph(SharedPlan(library(engine), path), slot(), 0)
+    for masks in (3, 2, 3):
+        graph.launch(tensors(masks))
+    assert [context.shapes["masks"] for context in engine.contexts] == [(3, 1), (2, 1)]
+    assert [context.calls.count(("run", 9)) for context in engine.contexts] == [2, 1]
+
+
+def test_one_context_takes_all_shapes_where_nothing_is_captured(path: Path) -> None:
+    engine = FakeEngine(2)
+    graph = PlanGraph(SharedPlan(library(engine), path), slot(), 0, captured=False)
+    graph.launch(tensors(3))
+    (context,) = engine.contexts
+    context.calls.clear()
     graph.launch(tensors(2))
-    assert calls == [
+    assert context.calls == [
         ("shape", "masks", (2, 1)),
         ("address", "masks", 512),
         ("address", "logits", 768),
         ("run", 9),
     ]
-    assert graph.capturable
 
 
 def test_unfit_tensors_are_refused(path: Path) -> None:
@@ -237,14 +259,16 @@ def test_unfit_tensors_are_refused(path: Path) -> None:
     graph.launch(given)
 
 
-@pytest.mark.parametrize("call", ["shape", "address", "run"])
+@pytest.mark.parametrize("call", ["address", "run"])
 def test_refusals_carry_the_librarys_words(path: Path, call: str) -> None:
     engine = FakeEngine(2)
     graph = PlanGraph(SharedPlan(library(engine), path), slot(), 0)
+    graph.launch(tensors(3))
     engine.contexts[0].fails = call
+    moved = DeviceTensor(1024, (3, 1), np.dtype("float32"))
     for _ in range(2):
         with pytest.raises(BackendError, match=f"Error Code 7: {call} will not do$"):
-            graph.launch(tensors(3))
+            graph.launch(tensors(3) | {"masks": moved})
 
 
 def test_slots_share_a_plan_and_not_a_context(path: Path) -> None:
@@ -262,4 +286,3 @@ def test_engine_takes_the_widest_profile(path: Path) -> None:
     hosted = TensorRTEngine(SharedPlan(library(engine), path), used)
     assert device.allocated == [512]
     assert hosted.limits == {"batch": 4, "masks": 96}
-    assert engine.contexts[0].calls[0] == ("profile", 1, 9)

@@ -339,6 +339,8 @@ def load(
     precision: str = "fp32",
     batch_size: int = DEFAULT_BATCH,
     threads: int = 0,
+    slots: int = 1,
+    cuda_graphs: bool = True,
 ) -> Explainer:
     """Open a bundle and its engines.
 
@@ -346,12 +348,16 @@ def load(
     precision: "fp32", or "fp16" where the bundle has it.   batch_size: how many images, and how
         many masked images, go through an engine at a time; it bounds memory.
     threads: threads inside an operator on a CPU; 0 lets the engine choose.
+    slots: how many calls run on a GPU at a time, each on a stream with buffers of its own; more
+        wait. A CPU's engines are shared by all.
+    cuda_graphs: replay on a GPU what comes again at the same sizes; without, results are the same
+        to the bit, and the stages of `timings` are finer.
     Raises BundleError, BackendError or OptionError.
     """
     opened = bundle if isinstance(bundle, Bundle) else bundles.read(bundle)
     _check_batch_size(batch_size)
-    networks = open_networks(opened, backend, precision, threads)
-    return Explainer(opened, networks, precision, batch_size)
+    networks = open_networks(opened, backend, precision, threads, slots)
+    return Explainer(opened, networks, precision, batch_size, cuda_graphs)
 
 
 def _check_batch_size(batch_size: int) -> None:

@@ -14,7 +14,7 @@ from ccam_deploy.errors import OptionError
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 # Repeated from modules whose imports would slow --help down; a test holds them equal.
-BACKENDS = ("auto", "onnxruntime-cpu", "onnxruntime-cuda")
+BACKENDS = ("auto", "tensorrt", "tensorrt-rtx", "onnxruntime-cuda", "onnxruntime-cpu")
 PRECISIONS = ("fp32", "fp16")
 TENSORRT = ("tensorrt", "tensorrt-rtx")
 MAX_BATCH = 8

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import get_args
 
-from ccam_deploy.bundle import Bundle, PrecisionName
+from ccam_deploy.bundle import Bundle
 from ccam_deploy.engines.cuda import CudaDevice
-from ccam_deploy.engines.onnxruntime import OnnxRuntimeGraph
+from ccam_deploy.engines.onnxruntime import OnnxRuntimeGraph, check_provider
 from ccam_deploy.engines.plans import Flavour, load_library, present_device
 from ccam_deploy.engines.selection import fitting_plans
 from ccam_deploy.engines.slots import Graphs, Slot, Slots, Use
 from ccam_deploy.engines.tensorrt import PlanGraph, SharedPlan
 
 
-def tensorrt_slots(bundle: Bundle, flavour: Flavour, precision: PrecisionName, most: int) -> Slots:
+def tensorrt_slots(bundle: Bundle, flavour: Flavour, precision: str, most: int) -> Slots:
     """Slots on a bundle's plans, which all of them share.
 
     most: how many slots there may be.
@@ -23,15 +24,17 @@ def tensorrt_slots(bundle: Bundle, flavour: Flavour, precision: PrecisionName, m
     library = load_library(flavour)
     chosen = fitting_plans(bundle, flavour, library.version, present_device(), precision)
     first = CudaDevice()
-    with first.current():
-        plans = {
-            graph: SharedPlan(library, bundle.path(plan.file)) for graph, plan in chosen.items()
-        }
-    first.close()
-    return Slots(lambda: _plan_slot(plans), most)
+    try:
+        with first.current():
+            plans = {
+                graph: SharedPlan(library, bundle.path(plan.file)) for graph, plan in chosen.items()
+            }
+    finally:
+        first.close()
+    return Slots(lambda: plan_slot(plans), most)
 
 
-def _plan_slot(plans: dict[str, SharedPlan]) -> Slot:
+def plan_slot(plans: dict[str, SharedPlan]) -> Slot:
     """A stream with one execution context for each plan and profile, on shared scratch memory."""
     device = CudaDevice()
     try:
@@ -52,11 +55,12 @@ def _plan_slot(plans: dict[str, SharedPlan]) -> Slot:
     return Slot(device, graphs)
 
 
-def onnxruntime_slots(paths: dict[str, Path], most: int) -> Slots:
+def onnxruntime_slots(paths: Mapping[str, Path], most: int) -> Slots:
     """Slots on ONNX graphs; a session works on one stream, so each slot has sessions of its own.
 
     Raises BackendError where a package, the CUDA provider or a GPU is missing.
     """
+    check_provider("cuda")
 
     def open_slot() -> Slot:
         device = CudaDevice()

@@ -2,59 +2,75 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping
 
 import numpy as np
 
 from ccam_deploy.engines.base import Array, Engine, TensorSpec
-from ccam_deploy.engines.device import Device, DeviceGraph, DeviceTensor
+from ccam_deploy.engines.device import DeviceTensor
+from ccam_deploy.engines.slots import Slot, Slots, Use
 from ccam_deploy.errors import BackendError
+
+_USE: Use = "throughput"
 
 
 class HostedGraph(Engine):
-    """Copies a run's inputs to the device and its outputs back; see Engine.
+    """Copies a run's inputs to a slot's device and its outputs back; see Engine.
 
-    graph, device: the graph's own device; closing the engine closes both.
-    Device memory is kept from run to run, and replaced when a larger batch comes.
+    slots: stay open when the engine is closed.   name: of the graph among the slots'.
+    A run that is larger than the graph takes is done in parts, along the axis that most inputs
+    have; an input without that axis goes with every part.
     """
 
-    def __init__(self, graph: DeviceGraph, device: Device) -> None:
-        self._graph = graph
-        self._device = device
-        self._lock = threading.Lock()
-        self._places: dict[str, tuple[int, int]] = {}
+    def __init__(self, slots: Slots, name: str) -> None:
+        self._slots = slots
+        self._name = name
         super().__init__()
 
-    @property
-    def limits(self) -> Mapping[str, int]:
-        """The largest size of each axis that varies; one that is not named has no limit."""
-        return self._graph.limits
-
     def _load_impl(self) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
-        return self._graph.inputs, self._graph.outputs
+        with self._slots.take() as slot:
+            graph = slot.graphs[_USE][self._name]
+            self._limits = graph.limits
+        names = [size for spec in graph.inputs for size in spec.shape if isinstance(size, str)]
+        self._axis = max(names, key=names.count)
+        return graph.inputs, graph.outputs
 
     def _run_impl(self, feeds: Mapping[str, Array]) -> list[Array]:
-        with self._lock, self._device.current():
-            sizes = self._sizes(feeds)
-            tensors = {spec.name: self._place(spec, sizes) for spec in self.inputs + self.outputs}
-            sent = {name: np.ascontiguousarray(values) for name, values in feeds.items()}
-            for name, values in sent.items():
-                self._device.upload(tensors[name].address, values)
-            self._graph.launch(tensors)
-            results = [
-                np.empty(tensors[spec.name].shape, tensors[spec.name].dtype)
-                for spec in self.outputs
-            ]
-            for spec, values in zip(self.outputs, results, strict=True):
-                self._device.download(values, tensors[spec.name].address)
-            self._device.wait()
-            return results
+        sizes = self._sizes(feeds)
+        rows = sizes[self._axis]
+        step = self._limits.get(self._axis, rows)
+        parts = []
+        with self._slots.take() as slot:
+            for start in range(0, rows, max(step, 1)):
+                part = {
+                    spec.name: feeds[spec.name][start : start + step]
+                    if self._axis in spec.shape
+                    else feeds[spec.name]
+                    for spec in self.inputs
+                }
+                parts.append(
+                    self._run_part(slot, part, sizes | {self._axis: min(step, rows - start)})
+                )
+        return [np.concatenate(values) for values in zip(*parts, strict=True)]
+
+    def _run_part(
+        self, slot: Slot, feeds: Mapping[str, Array], sizes: Mapping[str, int]
+    ) -> list[Array]:
+        tensors = {spec.name: self._place(slot, spec, sizes) for spec in self.inputs + self.outputs}
+        sent = {name: np.ascontiguousarray(values) for name, values in feeds.items()}
+        for name, values in sent.items():
+            slot.device.upload(tensors[name].address, values)
+        slot.graphs[_USE][self._name].launch(tensors)
+        results = [
+            np.empty(tensors[spec.name].shape, tensors[spec.name].dtype) for spec in self.outputs
+        ]
+        for spec, values in zip(self.outputs, results, strict=True):
+            slot.device.download(values, tensors[spec.name].address)
+        slot.device.wait()
+        return results
 
     def _close_impl(self) -> None:
-        with self._device.current():
-            self._graph.close()
-            self._device.close()
+        pass
 
     def _sizes(self, feeds: Mapping[str, Array]) -> dict[str, int]:
         """The size of each axis that varies, by its name."""
@@ -65,23 +81,17 @@ class HostedGraph(Engine):
                     continue
                 if sizes.setdefault(axis, size) != size:
                     raise BackendError(
-                        f'input "{spec.name}" has {size} {axis}, another one {sizes[axis]}'
+                        f'"{axis}" is {size} in input "{spec.name}", {sizes[axis]} in another one'
                     )
-                if size > self.limits.get(axis, size):
+                if axis != self._axis and size > self._limits.get(axis, size):
                     raise BackendError(
-                        f'input "{spec.name}" has {size} {axis}; '
-                        f"the engine takes at most {self.limits[axis]}"
+                        f'"{axis}" is {size} in input "{spec.name}"; '
+                        f"the engine takes at most {self._limits[axis]}"
                     )
         return sizes
 
-    def _place(self, spec: TensorSpec, sizes: Mapping[str, int]) -> DeviceTensor:
+    def _place(self, slot: Slot, spec: TensorSpec, sizes: Mapping[str, int]) -> DeviceTensor:
         shape = tuple(sizes[size] if isinstance(size, str) else size for size in spec.shape)
-        needed = DeviceTensor(0, shape, spec.dtype).bytes
-        address, room = self._places.get(spec.name, (0, -1))
-        if needed > room:
-            if room >= 0:
-                self._device.free(address)
-                del self._places[spec.name]
-            address = self._device.allocate(needed)
-            self._places[spec.name] = address, needed
+        tensor = DeviceTensor(0, shape, spec.dtype)
+        address = slot.room(f"{self._name}.{spec.name}", tensor.bytes)
         return DeviceTensor(address, shape, spec.dtype)

@@ -101,11 +101,7 @@ def _session(
     # A bundle's sessions and the kernels take turns: a session that goes on spinning after
     # its run only takes the cores from the next one.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    provider = _PROVIDERS[device]
-    if provider not in runtime.get_available_providers():
-        raise BackendError(
-            f"the installed ONNX Runtime has no {provider}; pip install ccam-deploy[gpu]"
-        )
+    provider = check_provider(device)
     wanted: list[Any] = [provider]
     if device == "cuda":  # it hands operators that it lacks to the CPU
         own = (provider, {"user_compute_stream": str(stream)}) if stream else provider
@@ -121,6 +117,16 @@ def _session(
             "see that onnxruntime-gpu, a GPU and its driver are there"
         )
     return session
+
+
+def check_provider(device: Device) -> str:
+    """The name of a device's provider. Raises BackendError where it was not built in."""
+    provider = _PROVIDERS[device]
+    if provider not in _import().get_available_providers():
+        raise BackendError(
+            f"the installed ONNX Runtime has no {provider}; pip install ccam-deploy[gpu]"
+        )
+    return provider
 
 
 def _specs(tensors: list[onnxruntime.NodeArg]) -> tuple[TensorSpec, ...]:

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from ccam_deploy.bundle import WEIGHTS, Bundle, Plan, PrecisionName
+from ccam_deploy.bundle import WEIGHTS, Bundle, Plan
 from ccam_deploy.engines.plans import DEFAULT_MAX_BATCH, TITLES, TURING, Flavour, Library
 from ccam_deploy.errors import BackendError
 
@@ -15,7 +15,7 @@ def current_plans(
     bundle: Bundle,
     library: Library,
     devices: Sequence[str],
-    precision: PrecisionName,
+    precision: str,
     max_batch: int,
 ) -> tuple[Plan, ...]:
     """The plans, one per graph, that building with these settings would make again; or none.
@@ -40,7 +40,7 @@ def fitting_plans(
     library_flavour: Flavour,
     library_version: str,
     capability: str,
-    precision: PrecisionName,
+    precision: str,
     max_batch: int | None = None,
 ) -> dict[str, Plan]:
     """The plan of each graph for the installed library and the GPU that is here, by graph.
@@ -79,7 +79,7 @@ def _conditions(
     flavour: Flavour,
     version: str,
     capability: str,
-    precision: PrecisionName,
+    precision: str,
     max_batch: int | None,
 ) -> tuple[_Condition, ...]:
     """In an order in which each one's problem makes sense of the plans that met those before."""

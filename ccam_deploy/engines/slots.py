@@ -26,6 +26,18 @@ class Slot:
     device: Device
     graphs: Mapping[Use, Graphs]
     kept: dict[Any, Any] = field(default_factory=dict)
+    _rooms: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    def room(self, name: str, size: int) -> int:
+        """Memory for one purpose, kept from turn to turn; replaced when more is needed."""
+        address, had = self._rooms.get(name, (0, -1))
+        if size > had:
+            if had >= 0:
+                del self._rooms[name]
+                self.device.free(address)
+            address = self.device.allocate(size)
+            self._rooms[name] = address, size
+        return address
 
     def close(self) -> None:
         """Free the graphs, then the device's stream and memory."""

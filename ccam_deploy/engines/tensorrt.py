@@ -16,7 +16,6 @@ import numpy as np
 
 from ccam_deploy.engines.base import TensorSpec
 from ccam_deploy.engines.device import Device, DeviceTensor
-from ccam_deploy.engines.hosted import HostedGraph
 from ccam_deploy.engines.plans import Library, Shape
 from ccam_deploy.errors import BackendError
 
@@ -236,23 +235,6 @@ class _Context:
             f"{self._plan.flavour}: {self._plan.name} {what}"
         )
         return error
-
-
-class TensorRTEngine(HostedGraph):
-    """A plan for callers whose arrays lie in host memory; see HostedGraph.
-
-    plan: stays open when the engine is closed.   device: is closed with it.
-    profile: the widest one unless named.
-    """
-
-    def __init__(
-        self, plan: SharedPlan, device: Device, profile: ProfileName | None = None
-    ) -> None:
-        chosen = profile or plan.profiles[-1]
-        with device.current():
-            scratch = device.allocate(plan.scratch_bytes(chosen))
-            graph = PlanGraph(plan, device, scratch, chosen, captured=False)
-        super().__init__(graph, device)
 
 
 def _axis_name(tensor: str, tensors: Sequence[str]) -> str:

@@ -366,7 +366,7 @@ def test_verify(tiny_bundle: Path, here: Path) -> None:
         (["explain", "tiny", "one.png", "--colour"], "See ccam-deploy explain --help"),
         (["explain", "tiny"], "Missing argument 'IMAGES...'. See ccam-deploy explain --help"),
         (["explane"], "No such command 'explane'"),
-        (["verify", "tiny", "--backend", "tpu"], "'tpu' is not one of 'auto', 'onnxruntime-cpu'"),
+        (["verify", "tiny", "--backend", "tpu"], "'tpu' is not one of 'auto', 'tensorrt'"),
         (["verify", "none"], "none is not a bundle: there is no such folder"),
         (["info", "text.pt"], "text.pt is not a bundle: it is a file, not a folder"),
         (["explain", "changed", "one.png"], "changed/weights.bin was changed after the export"),

@@ -17,8 +17,11 @@ from ccam_deploy.engines import plans
 from ccam_deploy.engines.base import TensorSpec
 from ccam_deploy.engines.cuda import CudaDevice
 from ccam_deploy.engines.device import DeviceTensor
+from ccam_deploy.engines.gpu import plan_slot
+from ccam_deploy.engines.hosted import HostedGraph
 from ccam_deploy.engines.onnxruntime import OnnxRuntimeEngine
-from ccam_deploy.engines.tensorrt import PlanGraph, SharedPlan, TensorRTEngine
+from ccam_deploy.engines.slots import Slots
+from ccam_deploy.engines.tensorrt import PlanGraph, SharedPlan
 from ccam_deploy.errors import BackendError
 from ccam_deploy.kernels.cuda.geometry import Geometry, LayerPlace, Spec
 
@@ -200,11 +203,13 @@ def test_plans_agree_with_onnx_runtime(
     device = CudaDevice()
     with device.current():
         plan = SharedPlan(library, path)
-    with OnnxRuntimeEngine(source) as wanted, TensorRTEngine(plan, device) as engine:
+    device.close()
+    slots = Slots(lambda: plan_slot({graph: plan}), 1)
+    with OnnxRuntimeEngine(source) as wanted, HostedGraph(slots, graph) as engine:
         assert {s.name: (s.dtype, s.shape) for s in engine.inputs + engine.outputs} == {
             s.name: (s.dtype, s.shape) for s in wanted.inputs + wanted.outputs
         }
-        for batch, masks in ((1, 3), (4, 24), (2, 64)):
+        for batch, masks in ((1, 3), (4, 24), (2, 70)):
             given = feeds(wanted.inputs, batch, masks)
             expected, found = wanted.run(given), engine.run(given)
             for name, values in expected.items():
@@ -213,6 +218,7 @@ def test_plans_agree_with_onnx_runtime(
                 else:
                     tolerance = TF32 * np.abs(values).max()
                     np.testing.assert_allclose(found[name], values, atol=tolerance, rtol=0)
+    slots.close()
     plan.close()
 
 

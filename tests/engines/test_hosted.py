@@ -13,6 +13,7 @@ from numpy.typing import DTypeLike, NDArray
 from ccam_deploy.engines.base import TensorSpec
 from ccam_deploy.engines.device import DeviceTensor
 from ccam_deploy.engines.hosted import HostedGraph
+from ccam_deploy.engines.slots import Slot, Slots
 from ccam_deploy.errors import BackendError
 
 
@@ -89,7 +90,7 @@ class Gather:
         spec("logits", "float32", "masks", 3),
         spec("kept", "bool", "masks"),
     )
-    limits: Mapping[str, int] = {"masks": 6}
+    limits: Mapping[str, int] = {"batch": 2, "masks": 6}
     capturable = False
 
     def __init__(self, device: NumpyDevice) -> None:
@@ -105,6 +106,11 @@ class Gather:
         self.closed += 1
 
 
+def hosted(device: NumpyDevice) -> HostedGraph:
+    graphs = {"classifier": Gather(device)}
+    return HostedGraph(Slots(lambda: Slot(device, {"throughput": graphs}), 1), "classifier")
+
+
 def feeds(batch: int, masks: int) -> dict[str, NDArray[Any]]:
     stream = np.random.default_rng(batch)
     return {
@@ -117,19 +123,21 @@ def feeds(batch: int, masks: int) -> dict[str, NDArray[Any]]:
 def test_runs_on_host_arrays() -> None:
     device = NumpyDevice()
     graph = Gather(device)
-    with HostedGraph(graph, device) as engine:
-        for batch, masks in ((2, 3), (1, 6), (2, 1)):
+    slots = Slots(lambda: Slot(device, {"throughput": {"classifier": graph}}), 1)
+    with HostedGraph(slots, "classifier") as engine:
+        for batch, masks in ((2, 3), (1, 6), (2, 1), (2, 15)):
             given = feeds(batch, masks)
             out = engine.run(given)
             wanted = given["images"][given["owner"]] * given["masks"]
             np.testing.assert_array_equal(out["logits"], wanted)
             np.testing.assert_array_equal(out["kept"], given["masks"][:, 0] > 0)
+    slots.close()
     assert (graph.closed, device.closed) == (1, 1)
 
 
 def test_memory_grows_only_for_larger_batches() -> None:
     device = NumpyDevice()
-    engine = HostedGraph(Gather(device), device)
+    engine = hosted(device)
     for masks in (4, 3, 4):
         engine.run(feeds(1, masks))
     assert sorted(device.allocated) == [4, 12, 16, 32, 48]
@@ -140,7 +148,7 @@ def test_memory_grows_only_for_larger_batches() -> None:
 
 def test_results_are_not_overwritten() -> None:
     device = NumpyDevice()
-    engine = HostedGraph(Gather(device), device)
+    engine = hosted(device)
     first = engine.run(feeds(1, 3))["logits"]
     before = first.copy()
     engine.run(feeds(2, 3))
@@ -150,14 +158,14 @@ def test_results_are_not_overwritten() -> None:
 @pytest.mark.parametrize(
     ("masks", "owners", "message"),
     [
-        (7, 7, 'input "masks" has 7 masks; the engine takes at most 6'),
-        (4, 3, 'input "owner" has 3 masks, another one 4'),
+        (4, 4, '"batch" is 3 in input "images"; the engine takes at most 2'),
+        (4, 3, '"masks" is 3 in input "owner", 4 in another one'),
     ],
 )
 def test_unfit_sizes_are_refused(masks: int, owners: int, message: str) -> None:
     device = NumpyDevice()
-    engine = HostedGraph(Gather(device), device)
-    given = feeds(1, masks)
+    engine = hosted(device)
+    given = feeds(3 if owners == masks else 1, masks)
     given["owner"] = given["owner"][:owners]
     with pytest.raises(BackendError, match=message):
         engine.run(given)

@@ -152,18 +152,24 @@ def test_threads_reach_the_sessions(tiny_bundle: Path, threads: int) -> None:
 
 @without_cuda
 def test_auto_takes_the_cpu_here(tiny_bundle: Path) -> None:
-    assert available() == ["onnxruntime-cpu"]
+    assert available()[-1] == "onnxruntime-cpu"
+    assert "onnxruntime-cuda" not in available()
     networks = open_networks(bundles.read(tiny_bundle))
     assert networks.backend == "onnxruntime-cpu"
+    assert networks.notes == ()
     networks.close()
 
 
 def test_unknown_settings(tiny_bundle: Path) -> None:
     bundle = bundles.read(tiny_bundle)
-    with pytest.raises(OptionError, match='backend "openvino" is unknown; there are auto, onnxr'):
+    with pytest.raises(
+        OptionError, match='backend "openvino" is unknown; there are auto, tensorrt, '
+    ):
         open_networks(bundle, "openvino")
     with pytest.raises(OptionError, match="threads is -1; it must be 0 to 1024"):
         open_networks(bundle, threads=-1)
+    with pytest.raises(OptionError, match="slots is 0; it must be 1 to 64"):
+        open_networks(bundle, slots=0)
     with pytest.raises(OptionError, match="the bundle has no int8 graphs, only fp32"):
         open_networks(bundle, precision="int8")
 

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ccam_deploy.engines.device import Device, DeviceTensor
+from ccam_deploy.engines.device import DeviceTensor
 from ccam_deploy.engines.plans import Library, load_library
-from ccam_deploy.engines.tensorrt import PlanGraph, SharedPlan, TensorRTEngine
+from ccam_deploy.engines.tensorrt import PlanGraph, SharedPlan
 from ccam_deploy.errors import BackendError
 
 SHAPES = {
@@ -278,11 +278,3 @@ def test_slots_share_a_plan_and_not_a_context(path: Path) -> None:
     first.launch(tensors(3))
     second.launch(tensors(2))
     assert [context.shapes["masks"] for context in engine.contexts] == [(3, 1), (2, 1)]
-
-
-def test_engine_takes_the_widest_profile(path: Path) -> None:
-    engine, device = FakeEngine(2), Slot()
-    used: Device = device  # type: ignore[assignment]
-    hosted = TensorRTEngine(SharedPlan(library(engine), path), used)
-    assert device.allocated == [512]
-    assert hosted.limits == {"batch": 4, "masks": 96}

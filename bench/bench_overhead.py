@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -28,9 +27,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 import ccam_deploy as ccam
-from bench.timing import as_dict, conditions, measure_in_turn, summarise
 from ccam_deploy import image as imaging
-from ccam_deploy.explainer import Explainer, Explanation
+from ccam_deploy.evaluate import latency
+from ccam_deploy.evaluate.conditions import conditions, peak_memory
+from ccam_deploy.evaluate.timing import as_dict, measure_in_turn, median_ratio, summarise
+from ccam_deploy.explainer import Explainer
 
 Floats = NDArray[np.float32]
 
@@ -39,42 +40,26 @@ NETWORKS = ("resnet18", "resnet101", "vgg19")
 _PHOTOGRAPH = ROOT / "ccam_deploy" / "export" / "photographs" / "flower.jpg"
 
 
-def floor_of(explainer: Explainer, images: Floats, result: Explanation) -> Callable[[], None]:
-    """Run what no explanation can do without; the masks are given."""
-    networks = explainer.networks
-    masks = result.masks[0][result.masks[0].any(axis=(1, 2))]
-    one_hot = np.zeros_like(result.logits)
-    one_hot[0, result.targets[0]] = 1
-    owner = np.zeros(len(masks), np.int64)
-
-    def run() -> None:
-        networks.gradients(networks.backbone(images), one_hot)
-        networks.masked_logits(images, masks, owner)
-
-    return run
-
-
 def measure(folder: Path, recipe: Path, rounds: int) -> dict[str, Any]:
     """Time one network's bundle; called in a process of its own."""
     explainer = ccam.load(folder, "onnxruntime-cpu", batch_size=32)
-    images, _ = explainer.preprocess([imaging.load(_PHOTOGRAPH)])
-    result = explainer.explain(images)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    explain_in_pytorch = _in_pytorch(explainer, images, int(result.targets[0]), recipe)
+    (case,) = latency.cases(explainer, [imaging.load(_PHOTOGRAPH)], batch=1)
+    peak = peak_memory()
+    explain_in_pytorch = _in_pytorch(explainer, case.images, int(case.targets[0]), recipe)
     stages: list[dict[str, float]] = []
     calls = {
-        "explain": lambda: stages.append(explainer.explain(images).timings),
-        "floor": floor_of(explainer, images, result),
+        "explain": lambda: stages.append(explainer.explain(case.images).timings),
+        "floor": latency.floor_of(explainer, case),
         "pytorch": explain_in_pytorch,
     }
     seconds = measure_in_turn(calls, rounds)
     return {
-        "masks": int(sum(layer.count[0] for layer in result.layers)),
-        "masks_run": int(sum(bool(mask.any()) for mask in result.masks[0])),
+        "masks": sum(sum(counts) for counts in case.collections.values()),
+        "masks_run": len(case.masks),
         **{f"{name}_ms": as_dict(summarise(spent)) for name, spent in seconds.items()},
-        "overhead": _median_ratio(seconds["explain"], seconds["floor"]),
-        "speedup_over_pytorch": _median_ratio(seconds["pytorch"], seconds["explain"]),
-        "peak_memory_mib": round(peak, 1),
+        "overhead": median_ratio(seconds["explain"], seconds["floor"]),
+        "speedup_over_pytorch": median_ratio(seconds["pytorch"], seconds["explain"]),
+        "peak_memory_mib": peak,
         "stages_ms": {
             name: round(1000 * float(np.median([times[name] for times in stages])), 2)
             for name in stages[0]
@@ -82,23 +67,20 @@ def measure(folder: Path, recipe: Path, rounds: int) -> dict[str, Any]:
     }
 
 
-def _median_ratio(one: Sequence[float], other: Sequence[float]) -> float:
-    """The median of the ratios, round by round."""
-    return round(float(np.median(np.divide(one, other))), 4)
-
-
 def _in_pytorch(
     explainer: Explainer, images: Floats, target: int, recipe: Path
 ) -> Callable[[], object]:
     import torch
 
-    from bench.peers.plain_pytorch import PlainCollectionCAM
+    from ccam_deploy.export import plain
     from ccam_deploy.export import recipe as recipes
 
-    layers = [layer.name for layer in explainer.bundle.manifest.layers]
-    plain = PlainCollectionCAM(recipes.random_model(recipes.read(recipe)), layers)
+    manifest = explainer.bundle.manifest
+    layers = [layer.name for layer in manifest.layers]
+    model = recipes.random_model(recipes.read(recipe))
+    peer = plain.of_model(model, layers, manifest.input)
     image = torch.from_numpy(images[0].copy())
-    return lambda: plain.explain(image, target)
+    return lambda: peer.explain(image, target)
 
 
 def table(results: dict[str, Any]) -> str:

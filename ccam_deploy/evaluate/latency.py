@@ -1,0 +1,286 @@
+"""How long explanations take, and how much of that is the classifier's own passes.
+
+The floor is what no explanation can do without: one backbone pass, one gradient pass and the
+classifier on the same masks, on the same engines. Overhead is an explanation's time over the
+floor's, the median of the ratios of calls that were timed in turn.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import cycle
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ccam_deploy.errors import OptionError
+from ccam_deploy.evaluate.conditions import clock_mhz, gpu
+from ccam_deploy.evaluate.latency_report import Comparison, LatencyReport
+from ccam_deploy.evaluate.timing import (
+    FEWEST_CALLS,
+    Call,
+    Clock,
+    measure_in_turn,
+    measure_load,
+    median_ratio,
+    spread_of_kinds,
+    summarise,
+)
+from ccam_deploy.explainer import Explainer
+
+MOST_IMAGES = 64
+CPU = "onnxruntime-cpu"
+_STAGES_SHARE = 0.25
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class LatencySettings:
+    """What is measured.
+
+    batches: how many images a call takes, one measurement each.   concurrency: how many threads
+        call the one explainer.
+    duration: seconds of steady load for each batch size, as many of taking turns with the floor,
+        and as many with each peer.   warmup: seconds before.
+    """
+
+    batches: tuple[int, ...] = (1,)
+    concurrency: int = 1
+    duration: float = 10.0
+    warmup: float = 2.0
+
+    def __post_init__(self) -> None:
+        if not self.batches or min(self.batches) < 1:
+            raise OptionError(f"batch is {list(self.batches)}; it must be at least 1")
+        if len(set(self.batches)) != len(self.batches):
+            raise OptionError(f"batch is {list(self.batches)}; give each size once")
+        if self.concurrency < 1:
+            raise OptionError(f"concurrency is {self.concurrency}; it must be at least 1")
+        if not 0 < self.duration < float("inf"):
+            raise OptionError(f"duration is {self.duration:g}; it must be above 0 seconds")
+        if not 0 <= self.warmup < float("inf"):
+            raise OptionError(f"warmup is {self.warmup:g}; it must be 0 seconds or more")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A batch that is explained, and what its explanation needs of the engines.
+
+    pictures: B images.   images: [B, C, H, W] float32, the same preprocessed.
+    targets: [B] int64, the classes that are explained.   logits: [B, classes] float32.
+    masks: [N, H, W] float32, none of them flat.   owner: [N] int64, each one's image.
+    collections: for each layer, how many it has in each image.
+    """
+
+    pictures: Sequence[Image.Image]
+    images: Floats
+    targets: NDArray[np.int64]
+    logits: Floats
+    masks: Floats
+    owner: NDArray[np.int64]
+    collections: Mapping[str, list[int]]
+
+
+Peer = Callable[[Case], object]
+"""Explains a case's preprocessed images in another way."""
+
+
+@dataclass(frozen=True)
+class StageTimes:
+    """One call's seconds: in each stage, in all, and on a GPU what host and device took.
+
+    enqueue: until all work was put on the device.   device: from its first to its last work.
+    """
+
+    seconds: dict[str, float]
+    total: float
+    enqueue: float | None = None
+    device: float | None = None
+
+
+def cases(explainer: Explainer, pictures: Sequence[Image.Image], batch: int) -> list[Case]:
+    """Batches that together hold every picture, the last one filled up from the start.
+
+    Raises OptionError for no or too many pictures, ImageError for one that cannot be used.
+    """
+    if not 1 <= len(pictures) <= MOST_IMAGES:
+        raise OptionError(f"there are {len(pictures)} images; give 1 to {MOST_IMAGES}")
+    endless = cycle(pictures)
+    count = -(-len(pictures) // batch)
+    return [_case(explainer, [next(endless) for _ in range(batch)]) for _ in range(count)]
+
+
+def _case(explainer: Explainer, pictures: Sequence[Image.Image]) -> Case:
+    images, _ = explainer.preprocess(pictures)
+    result = explainer.explain(images)
+    masks = [drawn[drawn.any(axis=(1, 2))] for drawn in result.masks]
+    return Case(
+        pictures,
+        images,
+        result.targets,
+        result.logits,
+        np.concatenate(masks),
+        np.repeat(np.arange(len(images)), [len(kept) for kept in masks]),
+        {layer.name: [int(count) for count in layer.count] for layer in result.layers},
+    )
+
+
+def floor_of(explainer: Explainer, case: Case) -> Call:
+    """Run what no explanation of the case can do without; the masks are given.
+
+    The classifier takes one image's masks at a time, or as many as the explainer's batch if that
+    is more.
+    """
+    networks = explainer.networks
+    one_hot = np.zeros_like(case.logits)
+    one_hot[np.arange(len(case.images)), case.targets] = 1
+    size = max(explainer.batch_size, *np.bincount(case.owner, minlength=2).tolist())
+    chunks = [slice(start, start + size) for start in range(0, len(case.masks), size)]
+
+    def run() -> None:
+        networks.gradients(networks.backbone(case.images), one_hot)
+        for chunk in chunks:
+            networks.masked_logits(case.images, case.masks[chunk], case.owner[chunk])
+
+    return run
+
+
+def stage_times(
+    explainer: Explainer, pictures: Sequence[Image.Image], now: Clock = time.perf_counter
+) -> StageTimes:
+    """Explain once, and time the stages."""
+    started = now()
+    result = explainer.explain(pictures)
+    return StageTimes(dict(result.timings), now() - started)
+
+
+def measure(
+    explainer: Explainer,
+    pictures: Sequence[Image.Image],
+    settings: LatencySettings,
+    peers: Mapping[str, Peer] | None = None,
+    progress: Callable[[str], None] = lambda line: None,
+    now: Clock = time.perf_counter,
+) -> list[LatencyReport]:
+    """Measure every batch size.
+
+    peers: other ways to explain, compared in turn.   progress: called with a line for each step.
+
+    Raises OptionError or ImageError for images that cannot be used, BackendError where an engine
+    fails.
+    """
+    return [
+        _measure(explainer, cases(explainer, pictures, batch), settings, peers or {}, progress, now)
+        for batch in settings.batches
+    ]
+
+
+def _measure(
+    explainer: Explainer,
+    measured: Sequence[Case],
+    settings: LatencySettings,
+    peers: Mapping[str, Peer],
+    progress: Callable[[str], None],
+    now: Clock,
+) -> LatencyReport:
+    batch, threads = len(measured[0].images), settings.concurrency
+    what, span = f"batch {batch}", f"for {settings.duration:g} s"
+
+    def explain(case: Case) -> object:
+        return explainer.explain(case.pictures)
+
+    progress(f"{what}: warming up for {settings.warmup:g} s")
+    load_calls = [_over(measured, explain) for _ in range(threads)]
+    measure_load(load_calls, settings.warmup, len(measured), now)
+    progress(f"{what}: {threads} thread{'s'[: threads > 1]} {span}")
+    load = measure_load(load_calls, settings.duration, FEWEST_CALLS * len(measured), now)
+    cpu_clock = clock_mhz()
+    card = gpu() if explainer.networks.backend != CPU else None
+    progress(f"{what}: stages")
+    stages: list[StageTimes] = []
+    timed = _over(measured, lambda case: stages.append(stage_times(explainer, case.pictures, now)))
+    measure_load([timed], settings.duration * _STAGES_SHARE, now=now)
+    floors = cycle([floor_of(explainer, case) for case in measured])
+    from_array = _over(measured, lambda case: explainer.explain(case.images))
+    turns = partial(
+        measure_in_turn,
+        rounds=FEWEST_CALLS * len(measured),
+        warmup=len(measured),
+        duration=settings.duration,
+        now=now,
+    )
+    progress(f"{what}: from images, from array and floor in turn {span}")
+    calls = {"from_images": _over(measured, explain), "from_array": from_array}
+    seconds = turns({**calls, "floor": lambda: next(floors)()})
+    compared = {}
+    for name, peer in peers.items():
+        progress(f"{what}: from array and {name} in turn {span}")
+        beside = f"from_array_beside_{name}"
+        both = turns({beside: from_array, name: _over(measured, peer)})
+        compared[name] = Comparison(summarise(both[name]), median_ratio(both[name], both[beside]))
+        seconds |= both
+    masks = [len(case.masks) for case in measured]
+    return LatencyReport(
+        batch=batch,
+        concurrency=threads,
+        latency=summarise(load.seconds),
+        explanations=load.rate * batch,
+        forwards=load.rate * float(np.mean(masks)),
+        from_images=summarise(seconds["from_images"]),
+        from_array=summarise(seconds["from_array"]),
+        floor=summarise(seconds["floor"]),
+        overhead=median_ratio(seconds["from_array"], seconds["floor"]),
+        peers=compared,
+        stages=_medians(stages),
+        enqueue=_median([times.enqueue for times in stages]),
+        device=_median([times.device for times in stages]),
+        masks=masks,
+        collections={
+            name: [count for case in measured for count in case.collections[name]]
+            for name in measured[0].collections
+        },
+        cpu_clock=cpu_clock,
+        gpu=card,
+        spreads={
+            "latency": spread_of_kinds(load.threads, len(measured)),
+            **{name: spread_of_kinds([spent], len(measured)) for name, spent in seconds.items()},
+        },
+        samples={
+            "latency": _milliseconds(load.seconds),
+            **{name: _milliseconds(values) for name, values in seconds.items()},
+            "stages_total": _milliseconds([times.total for times in stages]),
+            **{f"stage_{name}": _milliseconds(spent) for name, spent in _by_name(stages).items()},
+        },
+    )
+
+
+def _over(measured: Sequence[Case], function: Callable[[Case], object]) -> Call:
+    """A call that goes through the cases, one after the other, over and over."""
+    endless = cycle(measured)
+    return lambda: function(next(endless))
+
+
+def _by_name(stages: Sequence[StageTimes]) -> dict[str, list[float]]:
+    """Each stage's seconds, call by call."""
+    names = dict.fromkeys(name for times in stages for name in times.seconds)
+    return {name: [times.seconds.get(name, 0.0) for times in stages] for name in names}
+
+
+def _medians(stages: Sequence[StageTimes]) -> dict[str, float]:
+    between = [times.total - sum(times.seconds.values()) for times in stages]
+    spent = {**_by_name(stages), "between": between}
+    return {name: 1000 * float(np.median(values)) for name, values in spent.items()}
+
+
+def _median(seconds: Sequence[float | None]) -> float | None:
+    known = [value for value in seconds if value is not None]
+    return 1000 * float(np.median(known)) if known else None
+
+
+def _milliseconds(seconds: Sequence[float]) -> list[float]:
+    return [round(1000 * value, 3) for value in seconds]

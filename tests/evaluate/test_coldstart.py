@@ -1,0 +1,43 @@
+"""A cold start is a process of its own, and its parts fit into the whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ccam_deploy.errors import BackendError
+from ccam_deploy.evaluate import coldstart
+from tests.helpers import example_files
+
+HOW = {"backend": "onnxruntime-cpu", "precision": "fp32", "batch_size": 16, "threads": 1}
+
+
+def test_parts_of_a_cold_start(tiny_bundle: Path) -> None:
+    start = coldstart.measure(tiny_bundle, example_files()[:2], 3, HOW)
+    assert start.batch == 3
+    assert min(start.imports, start.load, start.first, start.second) > 0
+    assert start.imports + start.load + start.first < start.total
+    assert start.second < start.total
+    assert start.peak_memory is not None
+    assert 20 < start.peak_memory < 1000
+    assert start.device_memory is None
+    assert coldstart.as_json(start) == {
+        "batch": 3,
+        "total_ms": start.total,
+        "imports_ms": start.imports,
+        "load_ms": start.load,
+        "first_ms": start.first,
+        "second_ms": start.second,
+        "peak_memory_mib": start.peak_memory,
+        "device_memory_mib": None,
+    }
+
+
+def test_what_goes_wrong_in_the_process_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(BackendError) as caught:
+        coldstart.measure(tmp_path / "none", example_files()[:1], 1, HOW)
+    message = str(caught.value)
+    assert message.startswith("the cold start failed: ")
+    assert "there is no such folder" in message
+    assert "\n" not in message

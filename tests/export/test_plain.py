@@ -1,0 +1,59 @@
+"""The peer of the benchmarks gives the paper's maps too, so that like is compared with like."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import ccam_deploy as ccam
+from ccam_deploy.errors import LayerError
+from ccam_deploy.export import layers, plain, sources
+from ccam_deploy.export import program as programs
+from ccam_deploy.export.sources import Model
+from tests.helpers import DIGITS_LAYERS, digits_model, example_pictures, tiny
+
+MODELS = ("module", "program", "script")
+
+
+def digits_as(kind: str, folder: Path) -> Model:
+    """The example classifier, as each kind of model file gives it."""
+    if kind == "program":
+        return programs.trace(digits_model(), (3, 96, 96))
+    if kind == "script":
+        example = torch.zeros(2, 3, 96, 96)
+        script = torch.jit.trace(digits_model(), example)  # type: ignore[no-untyped-call]
+        torch.jit.save(script, folder / "script.pt")
+        return sources.load(folder / "script.pt")
+    return digits_model()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("index", [0, 3])
+def test_peer_agrees_with_the_explainer(
+    digits: ccam.Explainer, index: int, kind: str, tmp_path: Path
+) -> None:
+    images, _ = digits.preprocess([example_pictures()[index]])
+    result = digits.explain(images)
+    shape = digits.bundle.manifest.input
+    model = digits_as(kind, tmp_path)
+    peer = plain.of_model(model, DIGITS_LAYERS if kind != "script" else _found(model), shape)
+    saliency, count = peer.explain(torch.from_numpy(images[0].copy()))
+    different = np.abs(saliency.numpy() - result.raw_saliency[0]) > 1e-4
+    assert np.count_nonzero(different) <= 9  # pixels whose mask value lies on the quantile
+    assert count == np.count_nonzero(result.weights[0])
+
+
+def _found(script: Model) -> list[str]:
+    """A script has no names of modules: its layers are nodes of its trace."""
+    assert isinstance(script, sources.ScriptedModel)
+    program = programs.build(programs.trace(script, (3, 96, 96)))
+    return [layer.name for layer in layers.find(program)]
+
+
+def test_another_model_is_refused() -> None:
+    with pytest.raises(LayerError, match='layer "layer1" is not in the model'):
+        plain.of_model(tiny(), DIGITS_LAYERS, (3, 32, 48))

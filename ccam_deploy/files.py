@@ -28,3 +28,15 @@ def write(path: Path, content: bytes) -> None:
     finally:
         if temporary:
             Path(temporary).unlink(missing_ok=True)
+
+
+def check_place(path: Path) -> None:
+    """Raise OutputError where `write` could not write a file; leaves nothing behind."""
+    if path.is_dir():
+        raise OutputError(f"cannot write {path}: it is a folder")
+    place = next(parent for parent in path.absolute().parents if parent.exists())
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error

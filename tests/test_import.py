@@ -38,12 +38,13 @@ HOMES = {
     "onnxscript": {"export"},
     "onnx_ir": {"export"},
     "onnxruntime": {"engines"},
+    "matplotlib": {"evaluate"},
     "click": {"cli"},
 }
 """The parts that may import a library."""
 
-PROBE = PACKAGE / "cli" / "export.py"
-"""Imports export's libraries inside the command, to say which one is missing."""
+PROBE = PACKAGE / "cli" / "network.py"
+"""Imports export's libraries inside a function, to say which one is missing."""
 
 
 def floor(part: str) -> int:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
+from ccam_deploy.cli.network import load_network, need_torch
 from ccam_deploy.cli.options import (
     PLAN_OPTIONS,
     PRECISIONS,
@@ -16,7 +17,7 @@ from ccam_deploy.cli.options import (
     plan_options,
     print_json,
 )
-from ccam_deploy.errors import BackendError, CcamError, ExportError, OptionError
+from ccam_deploy.errors import BackendError, CcamError, OptionError
 
 if TYPE_CHECKING:
     from ccam_deploy.bundle import Bundle
@@ -138,13 +139,7 @@ def export(model: Path | None, as_json: bool, **options: Any) -> None:
     MODEL is an exported program (.pt2), a file of weights with --arch or --recipe, a TorchScript
     file, or with --allow-pickle a pickled module. Without MODEL, --recipe makes its own network.
     """
-    try:
-        import onnx_ir  # noqa: F401
-        import torch  # noqa: F401
-    except ImportError as error:
-        raise ExportError(
-            f"export needs {error.name}: pip install ccam-deploy[export,cpu]"
-        ) from error
+    need_torch("export", "export,cpu")
     from ccam_deploy.export import export as run
 
     planner = _planner(options)
@@ -206,11 +201,11 @@ def _prepare(
     from dataclasses import replace
 
     from ccam_deploy import image as imaging
-    from ccam_deploy.export import ExportSettings, sources
+    from ccam_deploy.export import ExportSettings
     from ccam_deploy.export import recipe as recipes
     from ccam_deploy.export.exporter import MAX_CALIBRATION_IMAGES
 
-    recipe = None
+    recipe, folder = None, Path()
     settings = ExportSettings()
     changes: dict[str, Any] = {
         key: options[key] for key in ("mean", "std", "resize", "cover") if options[key] is not None
@@ -219,31 +214,20 @@ def _prepare(
         recipe = recipes.read(options["recipe_path"])
         folder = options["recipe_path"].parent
         settings = recipes.settings(recipe, folder)
-    if options["random_weights"] and (path or not recipe):
-        raise OptionError("--random-weights goes with --recipe and without a model file")
     if options["cover"] and (options["resize"] or settings.resize) == "stretch":
         raise OptionError("--cover goes with --resize crop; stretch scales to the input's size")
-    for option, given in (("--arch", options["arch"]), ("--allow-pickle", options["allow_pickle"])):
-        if given and path is None:
-            raise OptionError(f"{option} goes with a model file; there is none")
+    network = load_network(
+        path,
+        recipe,
+        folder,
+        options["arch"],
+        options["random_weights"],
+        options["allow_pickle"],
+    )
     if path is not None:
-        arch = options["arch"] or (recipe.arch if recipe else None)
-        if options["arch"] and sources.kind(path) != "weights":
-            raise OptionError(f"--arch goes with a file of weights; {path} has its own network")
-        network: Model = sources.load(
-            path,
-            arch,
-            options["allow_pickle"],
-            lambda line: click.echo(f"warning: {line}", err=True),
-        )
         changes |= {"name": path.stem if not recipe else recipe.name, "source": path.name}
-    elif recipe is None:
-        raise OptionError("give a model file, or a --recipe that names its own network")
-    elif options["random_weights"]:
-        network = recipes.random_model(recipe)
+    elif options["random_weights"] and recipe:
         changes |= {"random_weights": True, "tolerance": recipe.random_tolerance}
-    else:
-        network = recipes.model(recipe, folder)
     if options["labels"]:
         changes["labels"] = recipes.read_labels(options["labels"])
     if options["calibration_images"]:

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from ccam_deploy import __version__
+from ccam_deploy.cli.bench import bench
 from ccam_deploy.cli.build import build
 from ccam_deploy.cli.explain import explain
 from ccam_deploy.cli.export import export
@@ -70,5 +71,5 @@ def main(debug: bool) -> None:
     """
 
 
-for command in (export, build, explain, info, verify):
+for command in (export, build, explain, info, verify, bench):
     main.add_command(command)

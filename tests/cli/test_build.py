@@ -17,7 +17,8 @@ import torch
 from ccam_deploy import bundle as bundles
 from ccam_deploy.engines import plans
 from ccam_deploy.errors import BackendError
-from tests.cli.test_cli import SCRIPT, WEIGHTS, failure, success
+from tests.cli.test_cli import SCRIPT, WEIGHTS
+from tests.command import failure, success
 from tests.helpers import tiny
 
 pytest.importorskip("tensorrt_rtx")

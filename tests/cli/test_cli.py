@@ -21,7 +21,7 @@ import click
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from click.testing import CliRunner
 from PIL import Image
 
 from ccam_deploy import __version__, explainer, render
@@ -31,6 +31,7 @@ from ccam_deploy.cli.main import main
 from ccam_deploy.engines import Backend, plans
 from ccam_deploy.explainer import Explanation
 from ccam_deploy.export import program as programs
+from tests.command import failure, refusal, run, success
 from tests.damage import contents, flip, full_disk
 from tests.helpers import RECIPES, ROOT, example_files, tiny
 from tests.networks import Detached
@@ -55,31 +56,6 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty working folder."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def run(*words: object) -> Result:
-    return CliRunner().invoke(main, [str(word) for word in words])
-
-
-def success(*words: object) -> Result:
-    result = run(*words)
-    assert result.exit_code == 0, result.stderr
-    return result
-
-
-def failure(*words: object) -> str:
-    """The one line that a command prints on stderr when it fails."""
-    return refusal(run(*words))
-
-
-def refusal(result: Result) -> str:
-    assert result.exit_code == 2, result.output
-    assert isinstance(result.exception, SystemExit)
-    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1, result.stderr
-    assert result.stderr.splitlines()[-1] == lines[0]
-    assert "Traceback" not in result.output
-    return lines[0].removeprefix("error: ")
 
 
 def tree(folder: Path) -> list[str]:

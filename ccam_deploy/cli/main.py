@@ -12,6 +12,7 @@ import click
 from ccam_deploy import __version__
 from ccam_deploy.cli.bench import bench
 from ccam_deploy.cli.build import build
+from ccam_deploy.cli.doctor import doctor
 from ccam_deploy.cli.explain import explain
 from ccam_deploy.cli.export import export
 from ccam_deploy.cli.info import info
@@ -71,5 +72,5 @@ def main(debug: bool) -> None:
     """
 
 
-for command in (export, build, explain, info, verify, bench):
+for command in (export, build, explain, info, verify, bench, doctor):
     main.add_command(command)

@@ -1,0 +1,185 @@
+"""The paper's Table 2: the time of one explanation, by method, network and size of the input.
+
+    python -m bench.bench_table2 --output bench/results/table2-cpu.json
+
+Networks with random weights, one image, from the preprocessed array to the map, on the best
+backend that works here. The methods are those that this package has. All methods of a network
+and size are timed in turn, and their ratio to Collection-CAM is the median of the ratios round by
+round. The paper's figures, of an RTX 3080, stand beside: their ratios compare, their times do not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ccam_deploy as ccam
+from ccam_deploy import image as imaging
+from ccam_deploy import methods
+from ccam_deploy.evaluate import latency
+from ccam_deploy.evaluate.conditions import conditions, gpu, load_average
+from ccam_deploy.evaluate.timing import as_dict, measure_in_turn, median_ratio, summarise
+from ccam_deploy.explainer import Explainer
+
+ROOT = Path(__file__).parents[1]
+NETWORKS = ("resnet18", "resnet101", "vgg19")
+SIZES = (224, 256)
+DEFAULT = methods.CollectionCAM.name
+_PHOTOGRAPH = ROOT / "ccam_deploy" / "export" / "photographs" / "flower.jpg"
+
+_COLUMNS = ("grad-cam", "grad-cam++", "layer-cam", "score-cam", "rise", "collection-cam")
+_TIMES = {
+    ("resnet18", 224): (13.10, 13.72, 15.73, 1176.12, 16328.82, 54.15),
+    ("resnet18", 256): (12.96, 13.69, 15.46, 1466.22, 22171.15, 59.83),
+    ("resnet101", 224): (62.23, 62.21, 66.55, 20584.98, 26865.53, 322.59),
+    ("resnet101", 256): (58.86, 59.09, 63.43, 20320.01, 34880.05, 350.55),
+    ("vgg19", 224): (18.83, 18.16, 18.05, 1649.61, 28003.38, 92.63),
+    ("vgg19", 256): (20.22, 21.04, 22.44, 2020.42, 40003.17, 111.38),
+}
+PAPER = {place: dict(zip(_COLUMNS, times, strict=True)) for place, times in _TIMES.items()}
+"""Milliseconds of Table 2 (Ha & Youn 2022), on an NVIDIA RTX 3080."""
+
+
+def method_names() -> list[str]:
+    """The names of the methods that this package has, Collection-CAM first."""
+    classes = (value for value in vars(methods).values() if isinstance(value, type))
+    found = (getattr(value, "name", None) for value in classes)
+    names = {name for name in found if isinstance(name, str)}
+    return sorted(names, key=lambda name: (name != DEFAULT, name))
+
+
+def explanation(explainer: Explainer, images: latency.Floats, name: str) -> Callable[[], object]:
+    """Explain the images with a method; Collection-CAM is what an explainer does by itself."""
+    chosen: dict[str, Any] = {} if name == DEFAULT else {"method": name}
+    return partial(explainer.explain, images, **chosen)
+
+
+def measure(folder: Path, rounds: int, duration: float) -> dict[str, Any]:
+    """Time every method on one bundle; called in a process of its own."""
+    with ccam.load(folder, batch_size=32) as explainer:
+        (case,) = latency.cases(explainer, [imaging.load(_PHOTOGRAPH)], batch=1)
+        names = method_names()
+        calls = {name: explanation(explainer, case.images, name) for name in names}
+        before = load_average()
+        seconds = measure_in_turn(calls, rounds, duration=duration)
+        return {
+            "backend": explainer.networks.backend,
+            "load_average": [before, load_average()],
+            "masks": len(case.masks),
+            "methods": {
+                name: {
+                    "ms": as_dict(summarise(seconds[name])),
+                    "ratio": median_ratio(seconds[name], seconds[DEFAULT]),
+                }
+                for name in names
+            },
+        }
+
+
+def table(results: Mapping[str, Any]) -> str:
+    """The results as Markdown, a row for each network, size and method."""
+    lines = [
+        "| network | input | method | median, ms | p95, ms | spread | over collection-cam "
+        "| paper, ms (RTX 3080) | paper, over collection-cam |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for place, found in results.items():
+        network, size = place.split("-")
+        paper = PAPER.get((network, int(size)), {})
+        for name, timing in found["methods"].items():
+            spent = timing["ms"]
+            own, base = paper.get(name), paper.get(DEFAULT)
+            beside = f"{own:.2f} | {own / base:.2f}" if own and base else "- | -"
+            lines.append(
+                f"| {network} | {size}×{size} | {name} | {spent['median']:.1f} "
+                f"| {spent['p95']:.1f} | {spent['spread']:.0%} | {timing['ratio']:.2f} | {beside} |"
+            )
+    return "\n".join(lines)
+
+
+def report(results: Mapping[str, Any], command: str) -> dict[str, Any]:
+    """Results with the command that made them, and what they were made on."""
+    card = gpu()
+    return {
+        "command": command,
+        "conditions": {**conditions(), "gpu": card and vars(card)},
+        "weights": "random",
+        "results": results,
+    }
+
+
+def markdown(found: Mapping[str, Any]) -> str:
+    """The table, and under it the conditions in a few words."""
+    machine, results = found["conditions"], found["results"]
+    device = machine["gpu"]["name"] if machine["gpu"] else machine["processor"]
+    backends = ", ".join(sorted({one["backend"] for one in results.values()}))
+    loads = [one["load_average"][0] for one in results.values()]
+    known = [load for load in loads if load is not None]
+    busy = f"{min(known):g} to {max(known):g}" if known else "unknown"
+    return (
+        f"{table(results)}\n\n"
+        f"{device}, {machine['cores']} cores, {backends}, float32, random weights, one image, from "
+        f"the preprocessed array. Load average before each measurement: {busy}.\n"
+        f"Made by `{found['command']}`.\n"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--networks", default=",".join(NETWORKS))
+    parser.add_argument("--sizes", default=",".join(map(str, SIZES)))
+    parser.add_argument("--rounds", type=int, default=5, help="at least so many")
+    parser.add_argument("--duration", type=float, default=10.0, help="seconds, at least")
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--bundle", type=Path, help=argparse.SUPPRESS)
+    given = parser.parse_args(arguments)
+    if given.bundle:
+        print(json.dumps(measure(given.bundle, given.rounds, given.duration)))
+        return
+    results = {}
+    for network in given.networks.split(","):
+        for size in given.sizes.split(","):
+            with tempfile.TemporaryDirectory() as folder:
+                place = f"{network}-{size}"
+                results[place] = _in_own_process(network, size, Path(folder) / network, given)
+                print(table({place: results[place]}), flush=True)
+    if given.output:
+        words = ["--networks", given.networks, "--sizes", given.sizes]
+        words += ["--rounds", str(given.rounds), "--duration", f"{given.duration:g}"]
+        words += ["--output", str(given.output)]
+        found = report(results, shlex.join(["python", "-m", "bench.bench_table2", *words]))
+        given.output.parent.mkdir(parents=True, exist_ok=True)
+        given.output.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        given.output.with_suffix(".md").write_text(markdown(found), encoding="utf-8")
+
+
+def _in_own_process(
+    network: str, size: str, folder: Path, given: argparse.Namespace
+) -> dict[str, Any]:
+    """Export a network in one process, and measure it in another."""
+    recipe = str(ROOT / "export" / f"{network}.toml")
+    export = ["export", "--recipe", recipe, "--random-weights", "--input-size", size]
+    command = [sys.executable, "-c", "from ccam_deploy.cli.main import main; main()", *export]
+    subprocess.run([*command, "--output", str(folder)], check=True, capture_output=True, cwd=ROOT)
+    own = [sys.executable, "-m", "bench.bench_table2", "--bundle", str(folder)]
+    done = subprocess.run(
+        [*own, "--rounds", str(given.rounds), "--duration", str(given.duration)],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+if __name__ == "__main__":
+    main()

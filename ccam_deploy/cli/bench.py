@@ -147,6 +147,7 @@ def bench(
             _say(f"batch {batch}: cold start")
             starts.append(coldstart.measure(bundle, found, batch, how))
         reports = latency.measure(explainer, pictures, settings, peers, _say)
+        notes += [note for note in explainer.notes if note not in explainer.networks.notes]
     notes += latency_report.doubts(reports, before)
     result = {
         "command": _command(context),

@@ -26,15 +26,15 @@ from ccam_deploy.engines.plans import Flavour
 from ccam_deploy.engines.tiny import tiny_graph
 from ccam_deploy.errors import brief
 
+PARTS = ("driver", "pycuda", "numba-cuda")
 NEEDS: Mapping[str, tuple[str, ...]] = {
     "onnxruntime-cpu": (),
-    "onnxruntime-cuda": ("driver",),
-    "tensorrt": ("driver", "pycuda", "numba-cuda"),
-    "tensorrt-rtx": ("driver", "pycuda", "numba-cuda"),
+    "onnxruntime-cuda": PARTS,
+    "tensorrt": PARTS,
+    "tensorrt-rtx": PARTS,
 }
 """The backends, and what each needs beside its own library."""
 
-PARTS = ("driver", "pycuda", "numba-cuda")
 _OLDEST = (7, 5)
 _MAJOR, _MINOR = 75, 76
 _COMPILED_FOR = (8, 0)

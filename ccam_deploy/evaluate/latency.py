@@ -19,6 +19,7 @@ from PIL import Image
 
 from ccam_deploy.errors import OptionError
 from ccam_deploy.evaluate.conditions import clock_mhz, gpu
+from ccam_deploy.evaluate.device_floor import Passes, on_device
 from ccam_deploy.evaluate.latency_report import Comparison, LatencyReport
 from ccam_deploy.evaluate.timing import (
     FEWEST_CALLS,
@@ -35,6 +36,7 @@ from ccam_deploy.explainer import Explainer
 MOST_IMAGES = 64
 CPU = "onnxruntime-cpu"
 _STAGES_SHARE = 0.25
+_WARM_CALLS = 3
 
 Floats = NDArray[np.float32]
 
@@ -92,15 +94,15 @@ Peer = Callable[[Case], object]
 
 @dataclass(frozen=True)
 class StageTimes:
-    """One call's seconds: in each stage, in all, and on a GPU what host and device took.
-
-    enqueue: until all work was put on the device.   device: from its first to its last work.
-    """
+    """One call's seconds in each stage, and in all."""
 
     seconds: dict[str, float]
     total: float
-    enqueue: float | None = None
-    device: float | None = None
+
+    @property
+    def device(self) -> float:
+        """Of a call on a GPU: what its work took there."""
+        return sum(spent for name, spent in self.seconds.items() if name != "preprocess")
 
 
 def cases(explainer: Explainer, pictures: Sequence[Image.Image], batch: int) -> list[Case]:
@@ -134,12 +136,15 @@ def floor_of(explainer: Explainer, case: Case) -> Call:
     """Run what no explanation of the case can do without; the masks are given.
 
     The classifier takes one image's masks at a time, or as many as the explainer's batch if that
-    is more.
+    is more. On a GPU nothing is copied to or from it.
     """
     networks = explainer.networks
     one_hot = np.zeros_like(case.logits)
     one_hot[np.arange(len(case.images)), case.targets] = 1
     size = max(explainer.batch_size, *np.bincount(case.owner, minlength=2).tolist())
+    if networks.slots is not None:
+        passes = Passes(case.images, one_hot, case.masks, case.owner, size)
+        return on_device(networks.slots, passes)
     chunks = [slice(start, start + size) for start in range(0, len(case.masks), size)]
 
     def run() -> None:
@@ -153,10 +158,27 @@ def floor_of(explainer: Explainer, case: Case) -> Call:
 def stage_times(
     explainer: Explainer, pictures: Sequence[Image.Image], now: Clock = time.perf_counter
 ) -> StageTimes:
-    """Explain once, and time the stages."""
+    """Explain once, and time the stages.
+
+    On a GPU the stages are the device's own, from event to event; where CUDA graphs replay the
+    work, a graph is one stage.
+    """
     started = now()
     result = explainer.explain(pictures)
     return StageTimes(dict(result.timings), now() - started)
+
+
+def without_cuda_graphs(explainer: Explainer) -> Explainer:
+    """The same engines, all work launched piece by piece, so that every stage can be timed."""
+    if explainer.networks.slots is None:
+        return explainer
+    return Explainer(
+        explainer.bundle,
+        explainer.networks,
+        explainer.precision,
+        explainer.batch_size,
+        cuda_graphs=False,
+    )
 
 
 def measure(
@@ -196,21 +218,21 @@ def _measure(
 
     progress(f"{what}: warming up for {settings.warmup:g} s")
     load_calls = [_over(measured, explain) for _ in range(threads)]
-    measure_load(load_calls, settings.warmup, len(measured), now)
+    measure_load(load_calls, settings.warmup, _WARM_CALLS * len(measured), now)
     progress(f"{what}: {threads} thread{'s'[: threads > 1]} {span}")
     load = measure_load(load_calls, settings.duration, FEWEST_CALLS * len(measured), now)
     cpu_clock = clock_mhz()
     card = gpu() if explainer.networks.backend != CPU else None
     progress(f"{what}: stages")
-    stages: list[StageTimes] = []
-    timed = _over(measured, lambda case: stages.append(stage_times(explainer, case.pictures, now)))
-    measure_load([timed], settings.duration * _STAGES_SHARE, now=now)
+    share = settings.duration * _STAGES_SHARE
+    replayed = _stages(explainer, measured, share, now) if explainer.networks.slots else None
+    stages = _stages(without_cuda_graphs(explainer), measured, share, now)
     floors = cycle([floor_of(explainer, case) for case in measured])
     from_array = _over(measured, lambda case: explainer.explain(case.images))
     turns = partial(
         measure_in_turn,
         rounds=FEWEST_CALLS * len(measured),
-        warmup=len(measured),
+        warmup=_WARM_CALLS * len(measured),
         duration=settings.duration,
         now=now,
     )
@@ -237,8 +259,8 @@ def _measure(
         overhead=median_ratio(seconds["from_array"], seconds["floor"]),
         peers=compared,
         stages=_medians(stages),
-        enqueue=_median([times.enqueue for times in stages]),
-        device=_median([times.device for times in stages]),
+        host=_median([times.total - times.device for times in replayed]) if replayed else None,
+        device=_median([times.device for times in replayed]) if replayed else None,
         masks=masks,
         collections={
             name: [count for case in measured for count in case.collections[name]]
@@ -265,6 +287,18 @@ def _over(measured: Sequence[Case], function: Callable[[Case], object]) -> Call:
     return lambda: function(next(endless))
 
 
+def _stages(
+    explainer: Explainer, measured: Sequence[Case], duration: float, now: Clock
+) -> list[StageTimes]:
+    """Every call's stages over some seconds; those that warm up are left out."""
+    found: list[StageTimes] = []
+    call = _over(measured, lambda case: found.append(stage_times(explainer, case.pictures, now)))
+    measure_load([call], 0, _WARM_CALLS * len(measured), now)
+    found.clear()
+    measure_load([call], duration, FEWEST_CALLS * len(measured), now)
+    return found
+
+
 def _by_name(stages: Sequence[StageTimes]) -> dict[str, list[float]]:
     """Each stage's seconds, call by call."""
     names = dict.fromkeys(name for times in stages for name in times.seconds)
@@ -274,12 +308,11 @@ def _by_name(stages: Sequence[StageTimes]) -> dict[str, list[float]]:
 def _medians(stages: Sequence[StageTimes]) -> dict[str, float]:
     between = [times.total - sum(times.seconds.values()) for times in stages]
     spent = {**_by_name(stages), "between": between}
-    return {name: 1000 * float(np.median(values)) for name, values in spent.items()}
+    return {name: _median(values) for name, values in spent.items()}
 
 
-def _median(seconds: Sequence[float | None]) -> float | None:
-    known = [value for value in seconds if value is not None]
-    return 1000 * float(np.median(known)) if known else None
+def _median(seconds: Sequence[float]) -> float:
+    return 1000 * float(np.median(seconds))
 
 
 def _milliseconds(seconds: Sequence[float]) -> list[float]:

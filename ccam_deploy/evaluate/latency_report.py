@@ -35,7 +35,8 @@ class LatencyReport:
     from_images, from_array, floor: one thread in turn; from_array leaves preprocessing out.
     overhead: from_array over floor.   peers: by name, against from_array.
     stages: milliseconds, the median over calls; "between" is what lies outside of them.
-    enqueue, device: milliseconds, see StageTimes.
+    device, host: on a GPU, milliseconds that its work took, and that the host took beside it, in
+        a call as it is under load.
     masks: masked forwards a call, of each batch that was measured.   collections: of each layer.
     cpu_clock, gpu: right after the load.
     spreads: by name, the middle half's width as a share of the median, images apart.
@@ -53,7 +54,7 @@ class LatencyReport:
     overhead: float
     peers: dict[str, Comparison]
     stages: dict[str, float]
-    enqueue: float | None
+    host: float | None
     device: float | None
     masks: list[int]
     collections: dict[str, list[int]]
@@ -87,10 +88,10 @@ def doubts(reports: Sequence[LatencyReport], load: float | None) -> list[str]:
                 f"{what}: p99 is of {report.latency.calls} calls, fewer than {ENOUGH_FOR_P99}; "
                 "give a longer --duration"
             )
-        if report.enqueue is not None and report.device and report.enqueue > report.device:
+        if report.host is not None and report.device is not None and report.host > report.device:
             found.append(
-                f"{what}: the host takes {report.enqueue:.3f} ms to enqueue what the device does "
-                f"in {report.device:.3f} ms, so the host is what was measured"
+                f"{what}: the host takes {report.host:.3f} ms beside the device's "
+                f"{report.device:.3f} ms, so the host is what was measured"
             )
     return found
 
@@ -116,7 +117,7 @@ def as_json(report: LatencyReport) -> dict[str, Any]:
             for name, peer in report.peers.items()
         },
         "stages_ms": {name: rounded(value) for name, value in report.stages.items()},
-        "enqueue_ms": rounded(report.enqueue),
+        "host_ms": rounded(report.host),
         "device_ms": rounded(report.device),
         "masks": report.masks,
         "collections": report.collections,

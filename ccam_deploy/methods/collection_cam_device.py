@@ -82,7 +82,7 @@ class DeviceCollectionCAM:
 
     def _pipeline(self, slot: Slot, use: Use, options: CollectionCAMOptions) -> Pipeline:
         """The slot's pipeline for some options, made when they are first asked for."""
-        key = self._batch_size, use, options
+        key = self._batch_size, use, options, self._cuda_graphs
         found: Pipeline | None = slot.kept.pop(key, None)
         if found is None:
             while len(slot.kept) >= _PIPELINES_AT_MOST:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
@@ -13,6 +14,7 @@ from PIL import Image
 import ccam_deploy as ccam
 from ccam_deploy.errors import OptionError
 from ccam_deploy.evaluate import latency, latency_report
+from ccam_deploy.evaluate.device_floor import Passes
 from ccam_deploy.evaluate.latency import Case, LatencySettings
 from ccam_deploy.evaluate.latency_report import LatencyReport
 from tests.clock import FakeClock
@@ -37,6 +39,7 @@ class FakeExplainer:
         self.clock = clock
         self.networks = self
         self.backend = "onnxruntime-cpu"
+        self.slots: object = None
         self.forwards: list[int] = []
 
     def preprocess(self, pictures: list[Image.Image]) -> tuple[Any, tuple[()]]:
@@ -110,7 +113,7 @@ def test_figures_by_hand() -> None:
         {"preprocess": 2, "passes": 8, "classifier": 28, "between": 10}
     )
     assert report.samples["latency"] == [48, 48, 48]
-    assert (report.gpu, report.enqueue, report.device) == (None, None, None)
+    assert (report.gpu, report.host, report.device) == (None, None, None)
 
 
 def test_batches() -> None:
@@ -184,6 +187,40 @@ def test_threads_share_the_explainer() -> None:
     assert report.latency.calls == 9
 
 
+def test_on_a_gpu_stages_come_from_a_run_without_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replayed graph is one stage: it tells what the device took, the other run tells on what."""
+    clock = FakeClock()
+    replaying, plain = FakeExplainer(clock), FakeExplainer(clock)
+    replaying.slots = object()
+    replaying.backend = "tensorrt"
+    monkeypatch.setattr(latency, "without_cuda_graphs", lambda explainer: plain)
+    floors: list[Passes] = []
+
+    def on_device(slots: object, passes: Passes) -> Callable[[], None]:
+        floors.append(passes)
+        return clock.taking([1] * 99)
+
+    monkeypatch.setattr(latency, "on_device", on_device)
+    one_stage = replaying.explain
+
+    def explain(images: Any) -> Any:
+        result = one_stage(images)
+        timings = result.timings
+        result.timings = {"explain": timings["passes"] + timings["classifier"]}
+        return result
+
+    monkeypatch.setattr(replaying, "explain", explain)
+    explainer = cast(ccam.Explainer, replaying)
+    (report,) = latency.measure(explainer, [picture(0)], ONE_ROUND, now=clock)
+    assert set(report.stages) == {"preprocess", "passes", "classifier", "between"}
+    assert report.device == pytest.approx(36)
+    assert report.host == pytest.approx(12)
+    assert report.floor.median == pytest.approx(1000)
+    assert floors[0].owner.tolist() == [0] * MASKS
+    assert floors[0].one_hot.tolist() == [[0, 0, 0, 1, 0]]
+    assert floors[0].chunk == FakeExplainer.batch_size
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
@@ -219,7 +256,7 @@ def test_a_steady_measurement_is_not_doubted(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("os.cpu_count", lambda: 4)
     assert doubts_of() == doubts_of(2.0) == doubts_of(None) == []
     assert doubts_of(spreads={"latency": 0.1}) == []
-    assert doubts_of(enqueue=1.0, device=1.1) == []
+    assert doubts_of(host=1.0, device=1.1) == []
 
 
 def test_doubts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,8 +267,8 @@ def test_doubts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert doubts_of(spreads={"latency": 0.2, "floor": 0.05, "torch": 0.11}) == [
         "batch 1: the middle half is wider than 10% of the median: latency 20%, torch 11%"
     ]
-    assert doubts_of(enqueue=1.5, device=1.1) == [
-        "batch 1: the host takes 1.500 ms to enqueue what the device does in 1.100 ms, "
+    assert doubts_of(host=1.5, device=1.1) == [
+        "batch 1: the host takes 1.500 ms beside the device's 1.100 ms, "
         "so the host is what was measured"
     ]
     (short,) = measured([picture(0)], ONE_ROUND)

@@ -44,3 +44,25 @@ def ssim(one: Floats, other: Floats) -> float:
     )
     margin = _WINDOW // 2
     return float(quality[margin:-margin, margin:-margin].mean())
+
+
+def top_overlap(one: Floats, other: Floats) -> float:
+    """Share that the most salient pixels of two maps of one shape have in common, in [0, 1].
+
+    With A and B the k highest pixels of each, k being a tenth of all rounded up: |A ∩ B| / k.
+    Pixels that tie for the last places have equal parts in them, so that two flat maps count as
+    equal, and a flat map has a tenth in common with any other. NaN where a map holds NaN.
+    """
+    if np.isnan(one).any() or np.isnan(other).any():
+        return float("nan")
+    count = -(-one.size // 10)
+    parts = [_parts(np.asarray(values).ravel(), count) for values in (one, other)]
+    return float(np.minimum(*parts).sum() / count)
+
+
+def _parts(values: Floats, count: int) -> NDArray[np.float64]:
+    """The part that each value has in the `count` highest ones; the parts add up to `count`."""
+    last = np.partition(values, -count)[-count]
+    above, equal = values > last, values == last
+    parts: NDArray[np.float64] = above + equal * ((count - above.sum()) / equal.sum())
+    return parts

@@ -1,4 +1,4 @@
-"""Spearman's correlation and SSIM against SciPy and scikit-image."""
+"""Spearman's correlation and SSIM against SciPy and scikit-image, top pixels by hand."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis.extra.numpy import arrays
 from scipy.ndimage import gaussian_filter
 from scipy.stats import spearmanr
 
-from ccam_deploy.evaluate.similarity import spearman, ssim
+from ccam_deploy.evaluate.similarity import spearman, ssim, top_overlap
 from tests.helpers import Floats
 
 metrics = pytest.importorskip("skimage.metrics", reason="scikit-image is not installed")
@@ -90,8 +90,51 @@ def test_ssim_needs_its_window() -> None:
         ssim(small, small)
 
 
+def row(*values: float) -> Floats:
+    return np.array([values], np.float32)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "share"),
+    [
+        # Ten pixels: the highest one.
+        (row(1, 9, 2, 3, 4, 5, 6, 7, 8, 0), row(0, 1, 0, 0, 0, 0, 0, 0, 0, 0), 1),
+        (row(1, 9, 2, 3, 4, 5, 6, 7, 8, 0), row(1, 0, 0, 0, 0, 0, 0, 0, 0, 0), 0),
+        # Eleven: a tenth is rounded up to two. Places 1 and 8 against places 1 and 7.
+        (row(1, 9, 2, 3, 4, 5, 6, 7, 8, 0, 0), row(0, 2, 0, 0, 0, 0, 0, 1, 0, 0, 0), 1 / 2),
+        # One place for two equal pixels: each has half of it, and meets a pixel that has all.
+        (row(7, 7, 2, 3, 4, 5, 6, 1, 1, 0), row(9, 1, 0, 0, 0, 0, 0, 0, 0, 0), 1 / 2),
+        # Half of place 0 and half of 1 against thirds of 1, 2 and 3: a third is common.
+        (row(7, 7, 2, 3, 4, 5, 6, 1, 1, 0), row(0, 9, 9, 9, 0, 0, 0, 0, 0, 0), 1 / 3),
+        # Two places of eleven: place 0, and thirds of 1, 2 and 3, against places 0 and 3.
+        (row(9, 8, 8, 8, 0, 0, 0, 0, 0, 0, 0), row(9, 0, 0, 8, 0, 0, 0, 0, 0, 0, 0), 4 / 3 / 2),
+    ],
+)
+def test_top_overlap_by_hand(one: Floats, other: Floats, share: float) -> None:
+    assert top_overlap(one, other) == pytest.approx(share)
+    assert top_overlap(other, one) == pytest.approx(share)
+
+
+def test_top_overlap_of_flat_maps() -> None:
+    flat, varied = np.full((10, 30), 0.3, np.float32), smooth(0, 10, 30)
+    assert top_overlap(flat, flat - 0.3) == pytest.approx(1)
+    assert top_overlap(flat, varied) == pytest.approx(0.1)
+
+
+@given(st.integers(1, 40), st.integers(0, 2**31))
+def test_top_overlap_is_that_of_sets(tens: int, seed: int) -> None:
+    """Without ties, it is what two sets of places have in common."""
+    stream = np.random.default_rng(seed)
+    one, other = (stream.permutation(10 * tens).astype(np.float32) for _ in range(2))
+    sets = [set(np.flatnonzero(values >= 9 * tens).tolist()) for values in (one, other)]
+    assert top_overlap(one, other) == pytest.approx(len(sets[0] & sets[1]) / tens)
+    assert top_overlap(one, one**3) == pytest.approx(1)
+
+
 def test_what_is_not_a_number_stays_so() -> None:
     broken = smooth(5)
     broken[3, 3] = np.nan
     assert np.isnan(spearman(broken, smooth(5)))
     assert np.isnan(ssim(smooth(5), broken))
+    assert np.isnan(top_overlap(smooth(5), broken))
+    assert np.isnan(top_overlap(broken, broken))

@@ -82,12 +82,16 @@ class Networks:
         self.notes: tuple[str, ...] = ()
         self.engines = dict(engines)
         self._scale = np.float32(gradient_scale)
-        self._type = engines["backbone"].inputs[0].dtype
+        self._types = {
+            (name, spec.name): spec.dtype
+            for name, engine in engines.items()
+            for spec in engine.inputs
+        }
         self._gradient_names = [spec.name for spec in engines["gradient"].inputs]
 
     def backbone(self, images: Floats) -> Activations:
         """Run a batch of images [B, C, H, W]; see Classifier."""
-        values = self.engines["backbone"].run({"images": self._cast(images)})
+        values = self.engines["backbone"].run({"images": self._cast("backbone", "images", images)})
         logits = values.pop("logits").astype(np.float32, copy=False)
         names = [name for name in values if name.startswith("feature_")]
         features = tuple(values[name].astype(np.float32, copy=False) for name in names)
@@ -97,15 +101,17 @@ class Networks:
     def gradients(self, activations: Activations, output_gradient: Floats) -> tuple[Floats, ...]:
         """Gradients [B, C, h, w] of the feature maps, one per layer; see Classifier."""
         feeds = dict(activations.residuals)
-        feeds["output_gradient"] = self._cast(output_gradient * self._scale)
+        feeds["output_gradient"] = self._cast(
+            "gradient", "output_gradient", output_gradient * self._scale
+        )
         values = self.engines["gradient"].run(feeds)
         return tuple(self._unscale(value) for value in values.values())
 
     def masked_logits(self, images: Floats, masks: Floats, owner: NDArray[np.int64]) -> Floats:
         """Logits [N, classes] of masked images; see Classifier."""
         feeds = {
-            "images": self._cast(images),
-            "masks": self._cast(masks[:, None]),
+            "images": self._cast("classifier", "images", images),
+            "masks": self._cast("classifier", "masks", masks[:, None]),
             "owner": owner,
         }
         logits = self.engines["classifier"].run(feeds)["logits"]
@@ -118,8 +124,8 @@ class Networks:
         if self.slots is not None:
             self.slots.close()
 
-    def _cast(self, values: Floats) -> Array:
-        return values.astype(self._type, copy=False)
+    def _cast(self, graph: str, tensor: str, values: Floats) -> Array:
+        return values.astype(self._types[graph, tensor], copy=False)
 
     def _unscale(self, values: Array) -> Floats:
         wide = values.astype(np.float32, copy=False)

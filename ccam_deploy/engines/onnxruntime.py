@@ -101,6 +101,9 @@ def _session(
     # A bundle's sessions and the kernels take turns: a session that goes on spinning after
     # its run only takes the cores from the next one.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # Quantised graphs run as they are written: fused, FP8 comes out wrong on a CPU, and INT8 may
+    # saturate where a GPU does not.
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
     provider = check_provider(device)
     wanted: list[Any] = [provider]
     if device == "cuda":  # it hands operators that it lacks to the CPU

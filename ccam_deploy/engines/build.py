@@ -73,7 +73,7 @@ def build(
     """
     chosen = settings or BuildSettings()
     chosen.check(library)
-    targets = library.targets(chosen.devices)
+    targets = library.targets(chosen.devices, precision)
     current = selection.current_plans(bundle, library, targets, precision, chosen.max_batch)
     if current and not chosen.force:
         return Built(bundle, current, fresh=False)
@@ -116,7 +116,7 @@ def _build(
 ) -> dict[str, bytes]:
     """The plan of each graph."""
     tuned_for = plans.profiles(settings.max_batch)
-    targets = library.targets(settings.devices)
+    targets = library.targets(settings.devices, precision)
     timings = None if settings.timing_cache is None else TimingCache(settings.timing_cache)
     built = {}
     for graph, file in bundle.precision(precision).graphs.items():

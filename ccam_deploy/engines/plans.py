@@ -91,10 +91,11 @@ class Library:
         """
         return not self.capabilities
 
-    def targets(self, devices: Sequence[str]) -> tuple[str, ...]:
+    def targets(self, devices: Sequence[str], precision: str = "fp32") -> tuple[str, ...]:
         """The compute capabilities to build for: those named, else all that can be from 8.0 on.
 
-        Turing has no float32 matrix products in TensorRT-RTX, so it must be named.
+        Turing has no float32 matrix products in TensorRT-RTX, so it must be named. FP8 needs 8.9
+        or newer.
 
         Raises OptionError for one that is unknown, BackendError where a GPU is needed and missing.
         """
@@ -103,16 +104,25 @@ class Library:
             here = present_device()
             if any(device != here for device in devices):
                 raise OptionError(f"{self.flavour} builds for the GPU that is here, {here}, alone")
-            return (here,)
+            devices = (here,)
+            known = {here: None}
         for device in devices:
             if device not in known:
                 raise OptionError(
                     f"{self.flavour} does not support compute capability {device}; "
                     f"it supports {', '.join(known)}"
                 )
-        return tuple(
-            device for device in known if (device in devices if devices else device != TURING)
-        )
+            if precision == "fp8" and not _has_fp8(device):
+                raise OptionError(
+                    f"compute capability {device} has no FP8, which 8.9 and newer have; use int8"
+                )
+        usual = [d for d in known if d != TURING and (precision != "fp8" or _has_fp8(d))]
+        return tuple(device for device in known if device in (devices or usual))
+
+
+def _has_fp8(device: str) -> bool:
+    major, _, minor = device.partition(".")
+    return (int(major), int(minor)) >= (8, 9)
 
 
 def present_device() -> str:

@@ -210,6 +210,17 @@ def test_all_capabilities_are_the_default(rtx: plans.Library) -> None:
     assert rtx.targets(("8.9", "8.6", "8.9")) == ("8.6", "8.9")
 
 
+def test_fp8_is_built_for_gpus_that_have_it(rtx: plans.Library) -> None:
+    chosen = rtx.targets((), "fp8")
+    assert {"8.9", "12.0"} <= set(chosen)
+    assert not {"7.5", "8.0", "8.6"} & set(chosen)
+    assert rtx.targets(("8.6",), "int8") == ("8.6",)
+    with pytest.raises(
+        OptionError, match=r"^compute capability 8\.6 has no FP8, which 8\.9 and new"
+    ):
+        rtx.targets(("8.9", "8.6"), "fp8")
+
+
 def test_missing_library_says_what_to_install() -> None:
     try:
         import tensorrt  # noqa: F401

@@ -30,7 +30,7 @@ GRAPHS = ("backbone", "gradient", "classifier")
 
 Positive = Annotated[int, msgspec.Meta(gt=0)]
 Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
-PrecisionName = Literal["fp32", "fp16"]
+PrecisionName = Literal["fp32", "fp16", "int8", "fp8"]
 Resize = Literal["crop", "stretch"]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 
@@ -63,13 +63,15 @@ class Layer:
 
 @dataclass(frozen=True)
 class Fidelity:
-    """How far graphs were from PyTorch on the calibration images, and the tolerance they met.
+    """How far graphs were from PyTorch in float32 on the calibration images.
 
     logits, masked_logits, features, gradients: relative error in the Euclidean norm; for the last
         two per layer, the median over images.
     saliency_rank, worst_saliency_rank: Spearman correlation of the saliency, of the median and the
         worst image; a partition is a choice, and where two are nearly as good, rounding makes it.
     saliency_similarity: structural similarity (SSIM) of the saliency, of the median image.
+    saliency_overlap: share of the most salient tenth of the pixels that both have, of the median
+        image.
     partitions: share of the partitions that were equal.   images: how many images were compared.
     """
 
@@ -79,6 +81,7 @@ class Fidelity:
     gradients: tuple[float, ...]
     saliency_rank: float
     saliency_similarity: float
+    saliency_overlap: float
     worst_saliency_rank: float
     partitions: float
     images: int
@@ -88,6 +91,7 @@ class Fidelity:
 class Precision:
     """The graphs of one numeric type.
 
+    In "int8" and "fp8" the classifier has 8-bit products; the other graphs are those of "fp16".
     graphs: graph name -> file.   gradient_scale: the power of two that gradients are multiplied
         by inside the graph, so that half precision does not lose small ones.
     baseline_logits: logits of the baseline, an input of zeros.

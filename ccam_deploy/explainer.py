@@ -345,8 +345,9 @@ def load(
     """Open a bundle and its engines.
 
     backend: "auto" for the best that works here, or a backend by name.
-    precision: "fp32", or "fp16" where the bundle has it.   batch_size: how many images, and how
-        many masked images, go through an engine at a time; it bounds memory.
+    precision: "fp32", or "fp16", "int8" or "fp8" where the bundle has it.
+    batch_size: how many images, and how many masked images, go through an engine at a time; it
+        bounds memory.
     threads: threads inside an operator on a CPU; 0 lets the engine choose.
     slots: how many calls run on a GPU at a time, each on a stream with buffers of its own; more
         wait. A CPU's engines are shared by all.

@@ -190,7 +190,7 @@ def _json(folder: Path) -> dict[str, Any]:
         ("input", [3, 32], "Expected `array` of length 3 - at `$.input`"),
         ("labels", "ant", "Expected `array`, got `str` - at `$.labels`"),
         ("files", {"x": {"bytes": 1, "sha256": "00"}}, "Expected `str` matching regex"),
-        ("precisions", {"fp8": {}}, "Invalid enum value 'fp8'"),
+        ("precisions", {"fp4": {}}, "Invalid enum value 'fp4'"),
         ("layers", [], "it lists no layers or no graphs"),
     ],
 )

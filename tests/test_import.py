@@ -37,7 +37,7 @@ HOMES = {
     "torchvision": {"export"},
     "onnxscript": {"export"},
     "onnx_ir": {"export"},
-    "onnxruntime": {"engines"},
+    "onnxruntime": {"engines", "export"},
     "matplotlib": {"evaluate"},
     "click": {"cli"},
 }

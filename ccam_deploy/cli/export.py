@@ -108,7 +108,8 @@ class _Numbers(click.ParamType[tuple[float, ...]]):
 @click.option(
     "--precision",
     type=click.Choice(PRECISIONS),
-    help="fp16 adds half-precision graphs to the fp32 ones.  [default: fp32]",
+    help="fp16 adds half-precision graphs to the fp32 ones; int8 or fp8 add those and an 8-bit "
+    "classifier graph.  [default: fp32]",
 )
 @click.option(
     "--output",

@@ -49,7 +49,7 @@ def _text(bundle: Bundle) -> str:
     layers += [(x.name, str(x.channels), str(x.height), str(x.width)) for x in manifest.layers]
     names = list(manifest.precisions)
     reports = [manifest.precisions[name].fidelity for name in names]
-    comparison: list[tuple[str, ...]] = [("against PyTorch", *names)]
+    comparison: list[tuple[str, ...]] = [("against PyTorch in float32", *names)]
     for title, values in (
         ("logits, relative error", [f"{r.logits:.1e}" for r in reports]),
         ("masked logits", [f"{r.masked_logits:.1e}" for r in reports]),
@@ -59,6 +59,7 @@ def _text(bundle: Bundle) -> str:
         ("saliency, rank correlation", [f"{r.saliency_rank:.4f}" for r in reports]),
         ("  of the worst image", [f"{r.worst_saliency_rank:.4f}" for r in reports]),
         ("saliency, SSIM", [f"{r.saliency_similarity:.4f}" for r in reports]),
+        ("saliency, top 10 % in common", [f"{r.saliency_overlap:.1%}" for r in reports]),
         ("images", [str(r.images) for r in reports]),
     ):
         comparison.append((title, *values))

@@ -15,9 +15,9 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 # Repeated from modules whose imports would slow --help down; a test holds them equal.
 BACKENDS = ("auto", "tensorrt", "tensorrt-rtx", "onnxruntime-cuda", "onnxruntime-cpu")
-PRECISIONS = ("fp32", "fp16")
 TENSORRT = ("tensorrt", "tensorrt-rtx")
 MAX_BATCH = 8
+PRECISIONS = ("fp32", "fp16", "int8", "fp8")
 BATCH_SIZE = 16
 COLORMAP = "jet"
 OPACITY = 0.5

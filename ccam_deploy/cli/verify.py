@@ -44,7 +44,9 @@ def verify(bundle: Path, backend: str, threads: int, as_json: bool) -> None:
                 f"{kind} on {networks.backend}: logits {report.logits:.1e}, "
                 f"masked logits {report.masked_logits:.1e}, features {max(report.features):.1e}, "
                 f"gradients {max(report.gradients):.1e}, "
-                f"saliency rank correlation {report.saliency_rank:.4f}"
+                f"saliency rank correlation {report.saliency_rank:.4f}, "
+                f"SSIM {report.saliency_similarity:.4f}, "
+                f"top 10 % in common {report.saliency_overlap:.1%}"
             )
     if as_json:
         print_json({"files": len(opened.manifest.files), "graphs": reports})

@@ -16,12 +16,22 @@ from numpy.typing import NDArray
 from ccam_deploy.bundle import Bundle, Fidelity
 from ccam_deploy.engines import Classifier
 from ccam_deploy.errors import IntegrityError, brief
-from ccam_deploy.evaluate.similarity import spearman, ssim
+from ccam_deploy.evaluate.similarity import spearman, ssim, top_overlap
 from ccam_deploy.kernels import cpu
 from ccam_deploy.methods import Batch, CollectionCAM, Stopwatch
 
 Floats = NDArray[np.float32]
 
+_HALF = {
+    "logits": 2e-2,
+    "masked_logits": 2e-2,
+    "features": 2e-2,
+    "gradients": 0.3,
+    "saliency_rank": 0.9,
+    "saliency_similarity": 0.8,
+    "saliency_overlap": 0.8,
+}
+_EIGHT_BITS = {**_HALF, "masked_logits": 0.2}
 TOLERANCE = {
     "fp32": {
         "logits": 1e-4,
@@ -30,17 +40,13 @@ TOLERANCE = {
         "gradients": 1e-2,
         "saliency_rank": 0.99,
         "saliency_similarity": 0.98,
+        "saliency_overlap": 0.95,
     },
-    "fp16": {
-        "logits": 2e-2,
-        "masked_logits": 2e-2,
-        "features": 2e-2,
-        "gradients": 0.3,
-        "saliency_rank": 0.9,
-        "saliency_similarity": 0.8,
-    },
+    "fp16": _HALF,
+    "int8": _EIGHT_BITS,
+    "fp8": _EIGHT_BITS,
 }
-_AT_LEAST = ("saliency_rank", "saliency_similarity")
+_AT_LEAST = ("saliency_rank", "saliency_similarity", "saliency_overlap")
 
 
 @dataclass(frozen=True)
@@ -131,6 +137,7 @@ def compare(got: Observation, expected: Observation) -> Fidelity:
         gradients=tuple(map(_median_error, got.gradients, expected.gradients)),
         saliency_rank=float(np.median(ranks)),
         saliency_similarity=float(np.median([ssim(one, other) for one, other in pairs])),
+        saliency_overlap=float(np.median([top_overlap(one, other) for one, other in pairs])),
         worst_saliency_rank=float(np.min(ranks)),
         partitions=float(np.mean(same)),
         images=len(got.images),

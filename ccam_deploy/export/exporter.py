@@ -10,6 +10,7 @@ from importlib import metadata, resources
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 from PIL import Image
@@ -38,6 +39,7 @@ from ccam_deploy.evaluate.fidelity import Observation
 from ccam_deploy.export import graphs as onnx_graphs
 from ccam_deploy.export import layers as target_layers
 from ccam_deploy.export import program as programs
+from ccam_deploy.export import quantise as quantisation
 from ccam_deploy.export.program import Program
 from ccam_deploy.export.reference import TorchClassifier
 from ccam_deploy.export.sources import Model
@@ -49,6 +51,12 @@ COVER = 0.875
 RECORDED_IMAGES = 2
 MAX_CALIBRATION_IMAGES = 16
 _DTYPES: dict[PrecisionName, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16}
+_WANTED: dict[str, tuple[PrecisionName, ...]] = {
+    "fp32": ("fp32",),
+    "fp16": ("fp32", "fp16"),
+    "int8": ("fp32", "fp16", "int8"),
+    "fp8": ("fp32", "fp16", "fp8"),
+}
 _REFERENCE = "reference.npz"
 _LARGEST_SCALE = 2.0**15
 _WANTED_PEAK = 256.0
@@ -115,12 +123,13 @@ def export(
     output: the bundle's folder; a bundle that is there is replaced.
     input_size: height, width, 224×224 by default; a program has its own.
     layers: names of the target layers, found automatically by default.
-    precision: "fp32", or "fp16" for half-precision graphs as well.
+    precision: "fp32"; "fp16" for half-precision graphs as well; "int8" or "fp8" for those and a
+        classifier graph in 8 bits, calibrated on the calibration images under their masks.
     Raises an ExportError where the model cannot be exported or the graphs do not agree with it,
     BundleError where the bundle cannot be written; nothing is left behind then.
     """
-    if precision not in _DTYPES:
-        raise OptionError(f'precision "{precision}" is unknown; there are {", ".join(_DTYPES)}')
+    if precision not in _WANTED:
+        raise OptionError(f'precision "{precision}" is unknown; there are {", ".join(_WANTED)}')
     if input_size and min(input_size) < imaging.MIN_SIDE:
         raise OptionError(f"input_size is {input_size}; both must be {imaging.MIN_SIDE} or more")
     bundles.check_place(output)
@@ -138,32 +147,27 @@ def export(
         )
     found = target_layers.find(program, layers)
     names = [layer.name for layer in found]
-    wanted: list[PrecisionName] = ["fp32"] if precision == "fp32" else ["fp32", "fp16"]
     converted = {}
-    for kind in wanted:
-        chosen.progress(f"converting the {kind} graphs of {', '.join(names)}")
-        converted[kind] = onnx_graphs.convert(program, found, _DTYPES[kind])
+    for kind, dtype in _DTYPES.items():
+        if kind in _WANTED[precision]:
+            chosen.progress(f"converting the {kind} graphs of {', '.join(names)}")
+            converted[kind] = onnx_graphs.convert(program, found, dtype)
     preprocessing = _preprocessing(chosen, program)
     images = _calibration(chosen, program, preprocessing)
     chosen.progress(f"explaining {len(images)} calibration images with PyTorch")
     expected, baseline = _reference(exported, names, images)
-    scales = {"fp32": 1.0, "fp16": _gradient_scale(expected)}
     with bundles.staged(output) as folder:
-        files = {}
-        with closing(onnx_graphs.WeightFile(folder / WEIGHTS)) as weights:
-            for kind, models in converted.items():
-                chosen.progress(f"writing the {kind} graphs")
-                suffix = "" if kind == "fp32" else f".{kind}"
-                files[kind] = onnx_graphs.write(models, folder, weights, suffix)
+        files = _write(_WANTED[precision], converted, expected, folder, chosen.progress)
         fidelity.save(folder / _REFERENCE, _first(expected, RECORDED_IMAGES))
         precisions = {}
         for kind, graphs in files.items():
             chosen.progress(f"checking the {kind} graphs against PyTorch")
             tolerance = {**fidelity.TOLERANCE[kind], **chosen.tolerance.get(kind, {})}
+            scale = 1.0 if kind == "fp32" else _gradient_scale(expected)
             paths = {name: folder / file for name, file in graphs.items()}
-            report = _check(kind, paths, scales[kind], expected, names, tolerance)
+            report = _check(kind, paths, scale, expected, names, tolerance)
             precisions[kind] = Precision(
-                graphs, scales[kind], tuple(baseline), report, tolerance, _REFERENCE
+                graphs, scale, tuple(baseline), report, tolerance, _REFERENCE
             )
         manifest = Manifest(
             format=FORMAT,
@@ -239,6 +243,33 @@ def _reference(
     if not np.isfinite([baseline, *logits]).all():
         raise SourceError("the model gives NaN or infinite logits on the calibration images")
     return fidelity.observe(classifier, images, names), [float(value) for value in baseline]
+
+
+def _write(
+    wanted: Sequence[PrecisionName],
+    converted: Mapping[PrecisionName, onnx_graphs.Graphs],
+    expected: Observation,
+    folder: Path,
+    progress: Callable[[str], None],
+) -> dict[PrecisionName, dict[str, str]]:
+    """Write the graphs of each precision and their weights; returns graph name -> file name."""
+    models: dict[PrecisionName, list[tuple[str, ir.Model]]] = {
+        kind: list(graphs.items()) for kind, graphs in converted.items()
+    }
+    for eight in quantisation.KINDS:
+        if eight in wanted:
+            progress(f"calibrating the {eight} classifier on {len(expected.images)} masked images")
+            batches = quantisation.masked_batches(expected)
+            quantised = quantisation.quantise(converted["fp16"].classifier, batches, eight)
+            models[eight] = [("classifier", quantised)]
+    files: dict[PrecisionName, dict[str, str]] = {}
+    with closing(onnx_graphs.WeightFile(folder / WEIGHTS)) as weights:
+        for kind, own in models.items():
+            progress(f"writing the {kind} graphs")
+            suffix = "" if kind == "fp32" else f".{kind}"
+            written = onnx_graphs.write(own, folder, weights, suffix)
+            files[kind] = written if kind in converted else files["fp16"] | written
+    return files
 
 
 def _gradient_scale(expected: Observation) -> float:

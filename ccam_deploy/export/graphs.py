@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -238,10 +238,12 @@ class WeightFile:
         return self._places[digest]
 
 
-def write(graphs: Graphs, folder: Path, weights: WeightFile, suffix: str = "") -> dict[str, str]:
-    """Write the models into a folder; returns graph name -> file name."""
+def write(
+    graphs: Iterable[tuple[str, ir.Model]], folder: Path, weights: WeightFile, suffix: str = ""
+) -> dict[str, str]:
+    """Write named models into a folder; returns graph name -> file name."""
     files = {}
-    for name, model in graphs.items():
+    for name, model in graphs:
         files[name] = f"{name}{suffix}.onnx"
         weights.move_weights(model)
         ir.save(model, folder / files[name])

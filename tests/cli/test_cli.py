@@ -247,6 +247,49 @@ def test_info(tiny_bundle: Path) -> None:
     assert manifest == json.loads((tiny_bundle / "manifest.json").read_text())
 
 
+def test_info_compares_the_precisions(tiny_bundle: Path, here: Path) -> None:
+    """A column for each, with what the manifest records."""
+    folder = shutil.copytree(tiny_bundle, here / "tiny")
+    manifest = bundles.read(folder).manifest
+    whole = manifest.precisions["fp32"]
+    report = replace(
+        whole.fidelity,
+        logits=0.015,
+        masked_logits=0.25,
+        features=(0.001, 0.002),
+        gradients=(0.3, 0.04),
+        saliency_rank=0.98765,
+        worst_saliency_rank=0.5,
+        saliency_similarity=0.87654,
+        saliency_overlap=0.7654,
+        partitions=0.75,
+    )
+    both: dict[bundles.PrecisionName, bundles.Precision] = {
+        "fp32": whole,
+        "int8": replace(whole, fidelity=report),
+    }
+    bundles.write_manifest(folder, replace(manifest, precisions=both))
+    lines = success("info", folder).stdout.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("against PyTorch"))
+    assert lines[start].split() == ["against", "PyTorch", "in", "float32", "fp32", "int8"]
+    last = {line[:29].strip(): line.split()[-1] for line in lines[start:]}
+    assert last == {
+        "against PyTorch in float32": "int8",
+        "logits, relative error": "1.5e-02",
+        "masked logits": "2.5e-01",
+        "features, worst layer": "2.0e-03",
+        "gradients, worst layer": "3.0e-01",
+        "equal partitions": "75.0%",
+        "saliency, rank correlation": "0.9877",
+        "of the worst image": "0.5000",
+        "saliency, SSIM": "0.8765",
+        "saliency, top 10 % in common": "76.5%",
+        "images": "2",
+    }
+    recorded = json.loads(success("info", folder, "--json").stdout)["precisions"]
+    assert recorded["int8"]["fidelity"]["saliency_overlap"] == 0.7654
+
+
 def test_verify(tiny_bundle: Path, here: Path) -> None:
     last = success("verify", tiny_bundle).stdout.splitlines()[-1]
     assert last == f"{tiny_bundle}: 5 files and all graphs are as exported"
@@ -339,6 +382,11 @@ def test_verify(tiny_bundle: Path, here: Path) -> None:
         ),
         (["explain", "tiny", "one.png", "--output", "text.pt"], "'text.pt' is a file. See ccam-"),
         (["explain", "tiny", "one.png", "--precision", "fp16"], "the bundle has no fp16 graphs"),
+        (
+            ["explain", "tiny", "one.png", "--precision", "int8"],
+            "the bundle has no int8 graphs, only fp32; export with --precision int8",
+        ),
+        (["explain", "tiny", "one.png", "--precision", "int4"], "'fp32', 'fp16', 'int8', 'fp8'"),
         (["explain", "tiny", "one.png", "--colour"], "See ccam-deploy explain --help"),
         (["explain", "tiny"], "Missing argument 'IMAGES...'. See ccam-deploy explain --help"),
         (["explane"], "No such command 'explane'"),

@@ -62,6 +62,7 @@ def test_an_observation_agrees_with_itself() -> None:
     assert report.saliency_rank == pytest.approx(1)
     assert report.worst_saliency_rank == pytest.approx(1)
     assert report.saliency_similarity == pytest.approx(1)
+    assert report.saliency_overlap == pytest.approx(1)
     assert (report.partitions, report.images) == (1, 3)
     assert fidelity.failures(report, TOLERANCE, LAYERS) == []
 
@@ -86,6 +87,7 @@ def test_differences_by_hand() -> None:
     assert report.gradients == pytest.approx((2, 0), rel=1e-6)
     assert report.saliency_rank == pytest.approx(-1)
     assert report.saliency_similarity < 0.5
+    assert report.saliency_overlap == 0
     assert report.partitions == pytest.approx(5 / 6)
     assert fidelity.failures(report, {"logits": 0.05, "gradients": 0.01}, LAYERS) == [
         "logits 0.1 is above 0.05",

@@ -276,7 +276,9 @@ def test_settings_that_do_not_fit(tmp_path: Path, settings: dict[str, Any], mess
 
 
 def test_arguments_that_do_not_fit(tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match=r'^precision "fp64" is unknown; there are fp32, fp16$'):
+    with pytest.raises(
+        OptionError, match=r'^precision "fp64" is unknown; there are fp32, fp16, int8, fp8$'
+    ):
         export(tiny(), tmp_path / "bundle", SIZE, None, "fp64")
     with pytest.raises(OptionError, match=r"^input_size is \(4, 48\); both must be 8 or more$"):
         export(tiny(), tmp_path / "bundle", (4, 48))
@@ -302,7 +304,7 @@ RECIPE = 'name = "n"\narch = "tests.helpers:tiny"\n[input]\nsize = [32, 48]\n'
         ("labls = []\n" + RECIPE, "unknown field `labls`"),
         (RECIPE.replace("[32, 48]", "32"), "Expected `array`, got `int` - at `$.input.size`"),
         (RECIPE.replace("32", "0"), "Expected `int` >= 1 - at `$.input.size[0]`"),
-        ('precision = "int8"\n' + RECIPE, "Invalid enum value 'int8' - at `$.precision`"),
+        ('precision = "int4"\n' + RECIPE, "Invalid enum value 'int4' - at `$.precision`"),
         (RECIPE + "[tolerance.fp32]\nlogits = -1\n", "Expected `float` >= 0.0"),
     ],
 )

@@ -1,0 +1,183 @@
+"""The classifier graph in 8 bits: its convolutions and matrix products between Q and DQ nodes.
+
+ONNX Runtime's static quantiser puts the nodes in and finds the range of each tensor. It starts from
+the half-precision graph, so that everything else stays in half precision: TensorRT would have to
+convert back and forth between 8-bit products and float32, and moves half as many bytes. Zero points
+are 0; activations have one scale a tensor, weights one for each output channel. Weights keep their
+half-precision values in front of their Q nodes, where an engine folds them: those lie in the
+bundle's file of weights already. The first product, which reads the image's few channels, and the
+last, which gives the logits, stay as they are: they are a small part of the work and a large part
+of FP8's error.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Literal, get_args
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from ccam_deploy.engines.base import Array
+from ccam_deploy.errors import BackendError, LoweringError
+from ccam_deploy.evaluate.fidelity import Observation
+from ccam_deploy.kernels import cpu
+from ccam_deploy.methods import CollectionCAMOptions
+
+Kind = Literal["int8", "fp8"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+_PRODUCTS = ("Conv", "Gemm", "MatMul")
+_KEPT = (0, -1)
+_LARGEST: dict[Kind, float] = {"int8": 127.0, "fp8": 448.0}
+_SMALLEST_SCALE = float(np.finfo(np.float16).smallest_subnormal)
+_NOT_TO_BE_PREPARED = {"onnx.quant.pre_process": "onnxruntime.quant"}
+
+Feeds = dict[str, Array]
+
+
+def masked_batches(observed: Observation, chunk: int = 8) -> Iterator[Feeds]:
+    """What the classifier graph gets at run time: images under Collection-CAM's masks for them.
+
+    observed: feature maps and gradients, not their summary.   chunk: the most masks at a time.
+    Yields inputs of the half-precision graph; each image comes whole as well.
+    """
+    for row in range(len(observed.images)):
+        image = observed.images[row : row + 1].astype(np.float16)
+        masks = _masks(observed, row).astype(np.float16)
+        for start in range(0, len(masks), chunk):
+            part = masks[start : start + chunk, None]
+            yield {"images": image, "masks": part, "owner": np.zeros(len(part), np.int64)}
+
+
+def _masks(observed: Observation, row: int) -> NDArray[np.float32]:
+    """One image's masks [N, H, W], the first of them all ones."""
+    height, width = observed.images.shape[2:]
+    found = [np.ones((1, height, width), np.float32)]
+    for index, labels in enumerate(observed.labels):
+        sums = cpu.collection_sums(
+            observed.features[index][row],
+            observed.gradients[index][row],
+            labels[row],
+            int(labels[row].max()) + 1,
+            final=index == len(observed.labels) - 1,
+        )
+        masks, flat = cpu.render_masks(sums, (height, width), CollectionCAMOptions().theta)
+        found.append(masks[~flat])
+    return np.concatenate(found)
+
+
+def quantise(classifier: ir.Model, batches: Iterable[Feeds], kind: Kind) -> ir.Model:
+    """Put Q and DQ nodes into a half-precision classifier graph, which is left as it was.
+
+    batches: inputs to measure activations on; only their ranges are kept.
+    "fp8" is float8e4m3fn. Raises LoweringError for a graph without anything to quantise,
+    BackendError without ONNX Runtime.
+    """
+    products = [node for node in classifier.graph if _is_product(node)]
+    if len(products) <= len(_KEPT):
+        raise LoweringError(
+            f"the model has {len(products)} convolutions and matrix products; the first and the "
+            f"last stay in half precision, which leaves none for {kind}"
+        )
+    try:
+        from onnxruntime import quantization
+    except ImportError as error:
+        raise BackendError(
+            f"{kind} graphs need ONNX Runtime: pip install ccam-deploy[cpu]"
+        ) from error
+    with tempfile.TemporaryDirectory(prefix="ccam-deploy-") as folder:
+        source, target = Path(folder) / "half.onnx", Path(folder) / "quantised.onnx"
+        prepared = ir.Model(
+            classifier.graph,
+            ir_version=classifier.ir_version,
+            metadata_props=dict(_NOT_TO_BE_PREPARED),
+        )
+        ir.save(prepared, source, external_data="half.bin")
+        quantization.quantize_static(
+            source,
+            target,
+            _Reader(batches),
+            quant_format=quantization.QuantFormat.QDQ,
+            calibrate_method=quantization.CalibrationMethod.MinMax,
+            activation_type=quantization.QuantType.QInt8,
+            weight_type=quantization.QuantType.QInt8,
+            per_channel=True,
+            op_types_to_quantize=list(_PRODUCTS),
+            nodes_to_exclude=[products[place].name for place in _KEPT],
+            use_external_data_format=True,
+            extra_options={
+                "ActivationSymmetric": True,
+                "WeightSymmetric": True,
+                "QuantizeBias": False,
+                "AddQDQPairToWeight": True,
+                "MatMulConstBOnly": True,
+                "OpTypesToExcludeOutputQuantization": list(_PRODUCTS),
+            },
+        )
+        quantised = ir.load(target)
+        ir.external_data.load_to_model(quantised)
+    quantised.metadata_props.clear()
+    quantised.producer_name, quantised.producer_version = classifier.producer_name, None
+    _set_scales(quantised, _LARGEST[kind])
+    if kind == "fp8":
+        _to_float8(quantised)
+    return quantised
+
+
+def _is_product(node: ir.Node) -> bool:
+    """Whether a node multiplies by weights."""
+    if node.op_type not in _PRODUCTS:
+        return False
+    weights = node.inputs[1]
+    return weights is not None and weights.const_value is not None
+
+
+class _Reader:
+    """Hands calibration data to the quantiser."""
+
+    def __init__(self, batches: Iterable[Feeds]) -> None:
+        self._batches = iter(batches)
+
+    def get_next(self) -> Feeds | None:
+        """The next inputs, None after the last."""
+        return next(self._batches, None)
+
+
+def _set_scales(model: ir.Model, largest: float) -> None:
+    """Let the largest value of each tensor, or of each channel of weights, become `largest`.
+
+    Weights are measured here: some versions of the quantiser take a scale that is subnormal in
+    half precision for 0, and write 1 in its place.
+    """
+    for node in model.graph:
+        if node.op_type != "QuantizeLinear":
+            continue
+        values, scale, _ = node.inputs
+        assert values is not None and scale is not None and scale.const_value is not None
+        if values.const_value is None:
+            wanted = scale.const_value.numpy().astype(np.float32) * (_LARGEST["int8"] / largest)
+        else:
+            weights = np.abs(values.const_value.numpy().astype(np.float32))
+            axis = node.attributes.get_int("axis", 1) % weights.ndim
+            others = tuple(a for a in range(weights.ndim) if a != axis and scale.shape != ())
+            wanted = weights.max(axis=others or None) / largest
+        rounded = np.maximum(wanted, _SMALLEST_SCALE).astype(np.float16)
+        scale.const_value = ir.tensor(rounded, name=scale.name)
+
+
+def _to_float8(model: ir.Model) -> None:
+    """Turn 8-bit integers into float8e4m3fn."""
+    for node in model.graph:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            zero = node.inputs[2]
+            assert zero is not None and zero.const_value is not None
+            eight = np.zeros(zero.const_value.numpy().shape, ml_dtypes.float8_e4m3fn)
+            zero.const_value = ir.tensor(eight, name=zero.name)
+            zero.dtype = ir.DataType.FLOAT8E4M3FN
+        if node.op_type == "QuantizeLinear":
+            node.outputs[0].dtype = ir.DataType.FLOAT8E4M3FN

@@ -1,0 +1,293 @@
+"""8-bit classifier graphs: what is quantised, on which images, with which scales, and how well."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+import torch.nn.functional as F
+from onnx import numpy_helper
+from torch import Tensor
+
+import ccam_deploy as ccam
+from ccam_deploy import bundle as bundles
+from ccam_deploy.bundle import Bundle, PrecisionName
+from ccam_deploy.engines import plans
+from ccam_deploy.engines.onnxruntime import OnnxRuntimeEngine
+from ccam_deploy.errors import LoweringError, ToleranceError
+from ccam_deploy.evaluate import fidelity
+from ccam_deploy.evaluate.similarity import spearman
+from ccam_deploy.export import ExportSettings, export, graphs, layers, quantise, sources
+from ccam_deploy.export import program as programs
+from ccam_deploy.export import recipe as recipes
+from ccam_deploy.export.quantise import Kind
+from tests.helpers import DIGITS_LAYERS, RECIPES, TinyNet, digits_model, noise, tiny
+from tests.networks import Net
+
+SIZE = (32, 48)
+TYPES = {"int8": onnx.TensorProto.INT8, "fp8": onnx.TensorProto.FLOAT8E4M3FN}
+LARGEST = {"int8": 127, "fp8": 448}
+
+
+@pytest.fixture(scope="module", params=["int8", "fp8"])
+def kind(request: pytest.FixtureRequest) -> Kind:
+    return request.param  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module")
+def bundle(kind: Kind, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The example classifier with an 8-bit classifier graph."""
+    path = RECIPES / "digits.toml"
+    recipe = recipes.read(path)
+    folder = tmp_path_factory.mktemp("quantised") / "digits"
+    settings = recipes.settings(recipe, path.parent)
+    return export(digits_model(), folder, recipe.input.size, None, kind, settings)
+
+
+def half_classifier(model: torch.nn.Module) -> ir.Model:
+    program = programs.build(programs.trace(model, (3, *SIZE)))
+    found = layers.find(program, None)
+    return graphs.convert(program, found, torch.float16).classifier
+
+
+def batches(count: int = 2) -> Iterator[quantise.Feeds]:
+    for seed in range(count):
+        yield {
+            "images": noise(1, 3, *SIZE, seed=seed).astype(np.float16),
+            "masks": np.random.default_rng(seed).random((4, 1, *SIZE)).astype(np.float16),
+            "owner": np.zeros(4, np.int64),
+        }
+
+
+def test_only_the_classifier_is_its_own(bundle: Bundle, kind: Kind, digits_bundle: Path) -> None:
+    """Backbone and gradient are the half-precision files, and the weights lie there already."""
+    half, eight = bundle.precision("fp16"), bundle.precision(kind)
+    assert list(bundle.manifest.precisions) == ["fp32", "fp16", kind]
+    assert eight.graphs == {**half.graphs, "classifier": f"classifier.{kind}.onnx"}
+    assert (eight.gradient_scale, eight.reference) == (half.gradient_scale, half.reference)
+    assert not bundles.unlisted(bundle)
+    weights = (bundle.folder / "weights.bin").read_bytes()
+    assert weights == (digits_bundle / "weights.bin").read_bytes()
+
+
+def test_every_product_but_the_outer_ones_is_quantised(bundle: Bundle, kind: Kind) -> None:
+    model = onnx.load(bundle.path(f"classifier.{kind}.onnx"))
+    makers = {name: node for node in model.graph.node for name in node.output}
+    values = {tensor.name: tensor for tensor in model.graph.initializer}
+    products = [node for node in model.graph.node if node.op_type in ("Conv", "Gemm")]
+    assert len(products) == 14
+    for place, node in enumerate(products):
+        for index, name in enumerate(node.input[:2]):
+            outer = place in (0, len(products) - 1)
+            assert (name in makers and makers[name].op_type == "DequantizeLinear") != outer
+            if outer:
+                continue
+            back = makers[name]
+            there = makers[back.input[0]]
+            assert there.op_type == "QuantizeLinear"
+            assert there.input[1:] == back.input[1:]
+            scale, zero = (values[n] for n in there.input[1:])
+            assert zero.data_type == TYPES[kind]
+            assert not any(numpy_helper.to_array(zero).astype(np.float32).flat)
+            assert scale.data_type == onnx.TensorProto.FLOAT16
+            if index == 0:
+                assert list(scale.dims) == []
+                continue
+            weights = numpy_helper.to_array(values[there.input[0]]).astype(np.float32)
+            highest = np.abs(weights).reshape(len(weights), -1).max(1)
+            np.testing.assert_allclose(
+                numpy_helper.to_array(scale), highest / LARGEST[kind], rtol=1e-3, atol=1e-7
+            )
+    inputs = {tensor.name: tensor.type.tensor_type.elem_type for tensor in model.graph.input}
+    assert inputs["images"] == inputs["masks"] == onnx.TensorProto.FLOAT16
+    assert model.producer_name == "ccam-deploy"
+    assert not model.metadata_props
+
+
+def test_fidelity_is_recorded_and_verified(bundle: Bundle, kind: Kind) -> None:
+    """Measured with the example classifier: masked logits off by 1.5 % and 2.1 %."""
+    report, half = (bundle.precision(name).fidelity for name in (kind, "fp16"))
+    assert 10 * half.masked_logits < report.masked_logits < {"int8": 0.03, "fp8": 0.05}[kind]
+    assert (report.logits, report.features, report.gradients, report.partitions) == (
+        half.logits,
+        half.features,
+        half.gradients,
+        half.partitions,
+    )
+    assert report.saliency_rank > 0.998
+    assert report.saliency_similarity > 0.99
+    assert report.saliency_overlap > 0.95
+    with ccam.load(bundle, "onnxruntime-cpu", kind) as explainer:
+        again, phrases = fidelity.verify(bundle, explainer.networks, kind)
+    assert phrases == []
+    assert 1e-3 < again.masked_logits < {"int8": 0.03, "fp8": 0.06}[kind]
+
+
+def test_explanations_are_those_of_float32(
+    bundle: Bundle, kind: Kind, digits_images: list[np.ndarray]
+) -> None:
+    """On scenes that nothing was calibrated with."""
+    images = np.stack(digits_images)
+    with ccam.load(bundle, "onnxruntime-cpu") as explainer:
+        expected = explainer.explain(images)
+    with ccam.load(bundle, "onnxruntime-cpu", kind) as explainer:
+        got = explainer.explain(images)
+    assert got.settings["precision"] == kind
+    np.testing.assert_array_equal(got.targets, expected.targets)
+    ranks = list(map(spearman, got.saliency, expected.saliency))
+    assert np.median(ranks) > 0.99
+
+
+@pytest.fixture(scope="module")
+def digits_images() -> list[np.ndarray]:
+    scenes = pytest.importorskip("ccam_deploy.evaluate.scenes")
+    pytest.importorskip("sklearn")
+    made = scenes.make_scenes("test", 6, seed=500)
+    return [((s.image / 255 - 0.45) / 0.25).astype(np.float32).transpose(2, 0, 1) for s in made]
+
+
+def test_calibration_sees_each_image_whole_and_under_its_masks(
+    bundle: Bundle, digits_images: list[np.ndarray]
+) -> None:
+    images = np.stack(digits_images[:2])
+    with ccam.load(bundle, "onnxruntime-cpu") as explainer:
+        observed = fidelity.observe(explainer.networks, images, DIGITS_LAYERS)
+        masks = explainer.explain(images).masks
+    found = list(quantise.masked_batches(observed, 5))
+    assert max(len(feeds["masks"]) for feeds in found) == 5
+    for row in range(2):
+        own = [
+            feeds for feeds in found if np.array_equal(feeds["images"][0], images[row].astype("f2"))
+        ]
+        got = np.concatenate([feeds["masks"][:, 0] for feeds in own])
+        assert (got[0] == 1).all()
+        expected = [mask for mask in masks[row] if mask.any()]
+        np.testing.assert_allclose(got[1:], expected, atol=1e-3)
+        assert all(not feeds["owner"].any() for feeds in own)
+
+
+class Peaks(TinyNet):
+    """A TinyNet without averages and biases, which would hide what rounding does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu2(self.conv2(self.relu1(self.norm1(self.conv1(x)))))
+        return self.head(x.amax((2, 3)))  # type: ignore[no-any-return]
+
+
+def peaks() -> Peaks:
+    model = Peaks()
+    model.load_state_dict(tiny().state_dict())
+    with torch.no_grad():
+        model.head.bias.zero_()
+        model.conv2.bias.zero_()  # type: ignore[union-attr]
+    return model.eval()
+
+
+def rounded(values: Tensor, scale: Tensor, kind: Kind) -> Tensor:
+    """To the nearest number that 8 bits hold, by PyTorch."""
+    if kind == "fp8":
+        return (values / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
+    return (values / scale).round().clamp(-128, 127) * scale
+
+
+def emulated(model: ir.Model, masked: Tensor, kind: Kind) -> Tensor:
+    """What a quantised Peaks gives, by PyTorch, with the graph's weights and activations' scale."""
+    values = {
+        name: torch.tensor(value.const_value.numpy()).float()
+        for name, value in model.graph.initializers.items()
+        if value.const_value is not None and value.dtype == ir.DataType.FLOAT16
+    }
+    first = next(node for node in model.graph if node.op_type == "Conv")
+    scale = next(
+        values[str(node.inputs[1].name)]  # type: ignore[union-attr]
+        for node in model.graph
+        if node.op_type == "QuantizeLinear" and node.inputs[0].const_value is None  # type: ignore[union-attr]
+    )
+    weights, bias = (values[str(value.name)] for value in first.inputs[1:] if value is not None)
+    x = F.conv2d(masked, weights, bias, 2, 1).half().float().relu()
+    assert 0.9 * x.max() < scale * LARGEST[kind] < 1.5 * x.max()
+    weights = peaks().conv2.weight.half().float()
+    highest = weights.abs().amax((1, 2, 3), keepdim=True)
+    weights = rounded(weights, (highest / LARGEST[kind]).half().float(), kind)
+    x = F.conv2d(rounded(x, scale, kind), weights, None, 2, 1).relu()
+    return peaks().head(x.half().float().amax((2, 3)))  # type: ignore[no-any-return]
+
+
+def test_a_graph_computes_with_8_bits(kind: Kind, tmp_path: Path) -> None:
+    """ONNX Runtime's result is that of rounded values, far from that of whole ones."""
+    model = quantise.quantise(half_classifier(peaks()), batches(), kind)
+    ir.save(model, tmp_path / "classifier.onnx")
+    feeds = next(batches())
+    masked = torch.from_numpy((feeds["images"] * feeds["masks"]).astype(np.float32))
+    with torch.no_grad():
+        whole = peaks()(masked).numpy()
+        expected = emulated(model, masked, kind).numpy()
+    with OnnxRuntimeEngine(tmp_path / "classifier.onnx") as engine:
+        got = engine.run(feeds)["logits"]
+    error = fidelity.relative_error(got, whole)
+    assert error > {"int8": 3e-3, "fp8": 3e-2}[kind]
+    assert fidelity.relative_error(got, expected) < error / 2
+
+
+def test_small_weights_keep_their_8_bits(kind: Kind, tmp_path: Path) -> None:
+    """Scales below half precision's normal numbers are no zeros."""
+    model = tiny()
+    with torch.no_grad():
+        model.conv2.weight.mul_(1e-3)
+        model.conv2.bias.mul_(1e-3)  # type: ignore[union-attr]
+        model.head.weight.mul_(1e3)
+    ir.save(quantise.quantise(half_classifier(model), batches(), kind), tmp_path / "c.onnx")
+    feeds = next(batches())
+    masked = torch.from_numpy((feeds["images"] * feeds["masks"]).astype(np.float32))
+    with OnnxRuntimeEngine(tmp_path / "c.onnx") as engine, torch.no_grad():
+        error = fidelity.relative_error(engine.run(feeds)["logits"], model(masked).numpy())
+    assert error < {"int8": 0.02, "fp8": 0.06}[kind]
+
+
+def test_a_network_without_inner_products_is_refused() -> None:
+    with pytest.raises(LoweringError, match=r"has 2 convolutions and matrix products; the first"):
+        quantise.quantise(half_classifier(Net()), batches(), "int8")
+
+
+def test_a_broken_tolerance_is_named(kind: PrecisionName, tmp_path: Path) -> None:
+    settings = ExportSettings(tolerance={kind: {"masked_logits": 0}})
+    with pytest.raises(ToleranceError, match=rf"^the {kind} graphs .+: masked_logits .+ above 0$"):
+        export(TinyNet().eval(), tmp_path / "tiny", SIZE, None, kind, settings)
+    assert not list(tmp_path.iterdir())
+
+
+def build(bundle: Bundle, kind: Kind) -> bytes:
+    library = plans.load_library("tensorrt-rtx")
+    path = bundle.path(bundle.precision(kind).graphs["classifier"])
+    targets = library.targets((), kind)
+    assert ("8.6" in targets) == (kind == "int8")
+    return plans.build_plan(library, path, plans.profiles(4), targets)
+
+
+def test_tensorrt_takes_the_graph(bundle: Bundle, kind: Kind) -> None:
+    """A strongly typed network, for every compute capability that has the type."""
+    pytest.importorskip("tensorrt_rtx")
+    assert len(build(bundle, kind)) > 1000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["resnet18", "efficientnet_b0"])
+def test_recipes_quantise_and_build(name: str, kind: Kind, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    sources.import_module("torchvision.models")
+    path = RECIPES / f"{name}.toml"
+    recipe = recipes.read(path)
+    settings = dataclasses.replace(
+        recipes.settings(recipe, path.parent),
+        random_weights=True,
+        tolerance=recipe.random_tolerance,
+    )
+    model = recipes.random_model(recipe)
+    made = export(model, tmp_path / name, recipe.input.size, None, kind, settings)
+    assert len(build(made, kind)) > 1_000_000

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any
 
 import numpy as np
@@ -38,7 +38,12 @@ class TensorSpec:
 
 
 class Engine(ABC):
-    """One graph, ready to run. Safe to call from several threads; close it when done."""
+    """One graph, ready to run. Safe to call from several threads; close it when done.
+
+    limits: the largest size of each axis that varies and has a limit.
+    """
+
+    limits: Mapping[str, int] = MappingProxyType({})
 
     def __init__(self) -> None:
         self._closed = False

@@ -66,13 +66,17 @@ class DeviceGraph(Protocol):
 
 
 class Device(Protocol):
-    """One stream and the memory that goes with it; work on it is done in order.
+    """One stream and the memory that goes with it; work on it is done in order."""
 
-    stream: the stream's handle, for engines.   kernel_stream: the same, for Numba's kernels.
-    """
+    @property
+    def stream(self) -> int:
+        """The stream's handle, for engines."""
+        ...
 
-    stream: int
-    kernel_stream: Any
+    @property
+    def kernel_stream(self) -> Any:
+        """The stream for Numba's kernels."""
+        ...
 
     def allocate(self, size: int) -> int:
         """The address of `size` new bytes, on a multiple of ALIGNMENT.

@@ -30,15 +30,16 @@ class HostedGraph(Engine):
     def _load_impl(self) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
         with self._slots.take() as slot:
             graph = slot.graphs[_USE][self._name]
-            self._limits = graph.limits
         names = [size for spec in graph.inputs for size in spec.shape if isinstance(size, str)]
         self._axis = max(names, key=names.count)
+        self._step = graph.limits.get(self._axis)
+        self.limits = {axis: n for axis, n in graph.limits.items() if axis != self._axis}
         return graph.inputs, graph.outputs
 
     def _run_impl(self, feeds: Mapping[str, Array]) -> list[Array]:
         sizes = self._sizes(feeds)
         rows = sizes[self._axis]
-        step = self._limits.get(self._axis, rows)
+        step = self._step or rows
         parts = []
         with self._slots.take() as slot:
             for start in range(0, rows, max(step, 1)):
@@ -83,10 +84,10 @@ class HostedGraph(Engine):
                     raise BackendError(
                         f'"{axis}" is {size} in input "{spec.name}", {sizes[axis]} in another one'
                     )
-                if axis != self._axis and size > self._limits.get(axis, size):
+                if size > self.limits.get(axis, size):
                     raise BackendError(
                         f'"{axis}" is {size} in input "{spec.name}"; '
-                        f"the engine takes at most {self._limits[axis]}"
+                        f"the engine takes at most {self.limits[axis]}"
                     )
         return sizes
 

@@ -109,6 +109,21 @@ class Networks:
 
     def masked_logits(self, images: Floats, masks: Floats, owner: NDArray[np.int64]) -> Floats:
         """Logits [N, classes] of masked images; see Classifier."""
+        most = self.engines["classifier"].limits.get("batch", len(images))
+        if len(images) <= most:
+            return self._masked_logits(images, masks, owner)
+        parts: list[tuple[NDArray[np.intp], Floats]] = []
+        for start in range(0, len(images), most):
+            own = np.flatnonzero((owner >= start) & (owner < start + most))
+            if len(own):
+                part = images[start : start + most]
+                parts.append((own, self._masked_logits(part, masks[own], owner[own] - start)))
+        logits = np.empty((len(masks), parts[0][1].shape[1]), np.float32)
+        for own, values in parts:
+            logits[own] = values
+        return logits
+
+    def _masked_logits(self, images: Floats, masks: Floats, owner: NDArray[np.int64]) -> Floats:
         feeds = {
             "images": self._cast("classifier", "images", images),
             "masks": self._cast("classifier", "masks", masks[:, None]),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -36,13 +36,16 @@ class HostDevice:
     stream = 0
 
     def __init__(self, captures: bool = True) -> None:
-        from numba import cuda
-
-        self.kernel_stream = cuda.stream()
         self.captured = 0
         self.replayed = 0
         self.blocks: dict[int, Array] = {}
         self._captures = captures
+
+    @property
+    def kernel_stream(self) -> Any:
+        from numba import cuda
+
+        return cuda.stream()
 
     def allocate(self, size: int) -> int:
         block = np.full(size + ALIGNMENT, _GARBAGE, np.uint8)
@@ -106,6 +109,15 @@ class HostDevice:
         raise AssertionError(f"{size} bytes at {address} are not in the device's memory")
 
 
+def slot_on(device: HostDevice, paths: Mapping[str, Path], limits: Mapping[str, int]) -> Slot:
+    """A slot whose graphs run on ONNX Runtime where the device's memory is, the host's."""
+    graphs = {name: OnnxRuntimeGraph(path, "cpu", 0) for name, path in paths.items()}
+    for graph in graphs.values():
+        graph.capturable = True
+        graph.limits = limits
+    return Slot(device, {"latency": graphs, "throughput": graphs})
+
+
 @dataclass(frozen=True)
 class Call:
     """One call of an explainer. images: [B, C, H, W] float32."""
@@ -151,13 +163,8 @@ def run(job: Job) -> Report:
     devices = []
 
     def open_slot() -> Slot:
-        device = HostDevice(job.captures)
-        devices.append(device)
-        graphs = {name: OnnxRuntimeGraph(path, "cpu", 0) for name, path in paths.items()}
-        for graph in graphs.values():
-            graph.capturable = True
-            graph.limits = {"batch": 8, "masks": job.masks}
-        return Slot(device, {"latency": graphs, "throughput": graphs})
+        devices.append(HostDevice(job.captures))
+        return slot_on(devices[-1], paths, {"batch": 8, "masks": job.masks})
 
     host = load_networks(paths, chosen.gradient_scale, "onnxruntime-cpu")
     networks = Networks(host.engines, chosen.gradient_scale, "host", Slots(open_slot, 1))

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import DTypeLike, NDArray
 
+from ccam_deploy import bundle as bundles
+from ccam_deploy.engines import Networks, load_networks
 from ccam_deploy.engines.base import TensorSpec
 from ccam_deploy.engines.device import DeviceTensor
 from ccam_deploy.engines.hosted import HostedGraph
 from ccam_deploy.engines.slots import Slot, Slots
 from ccam_deploy.errors import BackendError
+from tests.engines.host_device import HostDevice, slot_on
+from tests.helpers import noise
 
 
 class NumpyDevice:
@@ -169,3 +174,33 @@ def test_unfit_sizes_are_refused(masks: int, owners: int, message: str) -> None:
     given["owner"] = given["owner"][:owners]
     with pytest.raises(BackendError, match=message):
         engine.run(given)
+
+
+@pytest.mark.parametrize("limits", [{"batch": 2, "masks": 3}, {}])
+def test_networks_on_a_slot_give_what_the_cpu_gives(
+    tiny_bundle: Path, limits: dict[str, int]
+) -> None:
+    """More images and masks than the graphs take at a time, in any order."""
+    bundle = bundles.read(tiny_bundle)
+    chosen = bundle.precision("fp32")
+    paths = {name: bundle.path(file) for name, file in chosen.graphs.items()}
+    slots = Slots(lambda: slot_on(HostDevice(), paths, limits), 1)
+    engines = {name: HostedGraph(slots, name) for name in paths}
+    images, masks = noise(5, 3, 32, 48), np.abs(noise(7, 32, 48))
+    owner = np.array([4, 0, 2, 2, 4, 1, 0])
+    one_hot = np.eye(5, dtype=np.float32)
+    with (
+        closing(Networks(engines, 1.0, "host", slots)) as got,
+        closing(load_networks(paths, 1.0, "onnxruntime-cpu")) as wanted,
+    ):
+        activations, expected = got.backbone(images), wanted.backbone(images)
+        np.testing.assert_allclose(activations.logits, expected.logits, atol=1e-5)
+        for values, other in zip(
+            got.gradients(activations, one_hot), wanted.gradients(expected, one_hot), strict=True
+        ):
+            np.testing.assert_allclose(values, other, atol=1e-6)
+        np.testing.assert_allclose(
+            got.masked_logits(images, masks, owner),
+            wanted.masked_logits(images, masks, owner),
+            atol=1e-5,
+        )

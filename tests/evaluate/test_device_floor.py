@@ -9,25 +9,14 @@ import numpy as np
 import pytest
 
 import ccam_deploy as ccam
-from ccam_deploy.engines.device import DeviceGraph, DeviceTensor
-from ccam_deploy.engines.onnxruntime import OnnxRuntimeGraph
+from ccam_deploy.engines.device import DeviceTensor
 from ccam_deploy.engines.slots import Slot, Slots
 from ccam_deploy.evaluate.device_floor import DeviceFloor, Passes, on_device
-from tests.engines.host_device import HostDevice
+from tests.engines.host_device import HostDevice, slot_on
 from tests.helpers import Floats, noise
 
 BATCH = 2
 IMAGES, MASKS = 3, 9
-
-
-class Memory(HostDevice):
-    """A HostDevice for engines alone, without a stream for kernels."""
-
-    def __init__(self) -> None:
-        self.kernel_stream = None
-        self.captured = self.replayed = 0
-        self.blocks = {}
-        self._captures = True
 
 
 @pytest.fixture(scope="module")
@@ -38,14 +27,9 @@ def explainer(tiny_bundle: Path) -> Iterator[ccam.Explainer]:
 
 @pytest.fixture
 def slot(explainer: ccam.Explainer) -> Iterator[Slot]:
-    graphs: dict[str, DeviceGraph] = {}
     bundle = explainer.bundle
-    for name, file in bundle.precision("fp32").graphs.items():
-        graph = OnnxRuntimeGraph(bundle.path(file), "cpu", 0)
-        graph.capturable = True
-        graph.limits = {"batch": BATCH, "masks": 4}
-        graphs[name] = graph
-    slot = Slot(Memory(), {"latency": graphs, "throughput": graphs})
+    paths = {name: bundle.path(file) for name, file in bundle.precision("fp32").graphs.items()}
+    slot = slot_on(HostDevice(), paths, {"batch": BATCH, "masks": 4})
     yield slot
     slot.close()
 
@@ -101,7 +85,7 @@ def test_floor_is_kept_and_replayed(
     slots = Slots(lambda: slot, 1)
     run = on_device(slots, passes, cuda_graphs)
     run()
-    assert isinstance(slot.device, Memory)
+    assert isinstance(slot.device, HostDevice)
     blocks = set(slot.device.blocks)
     assert blocks
     for _ in range(3):

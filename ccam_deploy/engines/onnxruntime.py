@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -109,6 +111,7 @@ def _session(
     if device == "cuda":  # it hands operators that it lacks to the CPU
         own = (provider, {"user_compute_stream": str(stream)}) if stream else provider
         wanted = [own, _PROVIDERS["cpu"]]
+        _load_cuda(runtime)
     try:
         session = runtime.InferenceSession(path, options, providers=wanted)
     except Exception as error:
@@ -120,6 +123,12 @@ def _session(
             "see that onnxruntime-gpu, a GPU and its driver are there"
         )
     return session
+
+
+def _load_cuda(runtime: Any) -> None:
+    """Load CUDA and cuDNN where pip put them; what it cannot find, the loader may."""
+    with redirect_stdout(io.StringIO()):  # it prints what it does not find
+        runtime.preload_dlls()
 
 
 def check_provider(device: Device) -> str:

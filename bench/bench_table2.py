@@ -33,6 +33,7 @@ ROOT = Path(__file__).parents[1]
 NETWORKS = ("resnet18", "resnet101", "vgg19")
 SIZES = (224, 256)
 DEFAULT = methods.CollectionCAM.name
+_WARM_ROUNDS = 3
 _PHOTOGRAPH = ROOT / "ccam_deploy" / "export" / "photographs" / "flower.jpg"
 
 _COLUMNS = ("grad-cam", "grad-cam++", "layer-cam", "score-cam", "rise", "collection-cam")
@@ -69,7 +70,7 @@ def measure(folder: Path, rounds: int, duration: float) -> dict[str, Any]:
         names = method_names()
         calls = {name: explanation(explainer, case.images, name) for name in names}
         before = load_average()
-        seconds = measure_in_turn(calls, rounds, duration=duration)
+        seconds = measure_in_turn(calls, rounds, _WARM_ROUNDS, duration)
         return {
             "backend": explainer.networks.backend,
             "load_average": [before, load_average()],

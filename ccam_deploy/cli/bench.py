@@ -179,24 +179,24 @@ def _write(
     json_path: Path | None,
     plot_path: Path | None,
 ) -> None:
-    """Write the files that were asked for; print warnings, and the table or JSON."""
+    """Print warnings and the table or JSON, then write the files: what was measured is not lost."""
     from ccam_deploy import files
     from ccam_deploy.cli import bench_text
     from ccam_deploy.evaluate import charts
 
-    if plot_path:
-        facts = result["settings"]
-        title = f"{facts['bundle']}, {facts['precision']} on {facts['backend']}"
-        files.write(plot_path, charts.draw(reports, title, charts.kind_of(plot_path)))
     for note in result["warnings"]:
         click.echo(f"warning: {note}", err=True)
     if str(json_path) == _STDOUT:
         print_json(result)
-        return
-    if json_path:
-        content = json.dumps(result, indent=2, ensure_ascii=False) + "\n"
-        files.write(json_path, content.encode())
-    click.echo(bench_text.text(result))
+    else:
+        click.echo(bench_text.text(result))
+        if json_path:
+            content = json.dumps(result, indent=2, ensure_ascii=False) + "\n"
+            files.write(json_path, content.encode())
+    if plot_path:
+        facts = result["settings"]
+        title = f"{facts['bundle']}, {facts['precision']} on {facts['backend']}"
+        files.write(plot_path, charts.draw(reports, title, charts.kind_of(plot_path)))
 
 
 def _bundle_facts(manifest: Manifest) -> dict[str, Any]:

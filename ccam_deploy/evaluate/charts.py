@@ -86,7 +86,7 @@ def _stages(axes: Axes, reports: Sequence[LatencyReport]) -> None:
         ends += spent
     floors = [report.floor.median / report.batch for report in reports]
     axes.vlines(floors, rows - 0.4, rows + 0.4, colors="black", label="floor")
-    axes.set_yticks(rows, [_name(report) for report in reports])
+    axes.set_yticks(rows, [f"batch {report.batch}" for report in reports])
     axes.invert_yaxis()
     axes.set_xlabel("time of one image, ms")
     axes.legend(fontsize="small")

@@ -176,7 +176,7 @@ class TestBadInput:
             (("--duration", "0"), "duration is 0; it must be above 0 seconds"),
             (("--duration", "-3"), "duration is -3; it must be above 0 seconds"),
             (("--warmup", "-1"), "warmup is -1; it must be 0 seconds or more"),
-            (("--compare", "tpu"), '--compare "tpu" is unknown; there are onnxruntime-cpu'),
+            (("--compare", "tpu"), '--compare "tpu" is unknown; there are tensorrt'),
             (("--compare", "auto"), '--compare "auto" is unknown'),
             (("--compare", "torch"), "--compare torch needs the bundle's model in PyTorch"),
             (("--model", "x.pt2"), "--model goes with --compare torch"),

@@ -6,6 +6,7 @@ import errno
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -219,6 +220,35 @@ def test_fp8_is_built_for_gpus_that_have_it(rtx: plans.Library) -> None:
         OptionError, match=r"^compute capability 8\.6 has no FP8, which 8\.9 and new"
     ):
         rtx.targets(("8.9", "8.6"), "fp8")
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> plans.Library:
+    """A TensorRT that builds for the GPU that is there, on a machine with one."""
+    monkeypatch.setattr(plans, "present_device", lambda: "9.0")
+    return plans.Library("tensorrt", SimpleNamespace(__version__="11.4.0"))
+
+
+def test_a_server_builds_for_its_own_gpu(server: plans.Library) -> None:
+    assert server.targets(()) == server.targets(("9.0",)) == ("9.0",)
+    with pytest.raises(OptionError, match=r"tensorrt builds for the GPU that is here, 9\.0, alone"):
+        server.targets(("9.0", "8.9"))
+
+
+def test_a_server_keeps_its_timings(
+    folder: Path, server: plans.Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Any] = []
+
+    def build_plan(library: plans.Library, graph: Path, profiles: Any, *others: Any) -> bytes:
+        given.append(others[1])
+        return graph.name.encode()
+
+    monkeypatch.setattr(plans, "build_plan", build_plan)
+    file = folder.parent / "times.bin"
+    build(bundles.read(folder), server, "fp32", BuildSettings(timing_cache=file))
+    assert len(given) == 3
+    assert all(timings is given[0] and timings.file == file for timings in given)
 
 
 def test_missing_library_says_what_to_install() -> None:

@@ -139,7 +139,7 @@ class Pipeline:
         turns.mark("upload")
         self._pairs.upload()
         if first:
-            self._images.upload()
+            self._device.upload(self._images.address, self._images.host["images"][:images])
             turns.mark("backbone")
             for name in self._cast:
                 kernels.cast(self._flat("images"), self._flat(name), stream)
@@ -259,7 +259,9 @@ class Pipeline:
             }
         ).tensors
         buffers = Buffers.allocate(
-            self.geometry, lambda name, spec: self._view(self._tensors[name])
+            self.geometry,
+            lambda name, spec: self._view(self._tensors[name]),
+            self._device.kernel_stream,
         )
         self._kernels = CollectionKernels(self.geometry, buffers)
         head = (self._tensors[name] for name in ("logits", "wanted", "output_gradient"))

@@ -114,7 +114,7 @@ def test_captured_kernels_give_the_same_bits(device: CudaDevice) -> None:
         size = DeviceTensor(0, spec.shape, np.dtype(spec.dtype)).bytes
         return device.view(device.allocate(size), spec.shape, spec.dtype)
 
-    buffers = Buffers.allocate(geometry, array)
+    buffers = Buffers.allocate(geometry, array, device.kernel_stream)
     features, gradients = randoms(2 * 12544), randoms(2 * 12544)[::-1].copy()
     places = [device.allocate(features.nbytes) for _ in range(2)]
     owner = device.allocate(4)

@@ -132,7 +132,7 @@ def _kernels(run: Run) -> CollectionKernels:
         return cuda.to_device(np.full(spec.shape, filler, spec.dtype))
 
     geometry = run.geometry()
-    buffers = Buffers.allocate(geometry, allocate)
+    buffers = Buffers.allocate(geometry, allocate, cuda.stream())
     for name, values in run.given.items():
         target = getattr(buffers, name)
         target[tuple(slice(n) for n in values.shape)] = values.astype(target.dtype)

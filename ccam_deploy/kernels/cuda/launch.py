@@ -61,16 +61,18 @@ class Buffers:
     finished: Array
 
     @classmethod
-    def allocate(cls, geometry: Geometry, allocate: Callable[[str, Spec], Array]) -> Buffers:
-        """Let the caller allocate each array, and fill those that are to be filled once."""
+    def allocate(
+        cls, geometry: Geometry, allocate: Callable[[str, Spec], Array], stream: Any
+    ) -> Buffers:
+        """Let the caller allocate each array by its name; fill on the stream what never changes."""
         specs = geometry.specs()
         arrays = {field.name: allocate(field.name, specs[field.name]) for field in fields(cls)}
         low, share = geometry.interpolation()
         for name, values in {"table": geometry.table(), "low": low, "share": share}.items():
-            arrays[name].copy_to_device(values)
+            arrays[name].copy_to_device(values, stream)
         for name, spec in specs.items():
             if spec.zeroed:
-                arrays[name].copy_to_device(np.zeros(spec.shape, spec.dtype))
+                arrays[name].copy_to_device(np.zeros(spec.shape, spec.dtype), stream)
         return cls(**arrays)
 
 

@@ -1,8 +1,15 @@
-"""Every recipe exports, with random weights, and its graphs compute what the network computes."""
+"""Every recipe exports, with random weights; its graphs compute what the network computes, and
+TensorRT builds all of them.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
+import shutil
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +17,73 @@ import pytest
 import torch
 
 import ccam_deploy as ccam
+from ccam_deploy import bundle as bundles
+from ccam_deploy.bundle import Bundle
+from ccam_deploy.engines import plans
 from ccam_deploy.export import export, sources
 from ccam_deploy.export import recipe as recipes
 from ccam_deploy.export.exporter import photographs
 from tests.helpers import RECIPES, features_and_gradients
 
 NETWORKS = sorted(path.stem for path in RECIPES.glob("*.toml") if path.stem != "digits")
+PROCESSES = 2
+DEVICE = "8.9"
+
+UNJUDGED = {"gradients": 9.0, "saliency_rank": -1.0, "saliency_similarity": -1.0}
+RANDOM_HALF = {"logits": 0.1, "masked_logits": 0.1, "features": 0.4, **UNJUDGED}
+"""Half precision of random networks: their gradients vanish (VGG19), or differ by the ReLUs that
+rounding flips, so only what runs forward is compared. The trained example is judged in full."""
+
+
+def read_recipe(name: str) -> recipes.Recipe:
+    sources.import_module("torchvision.models")
+    return recipes.read(RECIPES / f"{name}.toml")
+
+
+def export_recipe(name: str, folder: Path) -> None:
+    """Export a recipe's network in both precisions, in a process of its own."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("error")
+    recipe = read_recipe(name)
+    settings = dataclasses.replace(
+        recipes.settings(recipe, RECIPES),
+        random_weights=True,
+        tolerance={**recipe.random_tolerance, "fp16": RANDOM_HALF},
+    )
+    export(recipes.random_model(recipe), folder, recipe.input.size, None, "fp16", settings)
+
+
+@pytest.fixture(scope="module")
+def exports(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, tuple[Path, Future[None]]]]:
+    """The exports of the recipes that are tested here: where each goes, and when it is done.
+
+    Tracing a network keeps one core busy, so two are traced at a time.
+    """
+    folder = tmp_path_factory.mktemp("recipes")
+    parameters = [getattr(item, "callspec", None) for item in request.session.items]
+    wanted = {p.params["exported"] for p in parameters if p and "exported" in p.params}
+    pool = ProcessPoolExecutor(PROCESSES, multiprocessing.get_context("spawn"))
+    try:
+        yield {
+            name: (folder / name, pool.submit(export_recipe, name, folder / name))
+            for name in NETWORKS
+            if name in wanted
+        }
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.fixture(scope="module", params=NETWORKS)
+def exported(
+    request: pytest.FixtureRequest, exports: dict[str, tuple[Path, Future[None]]]
+) -> Iterator[Bundle]:
+    """A recipe's bundle. The folders of networks take gigabytes, so each is removed again."""
+    folder, done = exports[request.param]
+    done.result()
+    yield bundles.read(folder)
+    shutil.rmtree(folder)
 
 
 def test_all_promised_recipes_exist() -> None:
@@ -33,27 +101,31 @@ def test_all_promised_recipes_exist() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NETWORKS)
-def test_recipe_exports_and_explains(name: str, tmp_path: Path) -> None:
-    sources.import_module("torchvision.models")
-    path = RECIPES / f"{name}.toml"
-    recipe = recipes.read(path)
-    model = recipes.random_model(recipe)
-    settings = dataclasses.replace(
-        recipes.settings(recipe, path.parent),
-        random_weights=True,
-        tolerance=recipe.random_tolerance,
-    )
-    bundle = export(model, tmp_path / name, recipe.input.size, None, "fp32", settings)
-    assert bundle.manifest.random_weights
-    assert len(bundle.manifest.labels) == bundle.manifest.classes == 1000
-    assert len(bundle.manifest.layers) == 4
-    with ccam.load(bundle, "onnxruntime-cpu") as explainer:
+def test_recipe_exports_and_explains(exported: Bundle) -> None:
+    assert exported.manifest.random_weights
+    assert len(exported.manifest.labels) == exported.manifest.classes == 1000
+    assert len(exported.manifest.layers) == 4
+    model = recipes.random_model(read_recipe(exported.manifest.name))
+    with ccam.load(exported, "onnxruntime-cpu") as explainer:
         images, _ = explainer.preprocess(photographs())
         result = explainer.explain(images[:1])
         assert np.isfinite(result.saliency).all()
         assert result.saliency.max() == 1
         _check_against_model(explainer, model, images)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_tensorrt_builds_every_graph(exported: Bundle, precision: bundles.PrecisionName) -> None:
+    """For one kind of GPU, and for all sizes of batches: the profile that the time goes to."""
+    pytest.importorskip("tensorrt_rtx")
+    library = plans.load_library("tensorrt-rtx")
+    throughput = plans.profiles(plans.DEFAULT_MAX_BATCH)[1:]
+    graphs = exported.precision(precision).graphs
+    assert set(graphs) == {"backbone", "gradient", "classifier"}
+    for file in graphs.values():
+        plan = plans.build_plan(library, exported.path(file), throughput, [DEVICE])
+        assert len(plan) > 1_000_000
 
 
 def _check_against_model(

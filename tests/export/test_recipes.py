@@ -29,7 +29,12 @@ NETWORKS = sorted(path.stem for path in RECIPES.glob("*.toml") if path.stem != "
 PROCESSES = 2
 DEVICE = "8.9"
 
-UNJUDGED = {"gradients": 9.0, "saliency_rank": -1.0, "saliency_similarity": -1.0}
+UNJUDGED = {
+    "gradients": 9.0,
+    "saliency_rank": -1.0,
+    "saliency_similarity": -1.0,
+    "saliency_overlap": 0.0,
+}
 RANDOM_HALF = {"logits": 0.1, "masked_logits": 0.1, "features": 0.4, **UNJUDGED}
 """Half precision of random networks: their gradients vanish (VGG19), or differ by the ReLUs that
 rounding flips, so only what runs forward is compared. The trained example is judged in full."""

@@ -105,9 +105,9 @@ class Explainer:
         self.batch_size = batch_size
         graphs = bundle.precision(precision)
         self._baseline = np.array(graphs.baseline_logits, np.float32)
-        self._on_device: DeviceCollectionCAM | None = None
+        self.on_device: DeviceCollectionCAM | None = None
         if networks.slots is not None:
-            self._on_device = DeviceCollectionCAM(
+            self.on_device = DeviceCollectionCAM(
                 networks.slots,
                 bundle.manifest,
                 graphs.gradient_scale,
@@ -119,7 +119,7 @@ class Explainer:
     @property
     def notes(self) -> tuple[str, ...]:
         """What is not as asked or as fast as it could be, a line each."""
-        return self.networks.notes + (self._on_device.notes if self._on_device else ())
+        return self.networks.notes + (self.on_device.notes if self.on_device else ())
 
     def explain(
         self,
@@ -200,8 +200,8 @@ class Explainer:
         with clock.stage("preprocess"):
             images, geometries = self.preprocess(pictures)
         owner, codes = _pairs(wanted, top)
-        if self._on_device is not None:
-            logits, classes, results = self._on_device.explain(
+        if self.on_device is not None:
+            logits, classes, results = self.on_device.explain(
                 images, owner, codes, method.options, clock
             )
             _check_logits(logits)

@@ -316,7 +316,7 @@ def test_closed_explainer_says_so(tiny_bundle: Path) -> None:
     ("settings", "message"),
     [
         ({"batch_size": 0}, "batch_size is 0; it must be at least 1"),
-        ({"backend": "tpu"}, 'backend "tpu" is unknown; there are auto, onnxruntime-cpu'),
+        ({"backend": "tpu"}, 'backend "tpu" is unknown; there are auto, tensorrt'),
         ({"precision": "fp16"}, "the bundle has no fp16 graphs, only fp32; export with"),
         ({"threads": -2}, "threads is -2; it must be 0 to 1024"),
     ],

@@ -228,7 +228,7 @@ def _prepare(
     if path is not None:
         changes |= {"name": path.stem if not recipe else recipe.name, "source": path.name}
     elif options["random_weights"] and recipe:
-        changes |= {"random_weights": True, "tolerance": recipe.random_tolerance}
+        changes |= {"random_weights": True, "tolerance": {}}
     if options["labels"]:
         changes["labels"] = recipes.read_labels(options["labels"])
     if options["calibration_images"]:

@@ -31,7 +31,12 @@ def tensorrt_slots(bundle: Bundle, flavour: Flavour, precision: str, most: int) 
             }
     finally:
         first.close()
-    return Slots(lambda: plan_slot(plans), most)
+
+    def close_plans() -> None:
+        for plan in plans.values():
+            plan.close()
+
+    return Slots(lambda: plan_slot(plans), most, close_plans)
 
 
 def plan_slot(plans: dict[str, SharedPlan]) -> Slot:

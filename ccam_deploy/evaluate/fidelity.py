@@ -46,6 +46,32 @@ TOLERANCE = {
     "int8": _EIGHT_BITS,
     "fp8": _EIGHT_BITS,
 }
+_RANDOM_HALF = {
+    "logits": 0.1,
+    "masked_logits": 0.1,
+    "features": 0.4,
+    "gradients": 10.0,
+    "saliency_rank": -1.0,
+    "saliency_similarity": -1.0,
+    "saliency_overlap": 0.0,
+}
+_RANDOM_EIGHT_BITS = {**_RANDOM_HALF, "masked_logits": 0.4}
+RANDOM_TOLERANCE = {
+    "fp32": {
+        "logits": 1e-3,
+        "masked_logits": 1e-3,
+        "features": 1e-2,
+        "gradients": 0.2,
+        "saliency_rank": 0.9,
+        "saliency_similarity": 0.8,
+        "saliency_overlap": 0.8,
+    },
+    "fp16": _RANDOM_HALF,
+    "int8": _RANDOM_EIGHT_BITS,
+    "fp8": _RANDOM_EIGHT_BITS,
+}
+"""For networks that were not trained: they amplify rounding, and their ReLUs flip. In half
+precision their gradients may vanish, so only what runs forward is compared."""
 _AT_LEAST = ("saliency_rank", "saliency_similarity", "saliency_overlap")
 
 

@@ -19,7 +19,6 @@ from PIL import Image
 
 from ccam_deploy.errors import OptionError
 from ccam_deploy.evaluate.conditions import clock_mhz, gpu
-from ccam_deploy.evaluate.device_floor import Passes, on_device
 from ccam_deploy.evaluate.latency_report import Comparison, LatencyReport
 from ccam_deploy.evaluate.timing import (
     FEWEST_CALLS,
@@ -32,6 +31,7 @@ from ccam_deploy.evaluate.timing import (
     summarise,
 )
 from ccam_deploy.explainer import Explainer
+from ccam_deploy.methods import CollectionCAMOptions
 
 MOST_IMAGES = 64
 CPU = "onnxruntime-cpu"
@@ -136,15 +136,14 @@ def floor_of(explainer: Explainer, case: Case) -> Call:
     """Run what no explanation of the case can do without; the masks are given.
 
     The classifier takes one image's masks at a time, or as many as the explainer's batch if that
-    is more. On a GPU nothing is copied to or from it.
+    is more. On a GPU it takes them as an explanation does, and nothing is copied to or from it.
     """
+    if explainer.on_device is not None:
+        return explainer.on_device.passes(case.images, CollectionCAMOptions())
     networks = explainer.networks
     one_hot = np.zeros_like(case.logits)
     one_hot[np.arange(len(case.images)), case.targets] = 1
     size = max(explainer.batch_size, *np.bincount(case.owner, minlength=2).tolist())
-    if networks.slots is not None:
-        passes = Passes(case.images, one_hot, case.masks, case.owner, size)
-        return on_device(networks.slots, passes)
     chunks = [slice(start, start + size) for start in range(0, len(case.masks), size)]
 
     def run() -> None:

@@ -162,7 +162,8 @@ def export(
         precisions = {}
         for kind, graphs in files.items():
             chosen.progress(f"checking the {kind} graphs against PyTorch")
-            tolerance = {**fidelity.TOLERANCE[kind], **chosen.tolerance.get(kind, {})}
+            usual = fidelity.RANDOM_TOLERANCE if chosen.random_weights else fidelity.TOLERANCE
+            tolerance = {**usual[kind], **chosen.tolerance.get(kind, {})}
             scale = 1.0 if kind == "fp32" else _gradient_scale(expected)
             paths = {name: folder / file for name, file in graphs.items()}
             report = _check(kind, paths, scale, expected, names, tolerance)

@@ -44,7 +44,6 @@ class Recipe(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
         trained weights.   labels: names, or a text file beside the recipe with one a line.
     layers: target layers, found automatically where empty.   precision: see export.
     calibration: a folder of images beside the recipe.   tolerance: see ExportSettings.
-    random_tolerance: the same, where the weights are random.
     """
 
     name: str
@@ -57,7 +56,6 @@ class Recipe(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     precision: PrecisionName = "fp32"
     calibration: str = ""
     tolerance: dict[PrecisionName, dict[str, Bound]] = {}
-    random_tolerance: dict[PrecisionName, dict[str, Bound]] = {}
 
 
 def read(path: Path) -> Recipe:

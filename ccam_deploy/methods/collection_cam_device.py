@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,8 +21,6 @@ from ccam_deploy.methods.collection_cam import (
     score_of,
 )
 from ccam_deploy.methods.device_pipeline import HostArrays, Pipeline, Setup
-
-_PIPELINES_AT_MOST = 4
 
 
 class DeviceCollectionCAM:
@@ -80,26 +80,42 @@ class DeviceCollectionCAM:
         results = [self._result(pipeline.geometry, part, options) for part in parts]
         return np.concatenate(logits), targets, results
 
+    def passes(self, images: Floats, options: CollectionCAMOptions) -> Callable[[], None]:
+        """A call that runs backbone, gradient and classifier alone, and waits for them.
+
+        images: [B, C, H, W] float32. Each is explained once on a slot, for its best class; the
+        call then runs on what that left in the slot's memory, and copies nothing.
+        """
+        sizes: WeakKeyDictionary[Pipeline, list[tuple[int, int]]] = WeakKeyDictionary()
+
+        def run() -> None:
+            with self._slots.take() as slot:
+                use: Use = "latency" if len(images) == 1 else "throughput"
+                pipeline = self._pipeline(slot, use, options)
+                if pipeline not in sizes:
+                    sizes[pipeline] = _sizes(pipeline, images)
+                for count, masks in sizes[pipeline]:
+                    pipeline.passes(count, masks)
+
+        return run
+
     def _pipeline(self, slot: Slot, use: Use, options: CollectionCAMOptions) -> Pipeline:
         """The slot's pipeline for some options, made when they are first asked for."""
         key = self._batch_size, use, options, self._cuda_graphs
-        found: Pipeline | None = slot.kept.pop(key, None)
-        if found is None:
-            while len(slot.kept) >= _PIPELINES_AT_MOST:
-                slot.kept.pop(next(iter(slot.kept))).close()
-            setup = Setup(
-                self._manifest.layers,
-                tuple(chosen_layers(options, [layer.name for layer in self._manifest.layers])),
-                self._manifest.input,
-                self._manifest.classes,
-                1 if use == "latency" else self._batch_size,
-                self._gradient_scale,
-                options,
-                self._cuda_graphs,
-            )
-            found = Pipeline(slot.device, slot.graphs[use], setup, self._note)
-        slot.kept[key] = found
-        return found
+        return slot.keep(key, lambda: self._make(slot, use, options))
+
+    def _make(self, slot: Slot, use: Use, options: CollectionCAMOptions) -> Pipeline:
+        setup = Setup(
+            self._manifest.layers,
+            tuple(chosen_layers(options, [layer.name for layer in self._manifest.layers])),
+            self._manifest.input,
+            self._manifest.classes,
+            1 if use == "latency" else self._batch_size,
+            self._gradient_scale,
+            options,
+            self._cuda_graphs,
+        )
+        return Pipeline(slot.device, slot.graphs[use], setup, self._note)
 
     def _result(
         self, geometry: Geometry, host: HostArrays, options: CollectionCAMOptions
@@ -141,3 +157,14 @@ class DeviceCollectionCAM:
     def _note(self, line: str) -> None:
         if line not in self.notes:
             self.notes = (*self.notes, line)
+
+
+def _sizes(pipeline: Pipeline, images: Floats) -> list[tuple[int, int]]:
+    """Explain some images, and tell how many went through at a time and how many masks they had."""
+    found = []
+    for start in range(0, len(images), pipeline.batch):
+        part = images[start : start + pipeline.batch]
+        best = np.full(len(part), -1, np.int64)
+        _, results = pipeline.run(part, np.arange(len(part)), best, Stopwatch())
+        found.append((len(part), sum(len(result["scores"]) for result in results)))
+    return found

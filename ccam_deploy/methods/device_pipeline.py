@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -100,11 +101,23 @@ class Pipeline:
         results = []
         for start in range(0, len(owner), self.batch):
             part = slice(start, start + self.batch)
-            self._pairs.host["owner"][: len(owner[part])] = owner[part]
-            self._pairs.host["wanted"][: len(owner[part])] = wanted[part]
-            results.append(self._run_pairs(len(images), tuple(owner[part].tolist()), start == 0))
+            pairs = len(owner[part])
+            self._pairs.host["owner"][:pairs] = owner[part]
+            self._pairs.host["wanted"][:pairs] = wanted[part]
+            results.append(self._run_pairs(len(images), pairs, start == 0))
             clock.add(self._turns.stages())
         return self._results.host["logits"][: len(images)].astype(np.float32), results
+
+    def passes(self, images: int, masks: int) -> None:
+        """Run backbone, gradient and classifier alone on what a run left in memory, and wait.
+
+        images, masks: as many as that run had, with one class for each image.
+        """
+        work = partial(self._passes, images, masks)
+        self._turns.run(("passes", images, masks), "passes", work)
+        self._turns.mark("")
+        self._device.wait()
+        self._turns.stages()
 
     def close(self) -> None:
         """Free the buffers."""
@@ -112,16 +125,27 @@ class Pipeline:
         for region in self._regions:
             region.close()
 
-    def _run_pairs(self, images: int, owner: tuple[int, ...], first: bool) -> HostArrays:
-        turns, pairs = self._turns, len(owner)
-        if owner != tuple(range(images)) and not self._gathered:
+    def _passes(self, images: int, masks: int) -> None:
+        self._launch("backbone", images)
+        self._launch("gradient", images)
+        for start in range(0, masks, self._chunk):
+            self._classify(images, start, min(self._chunk, masks - start))
+
+    def _run_pairs(self, images: int, pairs: int, first: bool) -> HostArrays:
+        turns = self._turns
+        owner = self._pairs.host["owner"][:pairs]
+        direct = np.array_equal(owner, np.arange(images))
+        if not direct and not self._gathered:
             self._gathered = self._region(self._residuals()).tensors
-        turns.run((images, owner, first), "explain", lambda: self._explain(images, owner, first))
+        work = partial(self._explain, images, pairs, direct, first)
+        turns.run(("explain", images, pairs, direct, first), "explain", work)
         turns.mark("")
         self._device.wait()
         masks = int(self._counted.host["starts"][pairs * len(self._setup.chosen)])
-        rows = min(_rounded(masks), self.geometry.masks)
-        turns.run((images, pairs, rows), "weigh", lambda: self._weigh(images, pairs, rows))
+        # Where no layer has finite statistics there are none; an engine runs on one at least.
+        rows = min(max(_rounded(masks), 1), self.geometry.masks)
+        work = partial(self._weigh, images, pairs, rows)
+        turns.run(("weigh", images, pairs, rows), "weigh", work)
         turns.mark("")
         self._device.wait()
         host = self._results.host
@@ -131,10 +155,13 @@ class Pipeline:
             "counts": self._counted.host["counts"][:pairs].copy(),
         }
 
-    def _explain(self, images: int, owner: tuple[int, ...], first: bool) -> None:
-        """Put the work up to the masks on the stream. first: the backbone has not run yet."""
+    def _explain(self, images: int, pairs: int, direct: bool, first: bool) -> None:
+        """Put the work up to the masks on the stream.
+
+        direct: pairs and images are the same, in order.   first: the backbone has not run yet.
+        """
         turns, kernels, stream = self._turns, self._kernels, self._device.kernel_stream
-        pairs, scale, options = len(owner), self._setup.gradient_scale, self._setup.options
+        scale, options = self._setup.gradient_scale, self._setup.options
         inputs = self._inputs(pairs)
         turns.mark("upload")
         self._pairs.upload()
@@ -147,8 +174,7 @@ class Pipeline:
         turns.mark("gradient")
         probability = options.score == "probability"
         kernels.output_gradient(inputs, self._head, scale, probability, stream)
-        direct = owner == tuple(range(images))
-        self._launch("gradient", pairs, {} if direct else self._gather(owner))
+        self._launch("gradient", pairs, {} if direct else self._gather(images, pairs))
         turns.mark("statistics")
         kernels.statistics(inputs, scale, stream)
         turns.mark("partition")
@@ -167,10 +193,10 @@ class Pipeline:
         turns.mark("combine")
         probability = self._setup.options.score == "probability"
         logits = self._view(_rows(self._tensors["mask_logits"], 0, rows))
-        self._kernels.scores(inputs, logits, 0, probability, stream)
+        self._kernels.scores(inputs, logits, probability, stream)
         self._kernels.combine(inputs, stream)
         turns.mark("download")
-        self._results.download()
+        self._download(pairs, rows)
 
     def _launch(
         self, name: str, rows: int, instead: Mapping[str, DeviceTensor] | None = None
@@ -181,13 +207,22 @@ class Pipeline:
         names = [spec.name for spec in (*graph.inputs, *graph.outputs)]
         graph.launch({name: _rows(tensors[name], 0, rows) for name in names})
 
-    def _gather(self, owner: tuple[int, ...]) -> dict[str, DeviceTensor]:
+    def _gather(self, images: int, pairs: int) -> dict[str, DeviceTensor]:
         """Put copies of the residuals on the stream, a row for each pair instead of each image."""
         for name, target in self._gathered.items():
-            for pair, image in enumerate(owner):
-                source = _rows(self._tensors[name], image, 1)
-                self._device.copy(_rows(target, pair, 1).address, source.address, source.bytes)
+            source = self._view(_words(_rows(self._tensors[name], 0, images)))
+            copied = self._view(_words(_rows(target, 0, pairs)))
+            self._kernels.gather(self._inputs(pairs), source, copied, self._device.kernel_stream)
         return self._gathered
+
+    def _download(self, pairs: int, rows: int) -> None:
+        """Put the results' way to the host on the stream: in one copy where the batch is full."""
+        if pairs == self.batch:
+            self._results.download()
+            return
+        for name, tensor in self._results.tensors.items():
+            used = self._results.host[name][: rows if name in _PER_MASK else pairs]
+            self._device.download(used, tensor.address)
 
     def _classify(self, images: int, start: int, rows: int) -> None:
         """Run the classifier on some masks; on aligned copies where they lie askew."""
@@ -346,6 +381,13 @@ def _rows(tensor: DeviceTensor, start: int, count: int) -> DeviceTensor:
     """Some rows of a tensor."""
     row = tensor.bytes // tensor.shape[0]
     return DeviceTensor(tensor.address + start * row, (count, *tensor.shape[1:]), tensor.dtype)
+
+
+def _words(tensor: DeviceTensor) -> DeviceTensor:
+    """The same memory, each row in the widest words that it is a whole number of."""
+    row = tensor.bytes // tensor.shape[0]
+    width = next(size for size in (8, 4, 2, 1) if row % size == 0)
+    return DeviceTensor(tensor.address, (tensor.shape[0], row // width), np.dtype(f"u{width}"))
 
 
 def _rounded(masks: int) -> int:

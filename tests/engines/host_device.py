@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from numpy.typing import DTypeLike, NDArray
 import ccam_deploy as ccam
 from ccam_deploy import bundle as bundles
 from ccam_deploy.engines import Networks, load_networks
-from ccam_deploy.engines.device import ALIGNMENT
+from ccam_deploy.engines.device import ALIGNMENT, DeviceTensor
 from ccam_deploy.engines.onnxruntime import OnnxRuntimeGraph
 from ccam_deploy.engines.slots import Slot, Slots
 from ccam_deploy.errors import BackendError
@@ -130,7 +131,10 @@ class Call:
 
 @dataclass(frozen=True)
 class Job:
-    """What to run in the simulator's process: the calls of one explainer, one after the other."""
+    """What to run in the simulator's process: the calls of one explainer, one after the other.
+
+    passes: how often to run the passes of the first call alone, in the end.
+    """
 
     bundle: Path
     calls: tuple[Call, ...]
@@ -139,13 +143,15 @@ class Job:
     masks: int = 64
     cuda_graphs: bool = True
     captures: bool = True
+    passes: int = 0
 
 
 @dataclass(frozen=True)
 class Report:
-    """What came of a job. addresses: device memory blocks that were left after closing."""
+    """What came of a job. launches: each graph's rows, of the passes alone."""
 
     results: list[ccam.Explanation]
+    launches: list[tuple[str, int]]
     notes: tuple[str, ...]
     captured: int
     replayed: int
@@ -176,10 +182,31 @@ def run(job: Job) -> Report:
             for call in job.calls
         ]
         notes = explainer.notes
+        launches: list[tuple[str, int]] = []
+        if job.passes and explainer.on_device is not None:
+            passes = explainer.on_device.passes(job.calls[0].images, job.calls[0].options)
+            passes()
+            with networks.slots.take() as slot:  # type: ignore[union-attr]
+                for name, graph in slot.graphs["throughput"].items():
+                    graph.launch = partial(_recorded, name, graph.launch, launches)  # type: ignore[method-assign]
+            for _ in range(job.passes):
+                passes()
     assert not any(device.blocks for device in devices)
     return Report(
         results,
+        launches,
         notes,
         sum(device.captured for device in devices),
         sum(device.replayed for device in devices),
     )
+
+
+def _recorded(
+    name: str,
+    launch: Callable[[Mapping[str, DeviceTensor]], None],
+    launches: list[tuple[str, int]],
+    tensors: Mapping[str, DeviceTensor],
+) -> None:
+    output = next(tensors[name] for name in ("logits", "gradient_0") if name in tensors)
+    launches.append((name, output.shape[0]))
+    launch(tensors)

@@ -18,12 +18,19 @@ class FakeDevice:
     def __init__(self) -> None:
         self.closed = 0
         self.users = 0
+        self.waits = 0
 
     @contextmanager
     def current(self) -> Iterator[None]:
         self.users += 1
-        yield
-        self.users -= 1
+        try:
+            yield
+        finally:
+            self.users -= 1
+
+    def wait(self) -> None:
+        assert self.users == 1
+        self.waits += 1
 
     def close(self) -> None:
         self.closed += 1
@@ -101,8 +108,36 @@ def test_other_errors_leave_the_slot() -> None:
     slots = Slots(bench.open, 1)
     with pytest.raises(OptionError), slots.take():
         raise OptionError("no such option")
+    assert bench.devices[0].waits == 1  # for what was on the stream already
     with slots.take() as slot:
         assert device_of(slot) is bench.devices[0]
+
+
+class Buffer:
+    def __init__(self) -> None:
+        self.closed = 0
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+def test_what_is_kept_is_closed_when_it_is_pushed_out_and_with_the_slot() -> None:
+    slot = Bench().open()
+    buffers = [slot.keep(key, Buffer) for key in range(4)]
+    assert slot.keep(0, Buffer) is buffers[0]
+    slot.keep("new", Buffer)
+    assert [buffer.closed for buffer in buffers] == [0, 1, 0, 0]
+    slot.close()
+    assert [buffer.closed for buffer in buffers] == [1, 1, 1, 1]
+
+
+def test_what_slots_share_is_closed_last_and_once() -> None:
+    bench, shared = Bench(), list[int]()
+    slots = Slots(bench.open, 2, lambda: shared.append(bench.devices[0].closed))
+    with slots.take():
+        slots.close()
+        assert shared == []
+    assert shared == [1]
 
 
 def test_closed_slots_are_not_lent() -> None:

@@ -286,7 +286,6 @@ def test_recipes_quantise_and_build(name: str, kind: Kind, tmp_path: Path) -> No
     settings = dataclasses.replace(
         recipes.settings(recipe, path.parent),
         random_weights=True,
-        tolerance=recipe.random_tolerance,
     )
     model = recipes.random_model(recipe)
     made = export(model, tmp_path / name, recipe.input.size, None, kind, settings)

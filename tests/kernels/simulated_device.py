@@ -38,7 +38,7 @@ class Run:
 
     shapes: each layer's C, h, w.   stages: methods of CollectionKernels, in order.
     features, gradients: per layer [images, C, h, w] and [pairs, C, h, w].
-    logits: [images, classes], or [rows, classes] from mask `first` on.   wanted: [pairs].
+    logits: [images, classes], or [rows, classes] of masked images.   wanted: [pairs].
     given: contents of buffers before the first stage.   threads: per block, for every kernel.
     """
 
@@ -50,7 +50,6 @@ class Run:
     logits: NDArray[Any] | None = None
     wanted: tuple[int, ...] = ()
     probability: bool = False
-    first: int = 0
     given: Arrays = field(default_factory=dict)
     size: tuple[int, int] = (8, 8)
     k_min: int = 2
@@ -102,13 +101,29 @@ def simulate(run: Run) -> Arrays:
         "output_gradient": (head, run.gradient_scale, run.probability),
         "statistics": (run.gradient_scale,),
         "partition": (run.standardise,),
-        "scores": (head.logits, run.first, run.probability),
+        "scores": (head.logits, run.probability),
     }
     for stage in run.stages:
         getattr(kernels, stage)(inputs, *extra.get(stage, ()), stream)
     stream.synchronize()
     arrays = {name: array.copy_to_host() for name, array in vars(kernels.buffers).items()}
     return arrays | {"gradient": head.gradient.copy_to_host()}
+
+
+def simulate_gather(values: NDArray[Any], owner: tuple[int, ...], threads: int) -> NDArray[Any]:
+    """The rows of the pairs' images, as a kernel in this process copies them."""
+    from numba import cuda
+
+    from ccam_deploy.kernels.cuda.launch import Inputs
+
+    kernels = _kernels(Run(((1, 1, 1),), (), threads=threads))
+    target = cuda.to_device(np.zeros((len(owner), values.shape[1]), values.dtype))
+    nothing = cuda.to_device(np.zeros(1, np.float32))
+    inputs = Inputs(nothing, nothing, cuda.to_device(np.array(owner, np.int32)))
+    stream = cuda.stream()
+    kernels.gather(inputs, cuda.to_device(values), target, stream)
+    stream.synchronize()
+    return target.copy_to_host()  # type: ignore[no-any-return]
 
 
 def simulate_cast(values: NDArray[Any], dtype: str, threads: int) -> NDArray[Any]:

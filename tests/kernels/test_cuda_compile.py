@@ -40,12 +40,13 @@ def signatures(dtype: Any) -> dict[Any, tuple[tuple[Any, ...], str]]:
     inputs = TABLE, dtype[::1], dtype[::1], OWNER
     return {
         scores.cast: ((f4[::1], dtype[::1]), "combine"),
+        scores.gather: ((types.uint64[:, ::1], OWNER, types.uint64[:, ::1]), "combine"),
         scores.output_gradient: (
             (dtype[:, ::1], OWNER, OWNER, f4, i8, i8[::1], dtype[:, ::1]),
             "scores",
         ),
         scores.mask_scores: (
-            (dtype[:, ::1], STARTS, i8[::1], i8, i8, i8, i8, f4[::1]),
+            (dtype[:, ::1], STARTS, i8[::1], i8, i8, i8, f4[::1]),
             "scores",
         ),
         statistics.channel_statistics: ((*inputs, f8, PSI), "statistics"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -21,7 +21,14 @@ from scipy import special
 pytest.importorskip("numba.cuda")
 
 from ccam_deploy.kernels import cpu
-from tests.kernels.simulated_device import Arrays, Run, simulate, simulate_cast, simulator
+from tests.kernels.simulated_device import (
+    Arrays,
+    Run,
+    simulate,
+    simulate_cast,
+    simulate_gather,
+    simulator,
+)
 
 Floats = NDArray[np.float32]
 Result = TypeVar("Result")
@@ -40,6 +47,9 @@ class Device:
 
     def cast(self, values: Floats, dtype: str, threads: int) -> NDArray[np.generic]:
         return self._call(simulate_cast, values, dtype, threads)
+
+    def gather(self, values: NDArray[Any], owner: tuple[int, ...], threads: int) -> NDArray[Any]:
+        return self._call(simulate_gather, values, owner, threads)
 
     def _call(self, function: Callable[..., Result], *arguments: object) -> Result:
         if self.pool is None:
@@ -356,6 +366,13 @@ def test_output_gradient_matches_numpy(
     np.testing.assert_allclose(out["gradient"], 1024 * gradient, rtol=exact, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "uint64"])
+def test_rows_of_the_pairs_images(device: Device, dtype: str) -> None:
+    values = np.random.default_rng(0).integers(0, 200, (3, 70)).astype(dtype)
+    owner = (2, 0, 0, 1, 2)
+    np.testing.assert_array_equal(device.gather(values, owner, 32), values[list(owner)])
+
+
 def test_undefined_logits_come_last(device: Device) -> None:
     """As NumPy sorts them; with nothing but those left, the class is 0."""
     logits = np.full((1, 40), np.nan, np.float32)
@@ -370,16 +387,15 @@ def test_undefined_logits_come_last(device: Device) -> None:
 def test_masks_get_the_score_of_their_pairs_class(
     device: Device, dtype: str, threads: int, probability: bool
 ) -> None:
-    """From a batch that begins at the third mask and ends after the last."""
-    logits = (np.random.default_rng(4).standard_normal((8, 40)) * 4 - 50).astype(dtype)
-    targets, pairs = np.array([39, 0, 7]), np.array([0, 1, 1, 2, 2, 2])
+    """From a batch that ends after the last mask."""
+    logits = (np.random.default_rng(4).standard_normal((10, 40)) * 4 - 50).astype(dtype)
+    targets, pairs = np.array([39, 0, 7]), np.array([0, 0, 0, 1, 1, 2, 2, 2])
     given: Arrays = {"targets": targets, "starts": np.array([0, 2, 3, 3, 5, 5, 8])}
     run = Run(((4, 1, 1),) * 2, ("scores",), (0, 1, 0), logits=logits, given=given)
-    out = device(replace(run, first=2, probability=probability, threads=threads))
+    out = device(replace(run, probability=probability, threads=threads))
     values = probabilities_of(logits) if probability else logits
-    wanted = values[np.arange(6), targets[pairs]]
-    np.testing.assert_allclose(out["scores"][2:8], wanted, rtol=1e-5)
-    assert np.isnan(out["scores"][:2]).all()
+    wanted = values[np.arange(8), targets[pairs]]
+    np.testing.assert_allclose(out["scores"][:8], wanted, rtol=1e-5)
     assert np.isnan(out["scores"][8:]).all()
 
 

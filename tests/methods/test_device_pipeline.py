@@ -122,3 +122,16 @@ def test_values_that_overflow_are_refused(bundle: Path, device: Run) -> None:
     huge = Call(np.full((1, 3, 16, 24), 1e5, np.float32), 0, OPTIONS)
     with pytest.raises(BackendError, match="NaN or infinite"):
         device(Job(bundle, (huge,), "fp16"))
+
+
+def test_passes_are_those_of_an_explanation(bundle: Path, device: Run) -> None:
+    """Backbone, gradient and classifier on the same rows, in chunks as the engine takes them."""
+    call = Call(noise(3, 3, 16, 24), None, CollectionCAMOptions(k_max=2))
+    report = device(Job(bundle, (call,), batch_size=2, masks=5, cuda_graphs=False, passes=2))
+    masks = [len(weights) for weights in report.results[0].weights]
+    expected: list[tuple[str, int]] = []
+    for images, count in ((2, masks[0] + masks[1]), (1, masks[2])):
+        expected += [("backbone", images), ("gradient", images)]
+        chunks = [min(5, count - start) for start in range(0, count, 5)]
+        expected += [("classifier", rows) for rows in chunks]
+    assert report.launches == expected * 2

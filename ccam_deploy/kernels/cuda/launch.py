@@ -138,6 +138,11 @@ class CollectionKernels:
         grid = -(-target.shape[0] // self.threads.combine)
         scores.cast[grid, self.threads.combine, stream](images, target)
 
+    def gather(self, inputs: Inputs, source: Array, target: Array, stream: Any) -> None:
+        """Rows [P, n] of the pairs' images, out of [B, n]."""
+        grid = -(-target.shape[1] // self.threads.combine), inputs.pairs
+        scores.gather[grid, self.threads.combine, stream](source, inputs.owner, target)
+
     def output_gradient(
         self, inputs: Inputs, head: Head, gradient_scale: float, probability: bool, stream: Any
     ) -> None:
@@ -232,17 +237,14 @@ class CollectionKernels:
             b.owner_of_mask,
         )
 
-    def scores(
-        self, inputs: Inputs, logits: Array, first: int, probability: bool, stream: Any
-    ) -> None:
-        """Scores of the masks from `first` on, from the logits [rows, classes] of their images."""
+    def scores(self, inputs: Inputs, logits: Array, probability: bool, stream: Any) -> None:
+        """Scores of the masks, from the logits [rows, classes] of their images."""
         scores.mask_scores[logits.shape[0], self.threads.scores, stream](
             logits,
             self.buffers.starts,
             self.buffers.targets,
             inputs.pairs,
             len(self.geometry.layers),
-            first,
             int(probability),
             self.buffers.scores,
         )

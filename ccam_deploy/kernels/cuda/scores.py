@@ -30,6 +30,18 @@ def cast(values: Array, target: Array) -> None:
 
 
 @cuda.jit
+def gather(source: Array, owner: Array, target: Array) -> None:
+    """Copy each pair's image's row: grid (any, P).
+
+    source: [B, n], target: [P, n], of one type.   owner: [P] int32, the image of each pair.
+    """
+    row, copied = source[owner[cuda.blockIdx.y]], target[cuda.blockIdx.y]
+    first = cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x
+    for place in range(first, row.shape[0], cuda.gridDim.x * cuda.blockDim.x):
+        copied[place] = row[place]
+
+
+@cuda.jit
 def output_gradient(
     logits: Array,
     owner: Array,
@@ -74,26 +86,24 @@ def mask_scores(
     targets: Array,
     pairs: int,
     layers: int,
-    first: int,
     probability: int,
     scores: Array,
 ) -> None:
     """The score of each masked image for its pair's class. One block per row of the logits.
 
-    logits: [rows, classes] float32 or float16, of the masks from `first` on; rows after the last
-    mask are left out.   starts: from `masks.index_masks`.   targets: [P] int64.
+    logits: [rows, classes] float32 or float16; rows after the last mask are left out.
+    starts: from `masks.index_masks`.   targets: [P] int64.
     pairs: how many of the P are in use.   probability: as for `output_gradient`.
     scores: [n] float32, written.
     """
     scratch = cuda.shared.array(MOST_WARPS, np.float32)
-    row = cuda.blockIdx.x
-    mask = first + row
+    mask = cuda.blockIdx.x
     if mask >= starts[pairs * layers]:
         return
     target = targets[holder(starts, pairs * layers, mask) // layers]
-    score = np.float32(logits[row, target])
+    score = np.float32(logits[mask, target])
     if probability != 0:
-        highest, total = softmax_terms(logits[row], scratch)
+        highest, total = softmax_terms(logits[mask], scratch)
         score = math.exp(score - highest) / total
     if cuda.threadIdx.x == 0:
         scores[mask] = score

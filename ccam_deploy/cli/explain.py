@@ -131,6 +131,8 @@ def explain(bundle: Path, images: tuple[Path, ...], as_json: bool, **options: An
                             _print(line)
                     results += lines
                 bar.update(len(chunk))
+        for note in explainer.notes[len(explainer.networks.notes) :]:
+            click.echo(note, err=True)
     if as_json:
         print_json(results)
     if failed:

@@ -44,6 +44,16 @@ class _Mark:
         weakref.finalize(self, spare.append, event)
 
 
+class _Replay:
+    """Launches a captured graph, and holds what it was captured from."""
+
+    def __init__(self, executable: Any, stream: Any, held: list[object]) -> None:
+        self._executable, self._stream, self._held = executable, stream, held
+
+    def __call__(self) -> None:
+        _check(_bindings().cuGraphLaunch(self._executable, self._stream))
+
+
 class CudaDevice:
     """The first GPU, with a stream and memory of one's own; see Device.
 
@@ -57,6 +67,8 @@ class CudaDevice:
         self._dropped_graphs: list[Any] = []
         self._spare_events: list[Any] = []
         self._dropped_pinned: list[Any] = []
+        self._capturing = False
+        self._held: list[object] = []
         self._closed = False
         bindings, numba_cuda = _bindings(), _numba()
         # Work on the default stream must not wait for this one, nor this one for it.
@@ -136,6 +148,11 @@ class CudaDevice:
         with _told():
             return float(end.event.time_since(start.event)) / 1e3
 
+    def hold(self, thing: object) -> None:
+        """See Device."""
+        if self._capturing:
+            self._held.append(thing)
+
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         """See Device."""
         bindings = _bindings()
@@ -145,6 +162,7 @@ class CudaDevice:
         # Memory that Numba would free meanwhile cannot be freed during a capture.
         with _told(), _numba().defer_cleanup():
             _check(bindings.cuStreamBeginCapture(stream, mode))
+            self._capturing, self._held = True, []
             try:
                 work()
             except BaseException:
@@ -152,15 +170,15 @@ class CudaDevice:
                 if result == bindings.CUresult.CUDA_SUCCESS:
                     bindings.cuGraphDestroy(graph)
                 raise
+            finally:
+                self._capturing = False
             graph = _check(bindings.cuStreamEndCapture(stream))
             try:
                 executable = _check(bindings.cuGraphInstantiate(graph, 0))
             finally:
                 _check(bindings.cuGraphDestroy(graph))
 
-        def replay() -> None:
-            _check(bindings.cuGraphLaunch(executable, stream))
-
+        replay = _Replay(executable, stream, self._held)
         self._graphs.append(weakref.finalize(replay, self._dropped_graphs.append, executable))
         return replay
 
@@ -195,7 +213,8 @@ def _told(what: str = "") -> Iterator[None]:
     try:
         yield
     except _driver_errors() as error:
-        raise BackendError(f"the GPU failed{what}: {brief(error)}") from error
+        words = brief(error)
+        raise BackendError(f"the GPU failed{what}: {words}{_advice(words)}") from error
 
 
 def _check(answer: tuple[Any, ...]) -> Any:
@@ -205,8 +224,14 @@ def _check(answer: tuple[Any, ...]) -> Any:
     if result != bindings.CUresult.CUDA_SUCCESS:
         _, words = bindings.cuGetErrorString(result)
         reason = words.decode() if words else str(result)
-        raise BackendError(f"the GPU failed: {reason}")
+        raise BackendError(f"the GPU failed: {reason}{_advice(reason)}")
     return values[0] if values else None
+
+
+def _advice(words: str) -> str:
+    if "memory" in words and "out of" in words:
+        return "; use a smaller batch_size or k_max"
+    return "; if it goes on, restart the process, whose context may be lost"
 
 
 @cache

@@ -125,6 +125,10 @@ class Device(Protocol):
         """The time between two events, both in the past."""
         ...
 
+    def hold(self, thing: object) -> None:
+        """Keep something for as long as the graph that is being captured; nothing where none is."""
+        ...
+
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         """Capture what `work` puts on the stream; return a function that puts it there again.
 

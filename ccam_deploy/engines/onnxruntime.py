@@ -109,8 +109,10 @@ def _session(
     provider = check_provider(device)
     wanted: list[Any] = [provider]
     if device == "cuda":  # it hands operators that it lacks to the CPU
-        own = (provider, {"user_compute_stream": str(stream)}) if stream else provider
-        wanted = [own, _PROVIDERS["cpu"]]
+        own = {"use_tf32": "0"}  # which rounds the factors of float32 to 10 bits
+        if stream:
+            own["user_compute_stream"] = str(stream)
+        wanted = [(provider, own), _PROVIDERS["cpu"]]
         _load_cuda(runtime)
     try:
         session = runtime.InferenceSession(path, options, providers=wanted)

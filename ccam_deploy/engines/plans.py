@@ -174,6 +174,7 @@ def build_plan(
         raise BackendError(f"{library.flavour} rejects {graph.name}: {'; '.join(reasons[:2])}")
     config = builder.create_builder_config()
     _aim_at(library, config, devices)
+    config.clear_flag(trt.BuilderFlag.TF32)  # which rounds the factors of float32 to 10 bits
     if (flag := getattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION", None)) is not None:
         config.set_flag(flag)  # without it, TensorRT-RTX may allocate in a run that is captured
     for profile in tuned_for:

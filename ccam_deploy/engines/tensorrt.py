@@ -16,13 +16,14 @@ import numpy as np
 
 from ccam_deploy.engines.base import TensorSpec
 from ccam_deploy.engines.device import Device, DeviceTensor
-from ccam_deploy.engines.plans import Library, Shape
+from ccam_deploy.engines.plans import Library
 from ccam_deploy.errors import BackendError
 
 ProfileName = Literal["latency", "throughput"]
 
 _TYPES = {"FLOAT": "float32", "HALF": "float16", "INT64": "int64", "BOOL": "bool"}
 _MOST_ERRORS = 8
+_MOST_CONTEXTS = 64
 
 
 class SharedPlan:
@@ -134,24 +135,18 @@ class PlanGraph:
 
     scratch: the address of `plan.scratch_bytes(profile)` bytes on that device. Graphs that run
     one after the other on its stream may share them.
-    captured: whether launches are captured in CUDA graphs. Each set of shapes then gets an
-    execution context of its own, since a captured graph holds good only until its context takes
-    other shapes.
+    Tensors that lie elsewhere or have other sizes get an execution context of their own: a
+    captured graph holds good only as long as its context is left as it was.
     """
 
     def __init__(
-        self,
-        plan: SharedPlan,
-        device: Device,
-        scratch: int,
-        profile: ProfileName = "latency",
-        captured: bool = True,
+        self, plan: SharedPlan, device: Device, scratch: int, profile: ProfileName = "latency"
     ) -> None:
         self.inputs, self.outputs = plan.inputs, plan.outputs
         self.limits: Mapping[str, int] = plan.limits(profile)
+        self._device = device
         self._new_context = partial(_Context, plan, profile, scratch, device.stream)
-        self._captured = captured
-        self._contexts: dict[tuple[Shape, ...], _Context] = {}
+        self._contexts: dict[tuple[DeviceTensor, ...], _Context] = {}
 
     @property
     def capturable(self) -> bool:
@@ -160,12 +155,13 @@ class PlanGraph:
 
     def launch(self, tensors: Mapping[str, DeviceTensor]) -> None:
         """See DeviceGraph."""
-        for spec in self.inputs + self.outputs:
-            _check(spec, tensors)
-        shapes = tuple(tensors[spec.name].shape for spec in self.inputs) if self._captured else ()
-        if shapes not in self._contexts:
-            self._contexts[shapes] = self._new_context()
-        self._contexts[shapes].launch(tensors)
+        bound = tuple(_checked(spec, tensors) for spec in self.inputs + self.outputs)
+        context = self._contexts.pop(bound, None) or self._new_context(tensors)
+        self._contexts[bound] = context
+        if len(self._contexts) > _MOST_CONTEXTS:
+            self._contexts.pop(next(iter(self._contexts)))
+        context.launch()
+        self._device.hold(context)
 
     def close(self) -> None:
         """See DeviceGraph."""
@@ -173,12 +169,18 @@ class PlanGraph:
 
 
 class _Context:
-    """An execution context, with what it was told last."""
+    """An execution context on some tensors, which it keeps."""
 
-    def __init__(self, plan: SharedPlan, profile: ProfileName, scratch: int, stream: int) -> None:
+    def __init__(
+        self,
+        plan: SharedPlan,
+        profile: ProfileName,
+        scratch: int,
+        stream: int,
+        tensors: Mapping[str, DeviceTensor],
+    ) -> None:
         self._plan = plan
         self._stream = stream
-        self._bound: dict[str, DeviceTensor] = {}
         self._recorder = plan.new_recorder()
         self._context = plan.context()
         self._context.error_recorder = self._recorder
@@ -187,6 +189,22 @@ class _Context:
             raise self._error(f"cannot take the profile for {profile}")
         if size:
             self._context.set_device_memory(scratch, size)
+        for spec in plan.inputs:
+            shape = tensors[spec.name].shape
+            if not self._context.set_input_shape(spec.name, shape):
+                raise self._error(f'does not take "{spec.name}" of shape {list(shape)}')
+            self._bind(spec.name, tensors[spec.name])
+        for spec in plan.outputs:
+            wanted, shape = (
+                tuple(self._context.get_tensor_shape(spec.name)),
+                tensors[spec.name].shape,
+            )
+            if shape != wanted:
+                raise BackendError(
+                    f'{plan.name} writes "{spec.name}" of shape {list(wanted)}, '
+                    f"there is room for {list(shape)}"
+                )
+            self._bind(spec.name, tensors[spec.name])
 
     @property
     def capturable(self) -> bool:
@@ -194,41 +212,14 @@ class _Context:
         probe = getattr(self._context, "is_stream_capturable", None)
         return True if probe is None else bool(probe(self._stream))
 
-    def launch(self, tensors: Mapping[str, DeviceTensor]) -> None:
+    def launch(self) -> None:
         """Put a run on the stream."""
-        for spec in self._plan.inputs:
-            self._bind_input(spec.name, tensors[spec.name])
-        for spec in self._plan.outputs:
-            self._bind_output(spec.name, tensors[spec.name])
         if not self._context.execute_async_v3(self._stream):
             raise self._error("cannot run")
 
-    def _bind_input(self, name: str, tensor: DeviceTensor) -> None:
-        bound = self._bound.get(name)
-        if bound == tensor:
-            return
-        if bound is None or bound.shape != tensor.shape:
-            for output in self._plan.outputs:
-                self._bound.pop(output.name, None)
-            if not self._context.set_input_shape(name, tensor.shape):
-                raise self._error(f'does not take "{name}" of shape {list(tensor.shape)}')
-        self._set_address(name, tensor)
-
-    def _bind_output(self, name: str, tensor: DeviceTensor) -> None:
-        if self._bound.get(name) == tensor:
-            return
-        wanted = tuple(self._context.get_tensor_shape(name))
-        if tensor.shape != wanted:
-            raise BackendError(
-                f'{self._plan.name} writes "{name}" of shape {list(wanted)}, '
-                f"there is room for {list(tensor.shape)}"
-            )
-        self._set_address(name, tensor)
-
-    def _set_address(self, name: str, tensor: DeviceTensor) -> None:
+    def _bind(self, name: str, tensor: DeviceTensor) -> None:
         if not self._context.set_tensor_address(name, tensor.address):
             raise self._error(f'does not take the memory of "{name}"')
-        self._bound[name] = tensor
 
     def _error(self, what: str) -> BackendError:
         error: BackendError = self._recorder.error(
@@ -245,12 +236,13 @@ def _axis_name(tensor: str, tensors: Sequence[str]) -> str:
     return "masks" if "masks" in tensors and tensor != "images" else "batch"
 
 
-def _check(spec: TensorSpec, tensors: Mapping[str, DeviceTensor]) -> None:
+def _checked(spec: TensorSpec, tensors: Mapping[str, DeviceTensor]) -> DeviceTensor:
     tensor = tensors.get(spec.name)
     if tensor is None:
         raise BackendError(f'tensor "{spec.name}" is missing')
     if tensor.dtype != spec.dtype:
         raise BackendError(f'tensor "{spec.name}" is {tensor.dtype}, the plan has {spec.dtype}')
+    return tensor
 
 
 def _recorder(trt: Any) -> Any:

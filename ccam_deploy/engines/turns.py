@@ -50,6 +50,10 @@ class Turns:
         self.mark(stage)
         graph()
 
+    def forget(self) -> None:
+        """Drop marks that an interrupted run left."""
+        self._marks.clear()
+
     def mark(self, stage: str) -> None:
         """Begin a stage at this place on the stream; "" ends the one before it."""
         if not self._capturing:

@@ -97,6 +97,7 @@ class Pipeline:
         kernels by name; see launch.Buffers. A layer whose statistics are not finite has a count
         of 0; the pairs' other results mean nothing then.
         """
+        self._turns.forget()
         self._images.host["images"][: len(images)] = images
         results = []
         for start in range(0, len(owner), self.batch):
@@ -113,11 +114,11 @@ class Pipeline:
 
         images, masks: as many as that run had, with one class for each image.
         """
+        self._turns.forget()
         work = partial(self._passes, images, masks)
         self._turns.run(("passes", images, masks), "passes", work)
         self._turns.mark("")
         self._device.wait()
-        self._turns.stages()
 
     def close(self) -> None:
         """Free the buffers."""

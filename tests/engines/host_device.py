@@ -88,6 +88,9 @@ class HostDevice:
     def seconds(self, start: float, end: float) -> float:
         return end - start
 
+    def hold(self, thing: object) -> None:
+        pass
+
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         if not self._captures:
             raise BackendError("this device captures nothing")

@@ -28,8 +28,8 @@ from ccam_deploy.kernels.cuda.geometry import Geometry, LayerPlace, Spec
 pytestmark = pytest.mark.gpu
 
 MIB = 1 << 20
-TF32 = 2e-3
-"""Of the largest value: what products rounded to 10 bits, as TensorRT's may be, may cost."""
+ROUNDING = 1e-4
+"""Of the largest value: what another order of the same sums may cost."""
 
 
 @pytest.fixture
@@ -216,7 +216,7 @@ def test_plans_agree_with_onnx_runtime(
                 if values.dtype == np.bool_:
                     assert (values == found[name]).mean() > 0.99, name
                 else:
-                    tolerance = TF32 * np.abs(values).max()
+                    tolerance = ROUNDING * np.abs(values).max()
                     np.testing.assert_allclose(found[name], values, atol=tolerance, rtol=0)
     slots.close()
     plan.close()

@@ -72,6 +72,9 @@ class NumpyDevice:
     def seconds(self, start: Any, end: Any) -> float:
         raise NotImplementedError
 
+    def hold(self, thing: object) -> None:
+        pass
+
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         raise NotImplementedError
 

@@ -27,12 +27,12 @@ class FakeContext:
     """An execution context that writes down what it is told."""
 
     error_recorder: Any = None
+    fails: str | None = None
 
     def __init__(self, options: Any) -> None:
         self.options = options
         self.calls: list[tuple[Any, ...]] = []
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self.fails: str | None = None
 
     def told(self, *call: Any) -> bool:
         self.calls.append(call)
@@ -120,6 +120,10 @@ class Slot:
 
     def __init__(self) -> None:
         self.allocated: list[int] = []
+        self.held: list[object] = []
+
+    def hold(self, thing: object) -> None:
+        self.held.append(thing)
 
     @contextmanager
     def current(self) -> Iterator[None]:
@@ -141,11 +145,11 @@ def slot() -> Any:
     return Slot()
 
 
-def tensors(masks: int, batch: int = 1) -> dict[str, DeviceTensor]:
+def tensors(masks: int, batch: int = 1, place: int = 0) -> dict[str, DeviceTensor]:
     return {
         "images": DeviceTensor(256, (batch, 3), np.dtype("float16")),
         "masks": DeviceTensor(512, (masks, 1), np.dtype("float32")),
-        "logits": DeviceTensor(768, (masks, 5), np.dtype("float16")),
+        "logits": DeviceTensor(768 + 256 * place, (masks, 5), np.dtype("float16")),
     }
 
 
@@ -206,45 +210,30 @@ def test_throughput_takes_its_profile_and_scratch(path: Path) -> None:
     assert engine.contexts[0].calls[:2] == [("profile", 1, 9), ("memory", 4096, 512)]
 
 
-@pytest.mark.parametrize("captured", [True, False])
-def test_launch_tells_only_what_changed(path: Path, captured: bool) -> None:
+def test_tensors_elsewhere_have_a_context_of_their_own(path: Path) -> None:
+    """A context that is told anything else spoils the graphs that were captured from it."""
     engine = FakeEngine(2)
-    graph = PlanGraph(SharedPlan(library(engine), path), slot(), 0, captured=captured)
-    graph.launch(tensors(3))
-    calls = engine.contexts[0].calls
-    calls.clear()
-    graph.launch(tensors(3))
-    assert calls == [("run", 9)]
-    calls.clear()
-    moved = DeviceTensor(1024, (3, 1), np.dtype("float32"))
-    graph.launch(tensors(3) | {"masks": moved})
-    assert calls == [("address", "masks", 1024), ("run", 9)]
+    graph = PlanGraph(SharedPlan(library(engine), path), slot(), 0)
+    moved = {"masks": DeviceTensor(1024, (3, 1), np.dtype("float32"))}
+    for given in (tensors(3), tensors(2), tensors(3), tensors(3) | moved, tensors(3)):
+        graph.launch(given)
+    assert [context.shapes["masks"] for context in engine.contexts] == [(3, 1), (2, 1), (3, 1)]
+    assert [context.calls.count(("run", 9)) for context in engine.contexts] == [3, 1, 1]
+    assert engine.contexts[0].calls[-2:] == [("run", 9), ("run", 9)]
     assert graph.capturable
 
 
-def test_captured_shapes_have_contexts_of_their_own(path: Path) -> None:
-    """A context that takes other shapes spoils the graphs that were captured from it."""
-    engine = FakeEngine(2)
-    graph = PlanGraph(SharedPlan(library(engine), path), slot(), 0)
-    for masks in (3, 2, 3):
-        graph.launch(tensors(masks))
-    assert [context.shapes["masks"] for context in engine.contexts] == [(3, 1), (2, 1)]
-    assert [context.calls.count(("run", 9)) for context in engine.contexts] == [2, 1]
-
-
-def test_one_context_takes_all_shapes_where_nothing_is_captured(path: Path) -> None:
-    engine = FakeEngine(2)
-    graph = PlanGraph(SharedPlan(library(engine), path), slot(), 0, captured=False)
-    graph.launch(tensors(3))
-    (context,) = engine.contexts
-    context.calls.clear()
-    graph.launch(tensors(2))
-    assert context.calls == [
-        ("shape", "masks", (2, 1)),
-        ("address", "masks", 512),
-        ("address", "logits", 768),
-        ("run", 9),
-    ]
+def test_contexts_are_limited_and_captured_ones_held(path: Path) -> None:
+    engine, device = FakeEngine(2), Slot()
+    graph = PlanGraph(SharedPlan(library(engine), path), device, 0)  # type: ignore[arg-type]
+    for place in range(70):
+        graph.launch(tensors(3) | {"logits": tensors(3, place=place)["logits"]})
+    assert len(engine.contexts) == 70
+    graph.launch(tensors(3) | {"logits": tensors(3, place=69)["logits"]})
+    assert len(engine.contexts) == 70
+    graph.launch(tensors(3) | {"logits": tensors(3, place=0)["logits"]})
+    assert len(engine.contexts) == 71
+    assert len(device.held) == 72
 
 
 def test_unfit_tensors_are_refused(path: Path) -> None:
@@ -259,16 +248,15 @@ def test_unfit_tensors_are_refused(path: Path) -> None:
     graph.launch(given)
 
 
-@pytest.mark.parametrize("call", ["address", "run"])
-def test_refusals_carry_the_librarys_words(path: Path, call: str) -> None:
-    engine = FakeEngine(2)
-    graph = PlanGraph(SharedPlan(library(engine), path), slot(), 0)
-    graph.launch(tensors(3))
-    engine.contexts[0].fails = call
-    moved = DeviceTensor(1024, (3, 1), np.dtype("float32"))
+@pytest.mark.parametrize("call", ["shape", "address", "run"])
+def test_refusals_carry_the_librarys_words(
+    path: Path, call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FakeContext, "fails", call)
+    graph = PlanGraph(SharedPlan(library(FakeEngine(2)), path), slot(), 0)
     for _ in range(2):
         with pytest.raises(BackendError, match=f"Error Code 7: {call} will not do$"):
-            graph.launch(tensors(3) | {"masks": moved})
+            graph.launch(tensors(3))
 
 
 def test_slots_share_a_plan_and_not_a_context(path: Path) -> None:

@@ -116,3 +116,12 @@ def test_stages_end_where_the_next_begins() -> None:
         turns.mark(stage)
     assert turns.stages() == [("one", 1.0), ("two", 1.0), ("three", 1.0)]
     assert turns.stages() == []
+
+
+def test_marks_of_an_interrupted_run_are_forgotten() -> None:
+    turns = Log().turns(Clock())
+    turns.mark("interrupted")
+    turns.forget()
+    for stage in ("one", ""):
+        turns.mark(stage)
+    assert turns.stages() == [("one", 1.0)]

@@ -27,6 +27,7 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.bin"
 GRAPHS = ("backbone", "gradient", "classifier")
+OPTIONAL_GRAPHS = ("head",)
 
 Positive = Annotated[int, msgspec.Meta(gt=0)]
 Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
@@ -291,7 +292,7 @@ def _inconsistencies(manifest: Manifest) -> Iterator[str]:
         yield "it lists no layers or no graphs"
     for name, precision in manifest.precisions.items():
         report = precision.fidelity
-        if set(precision.graphs) != set(GRAPHS):
+        if set(precision.graphs) - set(OPTIONAL_GRAPHS) != set(GRAPHS):
             yield f"{name} must have the graphs {', '.join(GRAPHS)}"
         if len(precision.baseline_logits) != manifest.classes:
             yield f"{name} must have {manifest.classes} baseline logits"

@@ -112,6 +112,12 @@ class _Numbers(click.ParamType[tuple[float, ...]]):
     "classifier graph.  [default: fp32]",
 )
 @click.option(
+    "--head",
+    is_flag=True,
+    help="Add the graph from the last target layer to the logits, which --method recipro-cam "
+    "needs.",
+)
+@click.option(
     "--output",
     type=click.Path(path_type=Path),
     help="The bundle's folder.  [default: engines/NAME]",
@@ -229,6 +235,8 @@ def _prepare(
         changes |= {"name": path.stem if not recipe else recipe.name, "source": path.name}
     elif options["random_weights"] and recipe:
         changes |= {"random_weights": True, "tolerance": {}}
+    if options["head"]:
+        changes["head"] = True
     if options["labels"]:
         changes["labels"] = recipes.read_labels(options["labels"])
     if options["calibration_images"]:

@@ -1,4 +1,4 @@
-"""A bundle's three graphs behind the calls that methods make."""
+"""A bundle's graphs behind the calls that methods make."""
 
 from __future__ import annotations
 
@@ -62,9 +62,16 @@ class Classifier(Protocol):
         """Logits [N, classes] of images times masks [N, H, W]; owner [N] names each one's image."""
         ...
 
+    def head_logits(self, features: Floats) -> Floats:
+        """Logits [N, classes] of feature maps [N, C, h, w] put in the place of the last layer's.
+
+        Raises OptionError where the bundle has no graph for it.
+        """
+        ...
+
 
 class Networks:
-    """The three engines of one precision.
+    """The engines of one precision.
 
     backend: the engine's name.   slots: where all of an explanation can run on a GPU.
     notes: why better backends were passed over, one line each.
@@ -122,6 +129,13 @@ class Networks:
         for own, values in parts:
             logits[own] = values
         return logits
+
+    def head_logits(self, features: Floats) -> Floats:
+        """Logits [N, classes] of the last layer's feature maps; see Classifier."""
+        if "head" not in self.engines:
+            raise OptionError("the bundle has no head graph; export it with --head")
+        feeds = {"features": self._cast("head", "features", features)}
+        return self.engines["head"].run(feeds)["logits"].astype(np.float32, copy=False)
 
     def _masked_logits(self, images: Floats, masks: Floats, owner: NDArray[np.int64]) -> Floats:
         feeds = {

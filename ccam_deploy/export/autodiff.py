@@ -39,10 +39,12 @@ class Differentiated:
 
     backbone: images -> (logits, *features, *residuals).
     gradient: (*residuals, output_gradient [B, classes]) -> gradients of the feature maps.
+    head: the last feature map -> logits; None where they depend on the image past it.
     """
 
     backbone: fx.GraphModule
     gradient: fx.GraphModule
+    head: fx.GraphModule | None
 
 
 def differentiate(
@@ -296,7 +298,15 @@ def _split(joint: fx.GraphModule, layers: int) -> Differentiated:
     }
     backbone = _extract(joint, [image], [*forward, *crossing])
     gradient = _extract(joint, [*crossing, output_gradient], gradients)
-    return Differentiated(backbone, gradient)
+    return Differentiated(backbone, gradient, _head(joint, forward[0], forward[-1]))
+
+
+def _head(joint: fx.GraphModule, logits: fx.Node, features: fx.Node) -> fx.GraphModule | None:
+    """The part between the last feature map and the logits, if it needs nothing else."""
+    try:
+        return _extract(joint, [features], [logits])
+    except KeyError:
+        return None
 
 
 def _depending(joint: fx.GraphModule, root: fx.Node) -> set[fx.Node]:

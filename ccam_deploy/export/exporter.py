@@ -76,6 +76,7 @@ class ExportSettings:
         the defaults of ccam_deploy.evaluate.fidelity.
     name, source: what the manifest calls the model, and where it came from.
     random_weights: the model was not trained; the manifest and every user is told.
+    head: also write the graph from the last target layer to the logits, which recipro-cam needs.
     progress: called with a line for each step.
     """
 
@@ -90,6 +91,7 @@ class ExportSettings:
     name: str = ""
     source: str = ""
     random_weights: bool = False
+    head: bool = False
     progress: Callable[[str], None] = lambda line: None
 
     def __post_init__(self) -> None:
@@ -151,7 +153,7 @@ def export(
     for kind, dtype in _DTYPES.items():
         if kind in _WANTED[precision]:
             chosen.progress(f"converting the {kind} graphs of {', '.join(names)}")
-            converted[kind] = onnx_graphs.convert(program, found, dtype)
+            converted[kind] = onnx_graphs.convert(program, found, dtype, chosen.head)
     preprocessing = _preprocessing(chosen, program)
     images = _calibration(chosen, program, preprocessing)
     chosen.progress(f"explaining {len(images)} calibration images with PyTorch")
@@ -292,10 +294,16 @@ def _check(
     networks = load_networks(paths, scale, "onnxruntime-cpu")
     try:
         got = fidelity.observe(networks, expected.images, names, expected.targets)
+        head = networks.head_logits(got.features[-1]) if "head" in paths else got.logits
     finally:
         networks.close()
     report = fidelity.compare(got, expected)
     broken = fidelity.failures(report, tolerance, names)
+    error = fidelity.relative_error(head, expected.logits)
+    if not error <= tolerance["logits"]:
+        broken.append(
+            f"the head's logits are off by {error:.1e}, at most {tolerance['logits']:.0e}"
+        )
     if broken:
         raise ToleranceError(f"the {kind} graphs do not agree with PyTorch: " + "; ".join(broken))
     return report

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim
 
-from ccam_deploy.errors import LoweringError, brief
+from ccam_deploy.errors import LayerError, LoweringError, brief
 from ccam_deploy.export.autodiff import differentiate
 from ccam_deploy.export.layers import TargetLayer
 from ccam_deploy.export.program import Program, cast, module_of, quiet
@@ -29,17 +29,21 @@ class Graphs:
     backbone: images [B, C, H, W] -> logits, feature_0.., residual_0..
     gradient: residual_0.., output_gradient [B, classes] -> gradient_0..
     classifier: images [B, C, H, W], masks [N, 1, H, W], owner [N] int64 -> logits [N, classes]
+    head: features [N, C, h, w] of the last layer -> logits [N, classes]; only where it is wanted
     """
 
     backbone: ir.Model
     gradient: ir.Model
     classifier: ir.Model
+    head: ir.Model | None = None
 
     def items(self) -> Iterator[tuple[str, ir.Model]]:
         """Each graph's name and model."""
         yield "backbone", self.backbone
         yield "gradient", self.gradient
         yield "classifier", self.classifier
+        if self.head is not None:
+            yield "head", self.head
 
 
 class MaskedClassifier(nn.Module):
@@ -57,11 +61,15 @@ class MaskedClassifier(nn.Module):
 
 
 def convert(
-    program: Program, layers: Sequence[TargetLayer], dtype: torch.dtype = torch.float32
+    program: Program,
+    layers: Sequence[TargetLayer],
+    dtype: torch.dtype = torch.float32,
+    with_head: bool = False,
 ) -> Graphs:
     """Build and convert the graphs of a classifier.
 
-    Raises LoweringError, naming operator and module, for what ONNX cannot express.
+    Raises LoweringError, naming operator and module, for what ONNX cannot express, LayerError
+    where a head is wanted and the last layer is no cut through the classifier.
     """
     parts = differentiate(program, layers, dtype)
     batch, masks = Dim("batch"), Dim("masks")
@@ -91,7 +99,16 @@ def convert(
         ["logits"],
         program,
     )
-    return Graphs(backbone, gradient, classifier)
+    head = None
+    if with_head:
+        if parts.head is None:
+            raise LayerError(
+                f'the classifier has no head after layer "{layers[-1].name}": its logits depend '
+                "on the image past that layer; export without a head, or with other layers"
+            )
+        features = {"features": (outputs[len(layers)].repeat(2, 1, 1, 1)[:3], {0: masks})}
+        head = _to_onnx(parts.head, features, ["logits"], program)
+    return Graphs(backbone, gradient, classifier, head)
 
 
 def _in_type(module: fx.GraphModule, dtype: torch.dtype) -> fx.GraphModule:

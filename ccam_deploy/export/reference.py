@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, fx
 
 from ccam_deploy.engines import Activations
 from ccam_deploy.export.autodiff import Recorder
@@ -43,6 +43,15 @@ class TorchClassifier:
         """Logits of images times masks, multiplied before the model sees them."""
         with torch.no_grad():
             (logits,) = self._program.graph(torch.from_numpy(images[owner] * masks[:, None]))
+        return logits.numpy()  # type: ignore[no-any-return]
+
+    def head_logits(self, features: Floats) -> Floats:
+        """Logits of feature maps put in the place of the last layer's, of images of zeros."""
+        values = torch.from_numpy(features)
+        images = torch.zeros(len(values), *self._program.input_shape)
+        interpreter = fx.Interpreter(self._program.graph)
+        with torch.no_grad():
+            (logits,) = interpreter.run(images, initial_env={self._nodes[-1]: values})
         return logits.numpy()  # type: ignore[no-any-return]
 
     def _run(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:

@@ -1,0 +1,87 @@
+"""The head: the graph from the last target layer to the logits, written where it is wanted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import ccam_deploy as ccam
+from ccam_deploy.errors import LayerError, OptionError, ToleranceError
+from ccam_deploy.export import ExportSettings, export, layers, program
+from ccam_deploy.export.reference import TorchClassifier
+from tests.command import success
+from tests.helpers import noise, tiny
+from tests.networks import Detached
+
+
+@pytest.fixture(scope="module")
+def headed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bundles") / "headed"
+    export(tiny(), folder, (32, 48), None, "fp16", ExportSettings(head=True))
+    return folder
+
+
+@pytest.mark.parametrize(("precision", "error"), [("fp32", 1e-5), ("fp16", 1e-2)])
+def test_head_is_the_end_of_the_classifier(headed: Path, precision: str, error: float) -> None:
+    """On features of images, and on any others, as many as one likes."""
+    traced = program.build(program.trace(tiny(), (3, 32, 48)))
+    peer = TorchClassifier(traced, layers.find(traced))
+    with ccam.load(headed, precision=precision) as explainer:
+        activations = explainer.networks.backbone(noise(3, 3, 32, 48))
+        own = explainer.networks.head_logits(activations.features[-1])
+        np.testing.assert_allclose(own, activations.logits, atol=error)
+        for count in (1, 7):
+            features = noise(count, 8, 8, 12)
+            got = explainer.networks.head_logits(features)
+            assert got.dtype == np.float32
+            np.testing.assert_allclose(got, peer.head_logits(features), atol=error)
+
+
+def test_head_is_listed_and_shares_the_weights(headed: Path, tiny_bundle: Path) -> None:
+    with ccam.load(headed) as with_head, ccam.load(tiny_bundle) as without:
+        files = with_head.bundle.manifest.precisions["fp32"].graphs
+        assert files["head"] == "head.onnx"
+        assert "head.onnx" in with_head.bundle.manifest.files
+        assert "head" not in without.bundle.manifest.precisions["fp32"].graphs
+        with pytest.raises(OptionError, match="has no head graph; export it with --head"):
+            without.networks.head_logits(noise(1, 8, 8, 12))
+
+
+def test_explanations_are_the_same_with_a_head(headed: Path, tiny_bundle: Path) -> None:
+    images = noise(2, 3, 32, 48)
+    with ccam.load(headed) as one, ccam.load(tiny_bundle) as other:
+        got, expected = one.explain(images), other.explain(images)
+    np.testing.assert_array_equal(got.raw_saliency, expected.raw_saliency)
+
+
+def test_classifier_that_reads_the_image_past_the_layer_has_no_head(tmp_path: Path) -> None:
+    model, settings = Detached().eval(), ExportSettings(head=True)
+    with pytest.raises(LayerError, match='no head after layer "body": its logits depend on the im'):
+        export(model, tmp_path / "x", (16, 16), ["body"], "fp32", settings)
+    assert not (tmp_path / "x").exists()
+    export(model, tmp_path / "x", (16, 16), ["body"])
+
+
+def test_head_that_differs_fails_the_export(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ccam_deploy.engines import Networks
+
+    monkeypatch.setattr(
+        Networks, "head_logits", lambda self, features: np.ones((len(features), 5), np.float32)
+    )
+    with pytest.raises(ToleranceError, match="the head's logits are off by"):
+        export(tiny(), tmp_path / "x", (32, 48), None, "fp32", ExportSettings(head=True))
+    assert not (tmp_path / "x").exists()
+
+
+def test_head_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save(tiny().state_dict(), "net.pt")
+    words = ["net.pt", "--arch", "tests.helpers:tiny", "--input-size", "32x48"]
+    success("export", *words, "--head", "--output", "tiny")
+    with ccam.load("tiny") as explainer:
+        assert "head" in explainer.networks.engines

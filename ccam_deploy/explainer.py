@@ -20,14 +20,15 @@ from ccam_deploy.engines import Networks, open_networks
 from ccam_deploy.errors import BackendError, ImageError, OptionError, TargetError
 from ccam_deploy.image import Geometry
 from ccam_deploy.methods import (
+    DEFAULT_METHOD,
     Batch,
     CollectionCAM,
-    CollectionCAMOptions,
     LayerPartition,
     MaskSequence,
     Method,
     MethodResult,
     Stopwatch,
+    with_options,
 )
 from ccam_deploy.methods.collection_cam_device import DeviceCollectionCAM
 
@@ -50,6 +51,8 @@ class Explanation:
     layers: each target layer's collections.   masks[p]: [N, H, W] float32 in [0, 1], N masks from
         the shallowest layer to the deepest.   weights[p]: [N] float32, the masks' weights α,
         0 for a flat mask.   mic[p]: [N] float32, their increase of confidence over the baseline.
+        Only Collection-CAM gives all four. Score-CAM gives the weight and increase of each channel
+        [C]; what a method does not give has length 0.
     timings: seconds in each stage.   settings: method, options and engine that gave the result.
     geometries: where each image's input lies in the original; empty for array input.
     """
@@ -125,8 +128,9 @@ class Explainer:
         self,
         images: Images,
         targets: Targets = None,
-        options: CollectionCAMOptions | None = None,
+        options: object = None,
         top: int = 1,
+        method: str | None = None,
     ) -> Explanation:
         """Explain the classifier's decisions on some images.
 
@@ -134,12 +138,13 @@ class Explainer:
             and mode.
         targets: None for each image's best classes; a class for all images; or for each image a
             class or several, as numbers or names. Several classes share the image's backbone pass.
-        options: of Collection-CAM.
+        options: the method's options, such as CollectionCAMOptions; None for its defaults.
         top: how many of the best classes to explain where targets is None.
+        method: a name among ccam_deploy.methods.METHODS; None for Collection-CAM.
         Raises ImageError, TargetError or OptionError for what cannot be used.
         """
         clock = Stopwatch()
-        method = CollectionCAM(options)
+        chosen = with_options(DEFAULT_METHOD if method is None else method, options)
         if isinstance(images, np.ndarray) and images.ndim == 0:
             raise ImageError("a single number is no image")
         pictures = images if isinstance(images, np.ndarray | Sequence) else [images]
@@ -149,8 +154,8 @@ class Explainer:
         parts = []
         for start in range(0, len(pictures), self.batch_size):
             chunk = slice(start, start + self.batch_size)
-            parts.append(self._explain_batch(method, pictures[chunk], wanted[chunk], top, clock))
-        return self._assemble(method, parts, clock)
+            parts.append(self._explain_batch(chosen, pictures[chunk], wanted[chunk], top, clock))
+        return self._assemble(chosen, parts, clock)
 
     def preprocess(
         self, images: Floats | Sequence[Image.Image]
@@ -191,7 +196,7 @@ class Explainer:
 
     def _explain_batch(
         self,
-        method: Method,
+        method: Method[Any],
         pictures: Floats | Sequence[Image.Image],
         wanted: Sequence[tuple[int, ...] | None],
         top: int,
@@ -200,7 +205,7 @@ class Explainer:
         with clock.stage("preprocess"):
             images, geometries = self.preprocess(pictures)
         owner, codes = _pairs(wanted, top)
-        if self.on_device is not None:
+        if self.on_device is not None and isinstance(method, CollectionCAM):
             logits, classes, results = self.on_device.explain(
                 images, owner, codes, method.options, clock
             )
@@ -225,7 +230,9 @@ class Explainer:
             results.append(method.explain(self.networks, batch, clock))
         return _Part(activations.logits, geometries, owner, classes, results)
 
-    def _assemble(self, method: Method, parts: Sequence[_Part], clock: Stopwatch) -> Explanation:
+    def _assemble(
+        self, method: Method[Any], parts: Sequence[_Part], clock: Stopwatch
+    ) -> Explanation:
         results = [result for part in parts for result in part.results]
         masks = results[0].masks
         for result in results[1:]:

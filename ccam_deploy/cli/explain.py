@@ -16,6 +16,7 @@ import click
 from ccam_deploy.cli.options import (
     BATCH_SIZE,
     COLORMAP,
+    METHODS,
     OPACITY,
     bundle_argument,
     engine_options,
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 
     from ccam_deploy.bundle import Manifest
     from ccam_deploy.explainer import Explainer, Explanation
-    from ccam_deploy.methods import CollectionCAMOptions
 
 KINDS = ("overlay", "heatmap", "panel", "npz", "json")
 
@@ -44,6 +44,13 @@ KINDS = ("overlay", "heatmap", "panel", "npz", "json")
     default="top1",
     show_default=True,
     help="The classes to explain: topN for the N best, or a class's number or name.",
+)
+@click.option(
+    "--method",
+    default=METHODS[0],
+    show_default=True,
+    type=click.Choice(METHODS),
+    help="How maps are made.",
 )
 @click.option(
     "--option",
@@ -96,7 +103,7 @@ def explain(bundle: Path, images: tuple[Path, ...], as_json: bool, **options: An
     from ccam_deploy.cli.writer import Writer
 
     kinds = _kinds(options["save"])
-    method_options = _method_options(options["pairs"])
+    method_options = _method_options(options["method"], options["pairs"])
     top, target = _parse_target(options["target"])
     render.check_colormap(options["colormap"])
     files = imaging.find(images)
@@ -122,7 +129,9 @@ def explain(bundle: Path, images: tuple[Path, ...], as_json: bool, **options: An
                 failed += len(problems)
                 if read:
                     started = time.perf_counter()
-                    result = explainer.explain([p for _, p in read], target, method_options, top)
+                    result = explainer.explain(
+                        [p for _, p in read], target, method_options, top, options["method"]
+                    )
                     spent = (time.perf_counter() - started) * 1000
                     lines = _lines(explainer, result, [f for f, _ in read], spent)
                     for line, written in zip(lines, writer.write(result, read), strict=True):
@@ -149,20 +158,22 @@ def _kinds(words: str) -> tuple[str, ...]:
     return kinds
 
 
-def _method_options(pairs: Sequence[str]) -> CollectionCAMOptions:
+def _method_options(method: str, pairs: Sequence[str]) -> object:
+    """The options of a method, a frozen dataclass."""
     import msgspec
 
-    from ccam_deploy.methods import CollectionCAMOptions
+    from ccam_deploy.methods import method_named
 
+    kind = method_named(method).options_type
     given: dict[str, Any] = dict(parse_assignments(pairs))
-    known = [field.name for field in dataclasses.fields(CollectionCAMOptions)]
+    known = [field.name for field in dataclasses.fields(kind)]
     for name in given:
         if name not in known:
-            raise OptionError(f'option "{name}" is unknown; the method has {", ".join(known)}')
+            raise OptionError(f'option "{name}" is unknown; {method} has {", ".join(known)}')
     if "layers" in given:
         given["layers"] = [part.strip() for part in given["layers"].split(",")]
     try:
-        return msgspec.convert(given, CollectionCAMOptions, strict=False)
+        return msgspec.convert(given, kind, strict=False)
     except msgspec.ValidationError as error:
         raise OptionError(f"an option has an unusable value: {error}") from error
 
@@ -214,10 +225,11 @@ def _lines(
 
 
 def _print(line: dict[str, Any]) -> None:
-    masks = "+".join(str(count) for count in line["masks"].values())
+    counts = "+".join(str(count) for count in line["masks"].values())
+    masks = f"masks {counts}, " if counts else ""
     click.echo(
         f"{line['file']}: class {line['class']}, score {line['probability']:.3f}, "
-        f"masks {masks}, {line['milliseconds']:.1f} ms"
+        f"{masks}{line['milliseconds']:.1f} ms"
     )
     for file in line["files"]:
         click.echo(f"  {file}")

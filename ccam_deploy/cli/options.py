@@ -17,6 +17,16 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 BACKENDS = ("auto", "tensorrt", "tensorrt-rtx", "onnxruntime-cuda", "onnxruntime-cpu")
 TENSORRT = ("tensorrt", "tensorrt-rtx")
 MAX_BATCH = 8
+METHODS = (
+    "collection-cam",
+    "grad-cam",
+    "grad-cam++",
+    "layer-cam",
+    "cam",
+    "score-cam",
+    "rise",
+    "recipro-cam",
+)
 PRECISIONS = ("fp32", "fp16", "int8", "fp8")
 BATCH_SIZE = 16
 COLORMAP = "jet"

@@ -1,5 +1,20 @@
 """Explanation methods: each turns a batch of images and classes into saliency maps."""
 
+from __future__ import annotations
+
+from typing import Any
+
+from ccam_deploy.errors import OptionError
+from ccam_deploy.methods.activation import (
+    CAM,
+    CAMOptions,
+    GradCAM,
+    GradCAMOptions,
+    GradCAMPlusPlus,
+    GradCAMPlusPlusOptions,
+    LayerCAM,
+    LayerCAMOptions,
+)
 from ccam_deploy.methods.base import (
     Batch,
     LayerPartition,
@@ -9,14 +24,66 @@ from ccam_deploy.methods.base import (
     Stopwatch,
 )
 from ccam_deploy.methods.collection_cam import CollectionCAM, CollectionCAMOptions
+from ccam_deploy.methods.recipro_cam import ReciproCAM, ReciproCAMOptions
+from ccam_deploy.methods.region import RISE, RISEOptions, ScoreCAM, ScoreCAMOptions
+
+_ALL: tuple[type[Method[Any]], ...] = (
+    CollectionCAM,
+    GradCAM,
+    GradCAMPlusPlus,
+    LayerCAM,
+    CAM,
+    ScoreCAM,
+    RISE,
+    ReciproCAM,
+)
+METHODS = {method.name: method for method in _ALL}
+DEFAULT_METHOD = CollectionCAM.name
 
 __all__ = [
+    "CAM",
+    "DEFAULT_METHOD",
+    "METHODS",
+    "RISE",
     "Batch",
+    "CAMOptions",
     "CollectionCAM",
     "CollectionCAMOptions",
+    "GradCAM",
+    "GradCAMOptions",
+    "GradCAMPlusPlus",
+    "GradCAMPlusPlusOptions",
+    "LayerCAM",
+    "LayerCAMOptions",
     "LayerPartition",
     "MaskSequence",
     "Method",
     "MethodResult",
+    "RISEOptions",
+    "ReciproCAM",
+    "ReciproCAMOptions",
+    "ScoreCAM",
+    "ScoreCAMOptions",
     "Stopwatch",
+    "method_named",
+    "with_options",
 ]
+
+
+def method_named(name: str) -> type[Method[Any]]:
+    """A method's class. Raises OptionError for an unknown name."""
+    if name not in METHODS:
+        raise OptionError(f'method "{name}" is unknown; there are {", ".join(METHODS)}')
+    return METHODS[name]
+
+
+def with_options(name: str, options: object = None) -> Method[Any]:
+    """A method by name, with its own options or its defaults.
+
+    Raises OptionError for an unknown name and for options of another method.
+    """
+    method = method_named(name)
+    if options is not None and not isinstance(options, method.options_type):
+        given, wanted = type(options).__name__, method.options_type.__name__
+        raise OptionError(f"the options are {given}; {name} takes {wanted}")
+    return method(options)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol, overload
+from typing import Any, ClassVar, Generic, TypeVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ccam_deploy.engines import Activations, Classifier
+from ccam_deploy.errors import BackendError, OptionError
+from ccam_deploy.kernels import cpu
 
 Floats = NDArray[np.float32]
+Options = TypeVar("Options")
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,20 @@ class Batch:
     def size(self) -> tuple[int, int]:
         """Height and width of the input."""
         return self.images.shape[2], self.images.shape[3]
+
+    @property
+    def one_hot(self) -> Floats:
+        """[P, classes] float32, 1 at each pair's class: the gradient of its logit."""
+        rows = np.zeros((len(self.targets), self.activations.logits.shape[1]), np.float32)
+        rows[np.arange(len(rows)), self.targets] = 1
+        return rows
+
+    def place_of(self, layer: str) -> int:
+        """Where a target layer stands among the layers, the final one for an empty name.
+
+        Raises OptionError for one that is not there.
+        """
+        return places_of([layer], self.layers)[0] if layer else len(self.layers) - 1
 
 
 @dataclass(frozen=True)
@@ -98,23 +116,64 @@ class MethodResult:
     weights: tuple[Floats, ...]
     mic: tuple[Floats, ...]
 
+    @classmethod
+    def of_maps(
+        cls, raw: Floats, weights: Sequence[Floats] = (), mic: Sequence[Floats] = ()
+    ) -> MethodResult:
+        """A result of maps [P, H, W] float32 alone, whose masks, if it had any, were not kept.
 
-class Method(Protocol):
-    """An explanation method with its options."""
+        Raises BackendError for maps that are not finite.
+        """
+        if not np.isfinite(raw).all():
+            raise BackendError(
+                "the maps have NaN or infinite values for these images; "
+                "a bundle in fp32 has the wider range"
+            )
+        none = [np.zeros(0, np.float32)] * len(raw)
+        empty = np.zeros((0, *raw.shape[1:]), np.float32)
+        masks = MaskSequence([lambda: empty] * len(raw))
+        return cls(raw, cpu.min_max(raw), (), masks, tuple(weights or none), tuple(mic or none))
 
-    @property
-    def name(self) -> str:
-        """The name that the command line and results use."""
-        ...
 
-    @property
-    def options(self) -> Any:
-        """A frozen dataclass."""
-        ...
+class Method(ABC, Generic[Options]):
+    """An explanation method with its options.
 
+    name: what the command line and results call it.
+    options_type: the frozen dataclass of its options, all of which have defaults.
+    """
+
+    name: ClassVar[str]
+    options_type: ClassVar[type[Any]]
+
+    def __init__(self, options: Options | None = None) -> None:
+        self.options: Options = self.options_type() if options is None else options
+
+    @abstractmethod
     def explain(self, classifier: Classifier, batch: Batch, clock: Stopwatch) -> MethodResult:
-        """Explain every pair of a batch."""
-        ...
+        """Explain every pair of a batch.
+
+        Raises OptionError for options that the bundle cannot meet, BackendError for features or
+        gradients that are not finite.
+        """
+
+
+def places_of(layers: Sequence[str], names: Sequence[str]) -> list[int]:
+    """Where some layers stand among the bundle's, from the shallowest to the deepest.
+
+    Raises OptionError for one that is not there.
+    """
+    for layer in layers:
+        if layer not in names:
+            raise OptionError(f'layer "{layer}" is not in the bundle; it has {", ".join(names)}')
+    return [place for place, name in enumerate(names) if name in layers]
+
+
+def not_finite(layer: str) -> BackendError:
+    """The error for a layer whose features or gradients are NaN or infinite."""
+    return BackendError(
+        f'layer "{layer}" has NaN or infinite features or gradients for these images; '
+        "a bundle in fp32 has the wider range"
+    )
 
 
 class Stopwatch:

@@ -5,25 +5,27 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ccam_deploy.engines import Classifier
-from ccam_deploy.errors import BackendError, OptionError
+from ccam_deploy.errors import OptionError
 from ccam_deploy.kernels import cpu
 from ccam_deploy.methods.base import (
     Batch,
     Floats,
     LayerPartition,
     MaskSequence,
+    Method,
     MethodResult,
     Stopwatch,
+    not_finite,
+    places_of,
 )
+from ccam_deploy.methods.scores import Score, check_score, probabilities, score_of
 
 _MOST_COLLECTIONS = 1024
-Score = Literal["logit", "probability"]
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,7 @@ class CollectionCAMOptions:
             )
         if self.k_max > _MOST_COLLECTIONS:
             raise OptionError(f"k_max is {self.k_max}; it must be at most {_MOST_COLLECTIONS}")
-        if self.score not in ("logit", "probability"):
-            raise OptionError(f'score is "{self.score}"; it must be logit or probability')
+        check_score(self.score)
 
 
 @dataclass(frozen=True)
@@ -66,13 +67,11 @@ class _Piece:
     masks: Floats
 
 
-class CollectionCAM:
+class CollectionCAM(Method[CollectionCAMOptions]):
     """Clusters feature maps into collections, weighs each collection's mask by its score."""
 
     name = "collection-cam"
-
-    def __init__(self, options: CollectionCAMOptions | None = None) -> None:
-        self.options = options or CollectionCAMOptions()
+    options_type = CollectionCAMOptions
 
     def explain(self, classifier: Classifier, batch: Batch, clock: Stopwatch) -> MethodResult:
         """Explain every pair of a batch; see Method."""
@@ -107,14 +106,11 @@ class CollectionCAM:
 
     def _output_gradient(self, batch: Batch) -> Floats:
         """∂F_c/∂logits, [P, classes]."""
-        one_hot = np.zeros((len(batch.targets), batch.activations.logits.shape[1]), np.float32)
-        rows = np.arange(len(batch.targets))
-        one_hot[rows, batch.targets] = 1
         if self.options.score == "logit":
-            return one_hot
-        probabilities = _probabilities(batch.activations.logits[batch.owner])
-        own = probabilities[rows, batch.targets][:, None]
-        return own * (one_hot - probabilities)
+            return batch.one_hot
+        shares = probabilities(batch.activations.logits[batch.owner])
+        own = shares[np.arange(len(shares)), batch.targets][:, None]
+        return own * (batch.one_hot - shares)
 
     def _partition(
         self, name: str, features: Floats, gradients: Floats, final: bool, clock: Stopwatch
@@ -196,25 +192,7 @@ def chosen_layers(options: CollectionCAMOptions, names: Sequence[str]) -> list[i
 
     Raises OptionError for one that is not there.
     """
-    for name in options.layers:
-        if name not in names:
-            raise OptionError(f'layer "{name}" is not in the bundle; it has {", ".join(names)}')
-    return [index for index, name in enumerate(names) if name in (options.layers or names)]
-
-
-def score_of(score: Score, logits: Floats, targets: NDArray[np.int64]) -> Floats:
-    """F_c of each row: logits [n, classes] float32, targets [n]; returns [n] float32."""
-    values = logits if score == "logit" else _probabilities(logits)
-    scores: Floats = values[np.arange(len(targets)), targets]
-    return scores
-
-
-def not_finite(layer: str) -> BackendError:
-    """The error for a layer whose statistics are NaN or infinite."""
-    return BackendError(
-        f'layer "{layer}" has NaN or infinite features or gradients for these images; '
-        "a bundle in fp32 has the wider range"
-    )
+    return places_of(options.layers or names, names)
 
 
 def draw_masks(sums: Sequence[Floats], size: tuple[int, int], theta: float) -> Floats:
@@ -236,9 +214,3 @@ def _packed(pieces: Iterator[_Piece], size: int) -> Iterator[list[_Piece]]:
             room -= len(piece.masks)
     if group:
         yield group
-
-
-def _probabilities(logits: Floats) -> Floats:
-    shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
-    probabilities: Floats = shifted / shifted.sum(axis=1, keepdims=True)
-    return probabilities

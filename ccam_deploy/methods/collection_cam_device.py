@@ -12,15 +12,17 @@ from numpy.typing import NDArray
 from ccam_deploy.bundle import Manifest
 from ccam_deploy.engines.slots import Slot, Slots, Use
 from ccam_deploy.kernels.cuda.geometry import Geometry
-from ccam_deploy.methods.base import Floats, LayerPartition, MaskSequence, MethodResult, Stopwatch
-from ccam_deploy.methods.collection_cam import (
-    CollectionCAMOptions,
-    chosen_layers,
-    draw_masks,
+from ccam_deploy.methods.base import (
+    Floats,
+    LayerPartition,
+    MaskSequence,
+    MethodResult,
+    Stopwatch,
     not_finite,
-    score_of,
 )
+from ccam_deploy.methods.collection_cam import CollectionCAMOptions, chosen_layers, draw_masks
 from ccam_deploy.methods.device_pipeline import HostArrays, Pipeline, Setup
+from ccam_deploy.methods.scores import score_of
 
 
 class DeviceCollectionCAM:

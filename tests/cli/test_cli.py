@@ -181,6 +181,24 @@ def test_explain_folders_classes_and_options(tiny_bundle: Path, here: Path) -> N
         assert content["settings"]["options"]["theta"] == 0.3
 
 
+def test_explain_by_another_method(tiny_bundle: Path, here: Path) -> None:
+    """One without masks has none to count; all kinds of files are written."""
+    picture(here / "one.png")
+    words = ["explain", tiny_bundle, "one.png", "--target", "cat", "--method", "layer-cam"]
+    words += ["--option", "layers=relu2, relu1", "--option", "gamma=3"]
+    line, *written = success(*words, "--save", "overlay,panel,npz,json").stdout.splitlines()
+    assert re.fullmatch(r"one\.png: class cat, score 0\.\d{3}, \d+\.\d ms", line)
+    assert len(written) == 4
+    content = json.loads(Path("explanations/one-cat.json").read_text())
+    assert content["settings"]["method"] == "layer-cam"
+    expected = {"layers": ["relu2", "relu1"], "relu": True, "scaling": "shallow", "gamma": 3.0}
+    assert content["settings"]["options"] == expected
+    assert content["weights"] == content["mic"] == []
+    with np.load("explanations/one-cat.npz") as arrays:
+        assert arrays["masks"].shape == (0, 32, 48)
+        assert arrays["saliency"].max() == 1
+
+
 @pytest.mark.parametrize(("target", "classes"), [("top1", 1), ("top3", 3), ("cat", 2), ("4", 4)])
 def test_targets(tiny_bundle: Path, here: Path, target: str, classes: int) -> None:
     picture(here / "one.png")
@@ -366,8 +384,13 @@ def test_verify(tiny_bundle: Path, here: Path) -> None:
         (["explain", "tiny", "text.pt"], "text.pt is not an image of a known format"),
         (
             ["explain", "tiny", "one.png", "--option", "depth=3"],
-            'option "depth" is unknown; the method has theta, k_min, k_max, score',
+            'option "depth" is unknown; collection-cam has theta, k_min, k_max, score',
         ),
+        (
+            ["explain", "tiny", "one.png", "--method", "cam", "--option", "theta=0.3"],
+            'option "theta" is unknown; cam has layer, relu',
+        ),
+        (["explain", "tiny", "one.png", "--method", "sam"], "'sam' is not one of 'collection-cam'"),
         (["explain", "tiny", "one.png", "--option", "theta"], 'option "theta" is not key=value'),
         (["explain", "tiny", "one.png", "--option", "theta=2"], "theta is 2.0; it must be in"),
         (["explain", "tiny", "one.png", "--option", "k_max=x"], "an option has an unusable value"),

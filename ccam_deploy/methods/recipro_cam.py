@@ -1,0 +1,61 @@
+"""Recipro-CAM (Byun & Lee 2022): the classifier's head on one place of its features at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ccam_deploy.engines import Classifier
+from ccam_deploy.kernels import cpu
+from ccam_deploy.methods.base import Batch, Method, MethodResult, Stopwatch, not_finite
+from ccam_deploy.methods.scores import Score, check_score, score_of
+
+
+@dataclass(frozen=True)
+class ReciproCAMOptions:
+    """Options of Recipro-CAM.
+
+    score: what a place is worth, the softmax probability of the class, as in its authors' code,
+        or its logit, as in OpenVINO XAI.
+    """
+
+    score: Score = "probability"
+
+    def __post_init__(self) -> None:
+        check_score(self.score)
+
+
+class ReciproCAM(Method[ReciproCAMOptions]):
+    """Each place of the last feature map is worth the score of the head on that place alone.
+
+    It takes no gradient, and all classes of an image share its forwards through the head.
+    """
+
+    name = "recipro-cam"
+    options_type = ReciproCAMOptions
+
+    def explain(self, classifier: Classifier, batch: Batch, clock: Stopwatch) -> MethodResult:
+        """Explain every pair of a batch; see Method."""
+        features = batch.activations.features[-1]
+        channels, height, width = features.shape[1:]
+        if not np.isfinite(features[batch.owner]).all():
+            raise not_finite(batch.layers[-1])
+        maps = np.zeros((len(batch.owner), height * width), np.float32)
+        for image in np.unique(batch.owner):
+            pairs = np.flatnonzero(batch.owner == image)
+            flat = features[image].reshape(channels, -1)
+            for start in range(0, height * width, batch.chunk):
+                with clock.stage("masks"):
+                    places = np.arange(start, min(start + batch.chunk, height * width))
+                    alone = np.zeros((len(places), channels, height * width), np.float32)
+                    alone[np.arange(len(places)), :, places] = flat[:, places].T
+                with clock.stage("classifier"):
+                    logits = classifier.head_logits(alone.reshape(-1, channels, height, width))
+                with clock.stage("combine"):
+                    for pair in pairs:
+                        classes = np.full(len(places), batch.targets[pair])
+                        maps[pair, places] = score_of(self.options.score, logits, classes)
+        with clock.stage("combine"):
+            raw = cpu.upsample(maps.reshape(-1, height, width), batch.size)
+            return MethodResult.of_maps(raw)

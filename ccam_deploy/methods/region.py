@@ -1,0 +1,242 @@
+"""Methods that mask the image and see what is left of the score: Score-CAM and RISE.
+
+Masks are made a chunk at a time and not kept. Neither method's masks depend on the class, so all
+classes of an image share its masked forwards. P counts (image, class) pairs, C channels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ccam_deploy.engines import Classifier
+from ccam_deploy.errors import OptionError
+from ccam_deploy.kernels import cpu
+from ccam_deploy.methods.base import Batch, Floats, Method, MethodResult, Stopwatch, not_finite
+from ccam_deploy.methods.scores import Score, check_score, score_of
+
+Weighting = Literal["increase", "probability", "softmax"]
+_MOST_MASKS = 1_000_000
+
+
+@dataclass(frozen=True)
+class ScoreCAMOptions:
+    """Options of Score-CAM.
+
+    layer: the target layer, empty for the final one.
+    weights: what weighs a channel. "increase": by how much the logit under its mask is above that
+        of an input of zeros (Ha & Youn 2022, eq. 1-3). "probability": the softmax probability
+        under its mask, as in the code of Score-CAM's authors. "softmax": the softmax of the
+        logits over all channels, as in TorchCAM and pytorch-grad-cam.
+    channels: use only so many channels, those that vary most over the image; 0 for all.
+    """
+
+    layer: str = ""
+    weights: Weighting = "increase"
+    channels: int = 0
+
+    def __post_init__(self) -> None:
+        if self.weights not in ("increase", "probability", "softmax"):
+            raise OptionError(
+                f'weights is "{self.weights}"; it must be increase, probability or softmax'
+            )
+        if self.channels < 0:
+            raise OptionError(f"channels is {self.channels}; it must be at least 0")
+
+
+@dataclass(frozen=True)
+class RISEOptions:
+    """Options of RISE; the defaults are those that its authors use for ImageNet.
+
+    masks: how many random masks.   cells: how many cells a mask has along each side.
+    p: the probability that a cell is kept.   seed: of the random numbers.
+    score: what F_c is, the softmax probability of the class or its logit.
+    file: a .npy file of masks [N, H, W] in [0, 1] to use in place of random ones.
+    """
+
+    masks: int = 4000
+    cells: int = 8
+    p: float = 0.5
+    seed: int = 0
+    score: Score = "probability"
+    file: str = ""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.masks <= _MOST_MASKS:
+            raise OptionError(f"masks is {self.masks}; it must be 1 to {_MOST_MASKS}")
+        if self.cells < 1:
+            raise OptionError(f"cells is {self.cells}; it must be at least 1")
+        if not 0 < self.p <= 1:
+            raise OptionError(f"p is {self.p}; it must be above 0 and at most 1")
+        if self.seed < 0:
+            raise OptionError(f"seed is {self.seed}; it must be at least 0")
+        check_score(self.score)
+        random = (self.masks, self.cells, self.seed)
+        if self.file and random != (RISEOptions.masks, RISEOptions.cells, RISEOptions.seed):
+            raise OptionError("masks, cells and seed make random masks; leave them out with a file")
+
+
+class ScoreCAM(Method[ScoreCAMOptions]):
+    """Weighs each channel by the score of the image under its mask (Wang et al. 2020)."""
+
+    name = "score-cam"
+    options_type = ScoreCAMOptions
+
+    def explain(self, classifier: Classifier, batch: Batch, clock: Stopwatch) -> MethodResult:
+        """Explain every pair of a batch; see Method."""
+        place = batch.place_of(self.options.layer)
+        features = batch.activations.features[place]
+        if not np.isfinite(features[batch.owner]).all():
+            raise not_finite(batch.layers[place])
+        scores, counted = self._score(classifier, batch, features, clock)
+        with clock.stage("combine"):
+            rows = np.broadcast_to(batch.baseline, (len(scores), len(batch.baseline)))
+            base = score_of(self._kind, rows, batch.targets)[:, None]
+            gains = np.where(counted, scores - base, np.float32(0))
+            if self.options.weights == "softmax":
+                weights = np.stack(list(map(cpu.softmax, scores, counted)))
+            else:
+                weights = gains if self.options.weights == "increase" else scores
+            pairs = zip(weights, batch.owner, strict=True)
+            maps = [np.einsum("c,cij->ij", row, features[image]) for row, image in pairs]
+            raw = cpu.upsample(np.maximum(np.stack(maps), 0), batch.size)
+            return MethodResult.of_maps(raw, list(weights), list(gains))
+
+    @property
+    def _kind(self) -> Score:
+        return "probability" if self.options.weights == "probability" else "logit"
+
+    def _score(
+        self, classifier: Classifier, batch: Batch, features: Floats, clock: Stopwatch
+    ) -> tuple[Floats, NDArray[np.bool_]]:
+        """The score under each channel's mask [P, C] float32, 0 where it was not asked for.
+
+        Also returns [P, C] bool, true where it was: not for flat channels, whose masks are empty,
+        nor for those beyond the number of channels to use.
+        """
+        scores = np.zeros((len(batch.owner), features.shape[1]), np.float32)
+        counted = np.zeros(scores.shape, np.bool_)
+        with clock.stage("masks"):
+            used = [(image, self._channels(features[image])) for image in np.unique(batch.owner)]
+            images = np.repeat([i for i, _ in used], [len(own) for _, own in used])
+            channels = np.concatenate([own for _, own in used])
+        for start in range(0, len(images), batch.chunk):
+            image, channel = images[start : start + batch.chunk], channels[start:][: batch.chunk]
+            with clock.stage("masks"):
+                masks = cpu.min_max(cpu.upsample(features[image, channel], batch.size))
+                shown, owner = np.unique(image, return_inverse=True)
+            with clock.stage("classifier"):
+                logits = classifier.masked_logits(batch.images[shown], masks, owner)
+            with clock.stage("combine"):
+                for pair in np.flatnonzero(np.isin(batch.owner, shown)):
+                    own = image == batch.owner[pair]
+                    classes = np.full(np.count_nonzero(own), batch.targets[pair])
+                    scores[pair, channel[own]] = score_of(self._kind, logits[own], classes)
+                    counted[pair, channel[own]] = True
+        return scores, counted
+
+    def _channels(self, features: Floats) -> NDArray[np.intp]:
+        """The channels of an image [C, h, w] to use, in ascending order."""
+        flat = features.reshape(len(features), -1)
+        varied = np.flatnonzero(flat.max(axis=1) > flat.min(axis=1))
+        most = self.options.channels
+        if not most or len(varied) <= most:
+            return varied
+        spread = flat[varied].std(axis=1, dtype=np.float64)
+        return np.sort(varied[np.argsort(-spread, kind="stable")[:most]])
+
+
+class RISE(Method[RISEOptions]):
+    """Averages random masks, each weighted by the score under it (Petsiuk et al. 2018, eq. 6)."""
+
+    name = "rise"
+    options_type = RISEOptions
+
+    def explain(self, classifier: Classifier, batch: Batch, clock: Stopwatch) -> MethodResult:
+        """Explain every pair of a batch; see Method."""
+        total = np.zeros((len(batch.owner), math.prod(batch.size)), np.float64)
+        count = 0
+        chunks = self._chunks(batch)
+        while True:
+            with clock.stage("masks"):
+                masks = next(chunks, None)
+            if masks is None:
+                break
+            count += len(masks)
+            for image in np.unique(batch.owner):
+                pairs = np.flatnonzero(batch.owner == image)
+                owner = np.zeros(len(masks), np.int64)
+                with clock.stage("classifier"):
+                    logits = classifier.masked_logits(batch.images[image][None], masks, owner)
+                with clock.stage("combine"):
+                    for pair in pairs:
+                        classes = np.full(len(masks), batch.targets[pair])
+                        scores = score_of(self.options.score, logits, classes)
+                        total[pair] += np.einsum("n,np->p", scores, masks.reshape(len(masks), -1))
+        with clock.stage("combine"):
+            mean = (total / (count * self.options.p)).astype(np.float32)
+            return MethodResult.of_maps(mean.reshape(-1, *batch.size))
+
+    def _chunks(self, batch: Batch) -> Iterator[Floats]:
+        """The masks, some at a time."""
+        if self.options.file:
+            given = read_masks(self.options.file, batch.size)
+            for start in range(0, len(given), batch.chunk):
+                masks = np.array(given[start : start + batch.chunk], np.float32)
+                if not (masks.min() >= 0 and masks.max() <= 1):
+                    raise OptionError(f"{self.options.file} has masks outside of [0, 1]")
+                yield masks
+            return
+        source = np.random.default_rng(self.options.seed)
+        for start in range(0, self.options.masks, batch.chunk):
+            count = min(batch.chunk, self.options.masks - start)
+            yield random_masks(source, count, self.options.cells, self.options.p, batch.size)
+
+
+def random_masks(
+    source: np.random.Generator, count: int, cells: int, p: float, size: tuple[int, int]
+) -> Floats:
+    """RISE's masks [count, H, W] float32 in [0, 1] (Petsiuk et al. 2018, section 3.2).
+
+    A grid of `cells` by `cells` zeros and ones is upsampled to one cell more than the image along
+    each side, and the mask cut out of it, beginning anywhere in the first cell.
+    Raises OptionError where there are more cells than pixels.
+    """
+    if cells > min(size):
+        raise OptionError(f"cells is {cells}; an input of {size[0]}x{size[1]} takes {min(size)}")
+    cell = [math.ceil(length / cells) for length in size]
+    grids, corners = np.empty((count, cells, cells), np.float32), []
+    for index in range(count):  # one after the other, so that chunks of any size give the same
+        grids[index] = source.random((cells, cells)) < p
+        corners.append(source.integers(0, cell))
+    wide = cpu.upsample(grids, ((cells + 1) * cell[0], (cells + 1) * cell[1]))
+    return np.stack(
+        [one[y : y + size[0], x : x + size[1]] for one, (y, x) in zip(wide, corners, strict=True)]
+    )
+
+
+def read_masks(file: str, size: tuple[int, int]) -> NDArray[np.floating]:
+    """Masks [N, H, W] of a .npy file, read from it as they are needed.
+
+    Raises OptionError for a file that cannot be read or whose array does not fit.
+    """
+    try:
+        masks = np.load(Path(file), mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise OptionError(f"{file} is not a .npy file that can be read: {error}") from error
+    if not isinstance(masks, np.ndarray):
+        masks.close()
+        raise OptionError(f"{file} holds several arrays; it must hold one, of masks")
+    kind = masks.dtype.kind
+    if masks.ndim != 3 or masks.shape[1:] != size or not len(masks) or kind not in "fb":
+        raise OptionError(
+            f"{file} holds {masks.dtype}{list(masks.shape)}; "
+            f"the bundle takes masks float32[N, {size[0]}, {size[1]}]"
+        )
+    return masks

@@ -4,6 +4,7 @@ CcamError                what the command line prints as one line, with exit cod
 ├── OptionError          an option or argument that is unknown or out of range
 ├── ImageError           an image that cannot be read or used
 ├── TargetError          a class that the classifier does not have
+├── DatasetError         a data set that is not laid out as it should be
 ├── OutputError          a result that cannot be written
 ├── BundleError          a bundle that cannot be read or written
 │   ├── ManifestError    a manifest that breaks the schema, or leads outside its bundle
@@ -29,6 +30,10 @@ class OptionError(CcamError, ValueError):
 
 class ImageError(CcamError, ValueError):
     """An image cannot be read or used."""
+
+
+class DatasetError(CcamError, ValueError):
+    """A data set is not laid out as it should be."""
 
 
 class OutputError(CcamError):

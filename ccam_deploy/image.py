@@ -55,6 +55,20 @@ class Geometry:
         )
         return np.asarray(shown, dtype=np.float32)
 
+    def to_input(self, boxes: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Bring boxes [K, 4] of the original image to the input, cut at its border.
+
+        A box is left, top, right, bottom in pixels, right and bottom exclusive. Those of which
+        nothing is left in the input are dropped.
+        """
+        scale = np.divide(self.scaled, self.original)
+        top, left = self.corner
+        moved = boxes * [*scale[::-1], *scale[::-1]] - [left, top, left, top]
+        height, width = self.size
+        cut = np.clip(moved, 0, [width, height, width, height])
+        kept: NDArray[np.float64] = cut[(cut[:, 2] > cut[:, 0]) & (cut[:, 3] > cut[:, 1])]
+        return kept
+
 
 def load(source: str | Path | bytes, name: str = "") -> Image.Image:
     """Read an image file, or its bytes, as it is shown: turned as its EXIF data says.

@@ -329,3 +329,32 @@ def test_maps_of_another_size_are_refused() -> None:
     geometry = Geometry((10, 10), (10, 10), (0, 0), (10, 10))
     with pytest.raises(ImageError, match=r"the map is \[4, 5\], the input \[10, 10\]"):
         geometry.to_original(np.zeros((4, 5), np.float32))
+
+
+def test_boxes_come_to_the_input_by_hand() -> None:
+    """100×200 scaled to 40×80, the middle 40×40 taken: left is x·0.4 − 20."""
+    place = imaging.geometry((100, 200), (40, 40), how())
+    assert (place.scaled, place.corner) == ((40, 80), (0, 20))
+    boxes = [[60, 10, 100, 50], [0, 0, 200, 100], [0, 0, 50, 100], [0, 0, 49, 10], [150, 0, 200, 9]]
+    got = place.to_input(np.array(boxes, np.float64))
+    np.testing.assert_allclose(got, [[4, 4, 20, 20], [0, 0, 40, 40]])
+    assert place.to_input(np.zeros((0, 4))).shape == (0, 4)
+    stretched = imaging.geometry((100, 200), (40, 40), how("stretch"))
+    got = stretched.to_input(np.array([[50.0, 10, 100, 50]]))
+    np.testing.assert_allclose(got, [[10, 4, 20, 20]])
+
+
+@pytest.mark.parametrize("size", [(120, 90), (61, 173), (200, 200)], ids=str)
+@pytest.mark.parametrize("resize", ["crop", "stretch"])
+def test_boxes_meet_the_pixels_they_had(resize: Resize, size: tuple[int, int]) -> None:
+    """A white rectangle on black, prepared as an image, lies where its box is brought to."""
+    height, width = size
+    box = (width // 2 - 13, height // 2 - 9, width // 2 + 20, height // 2 + 14)
+    picture = Image.new("RGB", (width, height))
+    picture.paste((255, 255, 255), box)
+    batch, (place,) = imaging.prepare([picture], (40, 40), how(resize))
+    white = batch[0, 0] * STD[0] + MEAN[0] > 0.5
+    rows, columns = np.flatnonzero(white.any(axis=1)), np.flatnonzero(white.any(axis=0))
+    seen = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
+    got = place.to_input(np.array([box], np.float64))[0]
+    np.testing.assert_allclose(got, seen, atol=0.75)

@@ -84,7 +84,7 @@ def test_blur_is_rises() -> None:
 
 def test_step_is_1792_of_224() -> None:
     """Both protocols at the size that RISE and the paper give: 28 steps of 3.57 %."""
-    scorer = LinearScorer(np.ones((2, 224 * 224), np.float32) / 224**2)
+    scorer = LinearScorer(np.full((2, 224 * 224), 1e-5, np.float32))
     image, saliency = np.ones((1, 1, 224, 224), np.float32), distinct(1, 224, 224)
     for protocol in PROTOCOLS.values():
         curve = metrics.curves(scorer, image, saliency, np.array([0]), protocol, "deletion", 32)

@@ -13,6 +13,7 @@ from ccam_deploy import __version__
 from ccam_deploy.cli.bench import bench
 from ccam_deploy.cli.build import build
 from ccam_deploy.cli.doctor import doctor
+from ccam_deploy.cli.evaluate import evaluate
 from ccam_deploy.cli.explain import explain
 from ccam_deploy.cli.export import export
 from ccam_deploy.cli.info import info
@@ -72,5 +73,5 @@ def main(debug: bool) -> None:
     """
 
 
-for command in (export, build, explain, info, verify, bench, doctor):
+for command in (export, build, explain, evaluate, info, verify, bench, doctor):
     main.add_command(command)

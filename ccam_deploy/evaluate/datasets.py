@@ -229,7 +229,7 @@ class Scenes(Dataset):
         _need_classes(manifest, scenes.CLASSES, "digits in scenes")
         self._split = split
         self._kind = kind
-        self.names = tuple(f"scene-{seed}" for seed in range(SCENES))
+        self.names = tuple(f"{split}-scene-{seed}" for seed in range(SCENES))
 
     def __getitem__(self, index: int) -> Item:
         scene = scenes.make_scene(self._split, range(SCENES)[index], self._kind)

@@ -138,20 +138,17 @@ def probabilities(logits: Floats, classes: Classes) -> Doubles:
     return chosen
 
 
-def masked_probabilities(
-    scorer: Scorer, images: Floats, masks: Floats, classes: Classes, chunk: int
-) -> Doubles:
-    """Probability [B] of each image's class, the image times its mask.
+def masked_logits(scorer: Scorer, images: Floats, masks: Floats, chunk: int) -> Floats:
+    """Logits [B, classes] of images, each times its mask.
 
-    images: [B, C, H, W], preprocessed.   masks: [B, H, W] in [0, 1].   classes: [B].
+    images: [B, C, H, W], preprocessed.   masks: [B, H, W] in [0, 1].
     chunk: how many images go through the engine at a time.
     """
     found = []
     for start in range(0, len(images), chunk):
         part = slice(start, start + chunk)
         owner = np.arange(len(images[part]), dtype=np.int64)
-        logits = scorer.masked_logits(images[part], masks[part], owner)
-        found.append(probabilities(logits, classes[part]))
+        found.append(scorer.masked_logits(images[part], masks[part], owner))
     return np.concatenate(found)
 
 

@@ -99,7 +99,7 @@ def test_scenes_are_the_generators(split: scenes.Split) -> None:
         dataset = open_dataset(word, manifest(classes=10), split)
         item = dataset[31]
         scene = scenes.make_scene(split, 31, kind)  # type: ignore[arg-type]
-        assert (item.name, item.target) == ("scene-31", scene.digits[0])
+        assert (item.name, item.target) == (f"{split}-scene-31", scene.digits[0])
         assert item.boxes.tolist() == [list(box) for box in scene.boxes]
         np.testing.assert_array_equal(np.asarray(item.read()), scene.image)
     assert isinstance(dataset, Scenes)

@@ -192,7 +192,7 @@ def test_drop_and_increase_by_hand() -> None:
 def test_map_of_ones_changes_nothing() -> None:
     scorer, images = random_scorer((3, 8, 8)), noise(5, 3, 8, 8)
     ones, classes = np.ones((5, 8, 8), np.float32), np.arange(5) % 3
-    before = metrics.masked_probabilities(scorer, images, ones, classes, chunk=2)
+    before = metrics.probabilities(metrics.masked_logits(scorer, images, ones, 2), classes)
     expected = metrics.probabilities(scorer.logits(images), classes)
     np.testing.assert_array_equal(before, expected)
     np.testing.assert_array_equal(metrics.average_drop(before, expected), np.zeros(5))
@@ -203,8 +203,8 @@ def test_map_of_ones_changes_nothing() -> None:
 def test_image_is_multiplied_by_the_map() -> None:
     """Half of each of four pixels of 1: a logit of 2 for class 1."""
     image, half = np.ones((1, 1, 2, 2), np.float32), np.full((1, 2, 2), 0.5, np.float32)
-    got = metrics.masked_probabilities(count_scorer(2, 2), image, half, np.array([1]), 8)
-    assert got[0] == pytest.approx(1 / (1 + np.exp(-2)))
+    got = metrics.masked_logits(count_scorer(2, 2), image, half, 8)
+    np.testing.assert_array_equal(got, [[0, 2]])
 
 
 def test_pixels_of_a_box() -> None:

@@ -1,0 +1,275 @@
+"""Measures methods on a data set, image by image, so that an interrupted run can go on."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ccam_deploy import __version__, methods
+from ccam_deploy.errors import OptionError
+from ccam_deploy.evaluate import metrics
+from ccam_deploy.evaluate.datasets import Dataset, Item
+from ccam_deploy.evaluate.metrics import METRICS, PROTOCOLS, Doubles, Floats
+from ccam_deploy.evaluate.results import CURVES, Results, Row
+from ccam_deploy.explainer import Explainer, Explanation
+
+Target = Literal["predicted", "label"]
+DEFAULT_METHOD = methods.CollectionCAM.name
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A method as it is measured. options: the method's own, None for its defaults."""
+
+    name: str
+    method: str
+    options: Any = None
+
+    def explain(self, explainer: Explainer, images: Floats, targets: Sequence[int]) -> Explanation:
+        """Explain a class for each of some preprocessed images."""
+        named: dict[str, Any] = {} if self.method == DEFAULT_METHOD else {"method": self.method}
+        return explainer.explain(images, targets, self.options, **named)
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """What is measured.
+
+    metrics: names among METRICS; none for all that the data set allows.
+    protocol: a name among PROTOCOLS.   limit: how many images, drawn at random; 0 for all.
+    seed: of the draw, and of the intervals' bootstrap.
+    target: the class that is explained, the classifier's best or the data set's.
+    """
+
+    metrics: tuple[str, ...] = ()
+    protocol: str = "paper"
+    limit: int = 0
+    seed: int = 0
+    target: Target = "predicted"
+
+
+def method_names() -> tuple[str, ...]:
+    """The methods that can be measured, Collection-CAM first."""
+    registry: Mapping[str, Any] = getattr(methods, "METHODS", {DEFAULT_METHOD: None})
+    return tuple(sorted(registry, key=lambda name: name != DEFAULT_METHOD))
+
+
+def variants(names: Sequence[str]) -> tuple[Variant, ...]:
+    """Methods by name, with their defaults. Raises OptionError for an unknown one or none."""
+    known = method_names()
+    for name in names:
+        if name not in known:
+            raise OptionError(f'method "{name}" is unknown; there are {", ".join(known)}')
+    if not names:
+        raise OptionError(f"there is no method to measure; there are {', '.join(known)}")
+    return tuple(Variant(name, name) for name in dict.fromkeys(names))
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Images that are measured together, with what all methods share.
+
+    images: [B, C, H, W].   targets, predicted: [B].   before: [B], probabilities of the targets.
+    boxes: of each image, in the network's input.
+    """
+
+    items: tuple[Item, ...]
+    places: tuple[int, ...]
+    images: Floats
+    targets: NDArray[np.int64]
+    predicted: NDArray[np.int64]
+    before: Doubles
+    boxes: tuple[Doubles, ...]
+
+
+class Evaluation:
+    """Measures some variants of methods on some images of a data set.
+
+    Images go in groups of the explainer's batch size, always the same ones, so that a run that
+    goes on gives to the bit what one without a break would have given on the same backend.
+    """
+
+    def __init__(
+        self,
+        explainer: Explainer,
+        dataset: Dataset,
+        contenders: Sequence[Variant],
+        settings: EvaluationSettings,
+    ) -> None:
+        """Raises OptionError for settings that are unknown or that the data set does not allow."""
+        self.explainer = explainer
+        self.dataset = dataset
+        self.contenders = tuple(contenders)
+        self.settings = settings
+        self.metrics = _metrics(settings, dataset)
+        if settings.limit < 0:
+            raise OptionError(f"limit is {settings.limit}; it must be at least 1, or 0 for all")
+        if settings.target not in ("predicted", "label"):
+            raise OptionError(f'target is "{settings.target}"; it must be predicted or label')
+        if settings.target == "label" and not dataset.has_classes:
+            raise OptionError("the data set has no classes to explain; use --target predicted")
+        self.places = drawn(len(dataset), settings.limit, settings.seed)
+
+    @property
+    def total(self) -> int:
+        """How many rows there are to measure."""
+        return len(self.places) * len(self.contenders)
+
+    def facts(self, dataset: str) -> dict[str, Any]:
+        """All that the numbers depend on. dataset: how it was named."""
+        explainer = self.explainer
+        names = "\n".join(self.dataset.names[place] for place in self.places)
+        return {
+            "version": __version__,
+            "bundle": explainer.bundle.manifest.name,
+            "digest": explainer.bundle.manifest.digest,
+            "backend": explainer.networks.backend,
+            "precision": explainer.precision,
+            "batch_size": explainer.batch_size,
+            "dataset": dataset,
+            "methods": {one.name: _described(one) for one in self.contenders},
+            "metrics": list(self.metrics),
+            "protocol": self.settings.protocol,
+            "target": self.settings.target,
+            "seed": self.settings.seed,
+            "images": len(self.places),
+            "names_sha256": hashlib.sha256(names.encode("utf-8", "surrogateescape")).hexdigest(),
+        }
+
+    def open(self, folder: Path, dataset: str) -> Results:
+        """The folder's results of these settings, to go on with; see Results."""
+        results = Results(folder, self.facts(dataset), self.metrics)
+        results.keep([self._keys(g, one) for g in self._groups for one in self.contenders])
+        return results
+
+    def run(self, results: Results) -> Iterator[int]:
+        """Measure what is missing; gives how many rows were added, group by group.
+
+        Raises what reading an image, explaining it or writing rows raises; what was measured
+        until then is kept.
+        """
+        for places in self._groups:
+            missing = [
+                one
+                for one in self.contenders
+                if any(key not in results.rows for key in self._keys(places, one))
+            ]
+            if missing:
+                group = self._read(places)
+                for one in missing:
+                    results.add(self._measure(group, one))
+                    yield len(places)
+
+    @cached_property
+    def _groups(self) -> list[tuple[int, ...]]:
+        size = self.explainer.batch_size
+        return [self.places[start : start + size] for start in range(0, len(self.places), size)]
+
+    def _keys(self, places: Sequence[int], one: Variant) -> list[tuple[int, str]]:
+        return [(place, one.name) for place in places]
+
+    def _read(self, places: tuple[int, ...]) -> _Group:
+        items = tuple(self.dataset[place] for place in places)
+        images, geometries = self.explainer.preprocess([item.read() for item in items])
+        whole = np.ones((len(images), *images.shape[2:]), np.float32)
+        logits = metrics.masked_logits(
+            self.explainer.networks, images, whole, self.explainer.batch_size
+        )
+        predicted = logits.argmax(axis=1).astype(np.int64)
+        targets = predicted
+        if self.settings.target == "label":
+            targets = np.array([item.target for item in items], np.int64)
+        boxes = tuple(
+            geometry.to_input(item.boxes) for item, geometry in zip(items, geometries, strict=True)
+        )
+        before = metrics.probabilities(logits, targets)
+        return _Group(items, places, images, targets, predicted, before, boxes)
+
+    def _measure(self, group: _Group, one: Variant) -> list[Row]:
+        """The rows of a group and a method."""
+        saliency = one.explain(self.explainer, group.images, group.targets.tolist()).saliency
+        values = self._masked(group, saliency)
+        curves = self._curves(group, saliency)
+        areas = {kind: 100 * metrics.area(points) for kind, points in curves.items()}
+        if len(areas) == 2:
+            areas["overall"] = areas["insertion"] - areas["deletion"]
+        values |= areas | self._localised(group, saliency)
+        return [
+            Row(
+                place,
+                group.items[row].name,
+                one.name,
+                int(group.targets[row]),
+                float(group.before[row]),
+                {name: float(values[name][row]) for name in self.metrics},
+                {kind: points[row] for kind, points in curves.items()},
+            )
+            for row, place in enumerate(group.places)
+        ]
+
+    def _masked(self, group: _Group, saliency: Floats) -> dict[str, Doubles]:
+        if not {"average-drop", "average-increase"} & set(self.metrics):
+            return {}
+        chunk = self.explainer.batch_size
+        logits = metrics.masked_logits(self.explainer.networks, group.images, saliency, chunk)
+        after = metrics.probabilities(logits, group.targets)
+        return {
+            "average-drop": metrics.average_drop(group.before, after),
+            "average-increase": metrics.average_increase(group.before, after),
+        }
+
+    def _curves(self, group: _Group, saliency: Floats) -> dict[str, Doubles]:
+        """The curves that the metrics need."""
+        protocol = PROTOCOLS[self.settings.protocol]
+        return {
+            kind: metrics.curves(
+                self.explainer.networks,
+                group.images,
+                saliency,
+                group.predicted if protocol.predicted else group.targets,
+                protocol,
+                kind,
+                self.explainer.batch_size,
+            )
+            for kind in CURVES
+            if {kind, "overall"} & set(self.metrics)
+        }
+
+    def _localised(self, group: _Group, saliency: Floats) -> dict[str, Doubles]:
+        pairs = list(zip(saliency, group.boxes, strict=True))
+        near = f"pointing-{metrics.TOLERANCE}"
+        return {
+            "proportion": np.array([metrics.proportion(*pair) for pair in pairs]),
+            "pointing": np.array([metrics.pointing(*pair) for pair in pairs]),
+            near: np.array([metrics.pointing(*pair, metrics.TOLERANCE) for pair in pairs]),
+        }
+
+
+def drawn(size: int, limit: int, seed: int) -> tuple[int, ...]:
+    """The places of `limit` of `size` images, drawn without replacement, in order; 0 for all."""
+    if not limit or limit >= size:
+        return tuple(range(size))
+    chosen = np.random.default_rng(seed).choice(size, limit, replace=False)
+    return tuple(sorted(map(int, chosen)))
+
+
+def _metrics(settings: EvaluationSettings, dataset: Dataset) -> tuple[str, ...]:
+    metrics.check(settings.metrics, settings.protocol)
+    possible = [name for name in METRICS if dataset.has_boxes or not METRICS[name].boxes]
+    for name in settings.metrics:
+        if name not in possible:
+            raise OptionError(f"{name} needs boxes, which the data set does not have")
+    return tuple(name for name in possible if not settings.metrics or name in settings.metrics)
+
+
+def _described(one: Variant) -> dict[str, Any]:
+    options = {} if one.options is None else dataclasses.asdict(one.options)
+    return {"method": one.method, "options": options}

@@ -1,0 +1,80 @@
+"""The benchmark of quality: what it measures, and that its files say what they are of."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import ccam_deploy as ccam
+from bench import bench_quality as bench
+from ccam_deploy.errors import OptionError
+from ccam_deploy.evaluate.evaluation import Variant, method_names
+from ccam_deploy.explainer import Explanation
+from ccam_deploy.methods import CollectionCAMOptions
+from tests.helpers import DIGITS_LAYERS, Floats
+
+pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+
+
+def test_ablations_vary_one_thing() -> None:
+    groups = bench.ablations(DIGITS_LAYERS, ["collection-cam"])
+    assert list(groups) == ["theta", "k range", "score", "standardise", "layers"]
+    plain = vars(CollectionCAMOptions())
+    fields = {"theta": {"theta"}, "k range": {"k_min", "k_max"}, "score": {"score"}}
+    fields |= {"standardise": {"standardise"}, "layers": {"layers"}}
+    for title, group in groups.items():
+        assert title == "layers" or group[0] == bench.DEFAULT
+        for variant in group:
+            options = vars(variant.options or CollectionCAMOptions())
+            assert {key for key in plain if options[key] != plain[key]} <= fields[title]
+    names = [variant.name for group in groups.values() for variant in group if variant.options]
+    assert len(set(names)) == len(names)
+    assert groups["layers"][0] == Variant(
+        "collection-cam, 1 of 4 layers", "collection-cam", CollectionCAMOptions(layers=("layer4",))
+    )
+    assert groups["layers"][3].options.layers == DIGITS_LAYERS
+
+
+def test_methods_that_run_are_found(digits: ccam.Explainer) -> None:
+    found, refused = bench.runnable(digits)
+    assert found[0] == bench.DEFAULT
+    assert {one.name for one in found} | set(refused) == set(method_names())
+
+
+def test_a_part_says_that_it_is_one(
+    digits_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two images and two ablations, written as JSON and Markdown."""
+    monkeypatch.setattr(bench, "_ABLATED", {"theta": ({"theta": 0.5},)})
+    monkeypatch.setattr(bench, "method_names", lambda: ("collection-cam", "needy"))
+    plain = Variant.explain
+
+    def explain(
+        self: Variant, explainer: ccam.Explainer, images: Floats, targets: list[int]
+    ) -> Explanation:
+        if self.method == "needy":
+            raise OptionError("the bundle lacks what needy needs")
+        return plain(self, explainer, images, targets)
+
+    monkeypatch.setattr(Variant, "explain", explain)
+    output = tmp_path / "sub" / "quality.json"
+    words = ["--bundle", str(digits_bundle), "--limit", "2", "--rounds", "1"]
+    bench.main([*words, "--output", str(output), "--work", str(tmp_path / "work")])
+    found = json.loads(output.read_text())
+    assert found["limit"] == 2
+    assert found["settings"]["images"] == 2
+    assert set(found["results"]) == {"Methods", "theta", "layers"}
+    assert set(found["results"]["theta"]) == {"collection-cam", "theta=0.5"}
+    assert found["results"]["Methods"]["collection-cam"]["deletion"]["images"] == 2
+    assert found["ms"]["collection-cam"]["calls"] == 1
+    assert found["not_run"] == {"needy": "the bundle lacks what needy needs"}
+    layers = found["results"]["layers"]
+    default = found["results"]["Methods"]["collection-cam"]
+    assert layers["collection-cam, 4 of 4 layers"] == default
+    text = output.with_suffix(".md").read_text()
+    assert "**A part of the 500 test images: 2.**" in text
+    assert "- needy was not measured: the bundle lacks what needy needs" in text
+    assert "## Ablation: layers" in text
+    assert "--limit 2" in found["command"]

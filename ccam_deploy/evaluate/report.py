@@ -180,9 +180,9 @@ def _caption(settings: Mapping[str, Any]) -> str:
 
 
 def _best(summary: Summary, name: str) -> float:
-    """The best mean of a metric; NaN where there is nothing to compare."""
+    """The best mean of a metric; NaN where all are equal."""
     means = [found[name].mean for found in summary.estimates.values() if name in found]
-    if len(means) < 2:
+    if len(set(means)) < 2:
         return float("nan")
     return max(means) if METRICS[name].high else min(means)
 

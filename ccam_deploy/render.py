@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,11 +15,14 @@ from ccam_deploy.errors import OptionError
 
 Floats = NDArray[np.float32]
 Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
+Tile = tuple[str, Image.Image]
+"""A caption and a picture."""
 
 COLORMAPS = ("jet", "turbo", "viridis", "inferno", "magma", "hot", "gray")
 DEFAULT_COLORMAP = "jet"
 _MARGIN = 4
 _SMALLEST_TILE = 192
+_LARGEST_SIDE = 1024
 
 
 @dataclass(frozen=True)
@@ -85,32 +89,73 @@ def overlay(
     return _with_bar(result, colormap) if bar else result
 
 
-def panel(tiles: Sequence[tuple[str, Image.Image]], height: int = 0) -> Image.Image:
+def panel(tiles: Sequence[Tile], height: int = 0) -> Image.Image:
     """Pictures side by side, each with its caption above.
 
     height: of every picture, in pixels; by default the tallest one's, at least 192.
     """
+    return grid([tiles], height)
+
+
+def grid(rows: Sequence[Sequence[Tile]], height: int = 0) -> Image.Image:
+    """Panels one above another, their pictures in columns; every row has as many.
+
+    height: of every picture, in pixels; by default the tallest one's, at least 192.
+    """
+    tiles = [tile for row in rows for tile in row]
     if not tiles:
         raise OptionError("a panel needs at least one picture")
     height = height or max(_SMALLEST_TILE, *(tile.height for _, tile in tiles))
     font = _font(max(12, height // 16))
-    scaled = [
-        tile.resize((max(round(tile.width * height / tile.height), 1), height)) for _, tile in tiles
-    ]
+    scaled = [[(caption, _scaled(tile, height)) for caption, tile in row] for row in rows]
     widths = [
-        max(picture.width, _text_width(caption, font))
-        for picture, (caption, _) in zip(scaled, tiles, strict=True)
+        max(max(tile.width, _text_width(caption, font)) for caption, tile in column)
+        for column in zip(*scaled, strict=True)
     ]
     top = 2 * _MARGIN + _line_height(font)
-    size = (sum(widths) + _MARGIN * (len(tiles) + 1), top + height + _MARGIN)
-    canvas = Image.new("RGB", size, "white")
+    row_height = top + height + _MARGIN
+    canvas = Image.new(
+        "RGB", (sum(widths) + _MARGIN * (len(widths) + 1), row_height * len(rows)), "white"
+    )
     draw = ImageDraw.Draw(canvas)
-    left = _MARGIN
-    for (caption, _), picture, width in zip(tiles, scaled, widths, strict=True):
-        draw.text((left, _MARGIN), caption, fill="black", font=font)
-        canvas.paste(picture, (left, top))
-        left += width + _MARGIN
+    for number, row in enumerate(scaled):
+        left, upper = _MARGIN, number * row_height
+        for (caption, tile), width in zip(row, widths, strict=True):
+            draw.text((left, upper + _MARGIN), caption, fill="black", font=font)
+            canvas.paste(tile, (left, upper + top))
+            left += width + _MARGIN
     return canvas
+
+
+def shrunk(picture: Image.Image, saliency: Floats) -> tuple[Image.Image, Floats]:
+    """Picture and map, scaled down alike where a side is longer than 1,024 pixels."""
+    small = thumbnail(picture)
+    if small.size == picture.size:
+        return picture, saliency
+    scaled = Image.fromarray(saliency).resize(small.size, Image.Resampling.BILINEAR)
+    return small, np.asarray(scaled, dtype=np.float32)
+
+
+def thumbnail(picture: Image.Image) -> Image.Image:
+    """The picture, scaled down where a side is longer than 1,024 pixels."""
+    longest = max(picture.size)
+    if longest <= _LARGEST_SIDE:
+        return picture
+    scale = _LARGEST_SIDE / longest
+    return picture.resize(
+        (max(round(picture.width * scale), 1), max(round(picture.height * scale), 1))
+    )
+
+
+def png(picture: Image.Image) -> bytes:
+    """The content of a PNG file."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _scaled(picture: Image.Image, height: int) -> Image.Image:
+    return picture.resize((max(round(picture.width * height / picture.height), 1), height))
 
 
 def _with_bar(picture: Image.Image, colormap: str) -> Image.Image:

@@ -189,3 +189,28 @@ def test_panel_is_as_high_as_its_tallest_picture() -> None:
 def test_empty_panel_is_refused() -> None:
     with pytest.raises(OptionError, match="a panel needs at least one picture"):
         render.panel([])
+
+
+def test_grid_has_its_pictures_in_columns() -> None:
+    """As wide as the widest tile or caption of each column, and rows of one height."""
+    red, green = (255, 0, 0), (0, 255, 0)
+    below = [("a caption that is far wider than the one above", Image.new("RGB", (96, 96), green))]
+    grid = render.grid([TILES, [*below, *TILES[1:]]])
+    assert grid.width > render.panel(TILES).width
+    assert grid.height == 2 * render.panel(TILES).height
+    assert extent(grid, red)[:2] == (4, extent(render.panel(TILES), red)[1])
+    np.testing.assert_array_equal(
+        grid.crop((0, grid.height // 2, *grid.size)), render.panel([*below, *TILES[1:]])
+    )
+
+
+def test_rows_of_a_grid_are_of_one_length() -> None:
+    with pytest.raises(ValueError, match="shorter"):
+        render.grid([TILES, TILES[:1]])
+
+
+def test_large_pictures_are_shown_smaller() -> None:
+    picture, values = Image.new("RGB", (2048, 512)), np.ones((512, 2048), np.float32)
+    small, scaled = render.shrunk(picture, values)
+    assert (small.size, scaled.shape) == ((1024, 256), (256, 1024))
+    assert render.thumbnail(small) is small

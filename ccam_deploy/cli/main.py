@@ -12,6 +12,7 @@ import click
 from ccam_deploy import __version__
 from ccam_deploy.cli.bench import bench
 from ccam_deploy.cli.build import build
+from ccam_deploy.cli.compare import compare
 from ccam_deploy.cli.doctor import doctor
 from ccam_deploy.cli.evaluate import evaluate
 from ccam_deploy.cli.explain import explain
@@ -73,5 +74,5 @@ def main(debug: bool) -> None:
     """
 
 
-for command in (export, build, explain, evaluate, info, verify, bench, doctor):
+for command in (export, build, explain, compare, evaluate, info, verify, bench, doctor):
     main.add_command(command)

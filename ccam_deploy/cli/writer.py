@@ -19,8 +19,6 @@ from ccam_deploy.bundle import Manifest
 from ccam_deploy.explainer import Explanation
 from ccam_deploy.render import Floats, Look
 
-_LARGEST_SIDE = 1024
-
 
 @dataclass(frozen=True)
 class _Pair:
@@ -40,7 +38,7 @@ class _Pair:
     @cached_property
     def shown(self) -> tuple[Image.Image, Floats]:
         """Picture and map, no side longer than 1,024 pixels."""
-        return _shrunk(self.picture, self.original)
+        return render.shrunk(self.picture, self.original)
 
     @cached_property
     def overlay(self) -> Image.Image:
@@ -86,7 +84,9 @@ class Writer:
             if "panel" in self._kinds:
                 tiles.append(self._tile(pair))
                 if index + 1 == len(result) or result.image_index[index + 1] != owner:
-                    content = _png(render.panel([("image", _thumbnail(pair.picture)), *tiles]))
+                    content = render.png(
+                        render.panel([("image", render.thumbnail(pair.picture)), *tiles])
+                    )
                     paths.append(self._save(f"{stems[owner]}-panel.png", content))
                     tiles = []
             written.append(paths)
@@ -103,9 +103,9 @@ class Writer:
 
     def _content(self, kind: str, pair: _Pair) -> bytes:
         if kind == "overlay":
-            return _png(pair.overlay)
+            return render.png(pair.overlay)
         if kind == "heatmap":
-            return _png(render.heatmap(pair.shown[1], self._look.colormap, self._look.bar))
+            return render.png(render.heatmap(pair.shown[1], self._look.colormap, self._look.bar))
         if kind == "npz":
             return _npz(pair)
         return _json(pair.result, pair.index, pair.file, self._manifest)
@@ -113,7 +113,7 @@ class Writer:
     def _tile(self, pair: _Pair) -> tuple[str, Image.Image]:
         label = self._manifest.label(int(pair.result.targets[pair.index]))
         caption = f"{label} {pair.result.probability(pair.index):.3f}"
-        return caption, _thumbnail(pair.overlay)
+        return caption, render.thumbnail(pair.overlay)
 
 
 _SUFFIX = {"overlay": "overlay.png", "heatmap": "heatmap.png", "npz": "npz", "json": "json"}
@@ -133,31 +133,6 @@ def _word(label: str) -> str:
     """A label as part of a file name."""
     kept = "".join(letter if letter.isalnum() else "-" for letter in label.lower())
     return "-".join(part for part in kept.split("-") if part)[:40] or "class"
-
-
-def _shrunk(picture: Image.Image, saliency: Floats) -> tuple[Image.Image, Floats]:
-    """Picture and map, scaled down alike where a side is longer than 1,024 pixels."""
-    small = _thumbnail(picture)
-    if small.size == picture.size:
-        return picture, saliency
-    scaled = Image.fromarray(saliency).resize(small.size, Image.Resampling.BILINEAR)
-    return small, np.asarray(scaled, dtype=np.float32)
-
-
-def _thumbnail(picture: Image.Image) -> Image.Image:
-    longest = max(picture.size)
-    if longest <= _LARGEST_SIDE:
-        return picture
-    scale = _LARGEST_SIDE / longest
-    return picture.resize(
-        (max(round(picture.width * scale), 1), max(round(picture.height * scale), 1))
-    )
-
-
-def _png(picture: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def _npz(shown: _Pair) -> bytes:

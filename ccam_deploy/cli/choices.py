@@ -1,0 +1,116 @@
+"""What a command's options choose: methods with their options, classes of an image."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ccam_deploy.cli.options import parse_assignments
+from ccam_deploy.errors import ImageError, OptionError, TargetError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from ccam_deploy.bundle import Manifest
+    from ccam_deploy.explainer import Explainer, Explanation
+
+
+def method_options(names: Sequence[str], pairs: Sequence[str]) -> dict[str, Any]:
+    """The options of each named method, a frozen dataclass.
+
+    pairs: METHOD:KEY=VALUE for one method, KEY=VALUE for each that has the option.
+    Raises OptionError for an unknown method, option or value.
+    """
+    kinds = {name: _options_type(name) for name in names}
+    given: dict[str, dict[str, str]] = {name: {} for name in kinds}
+    for word, value in parse_assignments(pairs).items():
+        method, colon, key = word.rpartition(":")
+        if colon and method not in kinds:
+            raise OptionError(
+                f'option "{word}" is for method "{method}"; the methods are {", ".join(kinds)}'
+            )
+        wanted = {method: kinds[method]} if colon else kinds
+        takers = [name for name, kind in wanted.items() if key in _keys(kind)]
+        if not takers:
+            known = "; ".join(f"{name} has {', '.join(_keys(wanted[name]))}" for name in wanted)
+            raise OptionError(f'option "{key}" is unknown; {known}')
+        for name in takers:
+            given[name][key] = value
+    return {name: _converted(kind, given[name]) for name, kind in kinds.items()}
+
+
+def classes(explainer: Explainer, picture: Image.Image, words: Sequence[str]) -> list[int]:
+    """The classes of a picture that some words name, each once.
+
+    words: topN for the N best classes, or a class's number or name.
+    Raises TargetError for a class that is not there.
+    """
+    manifest = explainer.bundle.manifest
+    found: list[int] = []
+    for word in words:
+        match = re.fullmatch(r"top(\d{1,9})", word)
+        if not match:
+            found.append(manifest.class_index(word))
+            continue
+        count = int(match[1])
+        if not 1 <= count <= manifest.classes:
+            raise TargetError(f"top is {count}; it must be 1 to {manifest.classes}")
+        logits = explainer.networks.backbone(explainer.preprocess([picture])[0]).logits[0]
+        found += [int(place) for place in (-logits).argsort(kind="stable")[:count]]
+    return list(dict.fromkeys(found))
+
+
+def explain(
+    explainer: Explainer, picture: Image.Image, targets: Sequence[int], method: str, options: Any
+) -> Explanation:
+    """One method's maps of a picture, one for each class."""
+    return explainer.explain([picture], [list(targets)], options)
+
+
+def warn(explainer: Explainer) -> None:
+    """Print on stderr what is not as asked, and that random weights mean nothing."""
+    for note in explainer.networks.notes:
+        click.echo(f"passed over {note}", err=True)
+    if explainer.bundle.manifest.random_weights:
+        click.echo("warning: the bundle has random weights; its maps mean nothing", err=True)
+
+
+def read_picture(file: Path, manifest: Manifest) -> Image.Image:
+    """A file as an RGB picture. Raises ImageError, naming the file, where the bundle takes none."""
+    from ccam_deploy import image as imaging
+
+    picture = imaging.load(file)
+    try:
+        imaging.geometry(picture.size[::-1], manifest.input[1:], manifest.preprocessing)
+        return imaging.to_colours(picture, 3)
+    except ImageError as error:
+        raise ImageError(f"{file}: {error}") from error
+
+
+def _options_type(name: str) -> type[Any]:
+    from ccam_deploy.methods import CollectionCAM, CollectionCAMOptions
+
+    if name != CollectionCAM.name:
+        raise OptionError(f'method "{name}" is unknown; there are {CollectionCAM.name}')
+    return CollectionCAMOptions
+
+
+def _keys(kind: type[Any]) -> list[str]:
+    return [field.name for field in dataclasses.fields(kind)]
+
+
+def _converted(kind: type[Any], given: Mapping[str, str]) -> Any:
+    import msgspec
+
+    values: dict[str, Any] = dict(given)
+    if "layers" in values:
+        values["layers"] = [part.strip() for part in values["layers"].split(",")]
+    try:
+        return msgspec.convert(values, kind, strict=False)
+    except msgspec.ValidationError as error:
+        raise OptionError(f"an option has an unusable value: {error}") from error

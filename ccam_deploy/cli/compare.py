@@ -1,0 +1,128 @@
+"""`ccam-deploy compare`."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ccam_deploy.cli.options import (
+    BATCH_SIZE,
+    COLORMAP,
+    METHODS,
+    OPACITY,
+    bundle_argument,
+    engine_options,
+    precision_option,
+)
+from ccam_deploy.errors import OptionError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from ccam_deploy.explainer import Explanation
+    from ccam_deploy.render import Look, Tile
+
+
+@click.command()
+@bundle_argument
+@click.argument("image", type=click.Path(path_type=Path))
+@click.option(
+    "--methods",
+    default=",".join(METHODS),
+    show_default=True,
+    help="The methods, separated by commas.",
+)
+@click.option(
+    "--target",
+    "targets",
+    multiple=True,
+    default=["top1"],
+    show_default=True,
+    help="The classes, a row each: topN for the N best, or a class's number or name; may be "
+    "repeated.",
+)
+@click.option(
+    "--option",
+    "pairs",
+    multiple=True,
+    metavar="[METHOD:]KEY=VALUE",
+    help="An option of one method, or of each that has it; may be repeated.",
+)
+@engine_options
+@precision_option
+@click.option(
+    "--batch-size",
+    default=BATCH_SIZE,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Masked images that go through an engine at a time.",
+)
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="The picture, a .png file.  [default: explanations/IMAGE-compare.png]",
+)
+@click.option("--colormap", default=COLORMAP, show_default=True, help="The colours of maps.")
+@click.option(
+    "--opacity",
+    default=OPACITY,
+    show_default=True,
+    type=click.FloatRange(0, 1),
+    help="How much of the image an overlay hides.",
+)
+@click.option("--color-bar", is_flag=True, help="Add a color bar at the end of each row.")
+def compare(bundle: Path, image: Path, **options: Any) -> None:
+    """Draw the maps of several methods side by side for IMAGE.
+
+    Each class has a row: the image with class and score, then each method's map. Prints a line
+    for each method with its milliseconds, then the file that was written.
+    """
+    import ccam_deploy as ccam
+    from ccam_deploy import files, render
+    from ccam_deploy.cli import choices
+
+    names = list(dict.fromkeys(word.strip() for word in options["methods"].split(",")))
+    chosen = choices.method_options(names, options["pairs"])
+    render.check_colormap(options["colormap"])
+    output = options["output"] or Path("explanations") / f"{image.stem}-compare.png"
+    if output.suffix.lower() != ".png":
+        raise OptionError(f"the picture is a .png file; {output} is none")
+    files.check_place(output)
+    look = render.Look(options["colormap"], options["opacity"], options["color_bar"])
+    with ccam.load(
+        bundle, options["backend"], options["precision"], options["batch_size"], options["threads"]
+    ) as explainer:
+        choices.warn(explainer)
+        manifest = explainer.bundle.manifest
+        picture = choices.read_picture(image, manifest)
+        wanted = choices.classes(explainer, picture, options["targets"])
+        results = {}
+        for name, given in chosen.items():
+            started = time.perf_counter()
+            results[name] = choices.explain(explainer, picture, wanted, name, given)
+            click.echo(f"{name}: {(time.perf_counter() - started) * 1000:.1f} ms")
+    shown = render.thumbnail(picture)
+    rows = []
+    for row, target in enumerate(wanted):
+        score = next(iter(results.values())).probability(row)
+        caption = f"{manifest.label(target)} {score:.3f}"
+        rows.append([(caption, shown), *_tiles(results, row, picture, look)])
+    files.write(output, render.png(render.grid(rows)))
+    click.echo(f"  {output}")
+
+
+def _tiles(
+    results: dict[str, Explanation], row: int, picture: Image.Image, look: Look
+) -> list[Tile]:
+    """Each method's map over the picture; the colour bar, if wanted, on the last one."""
+    from ccam_deploy import render
+
+    tiles = []
+    for name, result in results.items():
+        small, saliency = render.shrunk(picture, result.on_original(row))
+        bar = look.bar and name == list(results)[-1]
+        tiles.append((name, render.overlay(small, saliency, look.colormap, look.opacity, bar)))
+    return tiles

@@ -1,0 +1,98 @@
+"""`ccam-deploy compare`: a picture of overlays, a row for each class, a column for each method."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import ccam_deploy as ccam
+from ccam_deploy import image as imaging
+from ccam_deploy import render
+from ccam_deploy.cli import choices
+from tests.command import failure, success
+from tests.helpers import example_files
+
+SCENE = example_files()[6]
+
+
+def place_of(tile: Image.Image, panel: Image.Image) -> tuple[int, int]:
+    """left, top of a picture inside a larger one; it must be there exactly once."""
+    small, large = np.asarray(tile), np.asarray(panel)
+    height, width = small.shape[:2]
+    corners = np.argwhere((large == small[0, 0]).all(axis=2)).tolist()
+    found = [
+        (x, y) for y, x in corners if np.array_equal(large[y : y + height, x : x + width], small)
+    ]
+    assert len(found) == 1
+    return found[0][0], found[0][1]
+
+
+def test_rows_are_classes_and_columns_methods(digits: ccam.Explainer, tmp_path: Path) -> None:
+    """The tiles are drawn here from the explainer's own maps."""
+    output = tmp_path / "sub" / "panel.png"
+    words = ("--target", "top2", "--target", "8", "--option", "k_max=4", "--output", output)
+    printed = success("compare", digits.bundle.folder, SCENE, *words).stdout.splitlines()
+    assert re.fullmatch(r"collection-cam: \d+\.\d ms", printed[0])
+    assert printed[1:] == [f"  {output}"]
+    picture = imaging.to_colours(imaging.load(SCENE), 3)
+    result = digits.explain([picture], None, ccam.CollectionCAMOptions(k_max=4), top=2)
+    assert sorted(result.targets.tolist()) == [5, 8]
+    panel = imaging.load(output)
+    places = []
+    for row in range(2):
+        tile = render.overlay(picture, result.on_original(row)).resize((192, 192))
+        places.append(place_of(tile, panel))
+    (left, top), (below_left, below_top) = places
+    assert left == below_left
+    assert 2 * (below_top - top) == panel.height
+    shown = panel.crop((4, below_top, 196, below_top + 192))
+    np.testing.assert_array_equal(shown, picture.resize((192, 192)))
+
+
+def test_a_color_bar_ends_each_row(digits_bundle: Path, tmp_path: Path) -> None:
+    widths = []
+    for bar in ((), ("--color-bar",)):
+        success("compare", digits_bundle, SCENE, *bar, "--output", tmp_path / "panel.png")
+        widths.append(imaging.load(tmp_path / "panel.png").width)
+    assert widths[1] > widths[0] + 10
+
+
+def test_options_go_to_the_methods_that_have_them() -> None:
+    method = "collection-cam"
+    expected = {method: ccam.CollectionCAMOptions(k_max=3, theta=0.2)}
+    assert choices.method_options([method], ["k_max=3", f"{method}:theta=0.2"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--methods", "magic"], 'method "magic" is unknown; there are collection-cam'),
+        (["--option", "magic:theta=0"], 'option "magic:theta" is for method "magic"; the methods'),
+        (["--option", "depth=3"], 'option "depth" is unknown; collection-cam has theta, k_min'),
+        (["--option", "k_max=x"], "an option has an unusable value"),
+        (["--target", "top11"], "top is 11; it must be 1 to 10"),
+        (["--target", "zebra"], 'class "zebra" is not in the bundle'),
+        (["--output", "panel.jpg"], "the picture is a .png file; panel.jpg is none"),
+        (["--colormap", "rainbow"], 'color map "rainbow" is unknown'),
+    ],
+)
+def test_bad_input(
+    digits_bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    words: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert message in failure("compare", digits_bundle, SCENE, *words)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_image_that_is_none(digits_bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.png").write_text("not an image\n")
+    message = failure("compare", digits_bundle, tmp_path / "text.png")
+    assert "text.png is not an image of a known format" in message

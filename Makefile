@@ -37,5 +37,5 @@ clean:
 	touch $@
 
 .venv/.all: pyproject.toml constraints.txt | .venv/bin/python
-	$(PIP) --editable '.[export,cpu,cuda,rtx,plot,scenes,zoo,test,lint]'
+	$(PIP) --editable '.[export,cpu,cuda,rtx,plot,scenes,proposals,zoo,test,lint]'
 	touch $@ .venv/.cpu

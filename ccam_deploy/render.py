@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -17,12 +17,16 @@ Floats = NDArray[np.float32]
 Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 Tile = tuple[str, Image.Image]
 """A caption and a picture."""
+Colour = tuple[int, int, int]
+Box = tuple[int, int, int, int]
+"""left, top, right, bottom in pixels, right and bottom exclusive."""
 
 COLORMAPS = ("jet", "turbo", "viridis", "inferno", "magma", "hot", "gray")
 DEFAULT_COLORMAP = "jet"
 _MARGIN = 4
 _SMALLEST_TILE = 192
 _LARGEST_SIDE = 1024
+_BOXED_SIDE = 384
 
 
 @dataclass(frozen=True)
@@ -125,6 +129,22 @@ def grid(rows: Sequence[Sequence[Tile]], height: int = 0) -> Image.Image:
             canvas.paste(tile, (left, upper + top))
             left += width + _MARGIN
     return canvas
+
+
+def boxed(picture: Image.Image, groups: Mapping[Colour, Iterable[Box]]) -> Image.Image:
+    """The picture with boxes outlined, those of a group in its colour, the last group on top.
+
+    Small pictures are enlarged first, so that lines hide little of them.
+    """
+    scale = max(1, round(_BOXED_SIDE / max(picture.size)))
+    large = picture.convert("RGB").resize((picture.width * scale, picture.height * scale))
+    draw = ImageDraw.Draw(large)
+    width = max(1, max(large.size) // 200)
+    for colour, boxes in groups.items():
+        for box in boxes:
+            left, top, right, bottom = (side * scale for side in box)
+            draw.rectangle((left, top, right - 1, bottom - 1), outline=colour, width=width)
+    return large
 
 
 def shrunk(picture: Image.Image, saliency: Floats) -> tuple[Image.Image, Floats]:

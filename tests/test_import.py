@@ -39,6 +39,8 @@ HOMES = {
     "onnx_ir": {"export"},
     "onnxruntime": {"engines", "export"},
     "matplotlib": {"evaluate"},
+    "cv2": {"evaluate"},
+    "skimage": {"evaluate"},
     "click": {"cli"},
 }
 """The parts that may import a library."""

@@ -214,3 +214,15 @@ def test_large_pictures_are_shown_smaller() -> None:
     small, scaled = render.shrunk(picture, values)
     assert (small.size, scaled.shape) == ((1024, 256), (256, 1024))
     assert render.thumbnail(small) is small
+
+
+def test_boxes_are_outlined_where_they_are() -> None:
+    """A picture of 96 pixels is shown four times as large; a box's edges lie inside it."""
+    green, red = (0, 255, 0), (255, 0, 0)
+    groups = {red: [(50, 5, 60, 20)], green: [(10, 5, 30, 20), (12, 7, 16, 9)]}
+    boxed = render.boxed(Image.new("RGB", (96, 48)), groups)
+    assert boxed.size == (384, 192)
+    assert extent(boxed, green) == (40, 20, 120, 80)
+    assert extent(boxed, red) == (200, 20, 240, 80)
+    assert colour_of(boxed, 80, 50) == (0, 0, 0)
+    assert render.boxed(Image.new("RGB", (600, 300)), {}).size == (600, 300)

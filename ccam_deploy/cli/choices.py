@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,6 +80,14 @@ def warn(explainer: Explainer) -> None:
         click.echo(f"passed over {note}", err=True)
     if explainer.bundle.manifest.random_weights:
         click.echo("warning: the bundle has random weights; its maps mean nothing", err=True)
+
+
+@contextmanager
+def progress(label: str, length: int) -> Iterator[Any]:
+    """A progress bar on stderr, where stderr is a terminal."""
+    hidden = not sys.stderr.isatty()
+    with click.progressbar(length=length, label=label, file=sys.stderr, hidden=hidden) as bar:
+        yield bar
 
 
 def read_picture(file: Path, manifest: Manifest) -> Image.Image:

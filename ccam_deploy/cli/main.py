@@ -18,6 +18,7 @@ from ccam_deploy.cli.evaluate import evaluate
 from ccam_deploy.cli.explain import explain
 from ccam_deploy.cli.export import export
 from ccam_deploy.cli.info import info
+from ccam_deploy.cli.propose import propose
 from ccam_deploy.cli.verify import verify
 from ccam_deploy.errors import CcamError
 
@@ -74,5 +75,16 @@ def main(debug: bool) -> None:
     """
 
 
-for command in (export, build, explain, compare, evaluate, info, verify, bench, doctor):
+for command in (
+    export,
+    build,
+    explain,
+    compare,
+    evaluate,
+    propose,
+    info,
+    verify,
+    bench,
+    doctor,
+):
     main.add_command(command)

@@ -67,7 +67,7 @@ class Writer:
         self, result: Explanation, read: Sequence[tuple[Path, Image.Image]]
     ) -> list[list[str]]:
         """Write a batch; returns the paths written for each (image, class) pair."""
-        stems = [_unused(path.stem, self._stems) for path, _ in read]
+        stems = [unused(path.stem, self._stems) for path, _ in read]
         written: list[list[str]] = []
         tiles: list[tuple[str, Image.Image]] = []
         for index in range(len(result)):
@@ -75,7 +75,7 @@ class Writer:
             file, picture = read[owner]
             pair = _Pair(result, index, file, image.to_colours(picture, 3), self._look)
             word = self._class_word(int(result.targets[index]))
-            name = _unused(f"{stems[owner]}-{word}", self._names)
+            name = unused(f"{stems[owner]}-{word}", self._names)
             paths = [
                 self._save(f"{name}.{_SUFFIX[kind]}", self._content(kind, pair))
                 for kind in self._kinds
@@ -119,7 +119,7 @@ class Writer:
 _SUFFIX = {"overlay": "overlay.png", "heatmap": "heatmap.png", "npz": "npz", "json": "json"}
 
 
-def _unused(name: str, taken: Counter[str]) -> str:
+def unused(name: str, taken: Counter[str]) -> str:
     """The name, with a number where it was taken before."""
     free = name
     while taken[free]:

@@ -1,0 +1,314 @@
+"""`ccam-deploy propose`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+import click
+
+from ccam_deploy.cli.options import (
+    BATCH_SIZE,
+    METHODS,
+    bundle_argument,
+    engine_options,
+    json_option,
+    precision_option,
+    print_json,
+    table,
+)
+from ccam_deploy.errors import OptionError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from ccam_deploy.evaluate.proposals import Box, Peak
+    from ccam_deploy.explainer import Explainer
+    from ccam_deploy.render import Tile
+
+SCENES = "scenes"
+SCENES_LIMIT = 50
+_SHOWN_SCENES = 6
+_PROPOSED, _TRUE = (0, 220, 0), (255, 0, 0)
+
+
+@click.command()
+@bundle_argument
+@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "--target",
+    "targets",
+    multiple=True,
+    default=["top1"],
+    show_default=True,
+    help="The classes whose objects are wanted: topN for the N best, or a class's number or name; "
+    "may be repeated. Scenes have their own.",
+)
+@click.option(
+    "--boxes",
+    default=5,
+    show_default=True,
+    type=click.IntRange(min=0),
+    help="Boxes of an image; 0 for one for each peak, as the paper has it.",
+)
+@click.option(
+    "--peak-threshold",
+    default=0.5,
+    show_default=True,
+    type=click.FloatRange(0, 1, min_open=True),
+    help="The least height of a peak, as a share of the map's maximum.",
+)
+@click.option(
+    "--mode",
+    default="fast",
+    show_default=True,
+    type=click.Choice(["fast", "quality"]),
+    help="Selective search's mode; quality gives more candidates and takes longer.",
+)
+@click.option(
+    "--seed", default=0, show_default=True, help="Selective search ranks partly by chance."
+)
+@click.option(
+    "--limit",
+    type=click.IntRange(min=1),
+    help=f"How many scenes of each kind.  [default: {SCENES_LIMIT}]",
+)
+@click.option(
+    "--method",
+    default=METHODS[0],
+    show_default=True,
+    type=click.Choice(METHODS),
+    help="How maps are made.",
+)
+@click.option(
+    "--option",
+    "pairs",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="An option of the method; may be repeated.",
+)
+@engine_options
+@precision_option
+@click.option(
+    "--output",
+    default="proposals",
+    show_default=True,
+    type=click.Path(path_type=Path, file_okay=False),
+    help="The folder for pictures and proposals.json.",
+)
+@json_option
+def propose(bundle: Path, images: tuple[Path, ...], as_json: bool, **options: Any) -> None:
+    """Propose boxes of objects by selective search, alone and guided by a map's peaks.
+
+    IMAGES are files or folders; the word "scenes" alone stands for the synthetic scenes, whose
+    boxes are known: it prints the recall at an IoU of 0.5 and the mean best IoU of both, for equal
+    numbers of boxes. Needs the extra "proposals".
+    """
+    import ccam_deploy as ccam
+    from ccam_deploy import files
+    from ccam_deploy import image as imaging
+    from ccam_deploy.cli import choices
+    from ccam_deploy.evaluate import proposals
+
+    on_scenes = images == (Path(SCENES),)
+    _check(on_scenes, options)
+    found = [] if on_scenes else imaging.find(images)
+    (given,) = choices.method_options([options["method"]], options["pairs"]).values()
+    proposals.check()
+    files.check_place(options["output"] / "proposals.json")
+    with ccam.load(
+        bundle, options["backend"], options["precision"], BATCH_SIZE, options["threads"]
+    ) as explainer:
+        choices.warn(explainer)
+        proposer = _Proposer(explainer, given, options)
+        content = (
+            _on_scenes(proposer, options) if on_scenes else _on_images(proposer, found, options)
+        )
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    files.write(options["output"] / "proposals.json", text.encode("utf-8", "backslashreplace"))
+    if as_json:
+        print_json(content)
+        return
+    if on_scenes:
+        click.echo(table(_rows(content["results"])))
+        click.echo(f"  {content['picture']}")
+    for entry in [] if on_scenes else content["images"]:
+        click.echo(
+            f"{entry['file']}: class {', '.join(entry['classes'])}, "
+            f"peaks {len(entry['peaks'])}, boxes {len(entry['guided'])}"
+        )
+        click.echo(f"  {entry['picture']}")
+    click.echo(f"  {options['output'] / 'proposals.json'}")
+
+
+@dataclass(frozen=True)
+class _Proposal:
+    """What is proposed for one picture: as many boxes of selective search alone as guided ones."""
+
+    classes: Sequence[int]
+    peaks: Sequence[tuple[int, Peak]]
+    alone: Sequence[Box]
+    guided: Sequence[Box]
+    overlay: Image.Image
+
+
+class _Proposer:
+    """Proposes boxes with one explainer and fixed options."""
+
+    def __init__(self, explainer: Explainer, method_options: Any, options: dict[str, Any]) -> None:
+        self.explainer = explainer
+        self._method_options = method_options
+        self._options = options
+
+    def propose(self, picture: Image.Image, classes: Sequence[int]) -> _Proposal:
+        """Boxes for the objects of some classes in a picture."""
+        import numpy as np
+
+        from ccam_deploy import render
+        from ccam_deploy.cli import choices
+        from ccam_deploy.evaluate import proposals
+
+        options = self._options
+        result = choices.explain(
+            self.explainer, picture, classes, options["method"], self._method_options
+        )
+        maps = [result.on_original(row) for row in range(len(classes))]
+        peaks = [
+            (target, peak)
+            for target, saliency in zip(classes, maps, strict=True)
+            for peak in proposals.peaks(saliency, options["peak_threshold"])
+        ]
+        peaks.sort(key=lambda entry: -entry[1].value)
+        ranked = proposals.selective_search(picture, options["mode"], options["seed"])
+        guided = proposals.guided(ranked, [peak for _, peak in peaks], options["boxes"])
+        overlay = render.overlay(*render.shrunk(picture, np.max(maps, axis=0)))
+        return _Proposal(classes, peaks, ranked[: len(guided)], guided, overlay)
+
+
+def _check(on_scenes: bool, options: dict[str, Any]) -> None:
+    from click.core import ParameterSource
+
+    source = click.get_current_context().get_parameter_source("targets")
+    if on_scenes and source is ParameterSource.COMMANDLINE:
+        raise OptionError("--target goes with images; the classes of scenes are known")
+    if not on_scenes and options["limit"]:
+        raise OptionError(f"--limit goes with {SCENES}; give the images that you want")
+
+
+def _on_images(
+    proposer: _Proposer, found: Sequence[Path], options: dict[str, Any]
+) -> dict[str, Any]:
+    """Propose boxes for some files, and draw them."""
+    from ccam_deploy import files, render
+    from ccam_deploy.cli import choices
+    from ccam_deploy.cli.writer import unused
+
+    manifest = proposer.explainer.bundle.manifest
+    stems: Counter[str] = Counter()
+    content = []
+    with choices.progress("proposing", len(found)) as bar:
+        for file in found:
+            picture = choices.read_picture(file, manifest)
+            classes = choices.classes(proposer.explainer, picture, options["targets"])
+            proposal = proposer.propose(picture, classes)
+            tiles = [("map", proposal.overlay), *_tiles(picture, proposal, options["method"])]
+            path = options["output"] / f"{unused(file.stem, stems)}-proposals.png"
+            files.write(path, render.png(render.panel(tiles)))
+            content.append(
+                {
+                    "file": str(file),
+                    "width": picture.width,
+                    "height": picture.height,
+                    "classes": [manifest.label(target) for target in classes],
+                    "peaks": [
+                        {"class": manifest.label(target), **dataclasses.asdict(peak)}
+                        for target, peak in proposal.peaks
+                    ],
+                    "selective_search": proposal.alone,
+                    "guided": proposal.guided,
+                    "picture": str(path),
+                }
+            )
+            bar.update(1)
+    return {"settings": _settings(options), "images": content}
+
+
+def _on_scenes(proposer: _Proposer, options: dict[str, Any]) -> dict[str, Any]:
+    """Propose boxes for scenes of every kind and measure them; draw the first few."""
+    from PIL import Image
+
+    from ccam_deploy import files, render
+    from ccam_deploy.cli import choices
+    from ccam_deploy.evaluate import proposals
+    from ccam_deploy.evaluate.scenes import Kind, make_scene
+
+    limit = options["limit"] or SCENES_LIMIT
+    kinds = get_args(Kind)
+    results: list[dict[str, Any]] = []
+    rows: list[list[Tile]] = []
+    with choices.progress("proposing", limit * len(kinds)) as bar:
+        for kind in kinds:
+            alone, guided, truth = [], [], []
+            for number in range(limit):
+                scene = make_scene("test", number, kind)
+                picture = Image.fromarray(scene.image)
+                proposal = proposer.propose(picture, list(dict.fromkeys(scene.digits)))
+                alone.append(proposal.alone)
+                guided.append(proposal.guided)
+                truth.append(scene.boxes)
+                if number < _SHOWN_SCENES // len(kinds):
+                    rows.append(_tiles(picture, proposal, options["method"], scene.boxes))
+                bar.update(1)
+            results += [
+                {"scenes": kind, "boxes_of": name, **dataclasses.asdict(measured)}
+                for name, measured in (
+                    ("selective search", proposals.coverage(alone, truth)),
+                    (f"with {options['method']}", proposals.coverage(guided, truth)),
+                )
+            ]
+    path = options["output"] / "scenes.png"
+    files.write(path, render.png(render.grid(rows)))
+    settings = {**_settings(options), "limit": limit}
+    return {"settings": settings, "results": results, "picture": str(path)}
+
+
+def _settings(options: dict[str, Any]) -> dict[str, Any]:
+    names = ("method", "boxes", "peak_threshold", "mode", "seed", "precision")
+    return {**{name: options[name] for name in names}, "options": list(options["pairs"])}
+
+
+def _tiles(
+    picture: Image.Image, proposal: _Proposal, method: str, truth: Sequence[Box] = ()
+) -> list[Tile]:
+    """The boxes of selective search alone and of the guided one, true ones below them in red."""
+    from ccam_deploy import render
+
+    shown = (
+        ("selective search", proposal.alone),
+        (f"with {method}", proposal.guided),
+    )
+    return [
+        (caption, render.boxed(picture, {_TRUE: truth, _PROPOSED: boxes}))
+        for caption, boxes in shown
+    ]
+
+
+def _rows(results: Sequence[dict[str, Any]]) -> list[list[str]]:
+    rows = [["scenes", "boxes of", "recall", "mean best IoU", "objects", "boxes"]]
+    rows += [
+        [
+            entry["scenes"],
+            entry["boxes_of"],
+            f"{entry['recall']:.3f}",
+            f"{entry['best_iou']:.3f}",
+            str(entry["objects"]),
+            str(entry["boxes"]),
+        ]
+        for entry in results
+    ]
+    return rows

@@ -21,7 +21,8 @@ from ccam_deploy.methods.base import (
     not_finite,
 )
 from ccam_deploy.methods.collection_cam import CollectionCAMOptions, chosen_layers, draw_masks
-from ccam_deploy.methods.device_pipeline import HostArrays, Pipeline, Setup
+from ccam_deploy.methods.device_memory import Setup
+from ccam_deploy.methods.device_pipeline import HostArrays, Pipeline
 from ccam_deploy.methods.scores import score_of
 
 

@@ -61,12 +61,12 @@ _ABLATED: dict[str, tuple[dict[str, Any], ...]] = {
 """Options of Collection-CAM that differ from its defaults, by what they vary."""
 
 
-def runnable(explainer: Explainer) -> tuple[list[Variant], dict[str, str]]:
-    """The methods that run on a bundle, and the reason of each that does not."""
+def runnable(explainer: Explainer, names: Sequence[str]) -> tuple[list[Variant], dict[str, str]]:
+    """The methods among some that run on a bundle, and the reason of each that does not."""
     image = open_dataset(DATASET, explainer.bundle.manifest)[0].read()
     images, _ = explainer.preprocess([image])
     found, refused = [], {}
-    for name in method_names():
+    for name in names:
         variant = Variant(name, name)
         try:
             variant.explain(explainer, images, [0])
@@ -180,6 +180,7 @@ def markdown(found: Mapping[str, Any], summaries: Mapping[str, report.Summary]) 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--bundle", type=Path, help="of the example classifier; else exported")
+    parser.add_argument("--methods", default=",".join(method_names()))
     parser.add_argument("--limit", type=int, default=TEST_IMAGES, help="images")
     parser.add_argument("--protocol", default="paper")
     parser.add_argument("--seed", type=int, default=0)
@@ -205,14 +206,15 @@ def run(
     """Measure everything on a bundle."""
     settings = EvaluationSettings(protocol=given.protocol, limit=given.limit, seed=given.seed)
     with ccam.load(bundle) as explainer:
-        variants, refused = runnable(explainer)
+        variants, refused = runnable(explainer, given.methods.split(","))
         layers = [layer.name for layer in explainer.bundle.manifest.layers]
         groups = {"Methods": variants, **ablations(layers, [one.name for one in variants])}
         before = load_average()
         spent = times(explainer, variants, given.rounds)
         summaries = measure(explainer, groups, settings, work)
     card = gpu()
-    words = ["--limit", str(given.limit), "--protocol", given.protocol, "--seed", str(given.seed)]
+    words = [] if given.methods == ",".join(method_names()) else ["--methods", given.methods]
+    words += ["--limit", str(given.limit), "--protocol", given.protocol, "--seed", str(given.seed)]
     words += ["--output", str(given.output)] if given.output else []
     plain = {title: report.as_json(summary) for title, summary in summaries.items()}
     found = {

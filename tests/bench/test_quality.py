@@ -10,7 +10,7 @@ import pytest
 import ccam_deploy as ccam
 from bench import bench_quality as bench
 from ccam_deploy.errors import OptionError
-from ccam_deploy.evaluate.evaluation import Variant, method_names
+from ccam_deploy.evaluate.evaluation import Variant
 from ccam_deploy.explainer import Explanation
 from ccam_deploy.methods import CollectionCAMOptions
 from tests.helpers import DIGITS_LAYERS, Floats
@@ -37,10 +37,10 @@ def test_ablations_vary_one_thing() -> None:
     assert groups["layers"][3].options.layers == DIGITS_LAYERS
 
 
-def test_methods_that_run_are_found(digits: ccam.Explainer) -> None:
-    found, refused = bench.runnable(digits)
-    assert found[0] == bench.DEFAULT
-    assert {one.name for one in found} | set(refused) == set(method_names())
+def test_a_method_that_runs_is_found(digits: ccam.Explainer) -> None:
+    found, refused = bench.runnable(digits, ["collection-cam"])
+    assert found == [bench.DEFAULT]
+    assert not refused
 
 
 def test_a_part_says_that_it_is_one(
@@ -48,7 +48,6 @@ def test_a_part_says_that_it_is_one(
 ) -> None:
     """Two images and two ablations, written as JSON and Markdown."""
     monkeypatch.setattr(bench, "_ABLATED", {"theta": ({"theta": 0.5},)})
-    monkeypatch.setattr(bench, "method_names", lambda: ("collection-cam", "needy"))
     plain = Variant.explain
 
     def explain(
@@ -61,6 +60,7 @@ def test_a_part_says_that_it_is_one(
     monkeypatch.setattr(Variant, "explain", explain)
     output = tmp_path / "sub" / "quality.json"
     words = ["--bundle", str(digits_bundle), "--limit", "2", "--rounds", "1"]
+    words += ["--methods", "collection-cam,needy"]
     bench.main([*words, "--output", str(output), "--work", str(tmp_path / "work")])
     found = json.loads(output.read_text())
     assert found["limit"] == 2
@@ -77,4 +77,4 @@ def test_a_part_says_that_it_is_one(
     assert "**A part of the 500 test images: 2.**" in text
     assert "- needy was not measured: the bundle lacks what needy needs" in text
     assert "## Ablation: layers" in text
-    assert "--limit 2" in found["command"]
+    assert "--methods collection-cam,needy --limit 2" in found["command"]

@@ -88,6 +88,23 @@ def test_numbers_are_pytorchs(digits: ccam.Explainer, tmp_path: Path, protocol: 
         assert row.values["proportion"] == pytest.approx(100 * inside, rel=1e-5)
 
 
+def test_protocols_follow_their_class(digits: ccam.Explainer, tmp_path: Path) -> None:
+    """Where the label is not the best class, only RISE's curves follow the best one."""
+    picture = open_dataset("scenes", digits.bundle.manifest)[1].read()
+    data = Pictures([picture] * 10)
+    logits = digits.explain([picture]).logits[0].astype(np.float64)
+    expected = np.exp(logits) / np.exp(logits).sum()
+    for protocol in ("paper", "rise"):
+        settings = EvaluationSettings(("deletion",), protocol, target="label")
+        measured = Evaluation(digits, data, TWO[:1], settings)
+        results = measured.open(tmp_path / protocol, "pictures")
+        list(measured.run(results))
+        first = [row.curves["deletion"][0] for row in results.rows.values()]
+        probabilities = expected if protocol == "paper" else np.full(10, expected.max())
+        np.testing.assert_allclose(first, probabilities, atol=1e-5)
+        assert [row.target for row in results.rows.values()] == list(range(10))
+
+
 def test_a_run_that_goes_on_gives_the_same_file(digits_bundle: Path, tmp_path: Path) -> None:
     """Broken off after any group, also in the middle of one."""
     with ccam.load(digits_bundle, batch_size=4) as explainer:

@@ -139,6 +139,10 @@ def test_perfect_map_beats_every_other() -> None:
 def test_equal_pixels_go_in_row_major_order() -> None:
     maps = np.array([[[0, 1], [1, 0]], [[5, 5], [5, 5]]], np.float32)
     np.testing.assert_array_equal(metrics.ranks(maps), [[[2, 0], [1, 3]], [[0, 1], [2, 3]]])
+    steps = (np.arange(60 * 70) % 7).reshape(1, 60, 70)
+    expected = sorted(range(60 * 70), key=lambda place: -int(steps.flat[place]))
+    got = metrics.ranks(steps.astype(np.float32)).ravel()[expected]
+    np.testing.assert_array_equal(got, np.arange(60 * 70))
 
 
 def test_constant_map_takes_rows_from_the_top() -> None:

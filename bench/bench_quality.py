@@ -29,20 +29,18 @@ from typing import Any
 import click
 
 import ccam_deploy as ccam
-from ccam_deploy import methods
 from ccam_deploy.errors import CcamError
 from ccam_deploy.evaluate import report
 from ccam_deploy.evaluate.conditions import conditions, gpu, load_average
 from ccam_deploy.evaluate.datasets import open_dataset
 from ccam_deploy.evaluate.evaluation import (
-    DEFAULT_METHOD,
     Evaluation,
     EvaluationSettings,
     Variant,
-    method_names,
 )
 from ccam_deploy.evaluate.timing import as_dict, measure_in_turn, summarise
 from ccam_deploy.explainer import Explainer
+from ccam_deploy.methods import DEFAULT_METHOD, METHODS, CollectionCAMOptions
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "export" / "digits.toml"
@@ -98,14 +96,12 @@ def ablations(layers: Sequence[str], names: Sequence[str]) -> dict[str, list[Var
 
 def _collection_cam(given: Mapping[str, Any]) -> Variant:
     words = ", ".join(f"{key}={value}" for key, value in given.items())
-    return Variant(words, DEFAULT_METHOD, methods.CollectionCAMOptions(**given))
+    return Variant(words, DEFAULT_METHOD, CollectionCAMOptions(**given))
 
 
 def _with_layers(names: Sequence[str]) -> dict[str, Callable[..., Any]]:
     """The options of methods that take several layers, by method."""
-    registry: Mapping[str, Any] = getattr(methods, "METHODS", {})
-    kinds = {name: registry[name].options_type for name in names if name in registry}
-    kinds.setdefault(DEFAULT_METHOD, methods.CollectionCAMOptions)
+    kinds = {name: METHODS[name].options_type for name in names}
     return {
         name: kind
         for name, kind in kinds.items()
@@ -180,7 +176,7 @@ def markdown(found: Mapping[str, Any], summaries: Mapping[str, report.Summary]) 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--bundle", type=Path, help="of the example classifier; else exported")
-    parser.add_argument("--methods", default=",".join(method_names()))
+    parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--limit", type=int, default=TEST_IMAGES, help="images")
     parser.add_argument("--protocol", default="paper")
     parser.add_argument("--seed", type=int, default=0)
@@ -213,7 +209,7 @@ def run(
         spent = times(explainer, variants, given.rounds)
         summaries = measure(explainer, groups, settings, work)
     card = gpu()
-    words = [] if given.methods == ",".join(method_names()) else ["--methods", given.methods]
+    words = [] if given.methods == ",".join(METHODS) else ["--methods", given.methods]
     words += ["--limit", str(given.limit), "--protocol", given.protocol, "--seed", str(given.seed)]
     words += ["--output", str(given.output)] if given.output else []
     plain = {title: report.as_json(summary) for title, summary in summaries.items()}
@@ -236,7 +232,7 @@ def run(
 
 def _export(folder: Path) -> Path:
     command = [sys.executable, "-c", "from ccam_deploy.cli.main import main; main()", "export"]
-    words = ["--recipe", str(RECIPE), "--output", str(folder)]
+    words = ["--recipe", str(RECIPE), "--head", "--output", str(folder)]
     subprocess.run([*command, *words], check=True, capture_output=True, cwd=ROOT)
     return folder
 

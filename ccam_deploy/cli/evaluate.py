@@ -11,6 +11,7 @@ import click
 
 from ccam_deploy.cli.options import (
     BATCH_SIZE,
+    METHODS,
     bundle_argument,
     engine_options,
     json_option,
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from ccam_deploy.evaluate.results import Results
 
 # Repeated from modules whose imports would slow --help down; a test holds them equal.
-DEFAULT_METHOD = "collection-cam"
 METRICS = (
     "average-drop",
     "average-increase",
@@ -46,10 +46,10 @@ SCENES = 500
 @click.option(
     "--methods",
     "method_words",
-    default=DEFAULT_METHOD,
+    default=METHODS[0],
     show_default=True,
     metavar="A,B,C",
-    help="What to measure, separated by commas.",
+    help=f"What to measure, separated by commas: {', '.join(METHODS)}.",
 )
 @click.option(
     "--metrics",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,16 +13,16 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ccam_deploy import __version__, methods
+from ccam_deploy import __version__
 from ccam_deploy.errors import OptionError
 from ccam_deploy.evaluate import metrics
 from ccam_deploy.evaluate.datasets import Dataset, Item
 from ccam_deploy.evaluate.metrics import METRICS, PROTOCOLS, Doubles, Floats
 from ccam_deploy.evaluate.results import CURVES, Results, Row
 from ccam_deploy.explainer import Explainer, Explanation
+from ccam_deploy.methods import METHODS, method_named, with_options
 
 Target = Literal["predicted", "label"]
-DEFAULT_METHOD = methods.CollectionCAM.name
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,7 @@ class Variant:
 
     def explain(self, explainer: Explainer, images: Floats, targets: Sequence[int]) -> Explanation:
         """Explain a class for each of some preprocessed images."""
-        named: dict[str, Any] = {} if self.method == DEFAULT_METHOD else {"method": self.method}
-        return explainer.explain(images, targets, self.options, **named)
+        return explainer.explain(images, targets, self.options, method=self.method)
 
 
 @dataclass(frozen=True)
@@ -56,20 +55,12 @@ class EvaluationSettings:
     target: Target = "predicted"
 
 
-def method_names() -> tuple[str, ...]:
-    """The methods that can be measured, Collection-CAM first."""
-    registry: Mapping[str, Any] = getattr(methods, "METHODS", {DEFAULT_METHOD: None})
-    return tuple(sorted(registry, key=lambda name: name != DEFAULT_METHOD))
-
-
 def variants(names: Sequence[str]) -> tuple[Variant, ...]:
     """Methods by name, with their defaults. Raises OptionError for an unknown one or none."""
-    known = method_names()
     for name in names:
-        if name not in known:
-            raise OptionError(f'method "{name}" is unknown; there are {", ".join(known)}')
+        method_named(name)
     if not names:
-        raise OptionError(f"there is no method to measure; there are {', '.join(known)}")
+        raise OptionError(f"there is no method to measure; there are {', '.join(METHODS)}")
     return tuple(Variant(name, name) for name in dict.fromkeys(names))
 
 
@@ -271,5 +262,5 @@ def _metrics(settings: EvaluationSettings, dataset: Dataset) -> tuple[str, ...]:
 
 
 def _described(one: Variant) -> dict[str, Any]:
-    options = {} if one.options is None else dataclasses.asdict(one.options)
-    return {"method": one.method, "options": options}
+    options = with_options(one.method, one.options).options
+    return {"method": one.method, "options": dataclasses.asdict(options)}

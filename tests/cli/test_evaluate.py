@@ -11,7 +11,7 @@ import pytest
 
 import ccam_deploy as ccam
 from ccam_deploy.cli import evaluate as command
-from ccam_deploy.evaluate import evaluation, metrics
+from ccam_deploy.evaluate import metrics
 from ccam_deploy.evaluate.evaluation import Variant
 from ccam_deploy.explainer import Explanation
 from tests.command import failure, refusal, run, success
@@ -121,7 +121,7 @@ def test_options_reach_the_measurement(digits_bundle: Path, tmp_path: Path) -> N
     root = image_folder(tmp_path / "data", ["3", "7"], each=1)
     done = success(
         *("evaluate", digits_bundle, root, "--target", "label", "--protocol", "rise"),
-        *("--metrics", "insertion, average-drop", "--methods", "collection-cam,collection-cam"),
+        *("--metrics", "insertion, average-drop", "--methods", "collection-cam,grad-cam,grad-cam"),
         *("--precision", "fp16", "--threads", 1, "--backend", "onnxruntime-cpu", "--seed", 5),
         *("--no-plots", "--json", "--output", tmp_path / "out"),
     )
@@ -129,15 +129,16 @@ def test_options_reach_the_measurement(digits_bundle: Path, tmp_path: Path) -> N
     assert found["settings"]["metrics"] == ["average-drop", "insertion"]
     assert found["settings"]["precision"] == "fp16"
     assert found["settings"]["seed"] == 5
-    assert found["settings"]["methods"] == {
-        "collection-cam": {"method": "collection-cam", "options": {}}
-    }
+    chosen = found["settings"]["methods"]
+    assert list(chosen) == ["collection-cam", "grad-cam"]
+    assert chosen["collection-cam"]["options"]["theta"] == 0.1
+    assert chosen["grad-cam"]["method"] == "grad-cam"
     assert "blurred" in found["protocol"]
     with (tmp_path / "out" / "results.csv").open(newline="") as file:
         assert [(row["name"], row["target"]) for row in csv.DictReader(file)] == [
             ("3/0.png", "3"),
             ("7/0.png", "7"),
-        ]
+        ] * 2
     assert "base64" not in (tmp_path / "out" / "report.html").read_text()
 
 
@@ -178,4 +179,3 @@ def test_missing_matplotlib_is_said_before_measuring(
 def test_help_repeats_what_the_package_has() -> None:
     assert tuple(metrics.METRICS) == command.METRICS
     assert tuple(metrics.PROTOCOLS) == command.PROTOCOLS
-    assert evaluation.DEFAULT_METHOD == command.DEFAULT_METHOD

@@ -20,6 +20,7 @@ from types import FrameType
 from typing import Annotated, Literal, NoReturn, get_args
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 from ccam_deploy.errors import BundleError, IntegrityError, ManifestError, OptionError, TargetError
 
@@ -27,7 +28,8 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.bin"
 GRAPHS = ("backbone", "gradient", "classifier")
-OPTIONAL_GRAPHS = ("head",)
+IMAGE_GRADIENTS = ("input_gradient", "guided_gradient")
+OPTIONAL_GRAPHS = ("head", *IMAGE_GRADIENTS)
 
 Positive = Annotated[int, msgspec.Meta(gt=0)]
 Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
@@ -74,6 +76,8 @@ class Fidelity:
     saliency_overlap: share of the most salient tenth of the pixels that both have, of the median
         image.
     partitions: share of the partitions that were equal.   images: how many images were compared.
+    input_gradient, guided_gradient: of the images' gradients, like gradients; of graphs that the
+        bundle has.
     """
 
     logits: float
@@ -86,6 +90,8 @@ class Fidelity:
     worst_saliency_rank: float
     partitions: float
     images: int
+    input_gradient: float | UnsetType = UNSET
+    guided_gradient: float | UnsetType = UNSET
 
 
 @dataclass(frozen=True)
@@ -293,13 +299,19 @@ def _inconsistencies(manifest: Manifest) -> Iterator[str]:
     for name, precision in manifest.precisions.items():
         report = precision.fidelity
         if set(precision.graphs) - set(OPTIONAL_GRAPHS) != set(GRAPHS):
-            yield f"{name} must have the graphs {', '.join(GRAPHS)}"
+            yield (
+                f"{name} must have the graphs {', '.join(GRAPHS)}, "
+                f"and may have {', '.join(OPTIONAL_GRAPHS)}"
+            )
+        for graph in IMAGE_GRADIENTS:
+            if (graph in precision.graphs) != (getattr(report, graph) is not UNSET):
+                yield f"the fidelity of {name} and its graphs differ in {graph}"
         if len(precision.baseline_logits) != manifest.classes:
             yield f"{name} must have {manifest.classes} baseline logits"
         if not len(report.features) == len(report.gradients) == layers:
             yield f"the fidelity of {name} must have {layers} layers"
         for bound in precision.tolerance:
-            if not hasattr(report, bound):
+            if getattr(report, bound, UNSET) is UNSET:
                 yield f'{name} has a tolerance for the unknown "{bound}"'
     used = [f for p in manifest.precisions.values() for f in (*p.graphs.values(), p.reference)]
     for file in [*used, *(plan.file for plan in manifest.plans)]:

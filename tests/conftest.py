@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -34,10 +35,19 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture(scope="session")
 def digits_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The example classifier's bundle, with both precisions. Do not change it: copy it."""
+    return _export_digits(tmp_path_factory.mktemp("bundles") / "digits", gradients=False)
+
+
+@pytest.fixture(scope="session")
+def gradients_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with the graphs of the image's gradient. Do not change it: copy it."""
+    return _export_digits(tmp_path_factory.mktemp("bundles") / "gradients", gradients=True)
+
+
+def _export_digits(folder: Path, gradients: bool) -> Path:
     path = RECIPES / "digits.toml"
     recipe = recipes.read(path)
-    settings = recipes.settings(recipe, path.parent)
-    folder = tmp_path_factory.mktemp("bundles") / "digits"
+    settings = replace(recipes.settings(recipe, path.parent), gradients=gradients)
     export(digits_model(), folder, recipe.input.size, None, "fp16", settings)
     return folder
 
@@ -54,4 +64,10 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def digits(digits_bundle: Path) -> Iterator[ccam.Explainer]:
     with ccam.load(digits_bundle) as explainer:
+        yield explainer
+
+
+@pytest.fixture
+def differentiable(gradients_bundle: Path) -> Iterator[ccam.Explainer]:
+    with ccam.load(gradients_bundle) as explainer:
         yield explainer

@@ -104,6 +104,26 @@ def features_and_gradients(
     return logits.detach(), [value.detach() for value in features], list(gradients)
 
 
+def input_gradient_by_hooks(
+    model: nn.Module, images: Tensor, output_gradient: Tensor, guided: bool = False
+) -> Tensor:
+    """The images' gradient by autograd; guided as published, by a hook on every ReLU module.
+
+    The model's ReLUs are changed: give a model of its own.
+    """
+    for module in model.modules():
+        if guided and isinstance(module, nn.ReLU):
+            module.inplace = False
+            module.register_full_backward_hook(_positive_part)
+    inputs = images.detach().clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(model(inputs), inputs, output_gradient)
+    return gradient
+
+
+def _positive_part(module: nn.Module, inward: Any, outward: Any) -> Any:
+    return tuple(gradient.clamp(min=0) for gradient in inward)
+
+
 def ward_by_definition(psi: NDArray[np.float64]) -> list[list[list[int]]]:
     """Every partition of Ward's hierarchy, from all singletons to one, by the increase of the
     squared error itself (the paper's eq. 10, 11)."""

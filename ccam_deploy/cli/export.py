@@ -118,6 +118,12 @@ class _Numbers(click.ParamType[tuple[float, ...]]):
     "needs.",
 )
 @click.option(
+    "--gradients",
+    is_flag=True,
+    help="Write graphs of the image's gradient too, for integrated gradients, SmoothGrad, XRAI and "
+    "guided backpropagation.",
+)
+@click.option(
     "--output",
     type=click.Path(path_type=Path),
     help="The bundle's folder.  [default: engines/NAME]",
@@ -242,6 +248,7 @@ def _prepare(
     if options["calibration_images"]:
         found = imaging.find([options["calibration_images"]])
         changes["calibration"] = [imaging.load(file) for file in found[:MAX_CALIBRATION_IMAGES]]
+    changes["gradients"] = options["gradients"]
     changes["progress"] = lambda line: click.echo(line, err=True)
     return network, replace(settings, **changes), recipe
 

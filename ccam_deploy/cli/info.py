@@ -10,7 +10,9 @@ import click
 from ccam_deploy.cli.options import bundle_argument, json_option, print_json, table
 
 if TYPE_CHECKING:
-    from ccam_deploy.bundle import Bundle
+    from collections.abc import Iterator, Sequence
+
+    from ccam_deploy.bundle import Bundle, Fidelity
 
 
 @click.command()
@@ -27,6 +29,19 @@ def info(bundle: Path, as_json: bool) -> None:
         print_json(msgspec.to_builtins(opened.manifest))
         return
     click.echo(_text(opened))
+
+
+def _input_gradients(reports: Sequence[Fidelity]) -> Iterator[tuple[str, list[str]]]:
+    """A row for each graph of the image's gradient that the bundle has."""
+    from msgspec import UNSET
+
+    for title, name in (
+        ("gradient of the image", "input_gradient"),
+        ("  guided", "guided_gradient"),
+    ):
+        values = [getattr(report, name) for report in reports]
+        if UNSET not in values:
+            yield title, [f"{value:.1e}" for value in values]
 
 
 def _text(bundle: Bundle) -> str:
@@ -60,6 +75,7 @@ def _text(bundle: Bundle) -> str:
         ("  of the worst image", [f"{r.worst_saliency_rank:.4f}" for r in reports]),
         ("saliency, SSIM", [f"{r.saliency_similarity:.4f}" for r in reports]),
         ("saliency, top 10 % in common", [f"{r.saliency_overlap:.1%}" for r in reports]),
+        *_input_gradients(reports),
         ("images", [str(r.images) for r in reports]),
     ):
         comparison.append((title, *values))

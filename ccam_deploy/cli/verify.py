@@ -17,7 +17,7 @@ from ccam_deploy.errors import IntegrityError
 @json_option
 def verify(bundle: Path, backend: str, threads: int, as_json: bool) -> None:
     """Check a bundle: schema, hashes, and each graph against the values recorded at export."""
-    import dataclasses
+    import msgspec
 
     from ccam_deploy import bundle as bundles
     from ccam_deploy.engines import open_networks
@@ -37,7 +37,7 @@ def verify(bundle: Path, backend: str, threads: int, as_json: bool) -> None:
             report, broken = fidelity.verify(opened, networks, kind)
         finally:
             networks.close()
-        reports[kind] = {"backend": networks.backend, **dataclasses.asdict(report)}
+        reports[kind] = {"backend": networks.backend, **msgspec.to_builtins(report)}
         problems += [f"{kind}: {problem}" for problem in broken]
         if not as_json:
             click.echo(

@@ -69,6 +69,16 @@ class Classifier(Protocol):
         """
         ...
 
+    def input_gradient(
+        self, images: Floats, output_gradient: Floats, guided: bool = False
+    ) -> Floats:
+        """The images' gradient [B, C, H, W] for a gradient [B, classes] of the logits.
+
+        guided: ReLUs pass back positive gradients only.
+        Raises OptionError where there is no graph for it.
+        """
+        ...
+
 
 class Networks:
     """The engines of one precision.
@@ -113,6 +123,21 @@ class Networks:
         )
         values = self.engines["gradient"].run(feeds)
         return tuple(self._unscale(value) for value in values.values())
+
+    def input_gradient(
+        self, images: Floats, output_gradient: Floats, guided: bool = False
+    ) -> Floats:
+        """The images' gradient [B, C, H, W]; see Classifier."""
+        graph = "guided_gradient" if guided else "input_gradient"
+        if "input_gradient" not in self.engines:
+            raise OptionError(f"the bundle has no {graph} graph; export it with --gradients")
+        if graph not in self.engines:
+            raise OptionError(f"the bundle has no {graph} graph, for its network has no ReLU")
+        feeds = {
+            "images": self._cast(graph, "images", images),
+            "output_gradient": self._cast(graph, "output_gradient", output_gradient * self._scale),
+        }
+        return self._unscale(self.engines[graph].run(feeds)["input_gradient"])
 
     def masked_logits(self, images: Floats, masks: Floats, owner: NDArray[np.int64]) -> Floats:
         """Logits [N, classes] of masked images; see Classifier."""

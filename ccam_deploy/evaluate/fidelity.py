@@ -5,15 +5,15 @@ what the export recorded.
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ccam_deploy.bundle import Bundle, Fidelity
+from ccam_deploy.bundle import IMAGE_GRADIENTS, Bundle, Fidelity
 from ccam_deploy.engines import Classifier
 from ccam_deploy.errors import IntegrityError, brief
 from ccam_deploy.evaluate.similarity import spearman, ssim, top_overlap
@@ -30,6 +30,8 @@ _HALF = {
     "saliency_rank": 0.9,
     "saliency_similarity": 0.8,
     "saliency_overlap": 0.8,
+    "input_gradient": 0.3,
+    "guided_gradient": 0.3,
 }
 _EIGHT_BITS = {**_HALF, "masked_logits": 0.2}
 TOLERANCE = {
@@ -41,6 +43,8 @@ TOLERANCE = {
         "saliency_rank": 0.99,
         "saliency_similarity": 0.98,
         "saliency_overlap": 0.95,
+        "input_gradient": 1e-2,
+        "guided_gradient": 1e-2,
     },
     "fp16": _HALF,
     "int8": _EIGHT_BITS,
@@ -54,6 +58,8 @@ _RANDOM_HALF = {
     "saliency_rank": -1.0,
     "saliency_similarity": -1.0,
     "saliency_overlap": 0.0,
+    "input_gradient": 10.0,
+    "guided_gradient": 10.0,
 }
 _RANDOM_EIGHT_BITS = {**_RANDOM_HALF, "masked_logits": 0.4}
 RANDOM_TOLERANCE = {
@@ -65,6 +71,8 @@ RANDOM_TOLERANCE = {
         "saliency_rank": 0.9,
         "saliency_similarity": 0.8,
         "saliency_overlap": 0.8,
+        "input_gradient": 0.2,
+        "guided_gradient": 0.2,
     },
     "fp16": _RANDOM_HALF,
     "int8": _RANDOM_EIGHT_BITS,
@@ -83,6 +91,7 @@ class Observation:
     masked_logits: [4·B, classes] float32, of each image under four fixed masks.
     features, gradients: per layer; feature maps [B, C, h, w], or their statistics [B, C, 2].
     labels: per layer [B, C] int32, the partitions.   saliency: [B, H, W] float32 in [0, 1].
+    input_gradients: [B, C, H, W] float32 for each optional graph that was run.
     """
 
     images: Floats
@@ -93,19 +102,15 @@ class Observation:
     gradients: tuple[Floats, ...]
     labels: tuple[NDArray[np.int32], ...]
     saliency: Floats
+    input_gradients: dict[str, Floats] = field(default_factory=dict)
 
     def summary(self) -> Observation:
         """The same with mean and deviation of each channel in place of the maps."""
         psi = list(map(cpu.channel_statistics, self.features, self.gradients))
-        return Observation(
-            self.images,
-            self.targets,
-            self.logits,
-            self.masked_logits,
-            tuple(values[..., :2] for values in psi),
-            tuple(values[..., 2:] for values in psi),
-            self.labels,
-            self.saliency,
+        return replace(
+            self,
+            features=tuple(values[..., :2] for values in psi),
+            gradients=tuple(values[..., 2:] for values in psi),
         )
 
 
@@ -121,9 +126,13 @@ def observe(
     images: Floats,
     layers: Sequence[str],
     targets: NDArray[np.int64] | None = None,
+    graphs: Collection[str] = (),
     chunk: int = 8,
 ) -> Observation:
-    """Run everything that an explanation needs on some images and keep the values."""
+    """Run everything that an explanation needs on some images and keep the values.
+
+    graphs: those of the classifier; the optional ones among them are run as well.
+    """
     activations = classifier.backbone(images)
     classes = activations.logits.argmax(axis=1) if targets is None else targets
     rows = np.arange(len(images), dtype=np.int64)
@@ -144,6 +153,11 @@ def observe(
         gradients,
         tuple(layer.labels for layer in result.layers),
         cpu.min_max(result.raw_saliency),
+        {
+            name: classifier.input_gradient(images, one_hot, guided=name == "guided_gradient")
+            for name in IMAGE_GRADIENTS
+            if name in graphs
+        },
     )
 
 
@@ -167,6 +181,10 @@ def compare(got: Observation, expected: Observation) -> Fidelity:
         worst_saliency_rank=float(np.min(ranks)),
         partitions=float(np.mean(same)),
         images=len(got.images),
+        **{
+            name: _median_error(values, expected.input_gradients[name])
+            for name, values in got.input_gradients.items()
+        },
     )
 
 
@@ -217,6 +235,7 @@ def save(path: Path, observation: Observation) -> None:
         "logits": brief.logits,
         "masked_logits": brief.masked_logits,
         "saliency": brief.saliency,
+        **brief.input_gradients,
     }
     for index in range(len(brief.labels)):
         values[f"features_{index}"] = brief.features[index]
@@ -239,6 +258,7 @@ def load(path: Path) -> Observation:
                 tuple(values[f"gradients_{index}"] for index in layers),
                 tuple(values[f"labels_{index}"] for index in layers),
                 values["saliency"],
+                {name: values[name] for name in IMAGE_GRADIENTS if name in values.files},
             )
     except Exception as error:
         raise IntegrityError(f"{path} is no record of an export: {brief(error)}") from error
@@ -252,6 +272,9 @@ def verify(bundle: Bundle, classifier: Classifier, precision: str) -> tuple[Fide
     chosen = bundle.precision(precision)
     layers = [layer.name for layer in bundle.manifest.layers]
     expected = load(bundle.path(chosen.reference))
-    got = observe(classifier, expected.images, layers, expected.targets).summary()
+    for name in IMAGE_GRADIENTS:
+        if name in chosen.graphs and name not in expected.input_gradients:
+            raise IntegrityError(f"{chosen.reference} holds no {name}; export the bundle again")
+    got = observe(classifier, expected.images, layers, expected.targets, chosen.graphs).summary()
     fidelity = compare(got, expected)
     return fidelity, failures(fidelity, chosen.tolerance, layers)

@@ -7,8 +7,7 @@ the logits is the gradient graph; what it needs from the rest are the backbone's
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -31,6 +30,9 @@ from ccam_deploy.export.program import (
     module_of,
     quiet,
 )
+from ccam_deploy.export.simplify import simplify
+
+_Outputs = Callable[[Tensor, Tensor, Tensor], list[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -56,12 +58,47 @@ def differentiate(
     Raises LayerError for a layer that the logits do not depend on, LoweringError for an operator
     that cannot be differentiated or expressed.
     """
-    joint = _record(program, layers, dtype)
-    _sizes_from_batch(joint)
-    _tidy(joint)
-    _fold_constants(joint)
-    _merge_equal_nodes(joint)
+    nodes = [layer.node for layer in layers]
+    recorder = Recorder(program.graph, nodes)
+
+    def outputs(image: Tensor, scores: Tensor, output_gradient: Tensor) -> list[Tensor]:
+        features = [recorder.kept[node] for node in nodes]
+        gradients = torch.autograd.grad(scores, features, output_gradient, allow_unused=True)
+        for layer, gradient in zip(layers, gradients, strict=True):
+            if gradient is None:
+                raise LayerError(f'the logits do not depend on layer "{layer.name}"')
+        return [scores, *features, *gradients]
+
+    joint = _record(program, recorder, outputs, dtype)
     return _split(joint, len(layers))
+
+
+def differentiate_input(
+    program: Program, dtype: torch.dtype = torch.float32, guided: bool = False
+) -> fx.GraphModule:
+    """The gradient of a classifier's logits with respect to its images, as one graph.
+
+    Returns (images [B, C, H, W], output_gradient [B, classes]) -> (input_gradient [B, C, H, W],).
+    guided: every ReLU passes back positive gradients only (Springenberg et al. 2015).
+    Raises LoweringError for an operator that cannot be differentiated or expressed.
+    """
+    recorder = (GuidedRecorder if guided else Recorder)(program.graph, ())
+
+    def outputs(image: Tensor, scores: Tensor, output_gradient: Tensor) -> list[Tensor]:
+        return list(torch.autograd.grad(scores, [image], output_gradient))
+
+    joint = _record(program, recorder, outputs, dtype)
+    inputs = [node for node in joint.graph.nodes if node.op == "placeholder"]
+    return _extract(joint, inputs, list(joint.graph.output_node().args[0]))  # type: ignore[arg-type]
+
+
+def has_relu(program: Program) -> bool:
+    """Whether there is a ReLU whose gradient could be guided."""
+    return any(map(_is_relu, program.graph.graph.nodes))
+
+
+def _is_relu(node: fx.Node) -> bool:
+    return node.target is aten.relu.default
 
 
 class Recorder(fx.Interpreter):
@@ -88,14 +125,28 @@ class Recorder(fx.Interpreter):
         self.current = node
 
 
-def _record(program: Program, layers: Sequence[TargetLayer], dtype: torch.dtype) -> fx.GraphModule:
-    """Trace (image, output_gradient) -> (logits, *features, *gradients)."""
+class GuidedRecorder(Recorder):
+    """Cuts the negative part off every gradient that comes back to a ReLU's output.
+
+    The ReLU's own derivative then leaves what comes to a positive input.
+    """
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one node, and guide its gradient if it is a ReLU."""
+        value = super().run_node(n)
+        if _is_relu(n) and value.requires_grad:
+            value.register_hook(torch.relu)
+        return value
+
+
+def _record(
+    program: Program, recorder: Recorder, outputs: _Outputs, dtype: torch.dtype
+) -> fx.GraphModule:
+    """Trace (image, output_gradient) -> what `outputs` makes of image, logits, output_gradient."""
     mode = program.image.meta["val"].fake_mode
     with mode:
         image = torch.empty_like(program.image.meta["val"], dtype=dtype)
         output_gradient = torch.empty_like(program.logits.meta["val"], dtype=dtype)
-    nodes = [layer.node for layer in layers]
-    recorder = Recorder(program.graph, nodes)
     constants = {name: cast(value, dtype) for name, value in program.graph.named_buffers()}
     names = list(constants)
     buffers = [mode.from_tensor(value, static_shapes=True) for value in constants.values()]
@@ -106,12 +157,7 @@ def _record(program: Program, layers: Sequence[TargetLayer], dtype: torch.dtype)
             program.graph, dict(zip(names, buffers, strict=True))
         ):
             (scores,) = recorder.run(image)
-        features = [recorder.kept[node] for node in nodes]
-        gradients = torch.autograd.grad(scores, features, output_gradient, allow_unused=True)
-        for layer, gradient in zip(layers, gradients, strict=True):
-            if gradient is None:
-                raise LayerError(f'the logits do not depend on layer "{layer.name}"')
-        return [scores, *features, *gradients]
+        return outputs(image, scores, output_gradient)
 
     try:
         with mode, enable_python_dispatcher(), sdpa_kernel(SDPBackend.MATH), quiet():
@@ -123,7 +169,9 @@ def _record(program: Program, layers: Sequence[TargetLayer], dtype: torch.dtype)
     except Exception as error:
         where = _describe(recorder.current) if recorder.current else "the model"
         raise LoweringError(f"{where} cannot be lowered: {brief(error)}") from error
-    return _constants_as_attributes(joint, constants)
+    joint = _constants_as_attributes(joint, constants)
+    simplify(joint)
+    return joint
 
 
 def _describe(node: fx.Node) -> str:
@@ -140,148 +188,6 @@ def _constants_as_attributes(joint: fx.GraphModule, constants: dict[str, Tensor]
         joint.graph.erase_node(node)
     joint.recompile()
     return joint
-
-
-def _sizes_from_batch(joint: fx.GraphModule) -> None:
-    """Write every size that is not known as a multiple of the first input's batch."""
-    image = next(node for node in joint.graph.nodes if node.op == "placeholder")
-    batch = image.meta["val"].shape[0].node.expr
-    if batch.is_Integer:
-        raise LoweringError("an operator in the model fixes the batch, which must stay free")
-    sizes = [node for node in joint.graph.nodes if isinstance(node.meta.get("val"), torch.SymInt)]
-    with joint.graph.inserting_after(_last_placeholder(joint)):
-        whole = joint.graph.call_function(aten.sym_size.int, (image, 0))
-    whole.meta["val"] = image.meta["val"].shape[0]
-    for node in sizes:
-        factor = node.meta["val"].node.expr / batch
-        if not factor.is_Integer:
-            raise LoweringError(
-                f"a size in the model, {node.meta['val']}, is no multiple of the batch"
-            )
-        size = whole
-        if factor != 1:
-            with joint.graph.inserting_before(node):
-                size = joint.graph.call_function(operator.mul, (whole, int(factor)))
-            size.meta["val"] = node.meta["val"]
-        node.replace_all_uses_with(size)
-        joint.graph.erase_node(node)
-
-
-def _last_placeholder(joint: fx.GraphModule) -> fx.Node:
-    *_, last = (node for node in joint.graph.nodes if node.op == "placeholder")
-    assert isinstance(last, fx.Node)
-    return last
-
-
-def _tidy(joint: fx.GraphModule) -> None:
-    """Undo what autograd and tracing did to operators that engines know in their plain form."""
-    for node in list(joint.graph.nodes):
-        if node.target in (aten.detach.default, aten.alias.default, aten.clone.default):
-            node.replace_all_uses_with(node.args[0])
-        elif node.target in (aten.view.default, aten._unsafe_view.default):
-            node.target = aten.reshape.default
-        elif node.target is aten.t.default and _is_call(node.args[0], aten.t.default):
-            node.replace_all_uses_with(node.args[0].args[0])
-        elif _is_linear(node):
-            bias, source, weight = node.args[0], node.args[1], node.args[2].args[0]
-            _replace(joint, node, aten.linear.default, (source, weight, bias))
-        elif node.target is aten.mm.default and _is_call(node.args[1], aten.t.default):
-            _replace(joint, node, aten.linear.default, (node.args[0], node.args[1].args[0]))
-        elif node.target is aten.max_pool2d_with_indices.default:
-            _pool_without_indices(joint, node)
-        elif node.target is aten.native_layer_norm.default:
-            axes = [-1 - axis for axis in range(len(node.args[1]))]
-            _own_statistics(joint, node, axes, node.args[4])
-    joint.graph.eliminate_dead_code()
-    joint.recompile()
-
-
-def _is_linear(node: fx.Node) -> bool:
-    """Whether a node is x·Wᵀ + b as PyTorch writes a linear layer."""
-    if node.target is not aten.addmm.default or node.kwargs:
-        return False
-    return node.args[0].meta["val"].dim() == 1 and _is_call(node.args[2], aten.t.default)  # type: ignore[union-attr]
-
-
-def _is_call(node: object, target: object) -> bool:
-    return isinstance(node, fx.Node) and node.target is target
-
-
-def _replace(joint: fx.GraphModule, node: fx.Node, target: Any, arguments: tuple[Any, ...]) -> None:
-    with joint.graph.inserting_before(node):
-        new = joint.graph.call_function(target, arguments)
-    new.meta.update(node.meta)
-    node.replace_all_uses_with(new)
-    joint.graph.erase_node(node)
-
-
-def _pool_without_indices(joint: fx.GraphModule, node: fx.Node) -> None:
-    for user in list(node.users):
-        if user.args[1] == 0:
-            _replace(joint, user, aten.max_pool2d.default, node.args)
-
-
-def _own_statistics(joint: fx.GraphModule, node: fx.Node, axes: list[int], epsilon: float) -> None:
-    """Compute a normalisation's mean and inverse deviation, which engines do not return."""
-    for user in list(node.users):
-        if user.target is not operator.getitem or user.args[1] == 0:
-            continue
-        source = node.args[0]
-        with joint.graph.inserting_before(user):
-            if user.args[1] == 1:
-                new = joint.graph.call_function(aten.mean.dim, (source, axes, True))
-            else:
-                variance = joint.graph.call_function(
-                    aten.var.correction, (source, axes), {"correction": 0, "keepdim": True}
-                )
-                shifted = joint.graph.call_function(aten.add.Scalar, (variance, epsilon))
-                new = joint.graph.call_function(aten.rsqrt.default, (shifted,))
-        new.meta.update(user.meta)
-        user.replace_all_uses_with(new)
-        joint.graph.erase_node(user)
-
-
-def _fold_constants(joint: fx.GraphModule) -> None:
-    """Evaluate what depends on constants alone."""
-    values: dict[fx.Node, Tensor] = {}
-    for node in list(joint.graph.nodes):
-        if node.op == "get_attr":
-            values[node] = getattr(joint, str(node.target))
-        elif node.op == "call_function" and _is_constant(node, values):
-            arguments = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
-            result = node.target(*arguments[0], **arguments[1])
-            if isinstance(result, Tensor):
-                values[node] = result
-    for node, value in values.items():
-        outside = [user for user in node.users if user not in values]
-        if node.op == "get_attr" or not outside:
-            continue
-        with joint.graph.inserting_before(node):
-            constant = fresh_constant(joint, value, f"{node.name}_constant")
-        constant.meta.update(node.meta)
-        node.replace_all_uses_with(constant, lambda user: user not in values)
-    for node in reversed(list(values)):
-        if not node.users:
-            joint.graph.erase_node(node)
-    drop_unused(joint)
-
-
-def _is_constant(node: fx.Node, values: dict[fx.Node, Tensor]) -> bool:
-    return all(source in values for source in node.all_input_nodes)
-
-
-def _merge_equal_nodes(joint: fx.GraphModule) -> None:
-    """Common subexpressions: the backward pass computes some of the forward pass again."""
-    seen: dict[Any, fx.Node] = {}
-    for node in list(joint.graph.nodes):
-        if node.op not in ("call_function", "get_attr"):
-            continue
-        key = repr((node.op, str(node.target), node.args, sorted(node.kwargs.items())))
-        first = seen.setdefault(key, node)
-        if first is not node:
-            node.replace_all_uses_with(first)
-            joint.graph.erase_node(node)
-    joint.recompile()
 
 
 def _split(joint: fx.GraphModule, layers: int) -> Differentiated:

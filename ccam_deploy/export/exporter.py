@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from importlib import metadata, resources
@@ -21,6 +21,7 @@ from ccam_deploy import bundle as bundles
 from ccam_deploy import image as imaging
 from ccam_deploy.bundle import (
     FORMAT,
+    IMAGE_GRADIENTS,
     WEIGHTS,
     Bundle,
     Fidelity,
@@ -77,6 +78,8 @@ class ExportSettings:
     name, source: what the manifest calls the model, and where it came from.
     random_weights: the model was not trained; the manifest and every user is told.
     head: also write the graph from the last target layer to the logits, which recipro-cam needs.
+    gradients: write the graphs of the image's gradient too, which integrated gradients, SmoothGrad,
+        XRAI and guided backpropagation need; the last is left out for a model without ReLU.
     progress: called with a line for each step.
     """
 
@@ -92,6 +95,7 @@ class ExportSettings:
     source: str = ""
     random_weights: bool = False
     head: bool = False
+    gradients: bool = False
     progress: Callable[[str], None] = lambda line: None
 
     def __post_init__(self) -> None:
@@ -153,25 +157,28 @@ def export(
     for kind, dtype in _DTYPES.items():
         if kind in _WANTED[precision]:
             chosen.progress(f"converting the {kind} graphs of {', '.join(names)}")
-            converted[kind] = onnx_graphs.convert(program, found, dtype, chosen.head)
+            converted[kind] = onnx_graphs.convert(
+                program, found, dtype, chosen.head, chosen.gradients
+            )
     preprocessing = _preprocessing(chosen, program)
     images = _calibration(chosen, program, preprocessing)
     chosen.progress(f"explaining {len(images)} calibration images with PyTorch")
-    expected, baseline = _reference(exported, names, images)
+    graphs = dict(converted["fp32"].items())
+    expected, baseline = _reference(exported, names, images, graphs)
     with bundles.staged(output) as folder:
         files = _write(_WANTED[precision], converted, expected, folder, chosen.progress)
         fidelity.save(folder / _REFERENCE, _first(expected, RECORDED_IMAGES))
         precisions = {}
-        for kind, graphs in files.items():
+        for kind, own in files.items():
             chosen.progress(f"checking the {kind} graphs against PyTorch")
             usual = fidelity.RANDOM_TOLERANCE if chosen.random_weights else fidelity.TOLERANCE
-            tolerance = {**usual[kind], **chosen.tolerance.get(kind, {})}
+            bounds = {**usual[kind], **chosen.tolerance.get(kind, {})}
+            missing = set(IMAGE_GRADIENTS) - set(own)
+            tolerance = {name: value for name, value in bounds.items() if name not in missing}
             scale = 1.0 if kind == "fp32" else _gradient_scale(expected)
-            paths = {name: folder / file for name, file in graphs.items()}
+            paths = {name: folder / file for name, file in own.items()}
             report = _check(kind, paths, scale, expected, names, tolerance)
-            precisions[kind] = Precision(
-                graphs, scale, tuple(baseline), report, tolerance, _REFERENCE
-            )
+            precisions[kind] = Precision(own, scale, tuple(baseline), report, tolerance, _REFERENCE)
         manifest = Manifest(
             format=FORMAT,
             name=chosen.name or Path(output).name,
@@ -233,7 +240,7 @@ def photographs() -> list[Image.Image]:
 
 
 def _reference(
-    exported: ExportedProgram, names: Sequence[str], images: Floats
+    exported: ExportedProgram, names: Sequence[str], images: Floats, graphs: Collection[str]
 ) -> tuple[Observation, list[float]]:
     """What PyTorch computes for the images, and the logits of an input of zeros.
 
@@ -245,7 +252,8 @@ def _reference(
     baseline, *logits = classifier.backbone(probe).logits
     if not np.isfinite([baseline, *logits]).all():
         raise SourceError("the model gives NaN or infinite logits on the calibration images")
-    return fidelity.observe(classifier, images, names), [float(value) for value in baseline]
+    expected = fidelity.observe(classifier, images, names, graphs=graphs)
+    return expected, [float(value) for value in baseline]
 
 
 def _write(
@@ -277,7 +285,8 @@ def _write(
 
 def _gradient_scale(expected: Observation) -> float:
     """The power of two that lifts the largest recorded gradient to a few hundred."""
-    peak = max(float(np.abs(gradient).max()) for gradient in expected.gradients)
+    recorded = [*expected.gradients, *expected.input_gradients.values()]
+    peak = max(float(np.abs(gradient).max()) for gradient in recorded)
     if peak == 0:
         return 1.0
     return min(2.0 ** math.floor(math.log2(_WANTED_PEAK / peak)), _LARGEST_SCALE)
@@ -293,7 +302,7 @@ def _check(
 ) -> Fidelity:
     networks = load_networks(paths, scale, "onnxruntime-cpu")
     try:
-        got = fidelity.observe(networks, expected.images, names, expected.targets)
+        got = fidelity.observe(networks, expected.images, names, expected.targets, paths)
         head = networks.head_logits(got.features[-1]) if "head" in paths else got.logits
     finally:
         networks.close()
@@ -320,6 +329,7 @@ def _first(observation: Observation, images: int) -> Observation:
         tuple(values[:images] for values in observation.gradients),
         tuple(values[:images] for values in observation.labels),
         observation.saliency[:images],
+        {name: values[:images] for name, values in observation.input_gradients.items()},
     )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim
 
 from ccam_deploy.errors import LayerError, LoweringError, brief
-from ccam_deploy.export.autodiff import differentiate
+from ccam_deploy.export.autodiff import differentiate, differentiate_input, has_relu
 from ccam_deploy.export.layers import TargetLayer
 from ccam_deploy.export.program import Program, cast, module_of, quiet
 
@@ -30,12 +30,16 @@ class Graphs:
     gradient: residual_0.., output_gradient [B, classes] -> gradient_0..
     classifier: images [B, C, H, W], masks [N, 1, H, W], owner [N] int64 -> logits [N, classes]
     head: features [N, C, h, w] of the last layer -> logits [N, classes]; only where it is wanted
+    input_gradient, guided_gradient: images, output_gradient [B, classes] -> input_gradient
+        [B, C, H, W]; the second with ReLUs that pass back positive gradients only.
     """
 
     backbone: ir.Model
     gradient: ir.Model
     classifier: ir.Model
     head: ir.Model | None = None
+    input_gradient: ir.Model | None = None
+    guided_gradient: ir.Model | None = None
 
     def items(self) -> Iterator[tuple[str, ir.Model]]:
         """Each graph's name and model."""
@@ -44,6 +48,10 @@ class Graphs:
         yield "classifier", self.classifier
         if self.head is not None:
             yield "head", self.head
+        if self.input_gradient is not None:
+            yield "input_gradient", self.input_gradient
+        if self.guided_gradient is not None:
+            yield "guided_gradient", self.guided_gradient
 
 
 class MaskedClassifier(nn.Module):
@@ -65,9 +73,11 @@ def convert(
     layers: Sequence[TargetLayer],
     dtype: torch.dtype = torch.float32,
     with_head: bool = False,
+    with_gradients: bool = False,
 ) -> Graphs:
     """Build and convert the graphs of a classifier.
 
+    with_gradients: those of the image's gradient too; no guided one for a classifier without ReLU.
     Raises LoweringError, naming operator and module, for what ONNX cannot express, LayerError
     where a head is wanted and the last layer is no cut through the classifier.
     """
@@ -108,7 +118,21 @@ def convert(
             )
         features = {"features": (outputs[len(layers)].repeat(2, 1, 1, 1)[:3], {0: masks})}
         head = _to_onnx(parts.head, features, ["logits"], program)
-    return Graphs(backbone, gradient, classifier, head)
+    plain = _input_gradient(program, dtype) if with_gradients else None
+    guided = None
+    if with_gradients and has_relu(program):
+        guided = _input_gradient(program, dtype, guided=True)
+    return Graphs(backbone, gradient, classifier, head, plain, guided)
+
+
+def _input_gradient(program: Program, dtype: torch.dtype, guided: bool = False) -> ir.Model:
+    batch = Dim("batch")
+    inputs = {
+        "images": (torch.zeros(2, *program.input_shape, dtype=dtype), {0: batch}),
+        "output_gradient": (torch.zeros(2, program.classes, dtype=dtype), {0: batch}),
+    }
+    module = differentiate_input(program, dtype, guided)
+    return _to_onnx(module, inputs, ["input_gradient"], program)
 
 
 def _in_type(module: fx.GraphModule, dtype: torch.dtype) -> fx.GraphModule:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import Any, NoReturn
 
 import torch
@@ -133,8 +134,7 @@ def max_pool2d_backward(
     """Gradient of max-pooling without indices: to the first maximum of each window, row by row."""
     kernel, padding, dilation = _pair(kernel), _pair(padding), _pair(dilation)
     stride = _pair(stride) if stride else kernel
-    pooled = aten.max_pool2d_with_indices(source, kernel, stride, padding, dilation, ceil_mode)[0]
-    out = [int(size) for size in pooled.shape[2:]]
+    out = [int(size) for size in grad.shape[2:]]
     size = [int(length) for length in source.shape[2:]]
     end = [
         (o - 1) * s + d * (k - 1) + 1 - p - length
@@ -142,16 +142,21 @@ def max_pool2d_backward(
     ]
     border = [padding[1], max(end[1], 0), padding[0], max(end[0], 0)]
     padded = aten.constant_pad_nd(source, border, -math.inf) if any(border) else source
+    values = [
+        _window(padded, (row * dilation[0], column * dilation[1]), out, stride)
+        for row in range(kernel[0])
+        for column in range(kernel[1])
+    ]
+    # Not the pooled values of the forward pass: an engine that computes half precision in a wider
+    # type may not have rounded those, and then none would be equal.
+    highest = reduce(torch.maximum, values)
     hits = []
     free: Tensor | None = None
-    for row in range(kernel[0]):
-        for column in range(kernel[1]):
-            start = (row * dilation[0], column * dilation[1])
-            value = _window(padded, start, out, stride)
-            equal = value == pooled
-            hit = equal if free is None else equal & free
-            free = ~equal if free is None else free & ~equal
-            hits.append(torch.where(hit, grad, 0.0))
+    for value in values:
+        equal = value == highest
+        hit = equal if free is None else equal & free
+        free = ~equal if free is None else free & ~equal
+        hits.append(torch.where(hit, grad, 0.0))
     gathered = _reassemble(hits, kernel, stride, dilation)
     top, left = padding
     gathered = gathered[:, :, top : top + size[0], left : left + size[1]]

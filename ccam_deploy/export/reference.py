@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, fx
 
 from ccam_deploy.engines import Activations
-from ccam_deploy.export.autodiff import Recorder
+from ccam_deploy.export.autodiff import GuidedRecorder, Recorder
 from ccam_deploy.export.layers import TargetLayer
 from ccam_deploy.export.program import Program
 
@@ -38,6 +38,16 @@ class TorchClassifier:
         logits, features = self._run(images)
         found = torch.autograd.grad(logits, features, torch.from_numpy(output_gradient))
         return tuple(value.numpy() for value in found)
+
+    def input_gradient(
+        self, images: Floats, output_gradient: Floats, guided: bool = False
+    ) -> Floats:
+        """Gradient of the images by autograd."""
+        recorder = (GuidedRecorder if guided else Recorder)(self._program.graph, ())
+        values = torch.from_numpy(images).requires_grad_()
+        (logits,) = recorder.run(values)
+        (found,) = torch.autograd.grad(logits, values, torch.from_numpy(output_gradient))
+        return found.numpy()
 
     def masked_logits(self, images: Floats, masks: Floats, owner: NDArray[np.int64]) -> Floats:
         """Logits of images times masks, multiplied before the model sees them."""

@@ -261,6 +261,11 @@ class Given:
     def head_logits(self, features: Floats) -> Floats:
         raise AssertionError("these methods need no head")
 
+    def input_gradient(
+        self, images: Floats, output_gradient: Floats, guided: bool = False
+    ) -> Floats:
+        raise AssertionError("these methods need no gradient of the image")
+
     def batch(self) -> Batch:
         pairs = len(self.features)
         images = np.zeros((pairs, 3, 8, 12), np.float32)

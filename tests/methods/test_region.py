@@ -192,6 +192,11 @@ class Bright:
     def head_logits(self, features: Floats) -> Floats:
         raise AssertionError("these methods need no head")
 
+    def input_gradient(
+        self, images: Floats, output_gradient: Floats, guided: bool = False
+    ) -> Floats:
+        raise AssertionError("these methods need no gradient of the image")
+
     def _logits(self, images: Floats) -> Floats:
         mean = images.mean(axis=(1, 2, 3), dtype=np.float32)
         return np.stack([mean, -mean], axis=1)

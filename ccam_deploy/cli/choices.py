@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from ccam_deploy.bundle import Manifest
-    from ccam_deploy.explainer import Explainer, Explanation
+    from ccam_deploy.explainer import Explainer
 
 
 def method_options(names: Sequence[str], pairs: Sequence[str]) -> dict[str, Any]:
@@ -28,7 +28,9 @@ def method_options(names: Sequence[str], pairs: Sequence[str]) -> dict[str, Any]
     pairs: METHOD:KEY=VALUE for one method, KEY=VALUE for each that has the option.
     Raises OptionError for an unknown method, option or value.
     """
-    kinds = {name: _options_type(name) for name in names}
+    from ccam_deploy.methods import method_named
+
+    kinds = {name: method_named(name).options_type for name in names}
     given: dict[str, dict[str, str]] = {name: {} for name in kinds}
     for word, value in parse_assignments(pairs).items():
         method, colon, key = word.rpartition(":")
@@ -67,13 +69,6 @@ def classes(explainer: Explainer, picture: Image.Image, words: Sequence[str]) ->
     return list(dict.fromkeys(found))
 
 
-def explain(
-    explainer: Explainer, picture: Image.Image, targets: Sequence[int], method: str, options: Any
-) -> Explanation:
-    """One method's maps of a picture, one for each class."""
-    return explainer.explain([picture], [list(targets)], options)
-
-
 def warn(explainer: Explainer) -> None:
     """Print on stderr what is not as asked, and that random weights mean nothing."""
     for note in explainer.networks.notes:
@@ -100,14 +95,6 @@ def read_picture(file: Path, manifest: Manifest) -> Image.Image:
         return imaging.to_colours(picture, 3)
     except ImageError as error:
         raise ImageError(f"{file}: {error}") from error
-
-
-def _options_type(name: str) -> type[Any]:
-    from ccam_deploy.methods import CollectionCAM, CollectionCAMOptions
-
-    if name != CollectionCAM.name:
-        raise OptionError(f'method "{name}" is unknown; there are {CollectionCAM.name}')
-    return CollectionCAMOptions
 
 
 def _keys(kind: type[Any]) -> list[str]:

@@ -25,15 +25,17 @@ if TYPE_CHECKING:
     from ccam_deploy.explainer import Explanation
     from ccam_deploy.render import Look, Tile
 
+COMPARED = ("collection-cam", "grad-cam", "grad-cam++", "layer-cam")
+
 
 @click.command()
 @bundle_argument
 @click.argument("image", type=click.Path(path_type=Path))
 @click.option(
     "--methods",
-    default=",".join(METHODS),
+    default=",".join(COMPARED),
     show_default=True,
-    help="The methods, separated by commas.",
+    help=f"The methods, separated by commas: {', '.join(METHODS)}.",
 )
 @click.option(
     "--target",
@@ -102,7 +104,7 @@ def compare(bundle: Path, image: Path, **options: Any) -> None:
         results = {}
         for name, given in chosen.items():
             started = time.perf_counter()
-            results[name] = choices.explain(explainer, picture, wanted, name, given)
+            results[name] = explainer.explain([picture], [wanted], given, method=name)
             click.echo(f"{name}: {(time.perf_counter() - started) * 1000:.1f} ms")
     shown = render.thumbnail(picture)
     rows = []

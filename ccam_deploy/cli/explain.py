@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import sys
 import time
@@ -21,7 +20,6 @@ from ccam_deploy.cli.options import (
     bundle_argument,
     engine_options,
     json_option,
-    parse_assignments,
     precision_option,
     print_json,
 )
@@ -100,10 +98,11 @@ def explain(bundle: Path, images: tuple[Path, ...], as_json: bool, **options: An
     import ccam_deploy as ccam
     from ccam_deploy import image as imaging
     from ccam_deploy import render
+    from ccam_deploy.cli import choices
     from ccam_deploy.cli.writer import Writer
 
     kinds = _kinds(options["save"])
-    method_options = _method_options(options["method"], options["pairs"])
+    (method_options,) = choices.method_options([options["method"]], options["pairs"]).values()
     top, target = _parse_target(options["target"])
     render.check_colormap(options["colormap"])
     files = imaging.find(images)
@@ -156,26 +155,6 @@ def _kinds(words: str) -> tuple[str, ...]:
         if kind not in KINDS:
             raise OptionError(f'--save "{kind}" is unknown; there are {", ".join(KINDS)} and none')
     return kinds
-
-
-def _method_options(method: str, pairs: Sequence[str]) -> object:
-    """The options of a method, a frozen dataclass."""
-    import msgspec
-
-    from ccam_deploy.methods import method_named
-
-    kind = method_named(method).options_type
-    given: dict[str, Any] = dict(parse_assignments(pairs))
-    known = [field.name for field in dataclasses.fields(kind)]
-    for name in given:
-        if name not in known:
-            raise OptionError(f'option "{name}" is unknown; {method} has {", ".join(known)}')
-    if "layers" in given:
-        given["layers"] = [part.strip() for part in given["layers"].split(",")]
-    try:
-        return msgspec.convert(given, kind, strict=False)
-    except msgspec.ValidationError as error:
-        raise OptionError(f"an option has an unusable value: {error}") from error
 
 
 def _parse_target(word: str) -> tuple[int, str | None]:

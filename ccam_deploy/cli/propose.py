@@ -170,12 +170,11 @@ class _Proposer:
         import numpy as np
 
         from ccam_deploy import render
-        from ccam_deploy.cli import choices
         from ccam_deploy.evaluate import proposals
 
         options = self._options
-        result = choices.explain(
-            self.explainer, picture, classes, options["method"], self._method_options
+        result = self.explainer.explain(
+            [picture], [list(classes)], self._method_options, method=options["method"]
         )
         maps = [result.on_original(row) for row in range(len(classes))]
         peaks = [

@@ -13,6 +13,8 @@ import ccam_deploy as ccam
 from ccam_deploy import image as imaging
 from ccam_deploy import render
 from ccam_deploy.cli import choices
+from ccam_deploy.cli.compare import COMPARED
+from ccam_deploy.methods import METHODS, GradCAMOptions, ScoreCAMOptions
 from tests.command import failure, success
 from tests.helpers import example_files
 
@@ -34,20 +36,30 @@ def place_of(tile: Image.Image, panel: Image.Image) -> tuple[int, int]:
 def test_rows_are_classes_and_columns_methods(digits: ccam.Explainer, tmp_path: Path) -> None:
     """The tiles are drawn here from the explainer's own maps."""
     output = tmp_path / "sub" / "panel.png"
-    words = ("--target", "top2", "--target", "8", "--option", "k_max=4", "--output", output)
+    methods = ("collection-cam", "layer-cam")
+    words = ["--methods", ",".join(methods), "--option", "k_max=4", "--output", output]
+    words += ["--target", "top2", "--target", "8"]
     printed = success("compare", digits.bundle.folder, SCENE, *words).stdout.splitlines()
-    assert re.fullmatch(r"collection-cam: \d+\.\d ms", printed[0])
-    assert printed[1:] == [f"  {output}"]
+    for line, method in zip(printed, methods, strict=False):
+        assert re.fullmatch(rf"{method}: \d+\.\d ms", line)
+    assert printed[2:] == [f"  {output}"]
     picture = imaging.to_colours(imaging.load(SCENE), 3)
-    result = digits.explain([picture], None, ccam.CollectionCAMOptions(k_max=4), top=2)
-    assert sorted(result.targets.tolist()) == [5, 8]
+    own = (ccam.CollectionCAMOptions(k_max=4), None)
+    results = [
+        digits.explain([picture], None, options, 2, method)
+        for method, options in zip(methods, own, strict=True)
+    ]
+    assert sorted(results[0].targets.tolist()) == [5, 8]
     panel = imaging.load(output)
-    places = []
-    for row in range(2):
-        tile = render.overlay(picture, result.on_original(row)).resize((192, 192))
-        places.append(place_of(tile, panel))
-    (left, top), (below_left, below_top) = places
-    assert left == below_left
+    places = [
+        place_of(render.overlay(picture, result.on_original(row)).resize((192, 192)), panel)
+        for result in results
+        for row in range(2)
+    ]
+    (left, top), (_, below_top) = places[:2]
+    right = places[2][0]
+    assert left < right
+    assert places == [(left, top), (left, below_top), (right, top), (right, below_top)]
     assert 2 * (below_top - top) == panel.height
     shown = panel.crop((4, below_top, 196, below_top + 192))
     np.testing.assert_array_equal(shown, picture.resize((192, 192)))
@@ -61,17 +73,25 @@ def test_a_color_bar_ends_each_row(digits_bundle: Path, tmp_path: Path) -> None:
     assert widths[1] > widths[0] + 10
 
 
+def test_the_default_methods_are_there() -> None:
+    assert set(COMPARED) < set(METHODS)
+
+
 def test_options_go_to_the_methods_that_have_them() -> None:
-    method = "collection-cam"
-    expected = {method: ccam.CollectionCAMOptions(k_max=3, theta=0.2)}
-    assert choices.method_options([method], ["k_max=3", f"{method}:theta=0.2"]) == expected
+    found = choices.method_options(
+        ["collection-cam", "score-cam", "grad-cam"],
+        ["layer=layer3", "grad-cam:relu=false", "k_max=3"],
+    )
+    assert found["collection-cam"] == ccam.CollectionCAMOptions(k_max=3)
+    assert found["score-cam"] == ScoreCAMOptions(layer="layer3")
+    assert found["grad-cam"] == GradCAMOptions(layer="layer3", relu=False)
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--methods", "magic"], 'method "magic" is unknown; there are collection-cam'),
-        (["--option", "magic:theta=0"], 'option "magic:theta" is for method "magic"; the methods'),
+        (["--option", "rise:theta=0"], 'option "rise:theta" is for method "rise"; the methods'),
         (["--option", "depth=3"], 'option "depth" is unknown; collection-cam has theta, k_min'),
         (["--option", "k_max=x"], "an option has an unusable value"),
         (["--target", "top11"], "top is 11; it must be 1 to 10"),

@@ -53,7 +53,10 @@ _LARGEST_ERROR = 0.05
     help="Images, and masked images, that go through an engine at a time.",
 )
 @click.option(
-    "--concurrency", default=1, show_default=True, help="Threads that call one explainer."
+    "--concurrency",
+    default=1,
+    show_default=True,
+    help="Threads that call one explainer; on a GPU each has a stream of its own.",
 )
 @click.option(
     "--duration",
@@ -127,6 +130,7 @@ def bench(
     found = imaging.find(images) if images else [_photograph()]
     pictures = [imaging.load(file) for file in found]
     how = {key: options[key] for key in ("backend", "precision", "batch_size", "threads")}
+    how["slots"] = settings.concurrency
     before = surroundings.load_average()
     notes: list[str] = []
     with ExitStack() as stack:
@@ -160,6 +164,7 @@ def bench(
             **facts,
             "threads": options["threads"],
             "concurrency": settings.concurrency,
+            "slots": how["slots"] if explainer.networks.slots else None,
             "duration_s": settings.duration,
             "warmup_s": settings.warmup,
             "images": [str(file) for file in images] or ["a photograph of the package"],

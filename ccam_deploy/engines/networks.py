@@ -20,7 +20,7 @@ from ccam_deploy.errors import BackendError, OptionError
 
 Floats = NDArray[np.float32]
 _MOST_THREADS = 1024
-_MOST_SLOTS = 64
+MOST_SLOTS = 64
 Backend = Literal["auto", "tensorrt", "tensorrt-rtx", "onnxruntime-cuda", "onnxruntime-cpu"]
 
 
@@ -215,8 +215,8 @@ def open_networks(
         raise OptionError(f'backend "{backend}" is unknown; there are {known}')
     if not 0 <= threads <= _MOST_THREADS:
         raise OptionError(f"threads is {threads}; it must be 0 to {_MOST_THREADS}")
-    if not 1 <= slots <= _MOST_SLOTS:
-        raise OptionError(f"slots is {slots}; it must be 1 to {_MOST_SLOTS}")
+    if not 1 <= slots <= MOST_SLOTS:
+        raise OptionError(f"slots is {slots}; it must be 1 to {MOST_SLOTS}")
     if named != "auto":
         return _open(bundle, named, precision, threads, slots)
     reasons: list[str] = []

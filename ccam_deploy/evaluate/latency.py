@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
@@ -17,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from ccam_deploy.engines.networks import MOST_SLOTS
 from ccam_deploy.errors import OptionError
 from ccam_deploy.evaluate.conditions import clock_mhz, gpu
 from ccam_deploy.evaluate.latency_report import Comparison, LatencyReport
@@ -46,7 +48,7 @@ class LatencySettings:
     """What is measured.
 
     batches: how many images a call takes, one measurement each.   concurrency: how many threads
-        call the one explainer.
+        call the one explainer; on a GPU it needs as many slots.
     duration: seconds of steady load for each batch size, as many of taking turns with the floor,
         and as many with each peer.   warmup: seconds before.
     """
@@ -61,8 +63,8 @@ class LatencySettings:
             raise OptionError(f"batch is {list(self.batches)}; it must be at least 1")
         if len(set(self.batches)) != len(self.batches):
             raise OptionError(f"batch is {list(self.batches)}; give each size once")
-        if self.concurrency < 1:
-            raise OptionError(f"concurrency is {self.concurrency}; it must be at least 1")
+        if not 1 <= self.concurrency <= MOST_SLOTS:
+            raise OptionError(f"concurrency is {self.concurrency}; it must be 1 to {MOST_SLOTS}")
         if not 0 < self.duration < float("inf"):
             raise OptionError(f"duration is {self.duration:g}; it must be above 0 seconds")
         if not 0 <= self.warmup < float("inf"):
@@ -216,6 +218,7 @@ def _measure(
         return explainer.explain(case.pictures)
 
     progress(f"{what}: warming up for {settings.warmup:g} s")
+    _warm_slots(explainer, measured, threads)
     load_calls = [_over(measured, explain) for _ in range(threads)]
     measure_load(load_calls, settings.warmup, _WARM_CALLS * len(measured), now)
     progress(f"{what}: {threads} thread{'s'[: threads > 1]} {span}")
@@ -278,6 +281,24 @@ def _measure(
             **{f"stage_{name}": _milliseconds(spent) for name, spent in _by_name(stages).items()},
         },
     )
+
+
+def _warm_slots(explainer: Explainer, measured: Sequence[Case], count: int) -> None:
+    """On a GPU, let each of some slots explain every case until its graphs are captured.
+
+    The slot that was given back last is lent first: it is kept away from the next calls, so that
+    they open another one, which calls at the same time would do only by chance.
+    """
+    slots = explainer.networks.slots
+    if slots is None:
+        return
+    with ExitStack() as kept:
+        for left in reversed(range(count)):
+            for case in measured:
+                for _ in range(_WARM_CALLS):
+                    explainer.explain(case.images)
+            if left:
+                kept.enter_context(slots.take())
 
 
 def _over(measured: Sequence[Case], function: Callable[[Case], object]) -> Call:

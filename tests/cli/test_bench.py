@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from ccam_deploy import explainer
 from ccam_deploy.evaluate import charts, latency
 from tests.command import failure, success
 from tests.damage import full_disk
@@ -137,10 +138,20 @@ def test_table_for_a_person(digits_result: dict[str, Any]) -> None:
     assert any("p99 is of" in line for line in digits_result["warnings"])
 
 
-def test_json_on_stdout_alone(tiny_bundle: Path) -> None:
+def test_json_on_stdout_alone(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slots = []
+    load = explainer.load
+
+    def noted(*arguments: Any, **how: Any) -> explainer.Explainer:
+        slots.append(how["slots"])
+        return load(*arguments, **how)
+
+    monkeypatch.setattr(explainer, "load", noted)
     done = success("bench", tiny_bundle, *QUICK, "--json", "-", "--concurrency", 2)
     found = json.loads(done.stdout)
     (report,) = found["batches"]
+    assert slots == [2]
+    assert found["settings"]["slots"] is None  # which only a GPU has
     assert report["concurrency"] == found["settings"]["concurrency"] == 2
     calls = report["latency_ms"]["calls"]
     assert calls == len(report["samples_ms"]["latency"]) >= 6
@@ -172,7 +183,7 @@ class TestBadInput:
             (("--batch", "0"), "batch is [0]; it must be at least 1"),
             (("--batch", "1,x"), '--batch "1,x" is not numbers such as 1,8'),
             (("--batch", ""), '--batch "" is not numbers such as 1,8'),
-            (("--concurrency", "0"), "concurrency is 0; it must be at least 1"),
+            (("--concurrency", "0"), "concurrency is 0; it must be 1 to 64"),
             (("--duration", "0"), "duration is 0; it must be above 0 seconds"),
             (("--duration", "-3"), "duration is -3; it must be above 0 seconds"),
             (("--warmup", "-1"), "warmup is -1; it must be 0 seconds or more"),

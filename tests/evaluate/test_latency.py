@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
@@ -12,6 +13,8 @@ import pytest
 from PIL import Image
 
 import ccam_deploy as ccam
+from ccam_deploy.engines.device import Device
+from ccam_deploy.engines.slots import Slot, Slots
 from ccam_deploy.errors import OptionError
 from ccam_deploy.evaluate import latency, latency_report
 from ccam_deploy.evaluate.latency import Case, LatencySettings
@@ -38,7 +41,7 @@ class FakeExplainer:
         self.clock = clock
         self.networks = self
         self.backend = "onnxruntime-cpu"
-        self.slots: object = None
+        self.slots: Slots | None = None
         self.on_device: Any = None
         self.forwards: list[int] = []
 
@@ -187,11 +190,43 @@ def test_threads_share_the_explainer() -> None:
     assert report.latency.calls == 9
 
 
+def fake_slots(most: int) -> tuple[Slots, list[Slot]]:
+    """Slots on no device, and those that were opened."""
+    opened: list[Slot] = []
+
+    def open_slot() -> Slot:
+        device = SimpleNamespace(current=nullcontext, wait=lambda: None, close=lambda: None)
+        opened.append(Slot(cast(Device, device), {}))
+        return opened[-1]
+
+    return Slots(open_slot, most), opened
+
+
+def test_every_slot_is_warmed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls one after the other would all take the same slot, and leave the others cold."""
+    fake = FakeExplainer(FakeClock())
+    explainer = cast(ccam.Explainer, fake)
+    found = latency.cases(explainer, [picture(1), picture(2)], 1)
+    slots, opened = fake_slots(3)
+    fake.slots = slots
+    on: list[tuple[int, float]] = []
+
+    def explain(images: Any) -> None:
+        with slots.take() as slot:
+            on.append((opened.index(slot), float(images.sum())))
+
+    monkeypatch.setattr(fake, "explain", explain)
+    latency._warm_slots(explainer, found, 3)
+    assert sorted(on) == sorted(3 * [(slot, value) for slot in range(3) for value in (1.0, 2.0)])
+    with slots.take(), slots.take(), slots.take():  # all are free again
+        assert len(opened) == 3
+
+
 def test_on_a_gpu_stages_come_from_a_run_without_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     """A replayed graph is one stage: it tells what the device took, the other run tells on what."""
     clock = FakeClock()
     replaying, plain = FakeExplainer(clock), FakeExplainer(clock)
-    replaying.slots = object()
+    replaying.slots, _ = fake_slots(1)
     replaying.backend = "tensorrt"
     monkeypatch.setattr(latency, "without_cuda_graphs", lambda explainer: plain)
     floors: list[Any] = []
@@ -225,7 +260,8 @@ def test_on_a_gpu_stages_come_from_a_run_without_graphs(monkeypatch: pytest.Monk
         ({"batches": (1, 0)}, "batch is [1, 0]; it must be at least 1"),
         ({"batches": ()}, "batch is []; it must be at least 1"),
         ({"batches": (2, 2)}, "batch is [2, 2]; give each size once"),
-        ({"concurrency": 0}, "concurrency is 0; it must be at least 1"),
+        ({"concurrency": 0}, "concurrency is 0; it must be 1 to 64"),
+        ({"concurrency": 65}, "concurrency is 65; it must be 1 to 64"),
         ({"duration": 0.0}, "duration is 0; it must be above 0 seconds"),
         ({"duration": float("nan")}, "duration is nan; it must be above 0 seconds"),
         ({"duration": float("inf")}, "duration is inf; it must be above 0 seconds"),

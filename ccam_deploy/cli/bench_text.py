@@ -23,6 +23,8 @@ def text(result: Mapping[str, Any]) -> str:
     """The result that `bench` writes as JSON, in tables."""
     batches = result["batches"]
     parts = [_facts(result), _latency(batches), _cost(batches), _stages(batches)]
+    if batches[0]["device_ms"] is not None:
+        parts.append(_device(batches))
     if result["settings"]["compare"]:
         parts.append(_comparisons(batches))
     parts.append(_cold_starts(result["cold_start"]))
@@ -89,6 +91,14 @@ def _stages(batches: Sequence[Mapping[str, Any]]) -> Rows:
     rows: Rows = [("stage, median ms", *(f"batch {found['batch']}" for found in batches))]
     for name in dict.fromkeys(stage for found in batches for stage in found["stages_ms"]):
         rows.append((name, *(_number(found["stages_ms"].get(name, 0.0)) for found in batches)))
+    return rows
+
+
+def _device(batches: Sequence[Mapping[str, Any]]) -> Rows:
+    columns = ("device_ms", "without_transfers_ms", "host_ms")
+    rows: Rows = [("on the GPU, median ms", "in all", "without transfers", "host beside it")]
+    for found in batches:
+        rows.append((f"batch {found['batch']}", *(_number(found[key]) for key in columns)))
     return rows
 
 

@@ -21,24 +21,26 @@ from PIL import Image
 from ccam_deploy.engines.networks import MOST_SLOTS
 from ccam_deploy.errors import OptionError
 from ccam_deploy.evaluate.conditions import clock_mhz, gpu
-from ccam_deploy.evaluate.latency_report import Comparison, LatencyReport
+from ccam_deploy.evaluate.latency_report import Comparison, DeviceTimes, LatencyReport
 from ccam_deploy.evaluate.timing import (
     FEWEST_CALLS,
     Call,
     Clock,
+    Load,
     measure_in_turn,
     measure_load,
     median_ratio,
     spread_of_kinds,
     summarise,
 )
-from ccam_deploy.explainer import Explainer
+from ccam_deploy.explainer import Explainer, Images
 from ccam_deploy.methods import CollectionCAMOptions
 
 MOST_IMAGES = 64
 CPU = "onnxruntime-cpu"
 _STAGES_SHARE = 0.25
 _WARM_CALLS = 3
+_TRANSFERS = ("upload", "download")
 
 Floats = NDArray[np.float32]
 
@@ -156,16 +158,14 @@ def floor_of(explainer: Explainer, case: Case) -> Call:
     return run
 
 
-def stage_times(
-    explainer: Explainer, pictures: Sequence[Image.Image], now: Clock = time.perf_counter
-) -> StageTimes:
+def stage_times(explainer: Explainer, images: Images, now: Clock = time.perf_counter) -> StageTimes:
     """Explain once, and time the stages.
 
     On a GPU the stages are the device's own, from event to event; where CUDA graphs replay the
     work, a graph is one stage.
     """
     started = now()
-    result = explainer.explain(pictures)
+    result = explainer.explain(images)
     return StageTimes(dict(result.timings), now() - started)
 
 
@@ -211,58 +211,37 @@ def _measure(
     progress: Callable[[str], None],
     now: Clock,
 ) -> LatencyReport:
-    batch, threads = len(measured[0].images), settings.concurrency
-    what, span = f"batch {batch}", f"for {settings.duration:g} s"
+    batch = len(measured[0].images)
 
-    def explain(case: Case) -> object:
-        return explainer.explain(case.pictures)
+    def say(line: str) -> None:
+        progress(f"batch {batch}: {line}")
 
-    progress(f"{what}: warming up for {settings.warmup:g} s")
-    _warm_slots(explainer, measured, threads)
-    load_calls = [_over(measured, explain) for _ in range(threads)]
-    measure_load(load_calls, settings.warmup, _WARM_CALLS * len(measured), now)
-    progress(f"{what}: {threads} thread{'s'[: threads > 1]} {span}")
-    load = measure_load(load_calls, settings.duration, FEWEST_CALLS * len(measured), now)
+    load = _load(explainer, measured, settings, say, now)
     cpu_clock = clock_mhz()
     card = gpu() if explainer.networks.backend != CPU else None
-    progress(f"{what}: stages")
+    say("stages")
     share = settings.duration * _STAGES_SHARE
-    replayed = _stages(explainer, measured, share, now) if explainer.networks.slots else None
-    stages = _stages(without_cuda_graphs(explainer), measured, share, now)
-    floors = cycle([floor_of(explainer, case) for case in measured])
-    from_array = _over(measured, lambda case: explainer.explain(case.images))
-    turns = partial(
-        measure_in_turn,
-        rounds=FEWEST_CALLS * len(measured),
-        warmup=_WARM_CALLS * len(measured),
-        duration=settings.duration,
-        now=now,
-    )
-    progress(f"{what}: from images, from array and floor in turn {span}")
-    calls = {"from_images": _over(measured, explain), "from_array": from_array}
-    seconds = turns({**calls, "floor": lambda: next(floors)()})
-    compared = {}
-    for name, peer in peers.items():
-        progress(f"{what}: from array and {name} in turn {span}")
-        beside = f"from_array_beside_{name}"
-        both = turns({beside: from_array, name: _over(measured, peer)})
-        compared[name] = Comparison(summarise(both[name]), median_ratio(both[name], both[beside]))
-        seconds |= both
+    plain = without_cuda_graphs(explainer)
+    stages = _stages(plain, [case.pictures for case in measured], share, now)
+    device = None
+    if explainer.networks.slots:
+        replayed = _stages(explainer, [case.images for case in measured], share, now)
+        device = _device_times(replayed, stages)
+    turns, compared = _turns(explainer, measured, settings, peers, say, now)
     masks = [len(case.masks) for case in measured]
     return LatencyReport(
         batch=batch,
-        concurrency=threads,
+        concurrency=settings.concurrency,
         latency=summarise(load.seconds),
         explanations=load.rate * batch,
         forwards=load.rate * float(np.mean(masks)),
-        from_images=summarise(seconds["from_images"]),
-        from_array=summarise(seconds["from_array"]),
-        floor=summarise(seconds["floor"]),
-        overhead=median_ratio(seconds["from_array"], seconds["floor"]),
+        from_images=summarise(turns["from_images"]),
+        from_array=summarise(turns["from_array"]),
+        floor=summarise(turns["floor"]),
+        overhead=median_ratio(turns["from_array"], turns["floor"]),
         peers=compared,
         stages=_medians(stages),
-        host=_median([times.total - times.device for times in replayed]) if replayed else None,
-        device=_median([times.device for times in replayed]) if replayed else None,
+        device=device,
         masks=masks,
         collections={
             name: [count for case in measured for count in case.collections[name]]
@@ -272,15 +251,67 @@ def _measure(
         gpu=card,
         spreads={
             "latency": spread_of_kinds(load.threads, len(measured)),
-            **{name: spread_of_kinds([spent], len(measured)) for name, spent in seconds.items()},
+            **{name: spread_of_kinds([spent], len(measured)) for name, spent in turns.items()},
         },
         samples={
             "latency": _milliseconds(load.seconds),
-            **{name: _milliseconds(values) for name, values in seconds.items()},
+            **{name: _milliseconds(values) for name, values in turns.items()},
             "stages_total": _milliseconds([times.total for times in stages]),
             **{f"stage_{name}": _milliseconds(spent) for name, spent in _by_name(stages).items()},
         },
     )
+
+
+def _load(
+    explainer: Explainer,
+    measured: Sequence[Case],
+    settings: LatencySettings,
+    say: Callable[[str], None],
+    now: Clock,
+) -> Load:
+    """The steady load of all threads, warmed up."""
+    threads = settings.concurrency
+    say(f"warming up for {settings.warmup:g} s")
+    _warm_slots(explainer, measured, threads)
+    calls = [_over(measured, lambda case: explainer.explain(case.pictures)) for _ in range(threads)]
+    measure_load(calls, settings.warmup, _WARM_CALLS * len(measured), now)
+    say(f"{threads} thread{'s'[: threads > 1]} for {settings.duration:g} s")
+    return measure_load(calls, settings.duration, FEWEST_CALLS * len(measured), now)
+
+
+def _turns(
+    explainer: Explainer,
+    measured: Sequence[Case],
+    settings: LatencySettings,
+    peers: Mapping[str, Peer],
+    say: Callable[[str], None],
+    now: Clock,
+) -> tuple[dict[str, list[float]], dict[str, Comparison]]:
+    """Seconds of what takes turns, by name, and each peer's comparison."""
+    turns = partial(
+        measure_in_turn,
+        rounds=FEWEST_CALLS * len(measured),
+        warmup=_WARM_CALLS * len(measured),
+        duration=settings.duration,
+        now=now,
+    )
+    floors = cycle([floor_of(explainer, case) for case in measured])
+    from_array = _over(measured, lambda case: explainer.explain(case.images))
+    calls: dict[str, Call] = {
+        "from_images": _over(measured, lambda case: explainer.explain(case.pictures)),
+        "from_array": from_array,
+        "floor": lambda: next(floors)(),
+    }
+    say(f"from images, from array and floor in turn for {settings.duration:g} s")
+    seconds = turns(calls)
+    compared = {}
+    for name, peer in peers.items():
+        say(f"from array and {name} in turn for {settings.duration:g} s")
+        beside = f"from_array_beside_{name}"
+        both = turns({beside: from_array, name: _over(measured, peer)})
+        compared[name] = Comparison(summarise(both[name]), median_ratio(both[name], both[beside]))
+        seconds |= both
+    return seconds, compared
 
 
 def _warm_slots(explainer: Explainer, measured: Sequence[Case], count: int) -> None:
@@ -308,15 +339,33 @@ def _over(measured: Sequence[Case], function: Callable[[Case], object]) -> Call:
 
 
 def _stages(
-    explainer: Explainer, measured: Sequence[Case], duration: float, now: Clock
+    explainer: Explainer, inputs: Sequence[Images], duration: float, now: Clock
 ) -> list[StageTimes]:
     """Every call's stages over some seconds; those that warm up are left out."""
     found: list[StageTimes] = []
-    call = _over(measured, lambda case: found.append(stage_times(explainer, case.pictures, now)))
-    measure_load([call], 0, _WARM_CALLS * len(measured), now)
+    endless = cycle(inputs)
+
+    def call() -> None:
+        found.append(stage_times(explainer, next(endless), now))
+
+    measure_load([call], 0, _WARM_CALLS * len(inputs), now)
     found.clear()
-    measure_load([call], duration, FEWEST_CALLS * len(measured), now)
+    measure_load([call], duration, FEWEST_CALLS * len(inputs), now)
     return found
+
+
+def _device_times(replayed: Sequence[StageTimes], stages: Sequence[StageTimes]) -> DeviceTimes:
+    """replayed: of calls as they are under load.   stages: of calls launched piece by piece."""
+    device = _median([times.device for times in replayed])
+    transfers = _median(
+        [sum(times.seconds.get(name, 0.0) for name in _TRANSFERS) for times in stages]
+    )
+    return DeviceTimes(
+        total=device,
+        without_transfers=device - transfers,
+        launched=_median([times.device for times in stages]),
+        host=_median([times.total - times.device for times in replayed]),
+    )
 
 
 def _by_name(stages: Sequence[StageTimes]) -> dict[str, list[float]]:

@@ -17,6 +17,10 @@ ENOUGH_FOR_P99 = 100
 BUSY = 0.5
 """Other work makes figures unreliable from a load average of this share of the cores."""
 
+LAUNCHES = 1.2
+"""Stages that are launched one by one, and take so many times as long as when they are replayed,
+measure the launches."""
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -24,6 +28,22 @@ class Comparison:
 
     timing: Timing
     ratio: float
+
+
+@dataclass(frozen=True)
+class DeviceTimes:
+    """What a call on preprocessed images takes of a GPU, and of the host beside it; milliseconds.
+
+    total: of a call as it is under load, replayed where CUDA graphs can be had.
+    without_transfers: total less upload and download.
+    launched: the sum of the stages where each is launched by itself.
+    host: the rest of the call's time.
+    """
+
+    total: float
+    without_transfers: float
+    launched: float
+    host: float
 
 
 @dataclass(frozen=True)
@@ -35,8 +55,7 @@ class LatencyReport:
     from_images, from_array, floor: one thread in turn; from_array leaves preprocessing out.
     overhead: from_array over floor.   peers: by name, against from_array.
     stages: milliseconds, the median over calls; "between" is what lies outside of them.
-    device, host: on a GPU, milliseconds that its work took, and that the host took beside it, in
-        a call as it is under load.
+    device: on a GPU, what a call takes of it.
     masks: masked forwards a call, of each batch that was measured.   collections: of each layer.
     cpu_clock, gpu: right after the load.
     spreads: by name, the middle half's width as a share of the median, images apart.
@@ -54,8 +73,7 @@ class LatencyReport:
     overhead: float
     peers: dict[str, Comparison]
     stages: dict[str, float]
-    host: float | None
-    device: float | None
+    device: DeviceTimes | None
     masks: list[int]
     collections: dict[str, list[int]]
     cpu_clock: float | None
@@ -88,11 +106,23 @@ def doubts(reports: Sequence[LatencyReport], load: float | None) -> list[str]:
                 f"{what}: p99 is of {report.latency.calls} calls, fewer than {ENOUGH_FOR_P99}; "
                 "give a longer --duration"
             )
-        if report.host is not None and report.device is not None and report.host > report.device:
-            found.append(
-                f"{what}: the host takes {report.host:.3f} ms beside the device's "
-                f"{report.device:.3f} ms, so the host is what was measured"
-            )
+        if report.device:
+            found += [f"{what}: {line}" for line in _doubts_of_device(report.device)]
+    return found
+
+
+def _doubts_of_device(device: DeviceTimes) -> list[str]:
+    found = []
+    if device.host > device.total:
+        found.append(
+            f"the host takes {device.host:.3f} ms beside the device's {device.total:.3f} ms, "
+            "so the host is what was measured"
+        )
+    if device.launched > LAUNCHES * device.total:
+        found.append(
+            f"launched one by one the stages take {device.launched / device.total:.0%} of the "
+            "time that they take replayed, so they measure launches"
+        )
     return found
 
 
@@ -102,6 +132,7 @@ def as_json(report: LatencyReport) -> dict[str, Any]:
     def rounded(value: float | None) -> float | None:
         return None if value is None else round(value, 3)
 
+    device = report.device
     return {
         "batch": report.batch,
         "concurrency": report.concurrency,
@@ -117,8 +148,10 @@ def as_json(report: LatencyReport) -> dict[str, Any]:
             for name, peer in report.peers.items()
         },
         "stages_ms": {name: rounded(value) for name, value in report.stages.items()},
-        "host_ms": rounded(report.host),
-        "device_ms": rounded(report.device),
+        "device_ms": rounded(device.total if device else None),
+        "without_transfers_ms": rounded(device.without_transfers if device else None),
+        "device_launched_ms": rounded(device.launched if device else None),
+        "host_ms": rounded(device.host if device else None),
         "masks": report.masks,
         "collections": report.collections,
         "cpu_clock_mhz": report.cpu_clock,

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from ccam_deploy import explainer
+from ccam_deploy.cli import bench_text
 from ccam_deploy.evaluate import charts, latency
 from tests.command import failure, success
 from tests.damage import full_disk
@@ -89,7 +90,8 @@ def test_figures_hold_together(digits_result: dict[str, Any]) -> None:
         assert found["overhead"] == pytest.approx(
             statistics_median_ratio(samples["from_array"], samples["floor"]), abs=1e-3
         )
-        assert found["gpu"] is found["host_ms"] is found["device_ms"] is None
+        for name in ("gpu", "host_ms", "device_ms", "without_transfers_ms"):
+            assert found[name] is None
 
 
 def statistics_median_ratio(one: list[float], other: list[float]) -> float:
@@ -136,6 +138,16 @@ def test_table_for_a_person(digits_result: dict[str, Any]) -> None:
     for line in digits_result["warnings"]:
         assert f"warning: {line}" in digits_result["stderr"]
     assert any("p99 is of" in line for line in digits_result["warnings"])
+
+
+def test_table_of_a_gpu(digits_result: dict[str, Any]) -> None:
+    assert "without transfers" not in digits_result["stdout"]
+    times = {"device_ms": 1.5, "without_transfers_ms": 1.25, "host_ms": 0.5}
+    batches = [{**found, **times} for found in digits_result["batches"]]
+    rows = [
+        line.split() for line in bench_text.text({**digits_result, "batches": batches}).splitlines()
+    ]
+    assert ["batch", "3", "1.5", "1.25", "0.5"] in rows
 
 
 def test_json_on_stdout_alone(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

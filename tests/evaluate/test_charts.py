@@ -31,7 +31,6 @@ def report(batch: int, concurrency: int = 1) -> LatencyReport:
         overhead=1.0,
         peers={},
         stages={"backbone": 2.0 * batch, "classifier": 7.0 * batch, "between": 1.0 * batch},
-        host=None,
         device=None,
         masks=[17],
         collections={"layer4": [17]},

@@ -21,10 +21,11 @@ from typing import Any
 
 import numpy as np
 
-from ccam_deploy.engines import plans
+from ccam_deploy.engines import onnxruntime, plans
+from ccam_deploy.engines.onnxruntime import Device
 from ccam_deploy.engines.plans import Flavour
 from ccam_deploy.engines.tiny import tiny_graph
-from ccam_deploy.errors import brief
+from ccam_deploy.errors import BackendError, brief
 
 PARTS = ("driver", "pycuda", "numba-cuda")
 NEEDS: Mapping[str, tuple[str, ...]] = {
@@ -40,10 +41,6 @@ _MAJOR, _MINOR = 75, 76
 _COMPILED_FOR = (8, 0)
 _NO_DEVICE, _MISMATCH = 100, 803
 _PATIENCE = 300
-_PROVIDERS = {
-    "onnxruntime-cpu": "CPUExecutionProvider",
-    "onnxruntime-cuda": "CUDAExecutionProvider",
-}
 
 
 @dataclass(frozen=True)
@@ -129,7 +126,7 @@ def _import(module: str, name: str, extra: str) -> Any:
         missing = getattr(error, "name", None)
         if isinstance(error, ModuleNotFoundError) and missing == module.split(".")[0]:
             raise TroubleError(
-                "it is not installed", f"pip install ccam-deploy[{extra}]"
+                "it is not installed", f"pip install 'ccam-deploy[{extra}]'"
             ) from error
         library = re.search(r"[\w.+-]+\.so[.\d]*|[\w.+-]+\.dll", str(error))
         if library and "cannot open shared object" in str(error):
@@ -241,30 +238,23 @@ def _numba_cuda() -> str:
 
 def _onnxruntime(backend: str) -> str:
     """Run a graph of one operator on the provider, and see that it was that provider."""
-    extra = "cpu" if backend == "onnxruntime-cpu" else "gpu"
-    runtime = _import("onnxruntime", backend, extra)
+    device: Device = "cpu" if backend == "onnxruntime-cpu" else "cuda"
+    again = f"reinstall it: pip install --force-reinstall {_package(backend)}"
+    runtime = _import("onnxruntime", backend, "cpu" if device == "cpu" else "gpu")
     found = _version("onnxruntime", "onnxruntime-gpu") or f"onnxruntime {runtime.__version__}"
-    provider = _PROVIDERS[backend]
-    if provider not in runtime.get_available_providers():
+    if device not in onnxruntime.devices():
         raise TroubleError(
-            f"{found} was built without {provider}",
+            f"{found} was built without {onnxruntime.PROVIDERS[device]}",
             "pip uninstall onnxruntime onnxruntime-gpu, then pip install onnxruntime-gpu",
         )
-    options = runtime.SessionOptions()
-    options.log_severity_level = 4
-    session = runtime.InferenceSession(tiny_graph(), options, providers=[provider])
-    got = session.get_providers()[0]
-    if got != provider:
-        raise TroubleError(
-            f"{found} falls back from {provider} to {got}",
-            "install the CUDA and cuDNN that it was built for, where the loader finds them",
-        )
+    try:
+        session = onnxruntime.open_session(tiny_graph(), device)
+    except BackendError as error:
+        libraries = "install the CUDA and cuDNN that it was built for, where the loader finds them"
+        raise TroubleError(f"{found}: {error}", again if device == "cpu" else libraries) from error
     (values,) = session.run(None, {"x": np.array([-1, 2], np.float32)})
     if values.tolist() != [0, 2]:
-        raise TroubleError(
-            f"{found} computes nonsense",
-            f"reinstall it: pip install --force-reinstall {_package(backend)}",
-        )
+        raise TroubleError(f"{found} computes nonsense", again)
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping
 from contextlib import redirect_stdout
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 Device = Literal["cpu", "cuda"]
 
-_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _DTYPES: dict[str, np.dtype[Any]] = {
     "tensor(float)": np.dtype(np.float32),
     "tensor(float16)": np.dtype(np.float16),
@@ -41,7 +42,7 @@ class OnnxRuntimeGraph:
         runtime = _import()
         self._path = path
         self._device = device
-        self._session = _session(path, device, 1, stream)
+        self._session = open_session(path, device, 1, stream)
         self.inputs = _specs(self._session.get_inputs())
         self.outputs = _specs(self._session.get_outputs())
         self.limits: Mapping[str, int] = {}
@@ -80,7 +81,7 @@ class OnnxRuntimeEngine(Engine):
         super().__init__()
 
     def _load_impl(self) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
-        self._session = _session(self._path, self._device, self._threads)
+        self._session = open_session(self._path, self._device, self._threads)
         return _specs(self._session.get_inputs()), _specs(self._session.get_outputs())
 
     def _run_impl(self, feeds: Mapping[str, Array]) -> list[Array]:
@@ -93,9 +94,14 @@ class OnnxRuntimeEngine(Engine):
         del self._session
 
 
-def _session(
-    path: Path, device: Device, threads: int, stream: int = 0
+def open_session(
+    model: Path | bytes, device: Device, threads: int = 0, stream: int = 0
 ) -> onnxruntime.InferenceSession:
+    """Load a model, from a file or from memory, on a device and on nothing else.
+
+    threads: inside an operator; 0 lets ONNX Runtime choose.   stream: of CUDA; 0 for its own.
+    Raises BackendError where the model cannot be loaded, or comes to another device.
+    """
     runtime = _import()
     options = runtime.SessionOptions()
     options.intra_op_num_threads = threads
@@ -112,12 +118,13 @@ def _session(
         own = {"use_tf32": "0"}  # which rounds the factors of float32 to 10 bits
         if stream:
             own["user_compute_stream"] = str(stream)
-        wanted = [(provider, own), _PROVIDERS["cpu"]]
+        wanted = [(provider, own), PROVIDERS["cpu"]]
         _load_cuda(runtime)
     try:
-        session = runtime.InferenceSession(path, options, providers=wanted)
+        session = runtime.InferenceSession(model, options, providers=wanted)
     except Exception as error:
-        raise BackendError(f"ONNX Runtime cannot load {path}: {brief(error)}") from error
+        what = model if isinstance(model, Path) else "a model"
+        raise BackendError(f"ONNX Runtime cannot load {what}: {brief(error)}") from error
     got = session.get_providers()[0]
     if got != provider:
         raise BackendError(
@@ -127,18 +134,22 @@ def _session(
     return session
 
 
+@cache
 def _load_cuda(runtime: Any) -> None:
-    """Load CUDA and cuDNN where pip put them; what it cannot find, the loader may."""
+    """Load CUDA and cuDNN where pip put them; what it cannot find, the loader may.
+
+    Once for the process: while it is at work, all threads' output is swallowed.
+    """
     with redirect_stdout(io.StringIO()):  # it prints what it does not find
         runtime.preload_dlls()
 
 
 def check_provider(device: Device) -> str:
     """The name of a device's provider. Raises BackendError where it was not built in."""
-    provider = _PROVIDERS[device]
+    provider = PROVIDERS[device]
     if provider not in _import().get_available_providers():
         raise BackendError(
-            f"the installed ONNX Runtime has no {provider}; pip install ccam-deploy[gpu]"
+            f"the installed ONNX Runtime has no {provider}; pip install 'ccam-deploy[gpu]'"
         )
     return provider
 
@@ -156,7 +167,7 @@ def _import() -> Any:
         import onnxruntime
     except ImportError as error:
         raise BackendError(
-            "ONNX Runtime is not installed: pip install ccam-deploy[cpu] or ccam-deploy[gpu]"
+            "ONNX Runtime is not installed: pip install 'ccam-deploy[cpu]' or 'ccam-deploy[gpu]'"
         ) from error
     return onnxruntime
 
@@ -164,4 +175,4 @@ def _import() -> Any:
 def devices() -> list[Device]:
     """The devices that the installed ONNX Runtime was built for."""
     built = _import().get_available_providers()
-    return [device for device, provider in _PROVIDERS.items() if provider in built]  # type: ignore[misc]
+    return [device for device, provider in PROVIDERS.items() if provider in built]  # type: ignore[misc]

@@ -164,7 +164,7 @@ def test_nothing_installed(
 ) -> None:
     missing(monkeypatch, module)
     assert doctor.try_one(name) == Finding(
-        name, False, "it is not installed", f"pip install ccam-deploy[{extra}]"
+        name, False, "it is not installed", f"pip install 'ccam-deploy[{extra}]'"
     )
 
 
@@ -221,7 +221,9 @@ def fake_runtime(got: str, answer: list[float], available: str = "CUDA") -> Modu
 
     class Session:
         def __init__(self, graph: bytes, options: object, providers: list[str]) -> None:
-            assert providers == ["CUDAExecutionProvider"]
+            assert preloaded == [True]
+            assert graph == tiny.tiny_graph()
+            assert providers == ["CUDAExecutionProvider", "CPUExecutionProvider"]
 
         def get_providers(self) -> list[str]:
             return [f"{got}ExecutionProvider"]
@@ -229,10 +231,16 @@ def fake_runtime(got: str, answer: list[float], available: str = "CUDA") -> Modu
         def run(self, names: None, feeds: object) -> list[Any]:
             return [np.array(answer, np.float32)]
 
+    class Options:
+        def add_session_config_entry(self, key: str, value: str) -> None:
+            pass
+
+    preloaded: list[bool] = []
     module: Any = ModuleType("onnxruntime")
+    module.preload_dlls = lambda: preloaded.append(True)
     module.__version__ = "1.99"
     module.get_available_providers = lambda: [f"{available}ExecutionProvider"]
-    module.SessionOptions = SimpleNamespace
+    module.SessionOptions = Options
     module.InferenceSession = Session
     return module  # type: ignore[no-any-return]
 
@@ -241,7 +249,7 @@ def fake_runtime(got: str, answer: list[float], available: str = "CUDA") -> Modu
     ("runtime", "found", "remedy"),
     [
         (fake_runtime("CUDA", [0, 2]), "onnxruntime", ""),
-        (fake_runtime("CPU", [0, 2]), "falls back from CUDAEx", "install the CUDA and cuDNN"),
+        (fake_runtime("CPU", [0, 2]), "ONNX Runtime gave CPUEx", "install the CUDA and cuDNN"),
         (fake_runtime("CUDA", [9, 9]), "computes nonsense", "reinstall it: pip"),
         (fake_runtime("CPU", [0, 2], "CPU"), "was built without CUDAEx", "pip uninstall"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from onnx import TensorProto, helper
 
 from ccam_deploy import bundle as bundles
 from ccam_deploy.engines import TensorSpec, available, load_networks, open_networks
+from ccam_deploy.engines import onnxruntime as engine_module
 from ccam_deploy.engines.onnxruntime import OnnxRuntimeEngine, devices
 from ccam_deploy.errors import BackendError, OptionError
 from tests.helpers import noise
@@ -126,9 +128,25 @@ def test_foreign_types_are_named(tmp_path: Path) -> None:
 
 @without_cuda
 def test_cuda_is_refused_without_its_provider(graph: Path) -> None:
-    message = r"ONNX Runtime has no CUDAExecutionProvider; pip install ccam-deploy\[gpu\]"
+    message = r"ONNX Runtime has no CUDAExecutionProvider; pip install 'ccam-deploy\[gpu\]'"
     with pytest.raises(BackendError, match=message):
         OnnxRuntimeEngine(graph, "cuda")
+
+
+def test_cuda_is_preloaded_once_and_in_silence(capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever any thread prints meanwhile is lost, so it must not come with every session."""
+    loaded = []
+
+    def preload() -> None:
+        loaded.append("libcudnn.so.9")
+        print("there is no libcudnn.so.9")
+
+    runtime: Any = ModuleType("onnxruntime")
+    runtime.preload_dlls = preload
+    for _ in range(3):
+        engine_module._load_cuda(runtime)
+    assert len(loaded) == 1
+    assert capsys.readouterr().out == ""
 
 
 @without_cuda

@@ -275,7 +275,7 @@ def _torch(explainer: Explainer, options: Mapping[str, Any], notes: list[str]) -
     """Collection-CAM in plain PyTorch, one forward for each mask, on the same kind of device."""
     import numpy as np
 
-    from ccam_deploy.evaluate.latency import CPU
+    from ccam_deploy.evaluate.conditions import CPU
     from ccam_deploy.export import plain
     from ccam_deploy.export import recipe as recipes
 

@@ -46,6 +46,10 @@ def _facts(result: Mapping[str, Any]) -> Rows:
     ]
     if card:
         rows.append(("GPU", f"{card['name']}, driver {card['driver']}"))
+        clocks = [found["gpu_clock_mhz"] for found in result["batches"] if found["gpu_clock_mhz"]]
+        ends = [clock[end] for clock in clocks for end in ("minimum", "maximum")]
+        if ends:
+            rows.append(("GPU's clock, MHz", f"{min(ends):.0f} to {max(ends):.0f} under load"))
     return rows
 
 

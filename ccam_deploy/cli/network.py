@@ -56,5 +56,5 @@ def need_torch(purpose: str, extras: str) -> None:
         import torch  # noqa: F401
     except ImportError as error:
         raise ExportError(
-            f"{purpose} needs {error.name}: pip install ccam-deploy[{extras}]"
+            f"{purpose} needs {error.name}: pip install 'ccam-deploy[{extras}]'"
         ) from error

@@ -144,7 +144,7 @@ def load_library(flavour: Flavour) -> Library:
     except ImportError as error:
         extra = "rtx" if flavour == "tensorrt-rtx" else "gpu"
         raise BackendError(
-            f"{flavour} is not installed ({error}): pip install ccam-deploy[{extra}]"
+            f"{flavour} is not installed ({error}): pip install 'ccam-deploy[{extra}]'"
         ) from error
 
 

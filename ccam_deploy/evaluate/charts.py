@@ -35,7 +35,7 @@ def check() -> None:
     except ImportError as error:
         raise OptionError(
             f"a plot needs matplotlib, which cannot be imported ({error}): "
-            "pip install ccam-deploy[plot]"
+            "pip install 'ccam-deploy[plot]'"
         ) from error
 
 

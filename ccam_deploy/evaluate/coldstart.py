@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ccam_deploy.errors import BackendError
-from ccam_deploy.evaluate.conditions import gpu, peak_memory
+from ccam_deploy.evaluate.conditions import CPU, gpu, peak_memory
 
 
 @dataclass(frozen=True)
@@ -47,28 +48,30 @@ def measure(bundle: Path, images: Sequence[Path], batch: int, how: Mapping[str, 
     how: backend, precision, batch_size and threads, as `ccam_deploy.load` takes them.
     Raises BackendError with what went wrong in that process.
     """
-    before = gpu() if how["backend"] != "onnxruntime-cpu" else None
+    before = gpu() if how["backend"] != CPU else None
     job = {"bundle": str(bundle), "images": list(map(str, images)), "batch": batch, "how": how}
     command = [sys.executable, "-m", __name__, json.dumps(job)]
     started = time.perf_counter()
-    with subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
+    # Its errors go to a file: a pipe that is only read in the end would block it when full.
+    with (
+        tempfile.TemporaryFile("w+", errors="replace") as errors,
+        subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
+        ) as process,
+    ):
         try:
             ready = _line(process.stdout)
             total = time.perf_counter() - started
             line = _line(process.stdout) if ready else ""
             after = gpu() if before else None
-            _, errors = process.communicate()
+            process.communicate()
         except BaseException:
             process.kill()
             raise
+        errors.seek(0)
+        said = errors.read().strip().splitlines()
     if process.returncode or not line:
-        last = errors.strip().splitlines()[-1:] or [f"it ended with {process.returncode}"]
+        last = said[-1:] or [f"it ended with {process.returncode}"]
         raise BackendError(f"the cold start failed: {last[0]}")
     taken = None
     if before and after and before.memory is not None and after.memory is not None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -31,7 +34,6 @@ _PACKAGES = (
 _GPU_FIELDS = (
     "name",
     "driver_version",
-    "clocks.sm",
     "clocks.max.sm",
     "clocks.mem",
     "memory.used",
@@ -40,6 +42,10 @@ _GPU_FIELDS = (
     "power.draw",
 )
 _PATIENCE = 10
+_CLOCK_PERIOD = 1.0
+
+CPU = "onnxruntime-cpu"
+"""The backend that needs no GPU."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,6 @@ class Gpu:
 
     name: str
     driver: str
-    clock: float | None
     max_clock: float | None
     memory_clock: float | None
     memory: float | None
@@ -108,16 +113,52 @@ def peak_memory() -> float | None:
 
 def gpu() -> Gpu | None:
     """The first GPU, as nvidia-smi describes it; None without a GPU or without that program."""
-    query = ["nvidia-smi", f"--query-gpu={','.join(_GPU_FIELDS)}", "--format=csv,noheader,nounits"]
+    words = _ask(_GPU_FIELDS)
+    return Gpu(words[0], words[1], *map(_number, words[2:])) if words else None
+
+
+@contextmanager
+def gpu_clocks(period: float = _CLOCK_PERIOD) -> Iterator[list[float]]:
+    """Sample the first GPU's clock while a block runs, into the list that the block gets.
+
+    period: seconds between samples. In MHz; none where it cannot be read.
+    """
+    clocks: list[float] = []
+    ended = threading.Event()
+
+    def sample() -> None:
+        while (words := _ask(("clocks.sm",))) and (clock := _number(words[0])) is not None:
+            clocks.append(clock)
+            if ended.wait(period):
+                return
+
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    try:
+        yield clocks
+    finally:
+        ended.set()
+        sampler.join()
+
+
+def _ask(fields: Sequence[str]) -> list[str]:
+    """What nvidia-smi says of the GPU that is CUDA's first; nothing where it cannot say."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
+    if not visible:
+        return []
+    query = [
+        "nvidia-smi",
+        f"--id={visible}",
+        f"--query-gpu={','.join(fields)}",
+        "--format=csv,noheader,nounits",
+    ]
     try:
         done = subprocess.run(query, capture_output=True, text=True, timeout=_PATIENCE, check=True)
     except (OSError, subprocess.SubprocessError):
-        return None
+        return []
     lines = done.stdout.strip().splitlines()
     words = [word.strip() for word in lines[0].split(",")] if lines else []
-    if len(words) != len(_GPU_FIELDS):
-        return None
-    return Gpu(words[0], words[1], *map(_number, words[2:]))
+    return words if len(words) == len(fields) else []
 
 
 def _number(word: str) -> float | None:

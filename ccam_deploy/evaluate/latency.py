@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
@@ -20,7 +20,7 @@ from PIL import Image
 
 from ccam_deploy.engines.networks import MOST_SLOTS
 from ccam_deploy.errors import OptionError
-from ccam_deploy.evaluate.conditions import clock_mhz, gpu
+from ccam_deploy.evaluate.conditions import CPU, clock_mhz, gpu, gpu_clocks
 from ccam_deploy.evaluate.latency_report import Comparison, DeviceTimes, LatencyReport
 from ccam_deploy.evaluate.timing import (
     FEWEST_CALLS,
@@ -37,7 +37,6 @@ from ccam_deploy.explainer import Explainer, Images
 from ccam_deploy.methods import CollectionCAMOptions
 
 MOST_IMAGES = 64
-CPU = "onnxruntime-cpu"
 _STAGES_SHARE = 0.25
 _WARM_CALLS = 3
 _TRANSFERS = ("upload", "download")
@@ -216,7 +215,7 @@ def _measure(
     def say(line: str) -> None:
         progress(f"batch {batch}: {line}")
 
-    load = _load(explainer, measured, settings, say, now)
+    load, clocks = _load(explainer, measured, settings, say, now)
     cpu_clock = clock_mhz()
     card = gpu() if explainer.networks.backend != CPU else None
     say("stages")
@@ -249,6 +248,7 @@ def _measure(
         },
         cpu_clock=cpu_clock,
         gpu=card,
+        gpu_clocks=clocks,
         spreads={
             "latency": spread_of_kinds(load.threads, len(measured)),
             **{name: spread_of_kinds([spent], len(measured)) for name, spent in turns.items()},
@@ -268,15 +268,18 @@ def _load(
     settings: LatencySettings,
     say: Callable[[str], None],
     now: Clock,
-) -> Load:
-    """The steady load of all threads, warmed up."""
+) -> tuple[Load, list[float]]:
+    """The steady load of all threads, warmed up; and a GPU's clock meanwhile, in MHz."""
     threads = settings.concurrency
     say(f"warming up for {settings.warmup:g} s")
     _warm_slots(explainer, measured, threads)
     calls = [_over(measured, lambda case: explainer.explain(case.pictures)) for _ in range(threads)]
     measure_load(calls, settings.warmup, _WARM_CALLS * len(measured), now)
     say(f"{threads} thread{'s'[: threads > 1]} for {settings.duration:g} s")
-    return measure_load(calls, settings.duration, FEWEST_CALLS * len(measured), now)
+    clocks: list[float] = []
+    with nullcontext(clocks) if explainer.networks.backend == CPU else gpu_clocks() as clocks:
+        load = measure_load(calls, settings.duration, FEWEST_CALLS * len(measured), now)
+    return load, clocks
 
 
 def _turns(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from statistics import median
 from typing import Any
 
 from ccam_deploy.evaluate.conditions import Gpu
@@ -57,7 +58,7 @@ class LatencyReport:
     stages: milliseconds, the median over calls; "between" is what lies outside of them.
     device: on a GPU, what a call takes of it.
     masks: masked forwards a call, of each batch that was measured.   collections: of each layer.
-    cpu_clock, gpu: right after the load.
+    cpu_clock, gpu: right after the load.   gpu_clocks: during it, in MHz.
     spreads: by name, the middle half's width as a share of the median, images apart.
     samples: every duration, in milliseconds.
     """
@@ -78,6 +79,7 @@ class LatencyReport:
     collections: dict[str, list[int]]
     cpu_clock: float | None
     gpu: Gpu | None
+    gpu_clocks: list[float]
     spreads: dict[str, float]
     samples: dict[str, list[float]] = field(repr=False)
 
@@ -156,6 +158,13 @@ def as_json(report: LatencyReport) -> dict[str, Any]:
         "collections": report.collections,
         "cpu_clock_mhz": report.cpu_clock,
         "gpu": asdict(report.gpu) if report.gpu else None,
+        "gpu_clock_mhz": _range(report.gpu_clocks),
         "spreads": {name: rounded(value) for name, value in report.spreads.items()},
         "samples_ms": report.samples,
     }
+
+
+def _range(clocks: Sequence[float]) -> dict[str, float] | None:
+    if not clocks:
+        return None
+    return {"minimum": min(clocks), "median": median(clocks), "maximum": max(clocks)}

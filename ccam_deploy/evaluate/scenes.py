@@ -105,7 +105,7 @@ def _scikit_learn() -> Any:
         from sklearn import datasets
     except ImportError as error:
         raise OptionError(
-            "digits in scenes need scikit-learn: pip install ccam-deploy[scenes]"
+            "digits in scenes need scikit-learn: pip install 'ccam-deploy[scenes]'"
         ) from error
     return datasets
 

@@ -88,7 +88,7 @@ def quantise(classifier: ir.Model, batches: Iterable[Feeds], kind: Kind) -> ir.M
         from onnxruntime import quantization
     except ImportError as error:
         raise BackendError(
-            f"{kind} graphs need ONNX Runtime: pip install ccam-deploy[cpu]"
+            f"{kind} graphs need ONNX Runtime: pip install 'ccam-deploy[cpu]'"
         ) from error
     with tempfile.TemporaryDirectory(prefix="ccam-deploy-") as folder:
         source, target = Path(folder) / "half.onnx", Path(folder) / "quantised.onnx"

@@ -90,7 +90,7 @@ def test_figures_hold_together(digits_result: dict[str, Any]) -> None:
         assert found["overhead"] == pytest.approx(
             statistics_median_ratio(samples["from_array"], samples["floor"]), abs=1e-3
         )
-        for name in ("gpu", "host_ms", "device_ms", "without_transfers_ms"):
+        for name in ("gpu", "gpu_clock_mhz", "host_ms", "device_ms", "without_transfers_ms"):
             assert found[name] is None
 
 
@@ -142,12 +142,13 @@ def test_table_for_a_person(digits_result: dict[str, Any]) -> None:
 
 def test_table_of_a_gpu(digits_result: dict[str, Any]) -> None:
     assert "without transfers" not in digits_result["stdout"]
+    card = {"gpu": {"name": "NVIDIA H100", "driver": "580.95.05"}}
+    clock = {"gpu_clock_mhz": {"minimum": 1755.0, "median": 1900.0, "maximum": 1980.0}}
     times = {"device_ms": 1.5, "without_transfers_ms": 1.25, "host_ms": 0.5}
-    batches = [{**found, **times} for found in digits_result["batches"]]
-    rows = [
-        line.split() for line in bench_text.text({**digits_result, "batches": batches}).splitlines()
-    ]
-    assert ["batch", "3", "1.5", "1.25", "0.5"] in rows
+    batches = [{**found, **times, **card, **clock} for found in digits_result["batches"]]
+    text = bench_text.text({**digits_result, "batches": batches})
+    assert "1755 to 1980 under load" in text
+    assert ["batch", "3", "1.5", "1.25", "0.5"] in [line.split() for line in text.splitlines()]
 
 
 def test_json_on_stdout_alone(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,7 +236,7 @@ class TestBadInput:
     ) -> None:
         monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
         message = failure("bench", tiny_bundle, "--plot", tmp_path / "x.png")
-        assert "pip install ccam-deploy[plot]" in message
+        assert "pip install 'ccam-deploy[plot]'" in message
 
     def test_torch_without_pytorch(
         self, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
@@ -243,7 +244,7 @@ class TestBadInput:
         monkeypatch.setitem(sys.modules, "torch", None)
         words = ("--compare", "torch", "--model", "x.pt2")
         message = failure("bench", tiny_bundle, *words)
-        assert message == "--compare torch needs torch: pip install ccam-deploy[export]"
+        assert message == "--compare torch needs torch: pip install 'ccam-deploy[export]'"
 
     def test_another_model(self, tiny_bundle: Path, tmp_path: Path) -> None:
         torch.manual_seed(1)

@@ -255,5 +255,5 @@ def test_missing_library_says_what_to_install() -> None:
     try:
         import tensorrt  # noqa: F401
     except ImportError:
-        with pytest.raises(BackendError, match=r"pip install ccam-deploy\[gpu\]"):
+        with pytest.raises(BackendError, match=r"pip install 'ccam-deploy\[gpu\]'"):
             plans.load_library("tensorrt")

@@ -36,6 +36,7 @@ def report(batch: int, concurrency: int = 1) -> LatencyReport:
         collections={"layer4": [17]},
         cpu_clock=None,
         gpu=None,
+        gpu_clocks=[],
         spreads={},
         samples={"latency": [1000 * value for value in seconds]},
     )
@@ -72,5 +73,5 @@ def test_names() -> None:
 
 def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(OptionError, match=r"pip install ccam-deploy\[plot\]"):
+    with pytest.raises(OptionError, match=r"pip install 'ccam-deploy\[plot\]'"):
         charts.check()

@@ -41,3 +41,21 @@ def test_what_goes_wrong_in_the_process_is_one_line(tmp_path: Path) -> None:
     assert message.startswith("the cold start failed: ")
     assert "there is no such folder" in message
     assert "\n" not in message
+
+
+def test_a_process_that_says_much_is_not_blocked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A library that fills a pipe twice over before the first explanation."""
+    noisy = tmp_path / "noisy.py"
+    noisy.write_text(
+        "import sys\n"
+        "sys.stderr.write('x' * 2**17 + '\\nthe last words\\n')\n"
+        "print('ready', flush=True)\n"
+        "sys.exit(3)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(coldstart, "__name__", "noisy")
+    with pytest.raises(BackendError, match=r"^the cold start failed: the last words$"):
+        coldstart.measure(tmp_path, example_files()[:1], 1, HOW)

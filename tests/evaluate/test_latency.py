@@ -117,7 +117,7 @@ def test_figures_by_hand() -> None:
         {"preprocess": 2, "passes": 8, "classifier": 28, "between": 10}
     )
     assert report.samples["latency"] == [48, 48, 48]
-    assert (report.gpu, report.device) == (None, None)
+    assert (report.gpu, report.gpu_clocks, report.device) == (None, [], None)
 
 
 def test_batches() -> None:
@@ -255,6 +255,7 @@ def test_on_a_gpu_stages_come_from_a_run_without_graphs(monkeypatch: pytest.Monk
     monkeypatch.setattr(replaying, "explain", explain)
     monkeypatch.setattr(plain, "explain", in_pieces)
     explainer = cast(ccam.Explainer, replaying)
+    monkeypatch.setattr(latency, "gpu_clocks", lambda: nullcontext([1980.0, 1755.0, 1900.0]))
     (report,) = latency.measure(explainer, [picture(0)], ONE_ROUND, now=clock)
     assert report.stages == pytest.approx(
         {
@@ -276,6 +277,7 @@ def test_on_a_gpu_stages_come_from_a_run_without_graphs(monkeypatch: pytest.Monk
         "so they measure launches"
     )
     found = latency_report.as_json(report)
+    assert found["gpu_clock_mhz"] == {"minimum": 1755, "median": 1900, "maximum": 1980}
     assert (found["device_ms"], found["without_transfers_ms"], found["host_ms"]) == (24, 20, 22)
     assert report.floor.median == pytest.approx(1000)
     assert [images.shape for images in floors] == [(1, 1, 1, 1)]

@@ -24,7 +24,7 @@ format: .venv/.all
 
 bench: .venv/.all
 	$(BIN)/python -m bench.bench_overhead --output bench/results/overhead-cpu.json
-	$(BIN)/python -m bench.bench_table2 --output bench/results/table2-cpu.json
+	$(BIN)/python -m bench.bench_table2 --output bench/results
 
 clean:
 	rm -rf .venv demo engines/digits .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

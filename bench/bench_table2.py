@@ -1,11 +1,14 @@
 """The paper's Table 2: the time of one explanation, by method, network and size of the input.
 
-    python -m bench.bench_table2 --output bench/results/table2-cpu.json
+    python -m bench.bench_table2 --output bench/results
+    python -m bench.bench_table2 --backend tensorrt --precision fp16 --output bench/results
 
 Networks with random weights, one image, from the preprocessed array to the map, on the best
-backend that works here. The methods are those that this package has. All methods of a network
-and size are timed in turn, and their ratio to Collection-CAM is the median of the ratios round by
-round. The paper's figures, of an RTX 3080, stand beside: their ratios compare, their times do not.
+backend that works here without plans, or on the one that is named; for TensorRT plans are built.
+The results go to table2-BACKEND, with -PRECISION where that is not fp32. The methods are those
+that this package has. All methods of a network and size are timed in turn, and their ratio to
+Collection-CAM is the median of the ratios round by round. The paper's figures, of an RTX 3080,
+stand beside: their ratios compare, their times do not.
 """
 
 from __future__ import annotations
@@ -19,11 +22,14 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import ccam_deploy as ccam
 from ccam_deploy import image as imaging
 from ccam_deploy import methods
+from ccam_deploy.bundle import PrecisionName
+from ccam_deploy.engines import Backend
+from ccam_deploy.engines.plans import FLAVOURS
 from ccam_deploy.evaluate import latency
 from ccam_deploy.evaluate.conditions import conditions, gpu, load_average
 from ccam_deploy.evaluate.timing import as_dict, measure_in_turn, median_ratio, summarise
@@ -34,6 +40,7 @@ NETWORKS = ("resnet18", "resnet101", "vgg19")
 SIZES = (224, 256)
 DEFAULT = methods.CollectionCAM.name
 _WARM_ROUNDS = 3
+_COMMAND_LINE = "from ccam_deploy.cli.main import main; main()"
 _PHOTOGRAPH = ROOT / "ccam_deploy" / "export" / "photographs" / "flower.jpg"
 
 _COLUMNS = ("grad-cam", "grad-cam++", "layer-cam", "score-cam", "rise", "collection-cam")
@@ -63,9 +70,11 @@ def explanation(explainer: Explainer, images: latency.Floats, name: str) -> Call
     return partial(explainer.explain, images, **chosen)
 
 
-def measure(folder: Path, rounds: int, duration: float) -> dict[str, Any]:
+def measure(
+    folder: Path, rounds: int, duration: float, backend: str = "auto", precision: str = "fp32"
+) -> dict[str, Any]:
     """Time every method on one bundle; called in a process of its own."""
-    with ccam.load(folder, batch_size=32) as explainer:
+    with ccam.load(folder, backend, precision, batch_size=32) as explainer:
         (case,) = latency.cases(explainer, [imaging.load(_PHOTOGRAPH)], batch=1)
         names = method_names()
         calls = {name: explanation(explainer, case.images, name) for name in names}
@@ -73,6 +82,7 @@ def measure(folder: Path, rounds: int, duration: float) -> dict[str, Any]:
         seconds = measure_in_turn(calls, rounds, _WARM_ROUNDS, duration)
         return {
             "backend": explainer.networks.backend,
+            "precision": precision,
             "load_average": [before, load_average()],
             "masks": len(case.masks),
             "methods": {
@@ -125,12 +135,32 @@ def markdown(found: Mapping[str, Any]) -> str:
     loads = [one["load_average"][0] for one in results.values()]
     known = [load for load in loads if load is not None]
     busy = f"{min(known):g} to {max(known):g}" if known else "unknown"
+    precisions = ", ".join(sorted({one["precision"] for one in results.values()}))
     return (
         f"{table(results)}\n\n"
-        f"{device}, {machine['cores']} cores, {backends}, float32, random weights, one image, from "
-        f"the preprocessed array. Load average before each measurement: {busy}.\n"
+        f"{device}, {machine['cores']} cores, {backends}, {precisions}, random weights, one image, "
+        f"from the preprocessed array. Load average before each measurement: {busy}.\n"
         f"Made by `{found['command']}`.\n"
     )
+
+
+def file_name(results: Mapping[str, Any]) -> str:
+    """What a file of results is called: after the backend, which all of them have in common."""
+    (kind,) = {(one["backend"], one["precision"]) for one in results.values()}
+    backend, precision = kind
+    return f"table2-{backend}.json" if precision == "fp32" else f"table2-{backend}-{precision}.json"
+
+
+def export_command(
+    network: str, size: str, folder: Path, backend: str, precision: str
+) -> list[str]:
+    """The command that makes a network's bundle, with plans where the backend runs those."""
+    recipe = ROOT / "export" / f"{network}.toml"
+    words = ["--recipe", str(recipe), "--random-weights", "--input-size", size]
+    words += ["--precision", precision, "--output", str(folder)]
+    if backend in FLAVOURS:
+        words += ["--build", "--backend", backend]
+    return [sys.executable, "-c", _COMMAND_LINE, "export", *words]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -139,11 +169,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--sizes", default=",".join(map(str, SIZES)))
     parser.add_argument("--rounds", type=int, default=5, help="at least so many")
     parser.add_argument("--duration", type=float, default=10.0, help="seconds, at least")
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--backend", default="auto", choices=get_args(Backend))
+    parser.add_argument("--precision", default="fp32", choices=get_args(PrecisionName))
+    parser.add_argument("--output", type=Path, help="a folder")
     parser.add_argument("--bundle", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     if given.bundle:
-        print(json.dumps(measure(given.bundle, given.rounds, given.duration)))
+        kind = given.backend, given.precision
+        print(json.dumps(measure(given.bundle, given.rounds, given.duration, *kind)))
         return
     results = {}
     for network in given.networks.split(","):
@@ -155,31 +188,33 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.output:
         words = ["--networks", given.networks, "--sizes", given.sizes]
         words += ["--rounds", str(given.rounds), "--duration", f"{given.duration:g}"]
+        words += ["--backend", given.backend, "--precision", given.precision]
         words += ["--output", str(given.output)]
         found = report(results, shlex.join(["python", "-m", "bench.bench_table2", *words]))
-        given.output.parent.mkdir(parents=True, exist_ok=True)
-        given.output.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-        given.output.with_suffix(".md").write_text(markdown(found), encoding="utf-8")
+        given.output.mkdir(parents=True, exist_ok=True)
+        file = given.output / file_name(results)
+        file.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        file.with_suffix(".md").write_text(markdown(found), encoding="utf-8")
 
 
 def _in_own_process(
     network: str, size: str, folder: Path, given: argparse.Namespace
 ) -> dict[str, Any]:
     """Export a network in one process, and measure it in another."""
-    recipe = str(ROOT / "export" / f"{network}.toml")
-    export = ["export", "--recipe", recipe, "--random-weights", "--input-size", size]
-    command = [sys.executable, "-c", "from ccam_deploy.cli.main import main; main()", *export]
-    subprocess.run([*command, "--output", str(folder)], check=True, capture_output=True, cwd=ROOT)
-    own = [sys.executable, "-m", "bench.bench_table2", "--bundle", str(folder)]
-    done = subprocess.run(
-        [*own, "--rounds", str(given.rounds), "--duration", str(given.duration)],
-        check=True,
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-    )
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    _run(export_command(network, size, folder, given.backend, given.precision))
+    words = ["--bundle", folder, "--rounds", given.rounds, "--duration", given.duration]
+    words += ["--backend", given.backend, "--precision", given.precision]
+    said = _run([sys.executable, "-m", "bench.bench_table2", *map(str, words)])
+    found: dict[str, Any] = json.loads(said.splitlines()[-1])
     return found
+
+
+def _run(command: Sequence[str]) -> str:
+    """What a command prints. Where it fails this process ends too, after what it said."""
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    if done.returncode:
+        sys.exit(f"{done.stderr.strip()}\nfailed: {shlex.join(command)}")
+    return done.stdout
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from bench import bench_table2 as bench
 from ccam_deploy import methods
+from ccam_deploy.cli.export import export
 
 
 def test_figures_are_the_paper_s() -> None:
@@ -66,3 +68,35 @@ def test_one_bundle_is_measured(tiny_bundle: Path) -> None:
     text = bench.markdown(bench.report({"tiny-32": found}, "python -m bench.bench_table2"))
     assert "Made by `python -m bench.bench_table2`." in text
     assert found["backend"] in text
+    assert ", fp32, random weights" in text
+
+
+def test_file_is_named_after_what_was_measured() -> None:
+    cpu = {"backend": "onnxruntime-cpu", "precision": "fp32"}
+    half = {"backend": "tensorrt", "precision": "fp16"}
+    assert bench.file_name({"a-1": cpu, "b-1": cpu}) == "table2-onnxruntime-cpu.json"
+    assert bench.file_name({"a-1": half}) == "table2-tensorrt-fp16.json"
+
+
+def test_plans_are_built_for_tensorrt_alone(tmp_path: Path) -> None:
+    """Each command is one that `export` takes."""
+    for backend, tail in (
+        ("tensorrt", ["--build", "--backend", "tensorrt"]),
+        ("tensorrt-rtx", ["--build", "--backend", "tensorrt-rtx"]),
+        ("auto", []),
+        ("onnxruntime-cuda", []),
+    ):
+        words = bench.export_command("resnet18", "224", tmp_path / "x", backend, "fp16")
+        parsed = export.make_context("export", words[4:]).params
+        assert words[3] == "export"
+        assert words[words.index(str(tmp_path / "x")) + 1 :] == tail
+        assert (parsed["input_size"], parsed["precision"]) == ((224, 224), "fp16")
+        assert parsed["build"] == bool(tail)
+        assert parsed["recipe_path"].exists()
+
+
+def test_why_an_export_failed_is_shown() -> None:
+    command = [sys.executable, "-c", "import sys; print('lost'); sys.exit('no such layer')"]
+    with pytest.raises(SystemExit) as caught:
+        bench._run(command)
+    assert str(caught.value).startswith("no such layer\nfailed: ")

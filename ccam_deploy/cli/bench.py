@@ -24,7 +24,7 @@ from ccam_deploy.errors import OptionError
 
 if TYPE_CHECKING:
     from ccam_deploy.bundle import Manifest
-    from ccam_deploy.evaluate.latency import Peer
+    from ccam_deploy.evaluate.latency import LatencySettings, Peer
     from ccam_deploy.evaluate.latency_report import LatencyReport
     from ccam_deploy.explainer import Explainer
 
@@ -115,9 +115,7 @@ def bench(
     explained.
     """
     from ccam_deploy import image as imaging
-    from ccam_deploy.evaluate import coldstart, latency, latency_report
-    from ccam_deploy.evaluate import conditions as surroundings
-    from ccam_deploy.explainer import load
+    from ccam_deploy.evaluate import latency
 
     settings = latency.LatencySettings(
         _numbers(options["batch"]),
@@ -128,7 +126,26 @@ def bench(
     compare = _compare(options)
     _check_outputs(options["json_path"], options["plot_path"])
     found = imaging.find(images) if images else [_photograph()]
-    pictures = [imaging.load(file) for file in found]
+    result, reports = _measure(bundle, found, settings, compare, options)
+    result = {"command": _command(context), **result}
+    result["settings"]["images"] = [str(file) for file in images] or ["a photograph of the package"]
+    _write(result, reports, options["json_path"], options["plot_path"])
+
+
+def _measure(
+    bundle: Path,
+    files: Sequence[Path],
+    settings: LatencySettings,
+    compare: Sequence[str],
+    options: Mapping[str, Any],
+) -> tuple[dict[str, Any], list[LatencyReport]]:
+    """Measure everything; the result as it is written, but for how the command was called."""
+    from ccam_deploy import image as imaging
+    from ccam_deploy.evaluate import coldstart, latency, latency_report
+    from ccam_deploy.evaluate import conditions as surroundings
+    from ccam_deploy.explainer import load
+
+    pictures = [imaging.load(file) for file in files]
     how = {key: options[key] for key in ("backend", "precision", "batch_size", "threads")}
     how["slots"] = settings.concurrency
     before = surroundings.load_average()
@@ -149,12 +166,11 @@ def bench(
         starts = []
         for batch in settings.batches:
             _say(f"batch {batch}: cold start")
-            starts.append(coldstart.measure(bundle, found, batch, how))
+            starts.append(coldstart.measure(bundle, files, batch, how))
         reports = latency.measure(explainer, pictures, settings, peers, _say)
         notes += [note for note in explainer.notes if note not in explainer.networks.notes]
     notes += latency_report.doubts(reports, before)
-    result = {
-        "command": _command(context),
+    return {
         "conditions": {
             **surroundings.conditions(),
             "load_average_before": before,
@@ -167,15 +183,13 @@ def bench(
             "slots": how["slots"] if explainer.networks.slots else None,
             "duration_s": settings.duration,
             "warmup_s": settings.warmup,
-            "images": [str(file) for file in images] or ["a photograph of the package"],
             "compare": compare,
         },
         "bundle": _bundle_facts(explainer.bundle.manifest),
         "cold_start": [coldstart.as_json(start) for start in starts],
         "batches": [latency_report.as_json(report) for report in reports],
         "warnings": notes,
-    }
-    _write(result, reports, options["json_path"], options["plot_path"])
+    }, reports
 
 
 def _write(

@@ -30,10 +30,10 @@ from ccam_deploy import methods
 from ccam_deploy.bundle import PrecisionName
 from ccam_deploy.engines import Backend
 from ccam_deploy.engines.plans import FLAVOURS
+from ccam_deploy.errors import OptionError
 from ccam_deploy.evaluate import latency
 from ccam_deploy.evaluate.conditions import conditions, gpu, load_average
 from ccam_deploy.evaluate.timing import as_dict, measure_in_turn, median_ratio, summarise
-from ccam_deploy.explainer import Explainer
 
 ROOT = Path(__file__).parents[1]
 NETWORKS = ("resnet18", "resnet101", "vgg19")
@@ -58,26 +58,40 @@ PAPER = {place: dict(zip(_COLUMNS, times, strict=True)) for place, times in _TIM
 
 def method_names() -> list[str]:
     """The names of the methods that this package has, Collection-CAM first."""
-    classes = (value for value in vars(methods).values() if isinstance(value, type))
-    found = (getattr(value, "name", None) for value in classes)
-    names = {name for name in found if isinstance(name, str)}
-    return sorted(names, key=lambda name: (name != DEFAULT, name))
+    return sorted(methods.METHODS, key=lambda name: (name != DEFAULT, name))
 
 
-def explanation(explainer: Explainer, images: latency.Floats, name: str) -> Callable[[], object]:
-    """Explain the images with a method; Collection-CAM is what an explainer does by itself."""
-    chosen: dict[str, Any] = {} if name == DEFAULT else {"method": name}
-    return partial(explainer.explain, images, **chosen)
+def possible(
+    calls: Mapping[str, Callable[[], object]],
+) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
+    """The calls that work, each tried once, and why the others do not."""
+    working, refused = {}, {}
+    for name, call in calls.items():
+        try:
+            call()
+            working[name] = call
+        except OptionError as error:
+            refused[name] = str(error)
+    return working, refused
 
 
 def measure(
-    folder: Path, rounds: int, duration: float, backend: str = "auto", precision: str = "fp32"
+    folder: Path,
+    rounds: int,
+    duration: float,
+    backend: str = "auto",
+    precision: str = "fp32",
+    names: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Time every method on one bundle; called in a process of its own."""
+    """Time methods, by default every one, on one bundle; called in a process of its own."""
     with ccam.load(folder, backend, precision, batch_size=32) as explainer:
         (case,) = latency.cases(explainer, [imaging.load(_PHOTOGRAPH)], batch=1)
-        names = method_names()
-        calls = {name: explanation(explainer, case.images, name) for name in names}
+        calls, refused = possible(
+            {
+                name: partial(explainer.explain, case.images, method=name)
+                for name in (names or method_names())
+            }
+        )
         before = load_average()
         seconds = measure_in_turn(calls, rounds, _WARM_ROUNDS, duration)
         return {
@@ -90,8 +104,9 @@ def measure(
                     "ms": as_dict(summarise(seconds[name])),
                     "ratio": median_ratio(seconds[name], seconds[DEFAULT]),
                 }
-                for name in names
+                for name in calls
             },
+            "refused": refused,
         }
 
 
@@ -157,7 +172,7 @@ def export_command(
     """The command that makes a network's bundle, with plans where the backend runs those."""
     recipe = ROOT / "export" / f"{network}.toml"
     words = ["--recipe", str(recipe), "--random-weights", "--input-size", size]
-    words += ["--precision", precision, "--output", str(folder)]
+    words += ["--precision", precision, "--head", "--output", str(folder)]
     if backend in FLAVOURS:
         words += ["--build", "--backend", backend]
     return [sys.executable, "-c", _COMMAND_LINE, "export", *words]
@@ -167,6 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--networks", default=",".join(NETWORKS))
     parser.add_argument("--sizes", default=",".join(map(str, SIZES)))
+    parser.add_argument("--methods", default=",".join(method_names()))
     parser.add_argument("--rounds", type=int, default=5, help="at least so many")
     parser.add_argument("--duration", type=float, default=10.0, help="seconds, at least")
     parser.add_argument("--backend", default="auto", choices=get_args(Backend))
@@ -175,7 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--bundle", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     if given.bundle:
-        kind = given.backend, given.precision
+        kind = given.backend, given.precision, given.methods.split(",")
         print(json.dumps(measure(given.bundle, given.rounds, given.duration, *kind)))
         return
     results = {}
@@ -189,6 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         words = ["--networks", given.networks, "--sizes", given.sizes]
         words += ["--rounds", str(given.rounds), "--duration", f"{given.duration:g}"]
         words += ["--backend", given.backend, "--precision", given.precision]
+        words += ["--methods", given.methods]
         words += ["--output", str(given.output)]
         found = report(results, shlex.join(["python", "-m", "bench.bench_table2", *words]))
         given.output.mkdir(parents=True, exist_ok=True)
@@ -204,6 +221,7 @@ def _in_own_process(
     _run(export_command(network, size, folder, given.backend, given.precision))
     words = ["--bundle", folder, "--rounds", given.rounds, "--duration", given.duration]
     words += ["--backend", given.backend, "--precision", given.precision]
+    words += ["--methods", given.methods]
     said = _run([sys.executable, "-m", "bench.bench_table2", *map(str, words)])
     found: dict[str, Any] = json.loads(said.splitlines()[-1])
     return found

@@ -12,6 +12,7 @@ import pytest
 from bench import bench_table2 as bench
 from ccam_deploy import methods
 from ccam_deploy.cli.export import export
+from ccam_deploy.errors import OptionError
 
 
 def test_figures_are_the_paper_s() -> None:
@@ -27,16 +28,17 @@ def test_figures_are_the_paper_s() -> None:
         assert 1 - row["collection-cam"] / row[other] == pytest.approx(stated, abs=1e-4)
 
 
-def test_methods_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A method that the package gains appears by itself, after the one that it is compared with."""
+def test_methods_are_those_of_the_package() -> None:
     assert bench.method_names()[0] == "collection-cam"
+    assert set(bench.method_names()) == set(methods.METHODS)
 
-    class GradCAM:
-        name = "a-cam"
 
-    before = bench.method_names()
-    monkeypatch.setattr(methods, "GradCAM", GradCAM, raising=False)
-    assert bench.method_names() == sorted([*before, "a-cam"], key=lambda n: (n != before[0], n))
+def test_methods_that_a_bundle_cannot_run_are_left_out() -> None:
+    def refuse() -> None:
+        raise OptionError("there is no head")
+
+    working, refused = bench.possible({"one": refuse, "other": list})
+    assert (list(working), refused) == (["other"], {"one": "there is no head"})
 
 
 def timing(median: float, ratio: float) -> dict[str, Any]:
@@ -58,9 +60,11 @@ def test_table_has_the_paper_beside() -> None:
 
 
 def test_one_bundle_is_measured(tiny_bundle: Path) -> None:
-    found = bench.measure(tiny_bundle, rounds=2, duration=0.0)
+    names = ["collection-cam", "grad-cam", "recipro-cam"]
+    found = bench.measure(tiny_bundle, rounds=2, duration=0.0, names=names)
     json.dumps(found)
-    assert set(found["methods"]) == set(bench.method_names())
+    assert list(found["methods"]) == ["collection-cam", "grad-cam"]
+    assert "--head" in found["refused"]["recipro-cam"]
     own = found["methods"]["collection-cam"]
     assert own["ms"]["calls"] == 2
     assert own["ratio"] == 1

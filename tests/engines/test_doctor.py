@@ -220,10 +220,10 @@ def fake_runtime(got: str, answer: list[float], available: str = "CUDA") -> Modu
     """An ONNX Runtime that gives one provider and one answer."""
 
     class Session:
-        def __init__(self, graph: bytes, options: object, providers: list[str]) -> None:
+        def __init__(self, graph: bytes, options: object, providers: list[Any]) -> None:
             assert preloaded == [True]
             assert graph == tiny.tiny_graph()
-            assert providers == ["CUDAExecutionProvider", "CPUExecutionProvider"]
+            assert providers[0][0] == "CUDAExecutionProvider"
 
         def get_providers(self) -> list[str]:
             return [f"{got}ExecutionProvider"]

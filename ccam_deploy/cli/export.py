@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
-from ccam_deploy.cli.network import load_network, need_torch
+from ccam_deploy.cli.network import Prepared, model_options, need_torch, prepare
 from ccam_deploy.cli.options import (
     PLAN_OPTIONS,
     PRECISIONS,
@@ -22,50 +21,10 @@ from ccam_deploy.errors import BackendError, CcamError, OptionError
 if TYPE_CHECKING:
     from ccam_deploy.bundle import Bundle
     from ccam_deploy.cli.planner import Planner
-    from ccam_deploy.export import Recipe
-    from ccam_deploy.export.exporter import ExportSettings
-    from ccam_deploy.export.sources import Model
-
-
-class _Size(click.ParamType[tuple[int, int]]):
-    name = "HxW"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, int]:
-        """Parse "224x224" or "224"."""
-        if isinstance(value, tuple):
-            return value
-        match = re.fullmatch(r"(\d{1,4})(?:x(\d{1,4}))?", str(value).lower())
-        if not match:
-            self.fail(f'"{value}" is not a size such as 224x224', param, ctx)
-        height, width = match.groups()
-        return int(height), int(width or height)
-
-
-class _Numbers(click.ParamType[tuple[float, ...]]):
-    name = "A,B,C"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[float, ...]:
-        """Parse "0.485,0.456,0.406"."""
-        if isinstance(value, tuple):
-            return value
-        try:
-            return tuple(float(part) for part in str(value).split(","))
-        except ValueError:
-            self.fail(f'"{value}" is not a list of numbers such as 0.5,0.5,0.5', param, ctx)
 
 
 @click.command()
-@click.argument("model", required=False, type=click.Path(path_type=Path))
-@click.option(
-    "--arch",
-    help="The network of a file of weights: module:factory, or module:factory(argument=value).",
-)
-@click.option(
-    "--recipe",
-    "recipe_path",
-    type=click.Path(path_type=Path),
-    help="A TOML file that describes the network; see export/.",
-)
+@model_options
 @click.option(
     "--random-weights",
     is_flag=True,
@@ -75,30 +34,6 @@ class _Numbers(click.ParamType[tuple[float, ...]]):
     "--layers",
     help="Target layers, names separated by commas.  [default: the last "
     "tensors of the last four resolutions]",
-)
-@click.option(
-    "--input-size",
-    type=_Size(),
-    help="Height x width of the input.  [default: 224x224, or the program's]",
-)
-@click.option(
-    "--mean",
-    type=_Numbers(),
-    help="Mean of each channel, of pixels in [0, 1].  [default: ImageNet's]",
-)
-@click.option(
-    "--std", type=_Numbers(), help="Standard deviation of each channel.  [default: ImageNet's]"
-)
-@click.option(
-    "--resize",
-    type=click.Choice(["crop", "stretch"]),
-    help="How images get the input's shape: cut out the middle, or distort.  [default: crop]",
-)
-@click.option(
-    "--cover",
-    type=_Size(),
-    help="With crop: the size that an image is scaled to cover "
-    "before its middle is cut out.  [default: the input's size / 0.875]",
 )
 @click.option(
     "--labels",
@@ -135,11 +70,6 @@ class _Numbers(click.ParamType[tuple[float, ...]]):
     "[default: two photographs of the package]",
 )
 @click.option(
-    "--allow-pickle",
-    is_flag=True,
-    help="Read pickled objects; this runs whatever code the file holds.",
-)
-@click.option(
     "--build",
     is_flag=True,
     help="Then build the graphs into TensorRT plans; the options below go with it.",
@@ -156,16 +86,14 @@ def export(model: Path | None, as_json: bool, **options: Any) -> None:
     from ccam_deploy.export import export as run
 
     planner = _planner(options)
-    network, settings, recipe = _prepare(model, options)
+    prepared = _prepare(model, options)
+    recipe = prepared.recipe
     name = recipe.name if recipe else (model.stem if model else "")
     output = options["output"] or Path("engines") / name
-    layers = options["layers"]
-    names = [part.strip() for part in layers.split(",")] if layers else None
-    if names is None and recipe and recipe.layers:
-        names = list(recipe.layers)
+    names = prepared.layers(options["layers"])
     precision = options["precision"] or (recipe.precision if recipe else "fp32")
-    size = options["input_size"] or (recipe.input.size if recipe else None)
-    bundle = run(network, output, size, names, precision, settings)
+    size = prepared.input_size(options["input_size"])
+    bundle = run(prepared.network, output, size, names, precision, prepared.settings)
     if not as_json:
         _report(bundle)
     if planner:
@@ -207,50 +135,20 @@ def _build(planner: Planner, bundle: Bundle, as_json: bool) -> Bundle:
     return bundle
 
 
-def _prepare(
-    path: Path | None, options: dict[str, Any]
-) -> tuple[Model, ExportSettings, Recipe | None]:
-    """The network, its settings, and the recipe if there is one."""
+def _prepare(path: Path | None, options: dict[str, Any]) -> Prepared:
+    """The network, and its settings with what is an export's alone."""
     from dataclasses import replace
 
-    from ccam_deploy import image as imaging
-    from ccam_deploy.export import ExportSettings
     from ccam_deploy.export import recipe as recipes
-    from ccam_deploy.export.exporter import MAX_CALIBRATION_IMAGES
 
-    recipe, folder = None, Path()
-    settings = ExportSettings()
-    changes: dict[str, Any] = {
-        key: options[key] for key in ("mean", "std", "resize", "cover") if options[key] is not None
-    }
-    if options["recipe_path"]:
-        recipe = recipes.read(options["recipe_path"])
-        folder = options["recipe_path"].parent
-        settings = recipes.settings(recipe, folder)
-    if options["cover"] and (options["resize"] or settings.resize) == "stretch":
-        raise OptionError("--cover goes with --resize crop; stretch scales to the input's size")
-    network = load_network(
-        path,
-        recipe,
-        folder,
-        options["arch"],
-        options["random_weights"],
-        options["allow_pickle"],
-    )
-    if path is not None:
-        changes |= {"name": path.stem if not recipe else recipe.name, "source": path.name}
-    elif options["random_weights"] and recipe:
-        changes |= {"random_weights": True, "tolerance": {}}
+    images = options["calibration_images"]
+    prepared = prepare(path, options, [images] if images else [], options["random_weights"])
+    changes: dict[str, Any] = {"gradients": options["gradients"]}
     if options["head"]:
         changes["head"] = True
     if options["labels"]:
         changes["labels"] = recipes.read_labels(options["labels"])
-    if options["calibration_images"]:
-        found = imaging.find([options["calibration_images"]])
-        changes["calibration"] = [imaging.load(file) for file in found[:MAX_CALIBRATION_IMAGES]]
-    changes["gradients"] = options["gradients"]
-    changes["progress"] = lambda line: click.echo(line, err=True)
-    return network, replace(settings, **changes), recipe
+    return replace(prepared, settings=replace(prepared.settings, **changes))
 
 
 def _report(bundle: Bundle) -> None:

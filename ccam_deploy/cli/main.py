@@ -19,6 +19,7 @@ from ccam_deploy.cli.explain import explain
 from ccam_deploy.cli.export import export
 from ccam_deploy.cli.info import info
 from ccam_deploy.cli.propose import propose
+from ccam_deploy.cli.sanity import sanity
 from ccam_deploy.cli.verify import verify
 from ccam_deploy.errors import CcamError
 
@@ -82,6 +83,7 @@ for command in (
     compare,
     evaluate,
     propose,
+    sanity,
     info,
     verify,
     bench,

@@ -7,8 +7,11 @@ from numpy.typing import NDArray
 from scipy.ndimage import uniform_filter
 from scipy.stats import rankdata
 
+from ccam_deploy.errors import OptionError
+
 Floats = NDArray[np.float32]
 _WINDOW = 7
+_CELL, _BLOCK = 16, 3
 
 
 def spearman(one: Floats, other: Floats) -> float:
@@ -16,8 +19,37 @@ def spearman(one: Floats, other: Floats) -> float:
 
     Two flat maps count as equal, a flat and a varied one as unrelated.
     """
-    ranks = [rankdata(np.asarray(values, np.float64).ravel()) for values in (one, other)]
-    centred = [values - values.mean() for values in ranks]
+    return _correlation(*(rankdata(np.asarray(v, np.float64).ravel()) for v in (one, other)))
+
+
+def hog_similarity(one: Floats, other: Floats) -> float:
+    """Correlation of two maps' histograms of oriented gradients, in [-1, 1] (Adebayo et al. 2018).
+
+    9 orientations, cells of 16 pixels, smaller where a side holds no three of them, blocks of 3×3
+    cells. Two maps without gradients count as equal, one with and one without as unrelated.
+    Raises OptionError without scikit-image.
+    """
+    check_hog()
+    from skimage.feature import hog
+
+    cell = max(1, min(_CELL, min(one.shape) // _BLOCK))
+    settings = {"pixels_per_cell": (cell, cell), "cells_per_block": (_BLOCK, _BLOCK)}
+    return _correlation(*(hog(np.asarray(v, np.float64), **settings) for v in (one, other)))
+
+
+def check_hog() -> None:
+    """Raise OptionError where scikit-image, which computes HOG features, is missing."""
+    try:
+        from skimage.feature import hog  # noqa: F401
+    except ImportError as error:
+        raise OptionError(
+            f"HOG similarity needs scikit-image, which cannot be imported ({error}): "
+            "pip install ccam-deploy[sanity]"
+        ) from error
+
+
+def _correlation(one: NDArray[np.float64], other: NDArray[np.float64]) -> float:
+    centred = [values - values.mean() for values in (one, other)]
     norms = [float(np.linalg.norm(values)) for values in centred]
     if not all(norms):
         return 1.0 if norms[0] == norms[1] else 0.0

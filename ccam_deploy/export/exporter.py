@@ -146,7 +146,7 @@ def export(
         exported = programs.trace(model, (len(chosen.mean), *(input_size or INPUT_SIZE)))
     assert isinstance(exported, ExportedProgram)
     program = programs.build(exported, keep=layers or ())
-    _check_settings(chosen, program)
+    check_settings(chosen, program)
     if input_size and input_size != program.input_shape[1:]:
         raise OptionError(
             f"input_size is {input_size}; the program takes {program.input_shape[1:]}"
@@ -160,8 +160,8 @@ def export(
             converted[kind] = onnx_graphs.convert(
                 program, found, dtype, chosen.head, chosen.gradients
             )
-    preprocessing = _preprocessing(chosen, program)
-    images = _calibration(chosen, program, preprocessing)
+    preprocessing = preprocessing_of(chosen, program)
+    images = calibration_images(chosen, program, preprocessing)
     chosen.progress(f"explaining {len(images)} calibration images with PyTorch")
     graphs = dict(converted["fp32"].items())
     expected, baseline = _reference(exported, names, images, graphs)
@@ -197,7 +197,8 @@ def export(
     return bundles.read(output)
 
 
-def _check_settings(settings: ExportSettings, program: Program) -> None:
+def check_settings(settings: ExportSettings, program: Program) -> None:
+    """Raise OptionError for settings that do not suit a program."""
     channels = program.input_shape[0]
     if channels != len(settings.mean):
         raise OptionError(
@@ -217,7 +218,8 @@ def _check_settings(settings: ExportSettings, program: Program) -> None:
         )
 
 
-def _preprocessing(settings: ExportSettings, program: Program) -> Preprocessing:
+def preprocessing_of(settings: ExportSettings, program: Program) -> Preprocessing:
+    """How images become a program's input."""
     size = program.input_shape[1:]
     cover = settings.cover or (round(size[0] / COVER), round(size[1] / COVER))
     return Preprocessing(
@@ -225,9 +227,10 @@ def _preprocessing(settings: ExportSettings, program: Program) -> Preprocessing:
     )
 
 
-def _calibration(
+def calibration_images(
     settings: ExportSettings, program: Program, preprocessing: Preprocessing
 ) -> Floats:
+    """The settings' images, or the package's, as a program's input [B, C, H, W]."""
     pictures = list(settings.calibration)[:MAX_CALIBRATION_IMAGES] or photographs()
     return imaging.prepare(pictures, program.input_shape[1:], preprocessing)[0]
 

@@ -1,0 +1,155 @@
+"""Sanity check of a method: do its maps change when the network's parameters are randomised?
+
+Adebayo et al. 2018, "Sanity checks for saliency maps": cascading, from the last layer down, and of
+each layer on its own. A map that stays alike shows the image, not what the network learned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ccam_deploy import render
+from ccam_deploy.engines import Classifier
+from ccam_deploy.evaluate.similarity import hog_similarity, spearman, ssim
+from ccam_deploy.methods import Batch, Method, Stopwatch
+from ccam_deploy.render import Look, Tile
+
+Floats = NDArray[np.float32]
+Mode = Literal["cascading", "independent"]
+_TILE = 128
+
+
+class Randomisable(Classifier, Protocol):
+    """A classifier whose layers can be randomised."""
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of the layers with parameters, from the last one down."""
+        ...
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the target layers."""
+        ...
+
+    def randomise(self, parts: Collection[str]) -> None:
+        """Give some layers random parameters, and all others what was trained."""
+        ...
+
+
+@dataclass(frozen=True)
+class Stage:
+    """How alike the maps of a randomised network are to the trained one's.
+
+    mode: "cascading" where all layers from the last one down to `layer` are random, "independent"
+        where `layer` alone is.
+    spearman: mean over the images of the rank correlation's absolute value.   ssim, hog: means of
+        the structural similarity, and of the correlation of histograms of oriented gradients.
+    maps: [B, H, W] float32 in [0, 1].
+    """
+
+    mode: Mode
+    layer: str
+    spearman: float
+    ssim: float
+    hog: float
+    maps: Floats
+
+
+@dataclass(frozen=True)
+class SanityCheck:
+    """The maps of the trained network [B, H, W], and all stages, cascading ones first."""
+
+    targets: NDArray[np.int64]
+    trained: Floats
+    stages: tuple[Stage, ...]
+
+    def of(self, mode: Mode) -> list[Stage]:
+        """The stages of one mode, from the last layer down."""
+        return [stage for stage in self.stages if stage.mode == mode]
+
+
+def check(
+    classifier: Randomisable,
+    images: Floats,
+    method: Method[Any],
+    limit: int | None = None,
+    progress: Callable[[], None] = lambda: None,
+    chunk: int = 8,
+) -> SanityCheck:
+    """Explain images with the network as it is and in every stage of randomisation.
+
+    images: [B, C, H, W] float32, preprocessed; each is explained for the class that the trained
+        network gives it.
+    limit: how many layers to randomise, from the last one down; all by default.
+    progress: called after each stage, two for each layer.   chunk: masked images at a time.
+    The classifier has what was trained afterwards.
+    """
+    targets: NDArray[np.int64] = classifier.backbone(images).logits.argmax(axis=1)
+    trained = _explain(classifier, images, targets, method, chunk)
+    parts = classifier.parts[:limit]
+    wanted: list[tuple[Mode, str, tuple[str, ...]]] = [
+        ("cascading", part, parts[: number + 1]) for number, part in enumerate(parts)
+    ]
+    wanted += [("independent", part, (part,)) for part in parts]
+    stages = []
+    try:
+        for mode, layer, random in wanted:
+            classifier.randomise(random)
+            maps = _explain(classifier, images, targets, method, chunk)
+            stages.append(Stage(mode, layer, *_agreement(maps, trained), maps))
+            progress()
+    finally:
+        classifier.randomise(())
+    return SanityCheck(targets, trained, tuple(stages))
+
+
+def picture(
+    result: SanityCheck, pictures: Sequence[Image.Image], captions: Sequence[str], look: Look
+) -> Image.Image:
+    """The maps of some images in a picture like the paper's Figure 8.
+
+    pictures: the first images of the check, of the maps' size.   captions: one for each.
+    Each image has two rows: trained, then each stage of cascading or of independent randomisation.
+    """
+    rows = []
+    for number, (shown, caption) in enumerate(zip(pictures, captions, strict=True)):
+        for mode in ("cascading", "independent"):
+            stages = result.of(mode)
+            maps = [("trained", result.trained), *((s.layer, s.maps) for s in stages)]
+            row: list[Tile] = [(f"{caption}, {mode}", shown)]
+            for name, values in maps:
+                tile = render.overlay(shown, values[number], look.colormap, look.opacity)
+                row.append((name, tile))
+            rows.append(row)
+    return render.grid(rows, _TILE)
+
+
+def _explain(
+    classifier: Randomisable,
+    images: Floats,
+    targets: NDArray[np.int64],
+    method: Method[Any],
+    chunk: int,
+) -> Floats:
+    """Each image's map for its class, [B, H, W] in [0, 1]."""
+    activations = classifier.backbone(images)
+    baseline = classifier.backbone(np.zeros_like(images[:1])).logits[0]
+    owner = np.arange(len(images), dtype=np.int64)
+    batch = Batch(images, activations, owner, targets, classifier.layers, baseline, chunk)
+    return method.explain(classifier, batch, Stopwatch()).saliency
+
+
+def _agreement(maps: Floats, trained: Floats) -> tuple[float, float, float]:
+    pairs = list(zip(maps, trained, strict=True))
+    return (
+        float(np.mean([abs(spearman(one, other)) for one, other in pairs])),
+        float(np.mean([ssim(one, other) for one, other in pairs])),
+        float(np.mean([hog_similarity(one, other) for one, other in pairs])),
+    )

@@ -1,0 +1,145 @@
+"""A trained classifier whose layers can be given random parameters, for sanity checks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, fx
+from torch.export import ExportedProgram
+
+from ccam_deploy.errors import OptionError, SourceError
+from ccam_deploy.export import layers as target_layers
+from ccam_deploy.export import program as programs
+from ccam_deploy.export.exporter import (
+    INPUT_SIZE,
+    ExportSettings,
+    calibration_images,
+    check_settings,
+    preprocessing_of,
+)
+from ccam_deploy.export.program import Program, module_of
+from ccam_deploy.export.reference import Floats, TorchClassifier
+from ccam_deploy.export.sources import Model
+
+_PARAMETERS = ("p_", "b_")
+
+
+class RandomisedClassifier(TorchClassifier):
+    """A classifier in PyTorch, as it was traced, with layers to randomise.
+
+    parts: names of the layers with weights, from the last one down; a normalisation's parameters
+        and statistics belong to the layer before it.
+    layers: names of the target layers.
+    Random weights are drawn from a normal distribution of the variance 2 / fan-in (He et al. 2015);
+    biases and means become 0, scales and variances 1.
+    """
+
+    def __init__(self, program: Program, names: Sequence[str], seed: int = 0) -> None:
+        """Take a program over that nobody else uses, with its normalisation unfolded.
+
+        Raises LayerError for target layers that are not there, SourceError for a program without
+        parameters.
+        """
+        found = target_layers.find(program, names)
+        super().__init__(program, found)
+        self.layers = tuple(layer.name for layer in found)
+        self._tensors = dict(program.graph.named_buffers())
+        self._trained = {name: value.clone() for name, value in self._tensors.items()}
+        self._groups = _groups(program)
+        self._seed = seed
+        self.parts = tuple(reversed(self._groups))
+        if not self.parts:
+            raise SourceError("the model has no parameters to randomise")
+
+    def randomise(self, parts: Collection[str]) -> None:
+        """Give some layers random parameters, and all others what was trained.
+
+        A layer's random values are the same every time.
+        """
+        for name, value in self._trained.items():
+            self._tensors[name].copy_(value)
+        for number, (part, names) in enumerate(self._groups.items()):
+            if part in parts:
+                generator = torch.Generator().manual_seed(self._seed * len(self._groups) + number)
+                for name in names:
+                    self._tensors[name].copy_(_fresh(name, self._trained[name], generator))
+
+
+@contextmanager
+def limited_threads(count: int) -> Iterator[None]:
+    """Let PyTorch use so many threads inside an operator; 0 lets it choose."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def open_randomised(
+    model: Model,
+    input_size: tuple[int, int] | None = None,
+    layers: Sequence[str] | None = None,
+    settings: ExportSettings | None = None,
+    seed: int = 0,
+) -> tuple[RandomisedClassifier, Floats]:
+    """A model ready to be randomised, and its settings' images as its input [B, C, H, W].
+
+    The arguments are those of `export`; the model is left as it was.
+    Raises an ExportError where the model cannot be traced, OptionError for settings that do not
+    suit it.
+    """
+    chosen = settings or ExportSettings()
+    chosen.progress("tracing the model")
+    exported = model
+    if not isinstance(model, ExportedProgram):
+        exported = programs.trace(model, (len(chosen.mean), *(input_size or INPUT_SIZE)))
+    assert isinstance(exported, ExportedProgram)
+    folded = programs.build(exported, keep=layers or ())
+    check_settings(chosen, folded)
+    if input_size and input_size != folded.input_shape[1:]:
+        raise OptionError(f"input_size is {input_size}; the program takes {folded.input_shape[1:]}")
+    # Target layers as an export finds them: where normalisation is folded away.
+    names = [layer.name for layer in target_layers.find(folded, layers)]
+    classifier = RandomisedClassifier(programs.build(exported, fold=False), names, seed)
+    images = calibration_images(chosen, folded, preprocessing_of(chosen, folded))
+    return classifier, images
+
+
+def _groups(program: Program) -> dict[str, list[str]]:
+    """The tensors of each layer, in the order in which they are used first."""
+    groups: dict[str, list[str]] = {}
+    current: list[str] = []
+    seen: set[str] = set()
+    for node in program.graph.graph.nodes:
+        if node.op != "call_function":
+            continue
+        names = [name for name in map(_parameter, node.all_input_nodes) if name not in ("", *seen)]
+        seen.update(names)
+        if any(_has_weights(program.graph.get_buffer(name)) for name in names):
+            current = groups.setdefault(module_of(node) or node.name, [])
+        current += names
+    return groups
+
+
+def _parameter(node: fx.Node) -> str:
+    """The name of the parameter or buffer that a node reads, "" for another node."""
+    name = str(node.target) if node.op == "get_attr" else ""
+    return name if name.startswith(_PARAMETERS) else ""
+
+
+def _has_weights(value: Tensor) -> bool:
+    return value.is_floating_point() and value.dim() > 1 and value.numel() > value.shape[0]
+
+
+def _fresh(name: str, value: Tensor, generator: torch.Generator) -> Tensor:
+    if not value.is_floating_point():
+        return value
+    if _has_weights(value):
+        fan_in = value[0].numel()
+        return torch.randn(value.shape, generator=generator) * math.sqrt(2 / fan_in)
+    empty = name.endswith(("bias", "running_mean"))
+    return torch.zeros_like(value) if empty else torch.ones_like(value)

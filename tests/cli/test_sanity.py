@@ -1,0 +1,75 @@
+"""`ccam-deploy sanity`: table, JSON and picture of a small network; bad input in one line."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from ccam_deploy import image as imaging
+from tests.command import failure, success
+from tests.helpers import EXAMPLES, tiny
+
+pytest.importorskip("skimage", reason="scikit-image is not installed")
+ARCH = ("--arch", "tests.helpers:tiny", "--input-size", "32x48", "--threads", "1")
+
+
+@pytest.fixture
+def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    torch.save(tiny().state_dict(), tmp_path / "net.pt")
+    return tmp_path / "net.pt"
+
+
+def test_a_check_is_printed_and_written(weights: Path) -> None:
+    content_before = weights.read_bytes()
+    words = ("sanity", weights, *ARCH, "--images", EXAMPLES, "--count", 2, "--layers", 2)
+    lines = success(*words).stdout.splitlines()
+    assert lines[0].split() == ["randomised", "layer", "|Spearman|", "SSIM", "HOG"]
+    numbers = r"\d\.\d{3} +-?\d\.\d{3} +-?\d\.\d{3}"
+    for line, (mode, layer) in zip(
+        lines[1:5],
+        [(mode, layer) for mode in ("cascading", "independent") for layer in ("head", "conv2")],
+        strict=True,
+    ):
+        assert re.fullmatch(rf"{mode} +{layer} +{numbers}", line)
+    assert lines[5:] == ["  sanity/sanity.png", "  sanity/sanity.json"]
+    content = json.loads(Path("sanity/sanity.json").read_text())
+    assert content["settings"]["images"] == 2
+    assert content["settings"]["target_layers"] == ["relu1", "relu2"]
+    assert len(content["stages"]) == 4
+    assert content["stages"][0]["spearman"] == content["stages"][2]["spearman"]
+    assert imaging.load(Path("sanity/sanity.png")).height > 4 * 128
+    assert weights.read_bytes() == content_before
+
+
+def test_scenes_and_other_methods(weights: Path) -> None:
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+    words = ("--images", "scenes", "--count", 3, "--method", "grad-cam", "--layers", 1, "--json")
+    content = json.loads(success("sanity", weights, *ARCH, *words).stdout)
+    assert content["settings"]["method"] == "grad-cam"
+    assert content["settings"]["images"] == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--layers", "9"], "--layers is 9; the model has 3 with parameters"),
+        (["--images", "none"], "none does not exist"),
+        (["--method", "magic"], "'magic' is not one of 'collection-cam'"),
+        (["--option", "depth=1"], 'option "depth" is unknown; collection-cam has theta'),
+        (["--colormap", "rainbow"], 'color map "rainbow" is unknown'),
+        (["--mean", "0.5"], "mean has 1 values and std 3; both need 1 or 3"),
+        (["--resize", "stretch", "--cover", "64"], "--cover goes with --resize crop"),
+    ],
+)
+def test_bad_input(weights: Path, words: list[str], message: str) -> None:
+    assert message in failure("sanity", weights, *ARCH, *words)
+    assert [path.name for path in weights.parent.iterdir()] == ["net.pt"]
+
+
+def test_no_model() -> None:
+    assert "give a model file, or a --recipe that names its own network" in failure("sanity")

@@ -226,6 +226,8 @@ class Explainer:
                 tuple(layer.name for layer in self.bundle.manifest.layers),
                 self._baseline,
                 self.batch_size,
+                self.bundle.manifest.preprocessing.mean,
+                self.bundle.manifest.preprocessing.std,
             )
             results.append(method.explain(self.networks, batch, clock))
         return _Part(activations.logits, geometries, owner, classes, results)

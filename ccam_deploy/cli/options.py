@@ -26,6 +26,10 @@ METHODS = (
     "score-cam",
     "rise",
     "recipro-cam",
+    "integrated-gradients",
+    "smoothgrad",
+    "guided-backprop",
+    "xrai",
 )
 PRECISIONS = ("fp32", "fp16", "int8", "fp8")
 BATCH_SIZE = 16

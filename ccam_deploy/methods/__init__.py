@@ -24,8 +24,17 @@ from ccam_deploy.methods.base import (
     Stopwatch,
 )
 from ccam_deploy.methods.collection_cam import CollectionCAM, CollectionCAMOptions
+from ccam_deploy.methods.gradient import (
+    GuidedBackprop,
+    GuidedBackpropOptions,
+    IntegratedGradients,
+    IntegratedGradientsOptions,
+    SmoothGrad,
+    SmoothGradOptions,
+)
 from ccam_deploy.methods.recipro_cam import ReciproCAM, ReciproCAMOptions
 from ccam_deploy.methods.region import RISE, RISEOptions, ScoreCAM, ScoreCAMOptions
+from ccam_deploy.methods.xrai import XRAI, XRAIOptions
 
 _ALL: tuple[type[Method[Any]], ...] = (
     CollectionCAM,
@@ -36,6 +45,10 @@ _ALL: tuple[type[Method[Any]], ...] = (
     ScoreCAM,
     RISE,
     ReciproCAM,
+    IntegratedGradients,
+    SmoothGrad,
+    GuidedBackprop,
+    XRAI,
 )
 METHODS = {method.name: method for method in _ALL}
 DEFAULT_METHOD = CollectionCAM.name
@@ -45,6 +58,7 @@ __all__ = [
     "DEFAULT_METHOD",
     "METHODS",
     "RISE",
+    "XRAI",
     "Batch",
     "CAMOptions",
     "CollectionCAM",
@@ -53,6 +67,10 @@ __all__ = [
     "GradCAMOptions",
     "GradCAMPlusPlus",
     "GradCAMPlusPlusOptions",
+    "GuidedBackprop",
+    "GuidedBackpropOptions",
+    "IntegratedGradients",
+    "IntegratedGradientsOptions",
     "LayerCAM",
     "LayerCAMOptions",
     "LayerPartition",
@@ -64,7 +82,10 @@ __all__ = [
     "ReciproCAMOptions",
     "ScoreCAM",
     "ScoreCAMOptions",
+    "SmoothGrad",
+    "SmoothGradOptions",
     "Stopwatch",
+    "XRAIOptions",
     "method_named",
     "with_options",
 ]

@@ -29,6 +29,7 @@ class Batch:
     layers: names of the target layers.
     baseline: [classes] float32, logits of an input of zeros.
     chunk: how many masked images the classifier takes at a time.
+    mean, std: per channel, of pixels in [0, 1], that the images were normalised with.
     """
 
     images: Floats
@@ -38,6 +39,8 @@ class Batch:
     layers: tuple[str, ...]
     baseline: Floats
     chunk: int
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -50,6 +53,18 @@ class Batch:
         rows = np.zeros((len(self.targets), self.activations.logits.shape[1]), np.float32)
         rows[np.arange(len(rows)), self.targets] = 1
         return rows
+
+    @property
+    def pixels(self) -> Floats:
+        """The images before they were normalised, [B, C, H, W] float32 in [0, 1]."""
+        mean, std = np.array([self.mean, self.std], np.float32)[:, :, None, None]
+        return self.images * std + mean
+
+    def colour(self, level: float) -> Floats:
+        """Grey pixels of a level in [0, 1] as the network gets them, [C, 1, 1] float32."""
+        found = (level - np.array(self.mean)) / np.array(self.std)
+        shape = (self.images.shape[1], 1, 1)
+        return np.broadcast_to(found.astype(np.float32)[:, None, None], shape)
 
     def place_of(self, layer: str) -> int:
         """Where a target layer stands among the layers, the final one for an empty name.

@@ -36,9 +36,9 @@ def resnet18_case(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
 
 @pytest.fixture(scope="session")
 def headed_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The small network's bundle with its head, which every method can run on."""
+    """The small network's bundle with all graphs, which every method can run on."""
     folder = tmp_path_factory.mktemp("bundles") / "headed"
-    export(tiny(), folder, (32, 48), None, "fp32", ExportSettings(head=True))
+    export(tiny(), folder, (32, 48), None, "fp32", ExportSettings(head=True, gradients=True))
     return folder
 
 

@@ -1,0 +1,139 @@
+"""XRAI (Kapishnikov et al. 2019): regions of the image, ranked by their integrated gradients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ccam_deploy.engines import Classifier
+from ccam_deploy.errors import BackendError, OptionError
+from ccam_deploy.methods.base import Batch, Floats, Method, MethodResult, Stopwatch
+from ccam_deploy.methods.gradient import (
+    Baseline,
+    Channels,
+    Rule,
+    baseline_of,
+    check_name,
+    check_steps,
+    integrate,
+    reduce_channels,
+)
+
+_BASELINES: tuple[Baseline, ...] = ("black", "white")
+_SCALES = (50, 100, 150, 250, 500, 1200)
+_SIGMA = 0.8
+_LEAST_SEGMENT = 150
+
+
+@dataclass(frozen=True)
+class XRAIOptions:
+    """Options of XRAI; the regions are those of the authors, Felzenszwalb's at six scales.
+
+    steps, rule: of the integrated gradients from black and from white, whose mean is used.
+    dilation: by how many pixels a region is widened.
+    least: a region that adds fewer pixels than this to those before it is passed over.
+    channels: see IntegratedGradientsOptions; by default the sum keeps its sign, so that
+        what speaks against the class ranks last.
+    """
+
+    steps: int = 50
+    rule: Rule = "midpoint"
+    dilation: int = 5
+    least: int = 50
+    channels: Channels = "sum"
+
+    def __post_init__(self) -> None:
+        check_steps(self.steps, self.rule)
+        check_name("channels", self.channels, get_args(Channels))
+        if not 0 <= self.dilation <= 100:
+            raise OptionError(f"dilation is {self.dilation}; it must be 0 to 100")
+        if self.least < 1:
+            raise OptionError(f"least is {self.least}; it must be at least 1")
+
+
+class XRAI(Method[XRAIOptions]):
+    """Adds regions in order of the mean attribution of the pixels that each adds.
+
+    Every pixel is worth that mean of the region that brought it in.
+    """
+
+    name = "xrai"
+    options_type = XRAIOptions
+
+    def explain(self, classifier: Classifier, batch: Batch, clock: Stopwatch) -> MethodResult:
+        """Explain every pair of a batch; see Method."""
+        segmentation = _import()
+        options = self.options
+        with clock.stage("gradient"), np.errstate(over="ignore", invalid="ignore"):
+            both = [
+                integrate(classifier, batch, baseline_of(batch, name), options.steps, options.rule)
+                for name in _BASELINES
+            ]
+            values = reduce_channels(np.mean(both, axis=0, dtype=np.float32), options.channels)
+        with clock.stage("masks"):
+            shown = [int(image) for image in np.unique(batch.owner)]
+            pixels = batch.pixels
+            regions = {i: _regions(segmentation, pixels[i], options.dilation) for i in shown}
+        with clock.stage("combine"):
+            pairs = zip(values, batch.owner, strict=True)
+            maps = [rank(value, regions[int(image)], options.least) for value, image in pairs]
+            return MethodResult.of_maps(np.stack(maps))
+
+
+def rank(values: Floats, regions: NDArray[np.bool_], least: int) -> Floats:
+    """The map [H, W] float32 of attributions [H, W] over regions [R, H, W] that may overlap."""
+    areas = regions.reshape(len(regions), -1).astype(np.float32)
+    flat = values.ravel()
+    free = np.ones(flat.shape, np.bool_)
+    found = np.empty_like(flat)
+    while len(areas):
+        added = areas @ free.astype(np.float32)
+        left = added >= least
+        areas, added = areas[left], added[left]
+        if not len(areas):
+            break
+        gains = (areas @ np.where(free, flat, np.float32(0))) / added
+        best = int(gains.argmax())
+        new = free & (areas[best] > 0)
+        found[new] = gains[best]
+        free &= ~new
+    if free.any():
+        found[free] = flat[free].mean()
+    return found.reshape(values.shape)
+
+
+def _regions(segmentation: Any, pixels: Floats, dilation: int) -> NDArray[np.bool_]:
+    """Regions [R, H, W] of an image's pixels [C, H, W], at all scales."""
+    low, high = pixels.min(), pixels.max()
+    spread = (pixels - low) / (high - low) if high > low else np.zeros_like(pixels)
+    image = np.moveaxis(2 * spread - 1, 0, -1)
+    found = []
+    for scale in _SCALES:
+        labels = segmentation.felzenszwalb(
+            image, scale=scale, sigma=_SIGMA, min_size=_LEAST_SEGMENT, channel_axis=-1
+        )
+        found += [_widened(labels == label, dilation) for label in np.unique(labels)]
+    return np.stack(found)
+
+
+def _widened(region: NDArray[np.bool_], dilation: int) -> NDArray[np.bool_]:
+    """A region with all that is at most so many pixels away."""
+    from scipy.ndimage import distance_transform_edt
+
+    if dilation == 0:
+        return region
+    near: NDArray[np.bool_] = distance_transform_edt(~region) <= dilation
+    return near
+
+
+def _import() -> Any:
+    try:
+        from skimage import segmentation
+    except ImportError as error:
+        raise BackendError(
+            f"xrai needs scikit-image ({error}): pip install ccam-deploy[xrai]"
+        ) from error
+    return segmentation

@@ -1,0 +1,199 @@
+"""Methods on the image's gradient against Captum, their definitions and PyTorch's autograd."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from captum.attr import GuidedBackprop, IntegratedGradients
+
+import ccam_deploy as ccam
+from ccam_deploy.errors import BackendError, OptionError
+from ccam_deploy.methods import (
+    GuidedBackpropOptions,
+    IntegratedGradientsOptions,
+    SmoothGradOptions,
+    XRAIOptions,
+)
+from ccam_deploy.methods.gradient import reduce_channels
+from ccam_deploy.methods.xrai import rank
+from tests.helpers import (
+    digits_model,
+    example_pictures,
+    input_gradient_by_hooks,
+    noise,
+    tiny,
+)
+from tests.methods.peers import Case, assert_correlated
+
+
+@pytest.fixture
+def case(differentiable: ccam.Explainer) -> Case:
+    images, _ = differentiable.preprocess(example_pictures())
+    classes = differentiable.networks.backbone(images).logits.argmax(axis=1)
+    return Case(differentiable, digits_model(), images, tuple(map(int, classes)))
+
+
+def one_hot(classes: tuple[int, ...], count: int) -> torch.Tensor:
+    return torch.eye(count)[list(classes)]
+
+
+def test_integrated_gradients_like_captum(case: Case) -> None:
+    """The same midpoints; Captum returns every channel, with its sign."""
+    options = IntegratedGradientsOptions(steps=8, channels="sum")
+    got = case.explain("integrated-gradients", options).raw_saliency
+    peer = IntegratedGradients(case.model)
+    expected = peer.attribute(
+        torch.from_numpy(case.images), target=list(case.classes), n_steps=8, method="riemann_middle"
+    )
+    assert_correlated(got, expected.sum(1).detach().numpy())
+
+
+def test_guided_backprop_like_captum(case: Case) -> None:
+    got = case.explain("guided-backprop", GuidedBackpropOptions("sum")).raw_saliency
+    for module in case.model.modules():
+        if isinstance(module, torch.nn.ReLU):
+            module.inplace = False
+    images = torch.from_numpy(case.images).requires_grad_()
+    with pytest.warns(UserWarning, match="backward hooks"):
+        expected = GuidedBackprop(case.model).attribute(images, target=list(case.classes))
+    assert_correlated(got, expected.sum(1).detach().numpy())
+
+
+@pytest.mark.parametrize("square", [False, True])
+def test_smoothgrad_by_its_definition(headed_bundle: Path, square: bool) -> None:
+    images = noise(2, 3, 32, 48)
+    options = SmoothGradOptions(5, 0.2, 7, square)
+    with ccam.load(headed_bundle) as explainer:
+        got = explainer.explain(images, [1, 3], options, method="smoothgrad").raw_saliency
+    total = torch.zeros(2, 3, 32, 48)
+    spread = 0.2 * (images.max(axis=(1, 2, 3)) - images.min(axis=(1, 2, 3)))[:, None, None, None]
+    for sample in range(5):
+        random = np.random.default_rng((7, sample)).standard_normal((3, 32, 48), np.float32)
+        copies = torch.from_numpy((images + spread * random).astype(np.float32))
+        gradient = input_gradient_by_hooks(tiny(), copies, one_hot((1, 3), 5))
+        total += (gradient**2 if square else gradient) / 5
+    np.testing.assert_allclose(got, total.abs().sum(1).numpy(), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("rule", ["midpoint", "trapezoid"])
+@pytest.mark.parametrize("baseline", ["zero", "black", "white"])
+def test_completeness(headed_bundle: Path, rule: str, baseline: str) -> None:
+    """The values add up to the logit's increase, to 1 % of it at 300 steps."""
+    images = noise(2, 3, 32, 48)
+    options = IntegratedGradientsOptions(300, rule, baseline, "sum")  # type: ignore[arg-type]
+    with ccam.load(headed_bundle) as explainer:
+        got = explainer.explain(images, [1, 3], options, method="integrated-gradients")
+        how = explainer.bundle.manifest.preprocessing
+    level = {"black": 0.0, "white": 1.0}.get(baseline)
+    start = np.zeros(3) if level is None else (level - np.array(how.mean)) / np.array(how.std)
+    origin = np.broadcast_to(start.astype(np.float32)[:, None, None], (1, 3, 32, 48)).copy()
+    with torch.no_grad():
+        logits = tiny()(torch.from_numpy(np.concatenate([origin, images])))
+    increase = (logits[1:] - logits[0])[[0, 1], [1, 3]].numpy()
+    sums = got.raw_saliency.sum(axis=(1, 2))
+    np.testing.assert_allclose(sums, increase, atol=0.01 * np.abs(increase).max())
+
+
+def test_chunks_and_classes_do_not_matter(headed_bundle: Path) -> None:
+    """A batch of one at a time, or several classes of an image, give the same maps."""
+    images = noise(2, 3, 32, 48)
+    for method in ("integrated-gradients", "smoothgrad", "guided-backprop", "xrai"):
+        with ccam.load(headed_bundle, batch_size=1) as explainer:
+            alone = explainer.explain(images, [[1, 2], 3], method=method).raw_saliency
+        with ccam.load(headed_bundle, batch_size=7) as explainer:
+            together = explainer.explain(images, [[1, 2], 3], method=method).raw_saliency
+        np.testing.assert_allclose(alone, together, rtol=1e-4, atol=1e-6)
+        assert not np.allclose(alone[0], alone[1])
+
+
+def test_channels() -> None:
+    values = np.array([[[[1.0]], [[-3.0]], [[1.0]]]], np.float32)
+    found = [
+        float(reduce_channels(values, how)[0, 0, 0])
+        for how in ("absolute", "maximum", "positive", "sum")
+    ]
+    assert found == [5, 3, 2, -1]
+
+
+def test_an_image_that_is_its_baseline(headed_bundle: Path) -> None:
+    """Nothing to explain: the map is zero, and the other methods go on."""
+    images = np.zeros((1, 3, 32, 48), np.float32)
+    with ccam.load(headed_bundle) as explainer:
+        result = explainer.explain(images, 1, method="integrated-gradients")
+        assert not result.raw_saliency.any()
+        assert not result.saliency.any()
+        for method in ("smoothgrad", "guided-backprop", "xrai"):
+            assert np.isfinite(explainer.explain(images, 1, method=method).saliency).all()
+
+
+def test_xrai_adds_regions_by_the_mean_of_what_they_add() -> None:
+    """By hand: the right half has mean 3, then of the left region's six pixels four are new."""
+    values = np.array([[0, 1, 2, 4], [0, 1, 2, 4]], np.float32)
+    right, left, speck = np.zeros((3, 2, 4), bool)
+    right[:, 2:] = True
+    left[:, :3] = True
+    speck[0, 0] = True
+    got = rank(values, np.stack([left, right, speck]), least=2)
+    np.testing.assert_array_equal(got, np.array([[0.5, 0.5, 3, 3]] * 2, np.float32))
+
+
+def test_xrai_gives_the_rest_its_mean() -> None:
+    values = np.array([[5, 1, 3]], np.float32)
+    region = np.array([[[True, False, False]]])
+    np.testing.assert_array_equal(rank(values, region, least=1), [[5, 2, 2]])
+
+
+def test_xrai_finds_the_regions_of_the_picture(case: Case) -> None:
+    """Its maps are made of regions, and rank as the gradients that they are made of."""
+    result = case.explain("xrai", XRAIOptions(steps=8))
+    for one in result.raw_saliency:
+        assert 3 < len(np.unique(one)) < 500
+
+
+def test_xrai_without_scikit_image(headed_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "skimage", None)
+    with (
+        ccam.load(headed_bundle) as explainer,
+        pytest.raises(BackendError, match=r"xrai needs scikit-image .*ccam-deploy\[xrai\]"),
+    ):
+        explainer.explain(noise(1, 3, 32, 48), 1, method="xrai")
+
+
+@pytest.mark.parametrize(
+    "method", ["integrated-gradients", "smoothgrad", "guided-backprop", "xrai"]
+)
+def test_a_bundle_without_gradients(tiny_bundle: Path, method: str) -> None:
+    with (
+        ccam.load(tiny_bundle) as explainer,
+        pytest.raises(OptionError, match="export it with --gradients"),
+    ):
+        explainer.explain(noise(1, 3, 32, 48), 1, method=method)
+
+
+@pytest.mark.parametrize(
+    ("kind", "option", "value", "message"),
+    [
+        (IntegratedGradientsOptions, "steps", 0, "steps is 0; it must be 1 to 100000"),
+        (IntegratedGradientsOptions, "rule", "simpson", 'rule is "simpson"; it must be midpoint'),
+        (IntegratedGradientsOptions, "baseline", "red", 'baseline is "red"; it must be zero'),
+        (IntegratedGradientsOptions, "channels", "mean", 'channels is "mean"; it must be abs'),
+        (SmoothGradOptions, "samples", 0, "samples is 0"),
+        (SmoothGradOptions, "noise", float("nan"), "noise is nan"),
+        (SmoothGradOptions, "seed", -1, "seed is -1"),
+        (GuidedBackpropOptions, "channels", "", 'channels is ""'),
+        (XRAIOptions, "dilation", -1, "dilation is -1"),
+        (XRAIOptions, "least", 0, "least is 0"),
+    ],
+)
+def test_unusable_options(kind: type, option: str, value: object, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        kind(**{option: value})
+
+
+def test_trapezoid_needs_two_ends() -> None:
+    with pytest.raises(OptionError, match="steps is 1; it must be 2 to"):
+        IntegratedGradientsOptions(1, "trapezoid")

@@ -40,7 +40,7 @@ HOMES = {
     "onnxruntime": {"engines", "export"},
     "matplotlib": {"evaluate"},
     "cv2": {"evaluate"},
-    "skimage": {"evaluate"},
+    "skimage": {"evaluate", "methods"},
     "click": {"cli"},
 }
 """The parts that may import a library."""

@@ -58,7 +58,8 @@ class Batch:
     def pixels(self) -> Floats:
         """The images before they were normalised, [B, C, H, W] float32 in [0, 1]."""
         mean, std = np.array([self.mean, self.std], np.float32)[:, :, None, None]
-        return self.images * std + mean
+        found: Floats = self.images * std + mean
+        return found
 
     def colour(self, level: float) -> Floats:
         """Grey pixels of a level in [0, 1] as the network gets them, [C, 1, 1] float32."""

@@ -299,10 +299,7 @@ def _inconsistencies(manifest: Manifest) -> Iterator[str]:
     for name, precision in manifest.precisions.items():
         report = precision.fidelity
         if set(precision.graphs) - set(OPTIONAL_GRAPHS) != set(GRAPHS):
-            yield (
-                f"{name} must have the graphs {', '.join(GRAPHS)}, "
-                f"and may have {', '.join(OPTIONAL_GRAPHS)}"
-            )
+            yield f"{name} must have the graphs {', '.join(GRAPHS)}"
         for graph in IMAGE_GRADIENTS:
             if (graph in precision.graphs) != (getattr(report, graph) is not UNSET):
                 yield f"the fidelity of {name} and its graphs differ in {graph}"

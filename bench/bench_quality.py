@@ -232,7 +232,7 @@ def run(
 
 def _export(folder: Path) -> Path:
     command = [sys.executable, "-c", "from ccam_deploy.cli.main import main; main()", "export"]
-    words = ["--recipe", str(RECIPE), "--head", "--output", str(folder)]
+    words = ["--recipe", str(RECIPE), "--head", "--gradients", "--output", str(folder)]
     subprocess.run([*command, *words], check=True, capture_output=True, cwd=ROOT)
     return folder
 

@@ -172,7 +172,7 @@ def export_command(
     """The command that makes a network's bundle, with plans where the backend runs those."""
     recipe = ROOT / "export" / f"{network}.toml"
     words = ["--recipe", str(recipe), "--random-weights", "--input-size", size]
-    words += ["--precision", precision, "--head", "--output", str(folder)]
+    words += ["--precision", precision, "--head", "--gradients", "--output", str(folder)]
     if backend in FLAVOURS:
         words += ["--build", "--backend", backend]
     return [sys.executable, "-c", _COMMAND_LINE, "export", *words]

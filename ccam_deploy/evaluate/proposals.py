@@ -116,7 +116,7 @@ def check() -> None:
         from cv2 import ximgproc  # noqa: F401
     except ImportError as error:
         raise OptionError(
-            f"selective search cannot be imported ({error}): pip install ccam-deploy[proposals]"
+            f"selective search cannot be imported ({error}): pip install 'ccam-deploy[proposals]'"
         ) from error
 
 

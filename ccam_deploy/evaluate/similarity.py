@@ -44,7 +44,7 @@ def check_hog() -> None:
     except ImportError as error:
         raise OptionError(
             f"HOG similarity needs scikit-image, which cannot be imported ({error}): "
-            "pip install ccam-deploy[sanity]"
+            "pip install 'ccam-deploy[sanity]'"
         ) from error
 
 

@@ -134,6 +134,6 @@ def _import() -> Any:
         from skimage import segmentation
     except ImportError as error:
         raise BackendError(
-            f"xrai needs scikit-image ({error}): pip install ccam-deploy[xrai]"
+            f"xrai needs scikit-image ({error}): pip install 'ccam-deploy[xrai]'"
         ) from error
     return segmentation

@@ -171,7 +171,7 @@ def test_missing_matplotlib_is_said_before_measuring(
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     words = ("evaluate", digits_bundle, "scenes", "--limit", 1, "--output", tmp_path / "out")
-    assert "pip install ccam-deploy[plot]" in failure(*words)
+    assert "pip install 'ccam-deploy[plot]'" in failure(*words)
     assert not (tmp_path / "out").exists()
     success(*words, "--no-plots")
 

@@ -90,4 +90,4 @@ def test_bad_input(
 
 def test_without_opencv(digits_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cv2", None)
-    assert "pip install ccam-deploy[proposals]" in failure("propose", digits_bundle, SCENE)
+    assert "pip install 'ccam-deploy[proposals]'" in failure("propose", digits_bundle, SCENE)

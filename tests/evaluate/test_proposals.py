@@ -131,5 +131,5 @@ def test_an_unknown_mode() -> None:
 
 def test_without_opencv(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cv2", None)
-    with pytest.raises(OptionError, match=r"pip install ccam-deploy\[proposals\]"):
+    with pytest.raises(OptionError, match=r"pip install 'ccam-deploy\[proposals\]'"):
         proposals.selective_search(square(9, (20, 20)))

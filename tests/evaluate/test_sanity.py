@@ -186,5 +186,5 @@ def test_hog_similarity_of_known_pairs() -> None:
 
 def test_without_scikit_image(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "skimage.feature", None)
-    with pytest.raises(OptionError, match=r"pip install ccam-deploy\[sanity\]"):
+    with pytest.raises(OptionError, match=r"pip install 'ccam-deploy\[sanity\]'"):
         hog_similarity(np.ones((96, 96), np.float32), np.ones((96, 96), np.float32))

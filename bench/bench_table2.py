@@ -38,7 +38,7 @@ from ccam_deploy.evaluate.timing import as_dict, measure_in_turn, median_ratio, 
 ROOT = Path(__file__).parents[1]
 NETWORKS = ("resnet18", "resnet101", "vgg19")
 SIZES = (224, 256)
-DEFAULT = methods.CollectionCAM.name
+DEFAULT = methods.DEFAULT_METHOD
 _WARM_ROUNDS = 3
 _COMMAND_LINE = "from ccam_deploy.cli.main import main; main()"
 _PHOTOGRAPH = ROOT / "ccam_deploy" / "export" / "photographs" / "flower.jpg"

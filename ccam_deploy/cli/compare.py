@@ -10,11 +10,10 @@ import click
 
 from ccam_deploy.cli.options import (
     BATCH_SIZE,
-    COLORMAP,
     METHODS,
-    OPACITY,
     bundle_argument,
     engine_options,
+    look_options,
     precision_option,
 )
 from ccam_deploy.errors import OptionError
@@ -67,14 +66,7 @@ COMPARED = ("collection-cam", "grad-cam", "grad-cam++", "layer-cam")
     type=click.Path(path_type=Path, dir_okay=False),
     help="The picture, a .png file.  [default: explanations/IMAGE-compare.png]",
 )
-@click.option("--colormap", default=COLORMAP, show_default=True, help="The colours of maps.")
-@click.option(
-    "--opacity",
-    default=OPACITY,
-    show_default=True,
-    type=click.FloatRange(0, 1),
-    help="How much of the image an overlay hides.",
-)
+@look_options
 @click.option("--color-bar", is_flag=True, help="Add a color bar at the end of each row.")
 def compare(bundle: Path, image: Path, **options: Any) -> None:
     """Draw the maps of several methods side by side for IMAGE.

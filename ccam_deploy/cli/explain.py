@@ -14,12 +14,11 @@ import click
 
 from ccam_deploy.cli.options import (
     BATCH_SIZE,
-    COLORMAP,
-    METHODS,
-    OPACITY,
     bundle_argument,
     engine_options,
     json_option,
+    look_options,
+    method_choice,
     precision_option,
     print_json,
 )
@@ -43,20 +42,7 @@ KINDS = ("overlay", "heatmap", "panel", "npz", "json")
     show_default=True,
     help="The classes to explain: topN for the N best, or a class's number or name.",
 )
-@click.option(
-    "--method",
-    default=METHODS[0],
-    show_default=True,
-    type=click.Choice(METHODS),
-    help="How maps are made.",
-)
-@click.option(
-    "--option",
-    "pairs",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="An option of the method, such as theta=0.2 or k_max=6; may be repeated.",
-)
+@method_choice
 @engine_options
 @precision_option
 @click.option(
@@ -79,14 +65,7 @@ KINDS = ("overlay", "heatmap", "panel", "npz", "json")
     show_default=True,
     help=f"What to write: {', '.join(KINDS)}, separated by commas, or none.",
 )
-@click.option("--colormap", default=COLORMAP, show_default=True, help="The colours of maps.")
-@click.option(
-    "--opacity",
-    default=OPACITY,
-    show_default=True,
-    type=click.FloatRange(0, 1),
-    help="How much of the image an overlay hides.",
-)
+@look_options
 @click.option("--color-bar", is_flag=True, help="Add a color bar to overlays and heat maps.")
 @json_option
 def explain(bundle: Path, images: tuple[Path, ...], as_json: bool, **options: Any) -> None:

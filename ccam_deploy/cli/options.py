@@ -82,6 +82,46 @@ def engine_options(command: Command) -> Command:
     return command
 
 
+def method_choice(command: Command) -> Command:
+    """--method, --option: how maps are made; see cli.choices for what they become."""
+    for option in (
+        click.option(
+            "--option",
+            "pairs",
+            multiple=True,
+            metavar="KEY=VALUE",
+            help="An option of the method, such as theta=0.2 or k_max=6; may be repeated.",
+        ),
+        click.option(
+            "--method",
+            default=METHODS[0],
+            show_default=True,
+            type=click.Choice(METHODS),
+            help="How maps are made.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def look_options(command: Command) -> Command:
+    """--colormap, --opacity: how maps are drawn."""
+    for option in (
+        click.option(
+            "--opacity",
+            default=OPACITY,
+            show_default=True,
+            type=click.FloatRange(0, 1),
+            help="How much of the image an overlay hides.",
+        ),
+        click.option(
+            "--colormap", default=COLORMAP, show_default=True, help="The colours of maps."
+        ),
+    ):
+        command = option(command)
+    return command
+
+
 def plan_options(command: Command) -> Command:
     """--backend, --max-batch, --device, --timing-cache: what TensorRT plans are built for."""
     for option in (

@@ -14,10 +14,10 @@ import click
 
 from ccam_deploy.cli.options import (
     BATCH_SIZE,
-    METHODS,
     bundle_argument,
     engine_options,
     json_option,
+    method_choice,
     precision_option,
     print_json,
     table,
@@ -78,20 +78,7 @@ _PROPOSED, _TRUE = (0, 220, 0), (255, 0, 0)
     type=click.IntRange(min=1),
     help=f"How many scenes of each kind.  [default: {SCENES_LIMIT}]",
 )
-@click.option(
-    "--method",
-    default=METHODS[0],
-    show_default=True,
-    type=click.Choice(METHODS),
-    help="How maps are made.",
-)
-@click.option(
-    "--option",
-    "pairs",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="An option of the method; may be repeated.",
-)
+@method_choice
 @engine_options
 @precision_option
 @click.option(

@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ccam_deploy.cli.network import model_options, need_torch, prepare
-from ccam_deploy.cli.options import COLORMAP, METHODS, OPACITY, json_option, print_json, table
+from ccam_deploy.cli.options import (
+    json_option,
+    look_options,
+    method_choice,
+    print_json,
+    table,
+)
 from ccam_deploy.errors import OptionError
 
 if TYPE_CHECKING:
@@ -44,20 +50,7 @@ _SHOWN_IMAGES = 3
     help="How many layers to randomise, from the last one down.  [default: all]",
 )
 @click.option("--seed", default=0, show_default=True, help="What the random parameters come from.")
-@click.option(
-    "--method",
-    default=METHODS[0],
-    show_default=True,
-    type=click.Choice(METHODS),
-    help="How maps are made.",
-)
-@click.option(
-    "--option",
-    "pairs",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="An option of the method; may be repeated.",
-)
+@method_choice
 @click.option(
     "--threads",
     default=0,
@@ -72,14 +65,7 @@ _SHOWN_IMAGES = 3
     type=click.Path(path_type=Path, file_okay=False),
     help="The folder for sanity.png and sanity.json.",
 )
-@click.option("--colormap", default=COLORMAP, show_default=True, help="The colours of maps.")
-@click.option(
-    "--opacity",
-    default=OPACITY,
-    show_default=True,
-    type=click.FloatRange(0, 1),
-    help="How much of the image an overlay hides.",
-)
+@look_options
 @json_option
 def sanity(model: Path | None, as_json: bool, **options: Any) -> None:
     """Check that maps change when a network's parameters are randomised (Adebayo et al. 2018).

@@ -77,7 +77,7 @@ def build(
     current = selection.current_plans(bundle, library, targets, precision, chosen.max_batch)
     if current and not chosen.force:
         return Built(bundle, current, fresh=False)
-    built = _build(bundle, library, precision, chosen, progress)
+    built = _build(bundle, library, precision, chosen, targets, progress)
     digest = hashlib.sha256(b"".join(built.values())).hexdigest()
     device = targets[0] if len(targets) == 1 else "several"
     folder = f"plans/{device}-{library.flavour}-{library.version}-{precision}-{digest[:8]}"
@@ -112,11 +112,11 @@ def _build(
     library: Library,
     precision: PrecisionName,
     settings: BuildSettings,
+    targets: tuple[str, ...],
     progress: Progress,
 ) -> dict[str, bytes]:
     """The plan of each graph."""
     tuned_for = plans.profiles(settings.max_batch)
-    targets = library.targets(settings.devices, precision)
     timings = None if settings.timing_cache is None else TimingCache(settings.timing_cache)
     built = {}
     for graph, file in bundle.precision(precision).graphs.items():

@@ -146,7 +146,7 @@ class Pipeline:
         turns.mark("gradient")
         probability = options.score == "probability"
         kernels.output_gradient(inputs, self._head, scale, probability, stream)
-        self._launch("gradient", pairs, {} if direct else self._gather(images, pairs))
+        self._launch("gradient", pairs, {} if direct else self._gather(images, pairs, inputs))
         turns.mark("statistics")
         kernels.statistics(inputs, scale, stream)
         turns.mark("partition")
@@ -183,13 +183,13 @@ class Pipeline:
         names = [spec.name for spec in (*graph.inputs, *graph.outputs)]
         graph.launch({name: rows_of(tensors[name], 0, rows) for name in names})
 
-    def _gather(self, images: int, pairs: int) -> dict[str, DeviceTensor]:
+    def _gather(self, images: int, pairs: int, inputs: Any) -> dict[str, DeviceTensor]:
         """Put copies of the residuals on the stream, a row for each pair instead of each image."""
         gathered = self._memory.gathered()
         for name, target in gathered.items():
             source = self._memory.view(words_of(rows_of(self._memory.tensors[name], 0, images)))
             copied = self._memory.view(words_of(rows_of(target, 0, pairs)))
-            self._kernels.gather(self._inputs(pairs), source, copied, self._device.kernel_stream)
+            self._kernels.gather(inputs, source, copied, self._device.kernel_stream)
         return gathered
 
     def _download(self, pairs: int, rows: int) -> None:

@@ -93,6 +93,8 @@ def export(model: Path | None, as_json: bool, **options: Any) -> None:
     names = prepared.layers(options["layers"])
     precision = options["precision"] or (recipe.precision if recipe else "fp32")
     size = prepared.input_size(options["input_size"])
+    if planner:
+        planner.check(precision)
     bundle = run(prepared.network, output, size, names, precision, prepared.settings)
     if not as_json:
         _report(bundle)

@@ -81,7 +81,7 @@ def model_options(command: Command) -> Command:
             "--cover",
             type=Size(),
             help="With crop: the size that an image is scaled to cover "
-            "before its middle is cut out.  [default: the input's size / 0.875]",
+            "before its middle is cut out.  [default: the recipe's, else the input's size / 0.875]",
         ),
         click.option(
             "--resize",
@@ -148,7 +148,7 @@ def prepare(
     if options["recipe_path"]:
         recipe = recipes.read(options["recipe_path"])
         folder = options["recipe_path"].parent
-        settings = recipes.settings(recipe, folder)
+        settings = recipes.settings(recipe, folder, options["input_size"])
     if options["cover"] and (options["resize"] or settings.resize) == "stretch":
         raise OptionError("--cover goes with --resize crop; stretch scales to the input's size")
     arch, allow_pickle = options["arch"], options["allow_pickle"]

@@ -37,6 +37,10 @@ class Planner:
         self.settings = BuildSettings(max_batch, devices, timing_cache, force)
         self.settings.check(self.library)
 
+    def check(self, precision: str) -> None:
+        """Raise OptionError for a precision that a device to build for does not have."""
+        self.settings.check(self.library, precision)
+
     def build(self, bundle: Bundle, precision: PrecisionName) -> Built:
         """Build one precision, with its progress on stderr."""
         with _progress() as progress:

@@ -37,10 +37,10 @@ class BuildSettings:
     timing_cache: Path | None = None
     force: bool = False
 
-    def check(self, library: Library) -> None:
+    def check(self, library: Library, precision: str = "fp32") -> None:
         """Raise an error for what a library cannot build, before it costs time."""
         plans.profiles(self.max_batch)
-        library.targets(self.devices)
+        library.targets(self.devices, precision)
         if self.timing_cache is not None and not library.times_kernels:
             raise OptionError(
                 f"{library.flavour} has no timing cache, it measures nothing while it builds; "

@@ -55,11 +55,15 @@ class Phases:
 
 
 def logger(trt: Any) -> Any:
-    """A logger that keeps the last error and the last warning, and prints nothing."""
+    """A logger that keeps the first and the last error, and the last warning; it prints nothing.
+
+    first_error: empty where there was none.
+    """
 
     class Log(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
+            self.first_error = ""
             self.last_error = "no reason was given"
             self.last_warning = ""
             self.failure: BaseException | None = None
@@ -68,6 +72,7 @@ def logger(trt: Any) -> Any:
             try:
                 if severity <= trt.ILogger.Severity.ERROR:
                     self.last_error = " ".join(message.split())
+                    self.first_error = self.first_error or self.last_error
                 elif severity == trt.ILogger.Severity.WARNING:
                     self.last_warning = " ".join(message.split())
             except BaseException as error:

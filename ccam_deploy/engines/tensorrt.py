@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from ccam_deploy.engines import progress
 from ccam_deploy.engines.base import TensorSpec
 from ccam_deploy.engines.device import Device, DeviceTensor
 from ccam_deploy.engines.plans import Library
@@ -39,7 +40,7 @@ class SharedPlan:
         self.flavour = library.flavour
         self._trt = trt = library.module
         self._lock = threading.Lock()
-        self._log = _logger(trt)
+        self._log = progress.logger(trt)
         self._recorder = self.new_recorder()
         self._runtime = trt.Runtime(self._log)
         # Without a driver the runtime may be an empty shell, which no method call survives.
@@ -282,18 +283,3 @@ def _recorder(trt: Any) -> Any:
             return True
 
     return Recorder()
-
-
-def _logger(trt: Any) -> Any:
-    """A logger for what comes before a recorder can be set; it prints nothing."""
-
-    class Log(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.first_error = ""
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity <= trt.ILogger.Severity.ERROR and not self.first_error:
-                self.first_error = " ".join(message.split())
-
-    return Log()

@@ -68,8 +68,12 @@ def read(path: Path) -> Recipe:
         raise OptionError(f"{path} is not a valid recipe: {error}") from error
 
 
-def settings(recipe: Recipe, folder: Path) -> ExportSettings:
-    """The export's settings. folder: where the recipe lies."""
+def settings(recipe: Recipe, folder: Path, size: tuple[int, int] | None = None) -> ExportSettings:
+    """The export's settings.
+
+    folder: where the recipe lies.   size: height, width of the input where they are not the
+        recipe's; its cover grows or shrinks with them.
+    """
     calibration = []
     if recipe.calibration:
         found = imaging.find([folder / recipe.calibration])
@@ -78,7 +82,7 @@ def settings(recipe: Recipe, folder: Path) -> ExportSettings:
         mean=recipe.input.mean,
         std=recipe.input.std,
         resize=recipe.input.resize,
-        cover=recipe.input.cover,
+        cover=_cover(recipe.input, size or recipe.input.size),
         interpolation=recipe.input.interpolation,
         labels=_labels(recipe, folder),
         calibration=calibration,
@@ -86,6 +90,16 @@ def settings(recipe: Recipe, folder: Path) -> ExportSettings:
         name=recipe.name,
         source=recipe.arch,
     )
+
+
+def _cover(table: InputTable, size: tuple[int, int]) -> tuple[int, int] | None:
+    if table.cover is None:
+        return None
+    height, width = (
+        round(cover * side / own)
+        for cover, side, own in zip(table.cover, size, table.size, strict=True)
+    )
+    return height, width
 
 
 def model(recipe: Recipe, folder: Path) -> nn.Module:

@@ -189,6 +189,10 @@ def test_a_failed_build_leaves_the_exported_bundle(
             ["--build", "--backend", "tensorrt-rtx", "--timing-cache", "times.bin"],
             "tensorrt-rtx has no timing cache",
         ),
+        (
+            ["--precision", "fp8", "--build", "--backend", "tensorrt-rtx", "--device", "8.6"],
+            "compute capability 8.6 has no FP8",
+        ),
     ],
 )
 def test_bad_build_options_are_found_before_the_export(

@@ -354,6 +354,16 @@ def test_recipes_say_what_is_exported(tmp_path: Path) -> None:
     assert all(recipes.read(file).name == file.stem for file in RECIPES.glob("*.toml"))
 
 
+def test_a_recipes_cover_follows_the_input_size(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text(RECIPE + "cover = [40, 50]\n")
+    recipe = recipes.read(path)
+    assert recipe.input.size == (32, 48)
+    assert recipes.settings(recipe, tmp_path).cover == (40, 50)
+    assert recipes.settings(recipe, tmp_path, (64, 48)).cover == (80, 50)
+    assert recipes.settings(recipe, tmp_path, (16, 24)).cover == (20, 25)
+
+
 def test_random_weights_are_the_same_every_time(tmp_path: Path) -> None:
     path = tmp_path / "recipe.toml"
     path.write_text(RECIPE.replace("tiny", "TinyNet"))

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.export import ExportedProgram
 
-from ccam_deploy import __version__
+from ccam_deploy import __version__, staging
 from ccam_deploy import bundle as bundles
 from ccam_deploy import image as imaging
 from ccam_deploy.bundle import (
@@ -138,7 +138,7 @@ def export(
         raise OptionError(f'precision "{precision}" is unknown; there are {", ".join(_WANTED)}')
     if input_size and min(input_size) < imaging.MIN_SIDE:
         raise OptionError(f"input_size is {input_size}; both must be {imaging.MIN_SIDE} or more")
-    bundles.check_place(output)
+    staging.check_place(output)
     chosen = settings or ExportSettings()
     chosen.progress("tracing the model")
     exported = model
@@ -165,7 +165,7 @@ def export(
     chosen.progress(f"explaining {len(images)} calibration images with PyTorch")
     graphs = dict(converted["fp32"].items())
     expected, baseline = _reference(exported, names, images, graphs)
-    with bundles.staged(output) as folder:
+    with staging.staged(output) as folder:
         files = _write(_WANTED[precision], converted, expected, folder, chosen.progress)
         fidelity.save(folder / _REFERENCE, _first(expected, RECORDED_IMAGES))
         precisions = {}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +24,7 @@ from ccam_deploy.methods import (
     DEFAULT_METHOD,
     Batch,
     CollectionCAM,
+    CollectionCAMOptions,
     LayerPartition,
     MaskSequence,
     Method,
@@ -31,11 +33,13 @@ from ccam_deploy.methods import (
     with_options,
 )
 from ccam_deploy.methods.collection_cam_device import DeviceCollectionCAM
+from ccam_deploy.methods.cost import Budget, Costs, Run, check_budget
 
 Floats = NDArray[np.float32]
 Target = int | str
 Targets = Sequence[Target | Sequence[Target]] | NDArray[np.integer] | Target | None
 Images = Floats | Sequence[Image.Image] | Image.Image
+_Input = tuple[Floats, tuple[Geometry, ...]]
 
 DEFAULT_BATCH = 16
 
@@ -53,7 +57,8 @@ class Explanation:
         0 for a flat mask.   mic[p]: [N] float32, their increase of confidence over the baseline.
         Only Collection-CAM gives all four. Score-CAM gives the weight and increase of each channel
         [C]; what a method does not give has length 0.
-    timings: seconds in each stage.   settings: method, options and engine that gave the result.
+    timings: seconds in each stage.   settings: method, options and engine that gave the result,
+        and the budget where there was one, as cost.Budget tells it.
     geometries: where each image's input lies in the original; empty for array input.
     """
 
@@ -91,7 +96,10 @@ class Explanation:
 
 
 class Explainer:
-    """Explains images with one bundle. Safe to call from several threads; close it when done."""
+    """Explains images with one bundle. Safe to call from several threads; close it when done.
+
+    now: seconds on a clock that only goes forward.
+    """
 
     def __init__(
         self,
@@ -100,6 +108,7 @@ class Explainer:
         precision: str,
         batch_size: int = DEFAULT_BATCH,
         cuda_graphs: bool = True,
+        now: Callable[[], float] = time.perf_counter,
     ) -> None:
         _check_batch_size(batch_size)
         self.bundle = bundle
@@ -108,6 +117,9 @@ class Explainer:
         self.batch_size = batch_size
         graphs = bundle.precision(precision)
         self._baseline = np.array(graphs.baseline_logits, np.float32)
+        self._now = now
+        channels = {layer.name: layer.channels for layer in bundle.manifest.layers}
+        self._costs = Costs(channels, self._rehearse, now)
         self.on_device: DeviceCollectionCAM | None = None
         if networks.slots is not None:
             self.on_device = DeviceCollectionCAM(
@@ -131,6 +143,7 @@ class Explainer:
         options: object = None,
         top: int = 1,
         method: str | None = None,
+        budget_ms: float | None = None,
     ) -> Explanation:
         """Explain the classifier's decisions on some images.
 
@@ -141,25 +154,60 @@ class Explainer:
         options: the method's options, such as CollectionCAMOptions; None for its defaults.
         top: how many of the best classes to explain where targets is None.
         method: a name among ccam_deploy.methods.METHODS; None for Collection-CAM.
-        Raises ImageError, TargetError or OptionError for what cannot be used.
+        budget_ms: milliseconds that this call may take, PIL images to result; None for no bound.
+            Collection-CAM's k_max is lowered, never raised, to the largest with which as many masks
+            as there can be fit nine times out of ten, by what such calls cost; see `calibrate`.
+            Other calls at the same time are not foreseen. All images are prepared first.
+        Raises ImageError, TargetError or OptionError for what cannot be used, and OptionError for a
+        budget in which not even k_min fits, before an engine runs.
         """
-        clock = Stopwatch()
+        clock = Stopwatch(self._now)
         chosen = with_options(DEFAULT_METHOD if method is None else method, options)
+        check_budget(budget_ms, chosen.name)
         if isinstance(images, np.ndarray) and images.ndim == 0:
             raise ImageError("a single number is no image")
         pictures = images if isinstance(images, np.ndarray | Sequence) else [images]
         wanted = _per_image(targets, len(pictures), self.bundle.manifest)
         if not 1 <= top <= self.bundle.manifest.classes:
             raise TargetError(f"top is {top}; it must be 1 to {self.bundle.manifest.classes}")
-        parts = []
-        for start in range(0, len(pictures), self.batch_size):
-            chunk = slice(start, start + self.batch_size)
-            parts.append(self._explain_batch(chosen, pictures[chunk], wanted[chunk], top, clock))
-        return self._assemble(chosen, parts, clock)
+        starts = range(0, len(pictures), self.batch_size)
+        chunks = [slice(start, start + self.batch_size) for start in starts]
+        pairs = [_pairs(wanted[chunk], top) for chunk in chunks]
+        inputs: Iterable[_Input] = (self._prepare(pictures[chunk], clock) for chunk in chunks)
+        budget = None
+        if budget_ms is not None:
+            inputs = list(inputs)
+            sizes = [(len(one[0]), len(own[0])) for one, own in zip(inputs, pairs, strict=True)]
+            spent = clock.seconds["preprocess"]
+            within, budget = self._costs.within(budget_ms, spent, sizes, chosen.options)
+            chosen = CollectionCAM(within)
+        parts = [
+            self._explain_batch(chosen, one, own, clock)
+            for one, own in zip(inputs, pairs, strict=True)
+        ]
+        return self._assemble(chosen, parts, clock, budget)
 
-    def preprocess(
-        self, images: Floats | Sequence[Image.Image]
-    ) -> tuple[Floats, tuple[Geometry, ...]]:
+    def calibrate(
+        self, images: int = 1, classes: int = 1, options: CollectionCAMOptions | None = None
+    ) -> None:
+        """Measure what calls on so many images, with so many classes each, cost here.
+
+        A call with `budget_ms` does so where it was not done before, for its own numbers and its
+        options' layers, k_min and k_max. It takes as long as about twenty explanations, outside of
+        the budget; where it is done ahead, no call waits for it. Nothing else should run meanwhile.
+        Raises OptionError for numbers that no call can have.
+        """
+        if images < 1:
+            raise OptionError(f"images is {images}; it must be at least 1")
+        if not 1 <= classes <= self.bundle.manifest.classes:
+            known = self.bundle.manifest.classes
+            raise OptionError(f"classes is {classes}; it must be 1 to {known}")
+        chosen = with_options(DEFAULT_METHOD, options).options
+        for start in range(0, images, self.batch_size):
+            count = min(self.batch_size, images - start)
+            self._costs.of(count, count * classes, chosen)
+
+    def preprocess(self, images: Floats | Sequence[Image.Image]) -> _Input:
         """Make the network's input [B, C, H, W] of PIL images; check an array that is one."""
         size = self.bundle.manifest.input
         if not isinstance(images, np.ndarray):
@@ -194,17 +242,31 @@ class Explainer:
     ) -> None:
         self.close()
 
+    def _prepare(self, pictures: Floats | Sequence[Image.Image], clock: Stopwatch) -> _Input:
+        with clock.stage("preprocess"):
+            return self.preprocess(pictures)
+
+    def _rehearse(self, images: int, pairs: int) -> Run:
+        """Calls on noise, with as many images and (image, class) pairs."""
+        shape, classes = self.bundle.manifest.input, self.bundle.manifest.classes
+        noise = np.random.default_rng(0).standard_normal((images, *shape), np.float32)
+        owned = np.bincount(np.arange(pairs) % images)
+        targets = [[n % classes for n in range(count)] for count in owned]
+
+        def run(options: CollectionCAMOptions) -> int:
+            result = self.explain(noise, targets, options)
+            return sum(int(np.count_nonzero(weights)) for weights in result.weights)
+
+        return run
+
     def _explain_batch(
         self,
         method: Method[Any],
-        pictures: Floats | Sequence[Image.Image],
-        wanted: Sequence[tuple[int, ...] | None],
-        top: int,
+        inputs: _Input,
+        pairs: tuple[NDArray[np.int64], NDArray[np.int64]],
         clock: Stopwatch,
     ) -> _Part:
-        with clock.stage("preprocess"):
-            images, geometries = self.preprocess(pictures)
-        owner, codes = _pairs(wanted, top)
+        (images, geometries), (owner, codes) = inputs, pairs
         if self.on_device is not None and isinstance(method, CollectionCAM):
             logits, classes, results = self.on_device.explain(
                 images, owner, codes, method.options, clock
@@ -217,12 +279,12 @@ class Explainer:
         classes = _classes(codes, owner, activations.logits)
         results = []
         for start in range(0, len(owner), self.batch_size):
-            pairs = slice(start, start + self.batch_size)
+            part = slice(start, start + self.batch_size)
             batch = Batch(
                 images,
                 activations,
-                owner[pairs],
-                classes[pairs],
+                owner[part],
+                classes[part],
                 tuple(layer.name for layer in self.bundle.manifest.layers),
                 self._baseline,
                 self.batch_size,
@@ -233,7 +295,11 @@ class Explainer:
         return _Part(activations.logits, geometries, owner, classes, results)
 
     def _assemble(
-        self, method: Method[Any], parts: Sequence[_Part], clock: Stopwatch
+        self,
+        method: Method[Any],
+        parts: Sequence[_Part],
+        clock: Stopwatch,
+        budget: Budget | None,
     ) -> Explanation:
         results = [result for part in parts for result in part.results]
         masks = results[0].masks
@@ -259,6 +325,7 @@ class Explainer:
                 "backend": self.networks.backend,
                 "precision": self.precision,
                 "batch_size": self.batch_size,
+                **({"budget": dataclasses.asdict(budget)} if budget else {}),
             },
             geometries=tuple(geometry for part in parts for geometry in part.geometries),
         )

@@ -43,6 +43,12 @@ KINDS = ("overlay", "heatmap", "panel", "npz", "json")
     help="The classes to explain: topN for the N best, or a class's number or name.",
 )
 @method_choice
+@click.option(
+    "--budget-ms",
+    type=click.FloatRange(min=0, min_open=True),
+    help="The most milliseconds for an image, all its classes together; collection-cam's k_max is "
+    "lowered to keep it.  [default: no bound]",
+)
 @engine_options
 @precision_option
 @click.option(
@@ -72,16 +78,20 @@ def explain(bundle: Path, images: tuple[Path, ...], as_json: bool, **options: An
     """Explain a classifier's decisions on IMAGES, files or folders.
 
     Prints one line for each image and class: file, class, score, masks of each layer,
-    milliseconds; then the files that were written.
+    milliseconds; then the files that were written. With --budget-ms images are explained one by
+    one, after it was measured what that costs here, and the k_max of each is printed too.
     """
     import ccam_deploy as ccam
     from ccam_deploy import image as imaging
     from ccam_deploy import render
     from ccam_deploy.cli import choices
     from ccam_deploy.cli.writer import Writer
+    from ccam_deploy.methods.cost import check_budget
 
     kinds = _kinds(options["save"])
     (method_options,) = choices.method_options([options["method"]], options["pairs"]).values()
+    budget = options["budget_ms"]
+    check_budget(budget, options["method"])
     top, target = _parse_target(options["target"])
     render.check_colormap(options["colormap"])
     files = imaging.find(images)
@@ -98,9 +108,14 @@ def explain(bundle: Path, images: tuple[Path, ...], as_json: bool, **options: An
             explainer.bundle.manifest.class_index(target)
         look = render.Look(options["colormap"], options["opacity"], options["color_bar"])
         writer = Writer(options["output"], kinds, look, explainer.bundle.manifest)
+        together = explainer.batch_size
+        if budget is not None:
+            together = 1
+            click.echo("measuring what an explanation costs here", err=True)
+            explainer.calibrate(1, top, method_options)
         with _progress(files) as bar:
-            for start in range(0, len(files), explainer.batch_size):
-                chunk = files[start : start + explainer.batch_size]
+            for start in range(0, len(files), together):
+                chunk = files[start : start + together]
                 read, problems = _read(chunk, explainer.bundle.manifest)
                 for problem in problems:
                     click.echo(f"error: {problem}", err=True)
@@ -108,7 +123,12 @@ def explain(bundle: Path, images: tuple[Path, ...], as_json: bool, **options: An
                 if read:
                     started = time.perf_counter()
                     result = explainer.explain(
-                        [p for _, p in read], target, method_options, top, options["method"]
+                        [picture for _, picture in read],
+                        target,
+                        method_options,
+                        top,
+                        options["method"],
+                        budget,
                     )
                     spent = (time.perf_counter() - started) * 1000
                     lines = _lines(explainer, result, [f for f, _ in read], spent)
@@ -168,6 +188,7 @@ def _lines(
 ) -> list[dict[str, Any]]:
     """What is reported of each image and class; milliseconds are shared evenly."""
     manifest = explainer.bundle.manifest
+    budget = {key: value for key, value in result.settings.items() if key == "budget"}
     return [
         {
             "file": str(files[result.image_index[pair]]),
@@ -177,6 +198,7 @@ def _lines(
             "logit": float(result.logits[result.image_index[pair], target]),
             "masks": {layer.name: int(layer.count[pair]) for layer in result.layers},
             "milliseconds": spent / len(result),
+            **budget,
         }
         for pair, target in enumerate(result.targets)
     ]
@@ -185,9 +207,12 @@ def _lines(
 def _print(line: dict[str, Any]) -> None:
     counts = "+".join(str(count) for count in line["masks"].values())
     masks = f"masks {counts}, " if counts else ""
+    budget = ""
+    if "budget" in line:
+        budget = f", k_max {line['budget']['k_max']} for {line['budget']['ms']:g} ms"
     click.echo(
         f"{line['file']}: class {line['class']}, score {line['probability']:.3f}, "
-        f"{masks}{line['milliseconds']:.1f} ms"
+        f"{masks}{line['milliseconds']:.1f} ms{budget}"
     )
     for file in line["files"]:
         click.echo(f"  {file}")

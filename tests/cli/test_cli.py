@@ -200,6 +200,34 @@ def test_explain_by_another_method(tiny_bundle: Path, here: Path) -> None:
         assert arrays["saliency"].max() == 1
 
 
+def test_explain_within_a_budget(tiny_bundle: Path, here: Path) -> None:
+    """Images go one by one; each line ends with the k_max that there was time for."""
+    picture(here / "a.png")
+    picture(here / "b.png", seed=1)
+    words = ["explain", tiny_bundle, "a.png", "b.png", "--save", "json", "--budget-ms"]
+    result = success(*words, 60_000, "--option", "k_max=4")
+    assert result.stderr == "measuring what an explanation costs here\n"
+    lines = [line for line in result.stdout.splitlines() if line[0] != " "]
+    assert [line.split(":")[0] for line in lines] == ["a.png", "b.png"]
+    for line in lines:
+        assert re.fullmatch(LINE.pattern + ", k_max 4 for 60000 ms", line)
+    (file,) = (here / "explanations").glob("a-*.json")
+    settings = json.loads(file.read_text())["settings"]
+    assert settings["options"]["k_max"] == settings["budget"]["k_max"] == 4
+    reports = json.loads(success(*words, 60_000, "--target", "top2", "--json").stdout)
+    assert [report["file"] for report in reports] == ["a.png", "a.png", "b.png", "b.png"]
+    for report in reports:
+        assert 0 < report["budget"]["predicted_ms"] < 60_000
+        assert (report["budget"]["k_max"], report["budget"]["k_max_asked"]) == (10, 10)
+    shutil.rmtree(here / "explanations")
+    message = r"budget_ms is 0\.001; with k_max 2, the least, this call is expected to take .+ ms"
+    assert re.fullmatch(message, failure(*words, 0.001))
+    message = "a budget is kept by collection-cam alone; the method is rise"
+    assert failure(*words, 50, "--method", "rise") == message
+    assert "0 is not in the range x>0" in failure(*words, 0)
+    assert tree(here) == ["a.png", "b.png"]
+
+
 @pytest.mark.parametrize(("target", "classes"), [("top1", 1), ("top3", 3), ("cat", 2), ("4", 4)])
 def test_targets(tiny_bundle: Path, here: Path, target: str, classes: int) -> None:
     picture(here / "one.png")

@@ -130,6 +130,7 @@ class Call:
     targets: Any = None
     options: CollectionCAMOptions = field(default_factory=CollectionCAMOptions)
     top: int = 1
+    budget_ms: float | None = None
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,9 @@ def run(job: Job) -> Report:
         bundle, networks, job.precision, job.batch_size, job.cuda_graphs
     ) as explainer:
         results = [
-            explainer.explain(call.images, call.targets, call.options, call.top)
+            explainer.explain(
+                call.images, call.targets, call.options, call.top, budget_ms=call.budget_ms
+            )
             for call in job.calls
         ]
         notes = explainer.notes

@@ -73,6 +73,18 @@ def test_matches_cpu(bundle: Path, device: Run) -> None:
     assert report.notes == ()
 
 
+def test_a_budget_is_kept_on_the_device(bundle: Path, device: Run) -> None:
+    """Its calls are measured there; an hour is enough for all masks."""
+    images = noise(1, 3, 16, 24)
+    options = CollectionCAMOptions(k_max=2)
+    got = device(Job(bundle, (Call(images, None, options, budget_ms=3.6e6),))).results[0]
+    with ccam.load(bundle, "onnxruntime-cpu") as explainer:
+        assert_same(got, explainer.explain(images, None, options), 1e-5)
+    told = got.settings["budget"]
+    assert (told["ms"], told["k_max"], told["k_max_asked"]) == (3.6e6, 2, 2)
+    assert 0 < told["predicted_ms"] < 3.6e6
+
+
 def test_half_precision_matches_cpu(bundle: Path, device: Run) -> None:
     """The gradients are scaled, the images cast, and the masks written in half precision."""
     call = Call(noise(2, 3, 16, 24), None, OPTIONS)

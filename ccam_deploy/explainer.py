@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeGuard
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,7 @@ from PIL import Image
 
 from ccam_deploy import bundle as bundles
 from ccam_deploy import image as imaging
-from ccam_deploy.bundle import Bundle, Manifest
+from ccam_deploy.bundle import Bundle
 from ccam_deploy.engines import Networks, open_networks
 from ccam_deploy.errors import BackendError, ImageError, OptionError, TargetError
 from ccam_deploy.image import Geometry
@@ -34,10 +34,9 @@ from ccam_deploy.methods import (
 )
 from ccam_deploy.methods.collection_cam_device import DeviceCollectionCAM
 from ccam_deploy.methods.cost import Budget, Costs, Run, check_budget
+from ccam_deploy.targets import Targets, classes_of, pairs_of, per_image
 
 Floats = NDArray[np.float32]
-Target = int | str
-Targets = Sequence[Target | Sequence[Target]] | NDArray[np.integer] | Target | None
 Images = Floats | Sequence[Image.Image] | Image.Image
 _Input = tuple[Floats, tuple[Geometry, ...]]
 
@@ -167,12 +166,12 @@ class Explainer:
         if isinstance(images, np.ndarray) and images.ndim == 0:
             raise ImageError("a single number is no image")
         pictures = images if isinstance(images, np.ndarray | Sequence) else [images]
-        wanted = _per_image(targets, len(pictures), self.bundle.manifest)
+        wanted = per_image(targets, len(pictures), self.bundle.manifest)
         if not 1 <= top <= self.bundle.manifest.classes:
             raise TargetError(f"top is {top}; it must be 1 to {self.bundle.manifest.classes}")
         starts = range(0, len(pictures), self.batch_size)
         chunks = [slice(start, start + self.batch_size) for start in starts]
-        pairs = [_pairs(wanted[chunk], top) for chunk in chunks]
+        pairs = [pairs_of(wanted[chunk], top) for chunk in chunks]
         inputs: Iterable[_Input] = (self._prepare(pictures[chunk], clock) for chunk in chunks)
         budget = None
         if budget_ms is not None:
@@ -276,7 +275,7 @@ class Explainer:
         with clock.stage("backbone"):
             activations = self.networks.backbone(images)
         _check_logits(activations.logits)
-        classes = _classes(codes, owner, activations.logits)
+        classes = classes_of(codes, owner, activations.logits)
         results = []
         for start in range(0, len(owner), self.batch_size):
             part = slice(start, start + self.batch_size)
@@ -351,62 +350,9 @@ def _join_layers(parts: tuple[LayerPartition, ...]) -> LayerPartition:
     )
 
 
-def _pairs(
-    wanted: Sequence[tuple[int, ...] | None], top: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The image of each pair, and its class, or -1 - r for the class of rank r."""
-    best = tuple(range(-1, -1 - top, -1))
-    classes = [best if chosen is None else chosen for chosen in wanted]
-    owner = np.repeat(np.arange(len(classes)), [len(chosen) for chosen in classes])
-    return owner, np.concatenate(classes).astype(np.int64)
-
-
-def _classes(
-    codes: NDArray[np.int64], owner: NDArray[np.int64], logits: Floats
-) -> NDArray[np.int64]:
-    """The class of each pair, the ranks among its codes looked up in the logits."""
-    if (codes >= 0).all():
-        return codes
-    order = np.argsort(-logits, axis=1, kind="stable")
-    return np.where(codes < 0, order[owner, -1 - codes], codes)
-
-
 def _check_logits(logits: Floats) -> None:
     if not np.isfinite(logits).all():
         raise BackendError("the classifier gives NaN or infinite logits for these images")
-
-
-def _per_image(
-    targets: Targets, images: int, manifest: Manifest
-) -> Sequence[tuple[int, ...] | None]:
-    """The classes wanted for each image; None for its best ones."""
-    if not images:
-        raise ImageError("there are no images to explain")
-    if targets is None:
-        return [None] * images
-    if not _is_list(targets):
-        return [(_class_index(targets, manifest),)] * images
-    if len(targets) != images:
-        raise TargetError(f"there are {len(targets)} targets for {images} images")
-    wanted = []
-    for target in targets:
-        several = target if _is_list(target) else [target]
-        if not len(several):
-            raise TargetError("an image has an empty list of targets; give at least one class")
-        wanted.append(tuple(_class_index(one, manifest) for one in several))
-    return wanted
-
-
-def _is_list(targets: Any) -> TypeGuard[Sequence[Any]]:
-    if isinstance(targets, np.ndarray):
-        return targets.ndim > 0
-    return isinstance(targets, Sequence) and not isinstance(targets, str)
-
-
-def _class_index(target: Any, manifest: Manifest) -> int:
-    if isinstance(target, bool) or not isinstance(target, int | str | np.integer):
-        raise TargetError(f"a target is {target!r}; it must be the number or name of a class")
-    return manifest.class_index(target if isinstance(target, str) else int(target))
 
 
 def load(

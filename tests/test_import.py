@@ -23,7 +23,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"errors"}),
     frozenset({"bundle", "files", "render"}),
-    frozenset({"engines", "image", "kernels", "staging"}),
+    frozenset({"engines", "image", "kernels", "staging", "targets"}),
     frozenset({"methods"}),
     frozenset({"explainer"}),
     frozenset({"evaluate"}),

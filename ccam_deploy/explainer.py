@@ -17,7 +17,7 @@ from PIL import Image
 from ccam_deploy import bundle as bundles
 from ccam_deploy import image as imaging
 from ccam_deploy.bundle import Bundle
-from ccam_deploy.engines import Networks, open_networks
+from ccam_deploy.engines import Activations, Networks, open_networks
 from ccam_deploy.errors import BackendError, ImageError, OptionError, TargetError
 from ccam_deploy.image import Geometry
 from ccam_deploy.methods import (
@@ -186,6 +186,18 @@ class Explainer:
         ]
         return self._assemble(chosen, parts, clock, budget)
 
+    def check(self, method: str | None = None, options: object = None) -> None:
+        """See that a method can run on this bundle, in a pass or two of its graphs.
+
+        method, options: as for `explain`.
+        Raises OptionError or BackendError with what is missing, and how to get it.
+        """
+        chosen = with_options(DEFAULT_METHOD if method is None else method, options)
+        image = self._noise(1)
+        first = np.zeros(1, np.int64)
+        batch = self._batch(image, self.networks.backbone(image), first, first)
+        chosen.check(self.networks, batch)
+
     def calibrate(
         self, images: int = 1, classes: int = 1, options: CollectionCAMOptions | None = None
     ) -> None:
@@ -245,10 +257,13 @@ class Explainer:
         with clock.stage("preprocess"):
             return self.preprocess(pictures)
 
+    def _noise(self, images: int) -> Floats:
+        shape = images, *self.bundle.manifest.input
+        return np.random.default_rng(0).standard_normal(shape, np.float32)
+
     def _rehearse(self, images: int, pairs: int) -> Run:
         """Calls on noise, with as many images and (image, class) pairs."""
-        shape, classes = self.bundle.manifest.input, self.bundle.manifest.classes
-        noise = np.random.default_rng(0).standard_normal((images, *shape), np.float32)
+        noise, classes = self._noise(images), self.bundle.manifest.classes
         owned = np.bincount(np.arange(pairs) % images)
         targets = [[n % classes for n in range(count)] for count in owned]
 
@@ -279,19 +294,29 @@ class Explainer:
         results = []
         for start in range(0, len(owner), self.batch_size):
             part = slice(start, start + self.batch_size)
-            batch = Batch(
-                images,
-                activations,
-                owner[part],
-                classes[part],
-                tuple(layer.name for layer in self.bundle.manifest.layers),
-                self._baseline,
-                self.batch_size,
-                self.bundle.manifest.preprocessing.mean,
-                self.bundle.manifest.preprocessing.std,
-            )
+            batch = self._batch(images, activations, owner[part], classes[part])
             results.append(method.explain(self.networks, batch, clock))
         return _Part(activations.logits, geometries, owner, classes, results)
+
+    def _batch(
+        self,
+        images: Floats,
+        activations: Activations,
+        owner: NDArray[np.int64],
+        targets: NDArray[np.int64],
+    ) -> Batch:
+        manifest = self.bundle.manifest
+        return Batch(
+            images,
+            activations,
+            owner,
+            targets,
+            tuple(layer.name for layer in manifest.layers),
+            self._baseline,
+            self.batch_size,
+            manifest.preprocessing.mean,
+            manifest.preprocessing.std,
+        )
 
     def _assemble(
         self,

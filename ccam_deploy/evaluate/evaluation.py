@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ccam_deploy import __version__
-from ccam_deploy.errors import OptionError
+from ccam_deploy.errors import BackendError, OptionError
 from ccam_deploy.evaluate import metrics
 from ccam_deploy.evaluate.datasets import Dataset, Item
 from ccam_deploy.evaluate.metrics import METRICS, PROTOCOLS, Doubles, Floats
@@ -95,7 +95,10 @@ class Evaluation:
         contenders: Sequence[Variant],
         settings: EvaluationSettings,
     ) -> None:
-        """Raises OptionError for settings that are unknown or that the data set does not allow."""
+        """Raises OptionError for settings that are unknown or that the data set does not allow.
+
+        So it does, before anything is measured, for methods that cannot run on the bundle.
+        """
         self.explainer = explainer
         self.dataset = dataset
         self.contenders = tuple(contenders)
@@ -108,6 +111,7 @@ class Evaluation:
         if settings.target == "label" and not dataset.has_classes:
             raise OptionError("the data set has no classes to explain; use --target predicted")
         self.places = drawn(len(dataset), settings.limit, settings.seed)
+        _check_methods(explainer, self.contenders)
 
     @property
     def total(self) -> int:
@@ -259,6 +263,19 @@ def _metrics(settings: EvaluationSettings, dataset: Dataset) -> tuple[str, ...]:
         if name not in possible:
             raise OptionError(f"{name} needs boxes, which the data set does not have")
     return tuple(name for name in possible if not settings.metrics or name in settings.metrics)
+
+
+def _check_methods(explainer: Explainer, contenders: Sequence[Variant]) -> None:
+    """Raise OptionError with all methods that cannot run on a bundle, and what each needs."""
+    refused: dict[str, list[str]] = {}
+    for one in contenders:
+        try:
+            explainer.check(one.method, one.options)
+        except (OptionError, BackendError) as error:
+            refused.setdefault(str(error), []).append(one.name)
+    if refused:
+        reasons = (f"{', '.join(names)} ({why})" for why, names in refused.items())
+        raise OptionError(f"some methods cannot run here: {', '.join(reasons)}")
 
 
 def _described(one: Variant) -> dict[str, Any]:

@@ -172,6 +172,14 @@ class Method(ABC, Generic[Options]):
         gradients that are not finite.
         """
 
+    def check(self, classifier: Classifier, batch: Batch) -> None:
+        """See that a bundle has all that `explain` needs; a pass or two of its graphs.
+
+        Methods that explain in more than that see it in another way.   batch: of a single pair.
+        Raises what `explain` would, but for what depends on the images.
+        """
+        self.explain(classifier, batch, Stopwatch())
+
 
 def places_of(layers: Sequence[str], names: Sequence[str]) -> list[int]:
     """Where some layers stand among the bundle's, from the shallowest to the deepest.

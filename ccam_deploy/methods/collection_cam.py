@@ -104,6 +104,10 @@ class CollectionCAM(Method[CollectionCAMOptions]):
         draws = [partial(draw_masks, sums, batch.size, self.options.theta) for sums in per_pair]
         return MethodResult(raw, saliency, tuple(layers), MaskSequence(draws), weights, mic)
 
+    def check(self, classifier: Classifier, batch: Batch) -> None:
+        """See that the layers are there; see Method."""
+        chosen_layers(self.options, batch.layers)
+
     def _output_gradient(self, batch: Batch) -> Floats:
         """∂F_c/∂logits, [P, classes]."""
         if self.options.score == "logit":

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, TypeVar, get_args
+from typing import ClassVar, Literal, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -92,7 +92,12 @@ Options = TypeVar("Options", IntegratedGradientsOptions, SmoothGradOptions, Guid
 
 
 class _Attribution(Method[Options]):
-    """A value for each channel of each pixel, and of these one for the pixel."""
+    """A value for each channel of each pixel, and of these one for the pixel.
+
+    guided: whether it is the gradient through ReLUs that pass back its positive part.
+    """
+
+    guided: ClassVar[bool] = False
 
     def explain(self, classifier: Classifier, batch: Batch, clock: Stopwatch) -> MethodResult:
         """Explain every pair of a batch; see Method."""
@@ -100,6 +105,10 @@ class _Attribution(Method[Options]):
             attributions = self.attribute(classifier, batch)
         with clock.stage("combine"):
             return MethodResult.of_maps(reduce_channels(attributions, self.options.channels))
+
+    def check(self, classifier: Classifier, batch: Batch) -> None:
+        """See that there is a gradient of the image; see Method."""
+        classifier.input_gradient(batch.images, batch.one_hot, self.guided)
 
     @abstractmethod
     def attribute(self, classifier: Classifier, batch: Batch) -> Floats:
@@ -153,6 +162,7 @@ class GuidedBackprop(_Attribution[GuidedBackpropOptions]):
 
     name = "guided-backprop"
     options_type = GuidedBackpropOptions
+    guided = True
 
     def attribute(self, classifier: Classifier, batch: Batch) -> Floats:
         """The guided gradient of each pair's pixels; see the class."""
@@ -160,7 +170,7 @@ class GuidedBackprop(_Attribution[GuidedBackpropOptions]):
             classifier.input_gradient(
                 batch.images[batch.owner[start : start + batch.chunk]],
                 batch.one_hot[start : start + batch.chunk],
-                guided=True,
+                self.guided,
             )
             for start in range(0, len(batch.owner), batch.chunk)
         ]

@@ -59,3 +59,7 @@ class ReciproCAM(Method[ReciproCAMOptions]):
         with clock.stage("combine"):
             raw = cpu.upsample(maps.reshape(-1, height, width), batch.size)
             return MethodResult.of_maps(raw)
+
+    def check(self, classifier: Classifier, batch: Batch) -> None:
+        """See that there is a head; see Method."""
+        classifier.head_logits(batch.activations.features[-1])

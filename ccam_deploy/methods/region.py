@@ -108,6 +108,10 @@ class ScoreCAM(Method[ScoreCAMOptions]):
             raw = cpu.upsample(np.maximum(np.stack(maps), 0), batch.size)
             return MethodResult.of_maps(raw, list(weights), list(gains))
 
+    def check(self, classifier: Classifier, batch: Batch) -> None:
+        """See that the layer is there; see Method."""
+        batch.place_of(self.options.layer)
+
     @property
     def _kind(self) -> Score:
         return "probability" if self.options.weights == "probability" else "logit"
@@ -182,6 +186,10 @@ class RISE(Method[RISEOptions]):
         with clock.stage("combine"):
             mean = (total / (count * self.options.p)).astype(np.float32)
             return MethodResult.of_maps(mean.reshape(-1, *batch.size))
+
+    def check(self, classifier: Classifier, batch: Batch) -> None:
+        """See that masks can be had; see Method."""
+        next(self._chunks(batch))
 
     def _chunks(self, batch: Batch) -> Iterator[Floats]:
         """The masks, some at a time."""

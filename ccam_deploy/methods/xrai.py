@@ -82,6 +82,11 @@ class XRAI(Method[XRAIOptions]):
             maps = [rank(value, regions[int(image)], options.least) for value, image in pairs]
             return MethodResult.of_maps(np.stack(maps))
 
+    def check(self, classifier: Classifier, batch: Batch) -> None:
+        """See that there are scikit-image and a gradient of the image; see Method."""
+        classifier.input_gradient(batch.images, batch.one_hot)
+        _import()
+
 
 def rank(values: Floats, regions: NDArray[np.bool_], least: int) -> Floats:
     """The map [H, W] float32 of attributions [H, W] over regions [R, H, W] that may overlap."""

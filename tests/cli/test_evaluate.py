@@ -166,6 +166,21 @@ def test_bad_words_are_one_line(digits_bundle: Path, tmp_path: Path) -> None:
     assert "is not a bundle" in failure("evaluate", tmp_path, "scenes", "--output", output)
 
 
+def test_methods_that_cannot_run_are_told_first(digits_bundle: Path, tmp_path: Path) -> None:
+    """All of them in one line, with what to export, before anything is written."""
+    output = tmp_path / "out"
+    names = "collection-cam,recipro-cam,smoothgrad,grad-cam,integrated-gradients,guided-backprop"
+    words = ("evaluate", digits_bundle, "scenes", "--limit", 1, "--methods", names)
+    assert failure(*words, "--output", output) == (
+        "some methods cannot run here: "
+        "recipro-cam (the bundle has no head graph; export it with --head), "
+        "smoothgrad, integrated-gradients "
+        "(the bundle has no input_gradient graph; export it with --gradients), "
+        "guided-backprop (the bundle has no guided_gradient graph; export it with --gradients)"
+    )
+    assert not output.exists()
+
+
 def test_missing_matplotlib_is_said_before_measuring(
     digits_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

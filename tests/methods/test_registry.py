@@ -4,23 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 import typing
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
 import ccam_deploy as ccam
 from ccam_deploy.cli import options
+from ccam_deploy.engines.base import Array
+from ccam_deploy.engines.onnxruntime import OnnxRuntimeEngine
 from ccam_deploy.errors import OptionError
 from ccam_deploy.methods import (
     DEFAULT_METHOD,
     METHODS,
+    CAMOptions,
     CollectionCAMOptions,
     GradCAMOptions,
     LayerCAMOptions,
     RISEOptions,
+    ScoreCAMOptions,
     with_options,
 )
 from tests.helpers import noise
+
+NEEDY = {"recipro-cam", "integrated-gradients", "smoothgrad", "guided-backprop", "xrai"}
+"""Methods that need graphs which an export writes only where it is told to."""
 
 
 def test_the_command_line_offers_them_all() -> None:
@@ -52,6 +60,65 @@ def test_result_tells_method_and_options(headed_bundle: Path, name: str) -> None
     assert result.settings["method"] == name
     assert result.settings["options"] == dataclasses.asdict(chosen)
     assert len(result) == len(result.masks) == len(result.weights) == len(result.mic) == 2
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_check_refuses_what_an_explanation_does(
+    headed_bundle: Path, tiny_bundle: Path, name: str
+) -> None:
+    """With the same words, and on a bundle with all graphs it refuses nothing."""
+    chosen = RISEOptions(masks=20) if name == "rise" else METHODS[name].options_type()
+    with ccam.load(headed_bundle) as explainer:
+        explainer.check(name, chosen)
+    with ccam.load(tiny_bundle) as explainer:
+        said = []
+        for call in (
+            lambda: explainer.check(name, chosen),
+            lambda: explainer.explain(noise(1, 3, 32, 48), 0, chosen, method=name),
+        ):
+            try:
+                call()
+                said.append("")
+            except OptionError as error:
+                said.append(str(error))
+    assert said[0] == said[1]
+    assert ("export it with --" in said[0]) == (name in NEEDY)
+
+
+@pytest.mark.parametrize(
+    ("name", "chosen", "message"),
+    [
+        ("collection-cam", CollectionCAMOptions(layers=("x",)), 'layer "x" is not in the bundle'),
+        ("grad-cam", GradCAMOptions(layer="x"), 'layer "x" is not in the bundle'),
+        ("score-cam", ScoreCAMOptions(layer="x"), 'layer "x" is not in the bundle'),
+        ("cam", CAMOptions(layer="relu1"), "cam needs logits that are linear in the mean of"),
+        ("rise", RISEOptions(file="none.npy"), r"none\.npy is not a \.npy file that can be read"),
+        ("rise", RISEOptions(cells=40), "cells is 40; an input of 32x48 takes 32"),
+    ],
+)
+def test_a_check_finds_options_that_do_not_suit(
+    tiny_bundle: Path, name: str, chosen: object, message: str
+) -> None:
+    with ccam.load(tiny_bundle) as explainer, pytest.raises(OptionError, match=message):
+        explainer.check(name, chosen)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_check_is_a_few_passes(
+    headed_bundle: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    rows = []
+    plain = OnnxRuntimeEngine.run
+
+    def counting(engine: OnnxRuntimeEngine, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        rows.append(max(len(value) for value in feeds.values()))
+        return plain(engine, feeds)
+
+    monkeypatch.setattr(OnnxRuntimeEngine, "run", counting)
+    with ccam.load(headed_bundle, "onnxruntime-cpu") as explainer:
+        explainer.check(name)
+    assert 1 <= len(rows) <= 4
+    assert set(rows) == {1}
 
 
 def test_the_default_is_collection_cam(tiny_bundle: Path) -> None:

@@ -20,9 +20,10 @@ from ccam_deploy.errors import OptionError
 from ccam_deploy.methods.base import Batch, Floats, Method, MethodResult, Stopwatch
 
 Channels = Literal["absolute", "maximum", "positive", "sum"]
-Rule = Literal["midpoint", "trapezoid"]
+Rule = Literal["midpoint", "trapezoid", "gauss-legendre"]
 Baseline = Literal["zero", "black", "grey", "white"]
 _MOST_STEPS = 100_000
+_MOST_NODES = 1_000
 _LEVELS: dict[Baseline, float] = {"black": 0.0, "grey": 0.5, "white": 1.0}
 
 
@@ -31,7 +32,8 @@ class IntegratedGradientsOptions:
     """Options of integrated gradients.
 
     steps: how many gradients are taken between baseline and image.
-    rule: where: "midpoint" in the middle of equal parts, "trapezoid" at their ends.
+    rule: where: "midpoint" in the middle of equal parts, "trapezoid" at their ends,
+        "gauss-legendre" at the nodes of Gauss's quadrature, as in Captum.
     baseline: where the path starts: "zero" in the network's own input, as in Captum, which is
         the mean colour of most networks' training images; or "black", "grey" or "white" pixels.
     channels: one value of each pixel's C: the sum of "absolute" values as in PAIR's saliency
@@ -181,8 +183,9 @@ def check_steps(steps: int, rule: str) -> None:
     """Raise OptionError for a number of steps or a rule that there is not."""
     check_name("rule", rule, get_args(Rule))
     least = 2 if rule == "trapezoid" else 1
-    if not least <= steps <= _MOST_STEPS:
-        raise OptionError(f"steps is {steps}; it must be {least} to {_MOST_STEPS}")
+    most = _MOST_NODES if rule == "gauss-legendre" else _MOST_STEPS
+    if not least <= steps <= most:
+        raise OptionError(f"steps is {steps}; with rule {rule} it must be {least} to {most}")
 
 
 def check_name(option: str, value: str, known: tuple[str, ...]) -> None:
@@ -202,13 +205,7 @@ def integrate(
     classifier: Classifier, batch: Batch, start: Floats, steps: int, rule: Rule
 ) -> Floats:
     """Integrated gradients [P, C, H, W] float32 of each pair, from a baseline [C, 1, 1]."""
-    if rule == "midpoint":
-        places = (np.arange(steps) + 0.5) / steps
-        weights = np.full(steps, 1 / steps)
-    else:
-        places = np.linspace(0, 1, steps)
-        weights = np.full(steps, 1 / (steps - 1))
-        weights[[0, -1]] /= 2
+    places, weights = _quadrature(steps, rule)
     way = batch.images - start
     shares = places.astype(np.float32)
 
@@ -217,6 +214,18 @@ def integrate(
         return found
 
     return way[batch.owner] * _mean_gradient(classifier, batch, weights, between)
+
+
+def _quadrature(steps: int, rule: Rule) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Where on [0, 1] a function is taken [steps], and the weight of each value [steps]."""
+    if rule == "midpoint":
+        return (np.arange(steps) + 0.5) / steps, np.full(steps, 1 / steps)
+    if rule == "gauss-legendre":
+        nodes, weights = np.polynomial.legendre.leggauss(steps)
+        return (nodes + 1) / 2, weights / 2
+    weights = np.full(steps, 1 / (steps - 1))
+    weights[[0, -1]] /= 2
+    return np.linspace(0, 1, steps), weights
 
 
 def reduce_channels(values: Floats, how: Channels) -> Floats:

@@ -27,6 +27,7 @@ def resnet18_case(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
         recipes.settings(recipe, path.parent),
         random_weights=True,
         head=True,
+        gradients=True,
     )
     folder = tmp_path_factory.mktemp("bundles") / "resnet18"
     with ccam.load(export(model, folder, recipe.input.size, None, "fp32", settings)) as explainer:

@@ -58,3 +58,13 @@ def assert_correlated(got: Floats, expected: Floats, least: float = 0.999) -> No
         assert one.std() > 0
         assert other.std() > 0
         assert np.corrcoef(one.ravel(), other.ravel())[0, 1] >= least
+
+
+def assert_same(got: Floats, expected: Floats, off: float = 0.02) -> None:
+    """Correlated, and off by at most a share as a whole: a correlation does not see the scale.
+
+    Where a ReLU's input is all but zero, engines round it to either side; that is the 2 %.
+    """
+    assert_correlated(got, expected)
+    for one, other in zip(got, expected, strict=True):
+        assert np.linalg.norm(one - other) <= off * np.linalg.norm(other)

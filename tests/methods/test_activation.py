@@ -31,10 +31,12 @@ from ccam_deploy.methods import (
     Stopwatch,
     with_options,
 )
-from tests.helpers import Floats, noise, tiny
-from tests.methods.peers import Case, assert_correlated, enlarged
+from tests.helpers import Floats, features_and_gradients, noise, tiny
+from tests.methods.peers import Case, assert_same, enlarged
 
 ACTIVATION = ("cam", "grad-cam", "grad-cam++", "layer-cam")
+EXACT = 1e-4
+"""How far off maps may be where no ReLU stands between the logit and the layer."""
 
 
 def size(case: Case) -> tuple[int, ...]:
@@ -44,10 +46,7 @@ def size(case: Case) -> tuple[int, ...]:
 def test_grad_cam_is_torchcams(case: Case) -> None:
     (expected,) = case.torchcam(torchcam.GradCAM, case.layers[-1:])
     result = case.explain("grad-cam")
-    assert_correlated(result.raw_saliency, enlarged(expected, size(case)))
-    np.testing.assert_allclose(
-        result.raw_saliency, enlarged(expected, size(case)), atol=1e-3 * float(expected.max())
-    )
+    assert_same(result.raw_saliency, enlarged(expected, size(case)), EXACT)
 
 
 def test_grad_cam_with_its_signs_is_captums(case: Case) -> None:
@@ -56,7 +55,7 @@ def test_grad_cam_with_its_signs_is_captums(case: Case) -> None:
     maps = peer.attribute(torch.from_numpy(case.images.copy()), target=list(case.classes))
     result = case.explain("grad-cam", GradCAMOptions(relu=False))
     assert result.raw_saliency.min() < 0
-    assert_correlated(result.raw_saliency, enlarged(maps[:, 0], size(case)))
+    assert_same(result.raw_saliency, enlarged(maps[:, 0], size(case)), EXACT)
 
 
 def test_layer_cam_of_each_layer_is_torchcams(case: Case) -> None:
@@ -64,7 +63,7 @@ def test_layer_cam_of_each_layer_is_torchcams(case: Case) -> None:
         case.layers, case.torchcam(torchcam.LayerCAM, case.layers), strict=True
     ):
         result = case.explain("layer-cam", LayerCAMOptions(layers=(layer,)))
-        assert_correlated(result.raw_saliency, enlarged(expected, size(case)))
+        assert_same(result.raw_saliency, enlarged(expected, size(case)))
 
 
 @pytest.mark.parametrize("scaling", ["all", "shallow", "none"])
@@ -80,7 +79,7 @@ def test_layer_cam_of_all_layers(case: Case, scaling: Any) -> None:
         expected = np.maximum.reduce([enlarged(m, size(case)) for m in [*lifted, maps[-1]]])
     options = LayerCAMOptions(layers=tuple(case.layers), scaling=scaling)
     result = case.explain("layer-cam", options)
-    assert_correlated(result.raw_saliency, expected)
+    assert_same(result.raw_saliency, expected)
     assert result.raw_saliency.max() <= 1
 
 
@@ -89,9 +88,7 @@ def test_cam_is_torchcams(case: Case) -> None:
     (expected,) = case.torchcam(torchcam.CAM, case.layers[-1:], fc_layer=head[0])
     result = case.explain("cam")
     assert result.raw_saliency.min() < 0
-    np.testing.assert_allclose(
-        result.raw_saliency, enlarged(expected, size(case)), atol=1e-3 * float(expected.abs().max())
-    )
+    assert_same(result.raw_saliency, enlarged(expected, size(case)), EXACT)
 
 
 def test_grad_cam_plus_plus_is_torchcams_where_epsilon_outweighs_the_rest(case: Case) -> None:
@@ -99,7 +96,25 @@ def test_grad_cam_plus_plus_is_torchcams_where_epsilon_outweighs_the_rest(case: 
     (expected,) = case.torchcam(torchcam.GradCAMpp, case.layers[-1:])
     result = case.explain("grad-cam++", GradCAMPlusPlusOptions(epsilon=1e12))
     scaled = result.raw_saliency * np.float32(1e12)
-    assert_correlated(scaled, enlarged(expected, size(case)))
+    assert_same(scaled, enlarged(expected, size(case)), EXACT)
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 1e-6])
+def test_grad_cam_plus_plus_follows_its_equations(case: Case, epsilon: float) -> None:
+    """From autograd's features and gradients, channel by channel, in double precision."""
+    images = torch.from_numpy(case.images.copy())
+    _, features, gradients = features_and_gradients(
+        case.model, images, case.layers[-1:], case.classes
+    )
+    result = case.explain("grad-cam++", GradCAMPlusPlusOptions(epsilon=epsilon))
+    for pair, got in enumerate(result.raw_saliency):
+        total = torch.zeros(features[0].shape[2:], dtype=torch.float64)
+        for a, g in zip(features[0][pair].double(), gradients[0][pair].double(), strict=True):
+            below = 2 * g**2 + a.sum() * g**3 + epsilon
+            alpha = torch.where(below != 0, g**2 / below, 0)
+            total += (alpha * g.relu()).sum() * a
+        expected = enlarged(total.relu()[None], size(case))
+        assert_same(got[None], expected, EXACT)
 
 
 @pytest.mark.parametrize("epsilon", [0.0, 1e-6])
@@ -174,7 +189,7 @@ def test_layers_can_be_chosen(case: Case) -> None:
     layer = case.layers[1]
     (expected,) = case.torchcam(torchcam.GradCAM, [layer])
     result = case.explain("grad-cam", GradCAMOptions(layer=layer))
-    assert_correlated(result.raw_saliency, enlarged(expected, size(case)))
+    assert_same(result.raw_saliency, enlarged(expected, size(case)))
 
 
 @pytest.mark.parametrize(

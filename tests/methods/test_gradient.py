@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from captum.attr import GuidedBackprop, IntegratedGradients
+from captum.attr import GuidedBackprop, IntegratedGradients, NoiseTunnel, Saliency
 
 import ccam_deploy as ccam
-from ccam_deploy.errors import BackendError, OptionError
+from ccam_deploy.errors import OptionError
 from ccam_deploy.methods import (
     GuidedBackpropOptions,
     IntegratedGradientsOptions,
@@ -19,7 +20,6 @@ from ccam_deploy.methods import (
     XRAIOptions,
 )
 from ccam_deploy.methods.gradient import reduce_channels
-from ccam_deploy.methods.xrai import rank
 from tests.helpers import (
     digits_model,
     example_pictures,
@@ -27,11 +27,11 @@ from tests.helpers import (
     noise,
     tiny,
 )
-from tests.methods.peers import Case, assert_correlated
+from tests.methods.peers import Case, assert_same
 
 
 @pytest.fixture
-def case(differentiable: ccam.Explainer) -> Case:
+def digits_case(differentiable: ccam.Explainer) -> Case:
     images, _ = differentiable.preprocess(example_pictures())
     classes = differentiable.networks.backbone(images).logits.argmax(axis=1)
     return Case(differentiable, digits_model(), images, tuple(map(int, classes)))
@@ -41,26 +41,66 @@ def one_hot(classes: tuple[int, ...], count: int) -> torch.Tensor:
     return torch.eye(count)[list(classes)]
 
 
-def test_integrated_gradients_like_captum(case: Case) -> None:
-    """The same midpoints; Captum returns every channel, with its sign."""
-    options = IntegratedGradientsOptions(steps=8, channels="sum")
+@pytest.mark.parametrize(
+    ("rule", "method"),
+    [
+        ("midpoint", "riemann_middle"),
+        ("trapezoid", "riemann_trapezoid"),
+        ("gauss-legendre", "gausslegendre"),
+    ],
+)
+def test_integrated_gradients_are_captums(case: Case, rule: Any, method: str) -> None:
+    """At the same places; Captum returns every channel, with its sign."""
+    options = IntegratedGradientsOptions(8, rule, channels="sum")
     got = case.explain("integrated-gradients", options).raw_saliency
     peer = IntegratedGradients(case.model)
     expected = peer.attribute(
-        torch.from_numpy(case.images), target=list(case.classes), n_steps=8, method="riemann_middle"
+        torch.from_numpy(case.images), target=list(case.classes), n_steps=8, method=method
     )
-    assert_correlated(got, expected.sum(1).detach().numpy())
+    # Captum's steps of the trapezoid rule are 1 / n wide, and not 1 / (n - 1).
+    scale = 8 / 7 if rule == "trapezoid" else 1
+    assert_same(got, scale * expected.sum(1).detach().numpy())
 
 
-def test_guided_backprop_like_captum(case: Case) -> None:
+def test_captums_own_settings(digits_case: Case) -> None:
+    """Its default is Gauss-Legendre quadrature of 50 steps, from zeros."""
+    case = replace(digits_case, images=digits_case.images[:2], classes=digits_case.classes[:2])
+    options = IntegratedGradientsOptions(rule="gauss-legendre", channels="sum")
+    got = case.explain("integrated-gradients", options).raw_saliency
+    expected = IntegratedGradients(case.model).attribute(
+        torch.from_numpy(case.images), target=list(case.classes)
+    )
+    assert_same(got, expected.sum(1).detach().numpy())
+
+
+def test_guided_backprop_is_captums(case: Case) -> None:
     got = case.explain("guided-backprop", GuidedBackpropOptions("sum")).raw_saliency
-    for module in case.model.modules():
-        if isinstance(module, torch.nn.ReLU):
-            module.inplace = False
     images = torch.from_numpy(case.images).requires_grad_()
     with pytest.warns(UserWarning, match="backward hooks"):
         expected = GuidedBackprop(case.model).attribute(images, target=list(case.classes))
-    assert_correlated(got, expected.sum(1).detach().numpy())
+    assert_same(got, expected.sum(1).detach().numpy())
+
+
+@pytest.mark.parametrize("kind", ["smoothgrad", "smoothgrad_sq"])
+def test_smoothgrad_is_captums(case: Case, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the same noise: Captum's own cannot be given, so it is put in the place of PyTorch's."""
+    options = SmoothGradOptions(4, 0.1, 3, square=kind == "smoothgrad_sq", channels="sum")
+    got = case.explain("smoothgrad", options).raw_saliency
+    shape = case.images.shape[1:]
+    draws = [np.random.default_rng((3, n)).standard_normal(shape, np.float32) for n in range(4)]
+    same = torch.from_numpy(np.stack(draws))
+    monkeypatch.setattr(torch, "normal", lambda mean, deviation: mean + deviation * same)
+    peer = NoiseTunnel(Saliency(case.model))
+    for one, image, target in zip(got, case.images, case.classes, strict=True):
+        values = peer.attribute(
+            torch.from_numpy(image[None].copy()),
+            nt_type=kind,
+            nt_samples=4,
+            stdevs=0.1 * float(np.ptp(image)),
+            target=target,
+            abs=False,
+        )
+        assert_same(one[None], values.sum(1).detach().numpy())
 
 
 @pytest.mark.parametrize("square", [False, True])
@@ -79,12 +119,12 @@ def test_smoothgrad_by_its_definition(headed_bundle: Path, square: bool) -> None
     np.testing.assert_allclose(got, total.abs().sum(1).numpy(), rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("rule", ["midpoint", "trapezoid"])
+@pytest.mark.parametrize("rule", ["midpoint", "trapezoid", "gauss-legendre"])
 @pytest.mark.parametrize("baseline", ["zero", "black", "white"])
-def test_completeness(headed_bundle: Path, rule: str, baseline: str) -> None:
+def test_completeness(headed_bundle: Path, rule: Any, baseline: Any) -> None:
     """The values add up to the logit's increase, to 1 % of it at 300 steps."""
     images = noise(2, 3, 32, 48)
-    options = IntegratedGradientsOptions(300, rule, baseline, "sum")  # type: ignore[arg-type]
+    options = IntegratedGradientsOptions(300, rule, baseline, "sum")
     with ccam.load(headed_bundle) as explainer:
         got = explainer.explain(images, [1, 3], options, method="integrated-gradients")
         how = explainer.bundle.manifest.preprocessing
@@ -130,39 +170,6 @@ def test_an_image_that_is_its_baseline(headed_bundle: Path) -> None:
             assert np.isfinite(explainer.explain(images, 1, method=method).saliency).all()
 
 
-def test_xrai_adds_regions_by_the_mean_of_what_they_add() -> None:
-    """By hand: the right half has mean 3, then of the left region's six pixels four are new."""
-    values = np.array([[0, 1, 2, 4], [0, 1, 2, 4]], np.float32)
-    right, left, speck = np.zeros((3, 2, 4), bool)
-    right[:, 2:] = True
-    left[:, :3] = True
-    speck[0, 0] = True
-    got = rank(values, np.stack([left, right, speck]), least=2)
-    np.testing.assert_array_equal(got, np.array([[0.5, 0.5, 3, 3]] * 2, np.float32))
-
-
-def test_xrai_gives_the_rest_its_mean() -> None:
-    values = np.array([[5, 1, 3]], np.float32)
-    region = np.array([[[True, False, False]]])
-    np.testing.assert_array_equal(rank(values, region, least=1), [[5, 2, 2]])
-
-
-def test_xrai_finds_the_regions_of_the_picture(case: Case) -> None:
-    """Its maps are made of regions, and rank as the gradients that they are made of."""
-    result = case.explain("xrai", XRAIOptions(steps=8))
-    for one in result.raw_saliency:
-        assert 3 < len(np.unique(one)) < 500
-
-
-def test_xrai_without_scikit_image(headed_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "skimage", None)
-    with (
-        ccam.load(headed_bundle) as explainer,
-        pytest.raises(BackendError, match=r"xrai needs scikit-image .*ccam-deploy\[xrai\]"),
-    ):
-        explainer.explain(noise(1, 3, 32, 48), 1, method="xrai")
-
-
 @pytest.mark.parametrize(
     "method", ["integrated-gradients", "smoothgrad", "guided-backprop", "xrai"]
 )
@@ -177,7 +184,7 @@ def test_a_bundle_without_gradients(tiny_bundle: Path, method: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "option", "value", "message"),
     [
-        (IntegratedGradientsOptions, "steps", 0, "steps is 0; it must be 1 to 100000"),
+        (IntegratedGradientsOptions, "steps", 0, "steps is 0; with rule midpoint it must be 1 to"),
         (IntegratedGradientsOptions, "rule", "simpson", 'rule is "simpson"; it must be midpoint'),
         (IntegratedGradientsOptions, "baseline", "red", 'baseline is "red"; it must be zero'),
         (IntegratedGradientsOptions, "channels", "mean", 'channels is "mean"; it must be abs'),
@@ -194,6 +201,13 @@ def test_unusable_options(kind: type, option: str, value: object, message: str) 
         kind(**{option: value})
 
 
-def test_trapezoid_needs_two_ends() -> None:
-    with pytest.raises(OptionError, match="steps is 1; it must be 2 to"):
-        IntegratedGradientsOptions(1, "trapezoid")
+@pytest.mark.parametrize(
+    ("steps", "rule", "message"),
+    [
+        (1, "trapezoid", "steps is 1; with rule trapezoid it must be 2 to 100000"),
+        (1001, "gauss-legendre", "steps is 1001; with rule gauss-legendre it must be 1 to 1000"),
+    ],
+)
+def test_steps_that_a_rule_does_not_have(steps: int, rule: Any, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        IntegratedGradientsOptions(steps, rule)

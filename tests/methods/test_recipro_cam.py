@@ -13,7 +13,7 @@ import ccam_deploy as ccam
 from ccam_deploy.errors import OptionError
 from ccam_deploy.methods import ReciproCAMOptions
 from tests.helpers import noise, tiny
-from tests.methods.peers import Case, assert_correlated, enlarged
+from tests.methods.peers import Case, assert_correlated, assert_same, enlarged
 
 
 @pytest.mark.parametrize("score", ["probability", "logit"])
@@ -40,6 +40,23 @@ def test_is_its_definition(headed_bundle: Path, score: Any, batch_size: int) -> 
                 ]
         wide = enlarged(expected[None], (32, 48))
         np.testing.assert_allclose(result.raw_saliency[pair][None], wide, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_is_its_definition_on_resnet18(resnet18_case: Case) -> None:
+    """The whole network runs, and a hook leaves one place of the last layer's output."""
+    case = resnet18_case
+    layer = dict(case.model.named_modules())[case.layers[-1]]
+    places = torch.eye(49).reshape(49, 1, 7, 7)
+    result = case.explain("recipro-cam")
+    for pair, target in enumerate(case.classes):
+        handle = layer.register_forward_hook(lambda m, i, features: features * places)
+        with torch.no_grad():
+            logits = case.model(torch.from_numpy(case.images[pair : pair + 1]))
+        handle.remove()
+        expected = logits.softmax(1)[:, target].reshape(1, 7, 7)
+        wide = enlarged(expected, case.images.shape[2:])
+        assert_same(result.raw_saliency[pair][None], wide)
 
 
 @pytest.mark.slow

@@ -8,8 +8,8 @@ with a seed: Average Drop, Average Increase, Deletion, Insertion, Overall (Table
 (Table 1). Then Collection-CAM with other theta, ranges of k, scores, standardised statistics, and
 fewer layers; the last also for other methods that can combine layers (Figure 2).
 
-A method that cannot run on the bundle is listed with the reason. With --work the measurement
-goes on where it was broken off.
+A method that cannot run on the bundle is listed with the reason. RISE makes most of the forwards;
+with --rise-masks it makes fewer. With --work the measurement goes on where it was broken off.
 """
 
 from __future__ import annotations
@@ -40,7 +40,13 @@ from ccam_deploy.evaluate.evaluation import (
 )
 from ccam_deploy.evaluate.timing import as_dict, measure_in_turn, summarise
 from ccam_deploy.explainer import Explainer
-from ccam_deploy.methods import DEFAULT_METHOD, METHODS, CollectionCAMOptions
+from ccam_deploy.methods import (
+    DEFAULT_METHOD,
+    METHODS,
+    RISE,
+    CollectionCAMOptions,
+    RISEOptions,
+)
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "export" / "digits.toml"
@@ -59,19 +65,30 @@ _ABLATED: dict[str, tuple[dict[str, Any], ...]] = {
 """Options of Collection-CAM that differ from its defaults, by what they vary."""
 
 
-def runnable(explainer: Explainer, names: Sequence[str]) -> tuple[list[Variant], dict[str, str]]:
-    """The methods among some that run on a bundle, and the reason of each that does not."""
-    image = open_dataset(DATASET, explainer.bundle.manifest)[0].read()
-    images, _ = explainer.preprocess([image])
-    found, refused = [], {}
+def contenders(names: Sequence[str], rise_masks: int) -> list[Variant]:
+    """Methods with their defaults, but for RISE's number of masks, which is in its name then."""
+    found = []
     for name in names:
-        variant = Variant(name, name)
-        try:
-            variant.explain(explainer, images, [0])
-        except CcamError as error:
-            refused[name] = str(error)
+        if name == RISE.name and rise_masks != RISEOptions.masks:
+            options = RISEOptions(masks=rise_masks)
+            found.append(Variant(f"{name}, masks={rise_masks}", name, options))
         else:
-            found.append(variant)
+            found.append(Variant(name, name))
+    return found
+
+
+def runnable(
+    explainer: Explainer, variants: Sequence[Variant]
+) -> tuple[list[Variant], dict[str, str]]:
+    """The variants that run on a bundle, and the reason of each that does not."""
+    found, refused = [], {}
+    for one in variants:
+        try:
+            explainer.check(one.method, one.options)
+        except CcamError as error:
+            refused[one.name] = str(error)
+        else:
+            found.append(one)
     return found, refused
 
 
@@ -178,6 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--bundle", type=Path, help="of the example classifier; else exported")
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--limit", type=int, default=TEST_IMAGES, help="images")
+    parser.add_argument("--rise-masks", type=int, default=RISEOptions.masks, help="of RISE")
     parser.add_argument("--protocol", default="paper")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=5, help="of the times")
@@ -202,14 +220,17 @@ def run(
     """Measure everything on a bundle."""
     settings = EvaluationSettings(protocol=given.protocol, limit=given.limit, seed=given.seed)
     with ccam.load(bundle) as explainer:
-        variants, refused = runnable(explainer, given.methods.split(","))
+        wanted = contenders(given.methods.split(","), given.rise_masks)
+        variants, refused = runnable(explainer, wanted)
         layers = [layer.name for layer in explainer.bundle.manifest.layers]
-        groups = {"Methods": variants, **ablations(layers, [one.name for one in variants])}
+        groups = {"Methods": variants, **ablations(layers, [one.method for one in variants])}
         before = load_average()
         spent = times(explainer, variants, given.rounds)
         summaries = measure(explainer, groups, settings, work)
     card = gpu()
     words = [] if given.methods == ",".join(METHODS) else ["--methods", given.methods]
+    if given.rise_masks != RISEOptions.masks:
+        words += ["--rise-masks", str(given.rise_masks)]
     words += ["--limit", str(given.limit), "--protocol", given.protocol, "--seed", str(given.seed)]
     words += ["--output", str(given.output)] if given.output else []
     plain = {title: report.as_json(summary) for title, summary in summaries.items()}

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ccam_deploy.bundle import Bundle, Manifest
     from ccam_deploy.errors import CcamError
-    from ccam_deploy.explainer import Explainer, Explanation, load
+    from ccam_deploy.explainer import Explainer, load
+    from ccam_deploy.explanation import Explanation
     from ccam_deploy.methods import CollectionCAMOptions
 
 __version__ = "0.1.0"
@@ -32,7 +33,7 @@ _HOMES = {
     "CcamError": "errors",
     "CollectionCAMOptions": "methods",
     "Explainer": "explainer",
-    "Explanation": "explainer",
+    "Explanation": "explanation",
     "Manifest": "bundle",
     "load": "explainer",
 }

@@ -25,6 +25,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"bundle", "files", "render"}),
     frozenset({"engines", "image", "kernels", "staging", "targets"}),
     frozenset({"methods"}),
+    frozenset({"explanation"}),
     frozenset({"explainer"}),
     frozenset({"evaluate"}),
     frozenset({"export", "serve"}),

@@ -21,7 +21,7 @@ from ccam_deploy.errors import OptionError
 if TYPE_CHECKING:
     from PIL import Image
 
-    from ccam_deploy.explainer import Explanation
+    from ccam_deploy.explanation import Explanation
     from ccam_deploy.render import Look, Tile
 
 COMPARED = ("collection-cam", "grad-cam", "grad-cam++", "layer-cam")

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from ccam_deploy.bundle import Manifest
-    from ccam_deploy.explainer import Explainer, Explanation
+    from ccam_deploy.explainer import Explainer
+from ccam_deploy.explanation import Explanation
 
 KINDS = ("overlay", "heatmap", "panel", "npz", "json")
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from ccam_deploy import files, image, render
 from ccam_deploy.bundle import Manifest
-from ccam_deploy.explainer import Explanation
+from ccam_deploy.explanation import Explanation
 from ccam_deploy.render import Floats, Look
 
 

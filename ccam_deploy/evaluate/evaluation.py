@@ -19,7 +19,8 @@ from ccam_deploy.evaluate import metrics
 from ccam_deploy.evaluate.datasets import Dataset, Item
 from ccam_deploy.evaluate.metrics import METRICS, PROTOCOLS, Doubles, Floats
 from ccam_deploy.evaluate.results import CURVES, Results, Row
-from ccam_deploy.explainer import Explainer, Explanation
+from ccam_deploy.explainer import Explainer
+from ccam_deploy.explanation import Explanation
 from ccam_deploy.methods import METHODS, method_named, with_options
 
 Target = Literal["predicted", "label"]

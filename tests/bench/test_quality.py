@@ -9,11 +9,9 @@ import pytest
 
 import ccam_deploy as ccam
 from bench import bench_quality as bench
-from ccam_deploy.errors import OptionError
 from ccam_deploy.evaluate.evaluation import Variant
-from ccam_deploy.explainer import Explanation
-from ccam_deploy.methods import CollectionCAMOptions
-from tests.helpers import DIGITS_LAYERS, Floats
+from ccam_deploy.methods import CollectionCAMOptions, RISEOptions
+from tests.helpers import DIGITS_LAYERS
 
 pytest.importorskip("sklearn", reason="scikit-learn is not installed")
 
@@ -38,9 +36,17 @@ def test_ablations_vary_one_thing() -> None:
 
 
 def test_a_method_that_runs_is_found(digits: ccam.Explainer) -> None:
-    found, refused = bench.runnable(digits, ["collection-cam"])
+    found, refused = bench.runnable(digits, bench.contenders(["collection-cam", "xrai"], 4000))
     assert found == [bench.DEFAULT]
-    assert not refused
+    assert list(refused) == ["xrai"]
+    assert "export it with --gradients" in refused["xrai"]
+
+
+def test_rise_says_how_many_masks_it_has() -> None:
+    usual, fewer = (bench.contenders(["cam", "rise"], masks) for masks in (4000, 10))
+    assert [one.name for one in usual] == ["cam", "rise"]
+    assert [one.name for one in fewer] == ["cam", "rise, masks=10"]
+    assert (usual[1].options, fewer[1].options) == (None, RISEOptions(masks=10))
 
 
 def test_a_part_says_that_it_is_one(
@@ -48,19 +54,9 @@ def test_a_part_says_that_it_is_one(
 ) -> None:
     """Two images and two ablations, written as JSON and Markdown."""
     monkeypatch.setattr(bench, "_ABLATED", {"theta": ({"theta": 0.5},)})
-    plain = Variant.explain
-
-    def explain(
-        self: Variant, explainer: ccam.Explainer, images: Floats, targets: list[int]
-    ) -> Explanation:
-        if self.method == "needy":
-            raise OptionError("the bundle lacks what needy needs")
-        return plain(self, explainer, images, targets)
-
-    monkeypatch.setattr(Variant, "explain", explain)
     output = tmp_path / "sub" / "quality.json"
     words = ["--bundle", str(digits_bundle), "--limit", "2", "--rounds", "1"]
-    words += ["--methods", "collection-cam,needy"]
+    words += ["--methods", "collection-cam,xrai"]
     bench.main([*words, "--output", str(output), "--work", str(tmp_path / "work")])
     found = json.loads(output.read_text())
     assert found["limit"] == 2
@@ -69,12 +65,12 @@ def test_a_part_says_that_it_is_one(
     assert set(found["results"]["theta"]) == {"collection-cam", "theta=0.5"}
     assert found["results"]["Methods"]["collection-cam"]["deletion"]["images"] == 2
     assert found["ms"]["collection-cam"]["calls"] == 1
-    assert found["not_run"] == {"needy": "the bundle lacks what needy needs"}
+    assert list(found["not_run"]) == ["xrai"]
     layers = found["results"]["layers"]
     default = found["results"]["Methods"]["collection-cam"]
     assert layers["collection-cam, 4 of 4 layers"] == default
     text = output.with_suffix(".md").read_text()
     assert "**A part of the 500 test images: 2.**" in text
-    assert "- needy was not measured: the bundle lacks what needy needs" in text
+    assert "- xrai was not measured: the bundle has no input_gradient graph" in text
     assert "## Ablation: layers" in text
-    assert "--methods collection-cam,needy --limit 2" in found["command"]
+    assert "--methods collection-cam,xrai --limit 2" in found["command"]

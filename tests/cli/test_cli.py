@@ -29,7 +29,7 @@ from ccam_deploy import bundle as bundles
 from ccam_deploy.cli import options
 from ccam_deploy.cli.main import main
 from ccam_deploy.engines import Backend, plans
-from ccam_deploy.explainer import Explanation
+from ccam_deploy.explanation import Explanation
 from ccam_deploy.export import program as programs
 from tests.command import failure, refusal, run, success
 from tests.damage import contents, flip, full_disk

@@ -13,7 +13,7 @@ import ccam_deploy as ccam
 from ccam_deploy.cli import evaluate as command
 from ccam_deploy.evaluate import metrics
 from ccam_deploy.evaluate.evaluation import Variant
-from ccam_deploy.explainer import Explanation
+from ccam_deploy.explanation import Explanation
 from tests.command import failure, refusal, run, success
 from tests.evaluate.layouts import image_folder, picture
 from tests.helpers import Floats

@@ -70,8 +70,9 @@ class Fidelity:
     saliency_overlap: share of the most salient tenth of the pixels that both have, of the median
         image.
     partitions: share of the partitions that were equal.   images: how many images were compared.
-    input_gradient, guided_gradient: of the images' gradients, like gradients; of graphs that the
-        bundle has.
+    head: of the logits that it gives for the last layer's features, like logits.
+    input_gradient, guided_gradient: of the images' gradients, like gradients. Of these three,
+        those of graphs that the bundle has.
     """
 
     logits: float
@@ -84,6 +85,7 @@ class Fidelity:
     worst_saliency_rank: float
     partitions: float
     images: int
+    head: float | UnsetType = UNSET
     input_gradient: float | UnsetType = UNSET
     guided_gradient: float | UnsetType = UNSET
 
@@ -294,7 +296,7 @@ def _inconsistencies(manifest: Manifest) -> Iterator[str]:
         report = precision.fidelity
         if set(precision.graphs) - set(OPTIONAL_GRAPHS) != set(GRAPHS):
             yield f"{name} must have the graphs {', '.join(GRAPHS)}"
-        for graph in IMAGE_GRADIENTS:
+        for graph in OPTIONAL_GRAPHS:
             if (graph in precision.graphs) != (getattr(report, graph) is not UNSET):
                 yield f"the fidelity of {name} and its graphs differ in {graph}"
         if len(precision.baseline_logits) != manifest.classes:

@@ -31,11 +31,12 @@ def info(bundle: Path, as_json: bool) -> None:
     click.echo(_text(opened))
 
 
-def _input_gradients(reports: Sequence[Fidelity]) -> Iterator[tuple[str, list[str]]]:
-    """A row for each graph of the image's gradient that the bundle has."""
+def _optional_graphs(reports: Sequence[Fidelity]) -> Iterator[tuple[str, list[str]]]:
+    """A row for each optional graph that the bundle has."""
     from msgspec import UNSET
 
     for title, name in (
+        ("logits of the head", "head"),
         ("gradient of the image", "input_gradient"),
         ("  guided", "guided_gradient"),
     ):
@@ -75,7 +76,7 @@ def _text(bundle: Bundle) -> str:
         ("  of the worst image", [f"{r.worst_saliency_rank:.4f}" for r in reports]),
         ("saliency, SSIM", [f"{r.saliency_similarity:.4f}" for r in reports]),
         ("saliency, top 10 % in common", [f"{r.saliency_overlap:.1%}" for r in reports]),
-        *_input_gradients(reports),
+        *_optional_graphs(reports),
         ("images", [str(r.images) for r in reports]),
     ):
         comparison.append((title, *values))

@@ -14,7 +14,7 @@ import numpy as np
 from msgspec import UNSET
 from numpy.typing import NDArray
 
-from ccam_deploy.bundle import IMAGE_GRADIENTS, Bundle, Fidelity
+from ccam_deploy.bundle import IMAGE_GRADIENTS, OPTIONAL_GRAPHS, Bundle, Fidelity
 from ccam_deploy.engines import Classifier
 from ccam_deploy.errors import IntegrityError, brief
 from ccam_deploy.evaluate.similarity import spearman, ssim, top_overlap
@@ -31,6 +31,7 @@ _HALF = {
     "saliency_rank": 0.9,
     "saliency_similarity": 0.8,
     "saliency_overlap": 0.8,
+    "head": 2e-2,
     "input_gradient": 0.3,
     "guided_gradient": 0.3,
 }
@@ -44,6 +45,7 @@ TOLERANCE = {
         "saliency_rank": 0.99,
         "saliency_similarity": 0.98,
         "saliency_overlap": 0.95,
+        "head": 1e-4,
         "input_gradient": 1e-2,
         "guided_gradient": 1e-2,
     },
@@ -59,6 +61,7 @@ _RANDOM_HALF = {
     "saliency_rank": -1.0,
     "saliency_similarity": -1.0,
     "saliency_overlap": 0.0,
+    "head": 0.1,
     "input_gradient": 10.0,
     "guided_gradient": 10.0,
 }
@@ -72,6 +75,7 @@ RANDOM_TOLERANCE = {
         "saliency_rank": 0.9,
         "saliency_similarity": 0.8,
         "saliency_overlap": 0.8,
+        "head": 1e-3,
         "input_gradient": 0.2,
         "guided_gradient": 0.2,
     },
@@ -92,7 +96,8 @@ class Observation:
     masked_logits: [4·B, classes] float32, of each image under four fixed masks.
     features, gradients: per layer; feature maps [B, C, h, w], or their statistics [B, C, 2].
     labels: per layer [B, C] int32, the partitions.   saliency: [B, H, W] float32 in [0, 1].
-    input_gradients: [B, C, H, W] float32 for each optional graph that was run.
+    optional: what each optional graph that was run gave, by its name: the head [B, classes]
+        float32, logits of the last layer's features; the others [B, C, H, W] float32.
     """
 
     images: Floats
@@ -103,7 +108,12 @@ class Observation:
     gradients: tuple[Floats, ...]
     labels: tuple[NDArray[np.int32], ...]
     saliency: Floats
-    input_gradients: dict[str, Floats] = field(default_factory=dict)
+    optional: dict[str, Floats] = field(default_factory=dict)
+
+    @property
+    def input_gradients(self) -> dict[str, Floats]:
+        """The images' gradients among the optional values."""
+        return {name: self.optional[name] for name in IMAGE_GRADIENTS if name in self.optional}
 
     def summary(self) -> Observation:
         """The same with mean and deviation of each channel in place of the maps."""
@@ -140,6 +150,13 @@ def observe(
     one_hot = np.zeros_like(activations.logits)
     one_hot[rows, classes] = 1
     gradients = classifier.gradients(activations, one_hot)
+    optional = {
+        name: classifier.input_gradient(images, one_hot, guided=name == "guided_gradient")
+        for name in IMAGE_GRADIENTS
+        if name in graphs
+    }
+    if "head" in graphs:
+        optional["head"] = classifier.head_logits(activations.features[-1])
     masks = fixed_masks(*images.shape[2:])
     masked = [classifier.masked_logits(images, masks, np.repeat(row, 4)) for row in rows]
     baseline = np.zeros(activations.logits.shape[1], np.float32)
@@ -154,11 +171,7 @@ def observe(
         gradients,
         tuple(layer.labels for layer in result.layers),
         cpu.min_max(result.raw_saliency),
-        {
-            name: classifier.input_gradient(images, one_hot, guided=name == "guided_gradient")
-            for name in IMAGE_GRADIENTS
-            if name in graphs
-        },
+        optional,
     )
 
 
@@ -183,8 +196,10 @@ def compare(got: Observation, expected: Observation) -> Fidelity:
         partitions=float(np.mean(same)),
         images=len(got.images),
         **{
-            name: _median_error(values, expected.input_gradients[name])
-            for name, values in got.input_gradients.items()
+            name: (relative_error if name == "head" else _median_error)(
+                values, expected.optional[name]
+            )
+            for name, values in got.optional.items()
         },
     )
 
@@ -241,7 +256,7 @@ def save(path: Path, observation: Observation) -> None:
         "logits": brief.logits,
         "masked_logits": brief.masked_logits,
         "saliency": brief.saliency,
-        **brief.input_gradients,
+        **brief.optional,
     }
     for index in range(len(brief.labels)):
         values[f"features_{index}"] = brief.features[index]
@@ -264,7 +279,7 @@ def load(path: Path) -> Observation:
                 tuple(values[f"gradients_{index}"] for index in layers),
                 tuple(values[f"labels_{index}"] for index in layers),
                 values["saliency"],
-                {name: values[name] for name in IMAGE_GRADIENTS if name in values.files},
+                {name: values[name] for name in OPTIONAL_GRAPHS if name in values.files},
             )
     except Exception as error:
         raise IntegrityError(f"{path} is no record of an export: {brief(error)}") from error
@@ -278,8 +293,8 @@ def verify(bundle: Bundle, classifier: Classifier, precision: str) -> tuple[Fide
     chosen = bundle.precision(precision)
     layers = [layer.name for layer in bundle.manifest.layers]
     expected = load(bundle.path(chosen.reference))
-    for name in IMAGE_GRADIENTS:
-        if name in chosen.graphs and name not in expected.input_gradients:
+    for name in OPTIONAL_GRAPHS:
+        if name in chosen.graphs and name not in expected.optional:
             raise IntegrityError(f"{chosen.reference} holds no {name}; export the bundle again")
     got = observe(classifier, expected.images, layers, expected.targets, chosen.graphs).summary()
     fidelity = compare(got, expected)

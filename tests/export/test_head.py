@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from msgspec import UNSET
 
 import ccam_deploy as ccam
-from ccam_deploy.errors import LayerError, OptionError, ToleranceError
+from ccam_deploy import bundle as bundles
+from ccam_deploy.engines import Networks, open_networks
+from ccam_deploy.errors import (
+    IntegrityError,
+    LayerError,
+    ManifestError,
+    OptionError,
+    ToleranceError,
+)
+from ccam_deploy.evaluate import fidelity
 from ccam_deploy.export import ExportSettings, export, layers, program
 from ccam_deploy.export.reference import TorchClassifier
-from tests.command import success
+from tests.command import failure, success
 from tests.helpers import noise, tiny
 from tests.networks import Detached
 
@@ -68,14 +81,59 @@ def test_classifier_that_reads_the_image_past_the_layer_has_no_head(tmp_path: Pa
 def test_head_that_differs_fails_the_export(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ccam_deploy.engines import Networks
-
     monkeypatch.setattr(
         Networks, "head_logits", lambda self, features: np.ones((len(features), 5), np.float32)
     )
-    with pytest.raises(ToleranceError, match="the head's logits are off by"):
+    with pytest.raises(
+        ToleranceError, match=r"fp32 graphs do not agree with PyTorch: head \S+ is above 0\.0001"
+    ):
         export(tiny(), tmp_path / "x", (32, 48), None, "fp32", ExportSettings(head=True))
     assert not (tmp_path / "x").exists()
+
+
+def test_verify_runs_the_head(headed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It gives what PyTorch recorded; another one is found, in every precision."""
+    single, half, _ = success("verify", headed).stdout.splitlines()
+    errors = [float(line.split(", head ")[1]) for line in (single, half)]
+    assert 0 <= errors[0] < 1e-5
+    assert 1e-5 < errors[1] < 1e-2
+    assert "logits of the head" in success("info", headed).stdout
+    plain = Networks.head_logits
+    monkeypatch.setattr(
+        Networks, "head_logits", lambda self, features: 1.25 * plain(self, features)
+    )
+    line = failure("verify", headed)
+    assert re.search(r"recorded: fp32: head 0\.25 is above 0\.0001; fp16: head 0\.25 is", line)
+
+
+def test_verify_compares_with_what_was_recorded(headed: Path, tmp_path: Path) -> None:
+    bundle = bundles.read(shutil.copytree(headed, tmp_path / "copy"))
+    path = bundle.path(bundle.precision("fp32").reference)
+    with np.load(path) as values:
+        recorded = dict(values)
+    networks = open_networks(bundle, "onnxruntime-cpu")
+    try:
+        np.savez_compressed(path, **{**recorded, "head": recorded["head"][:, ::-1]})
+        _, broken = fidelity.verify(bundle, networks, "fp32")
+        assert [phrase.split()[0] for phrase in broken] == ["head"]
+        del recorded["head"]
+        np.savez_compressed(path, **recorded)
+        with pytest.raises(IntegrityError, match="holds no head; export the bundle again"):
+            fidelity.verify(bundle, networks, "fp32")
+    finally:
+        networks.close()
+
+
+def test_a_head_has_its_fidelity(headed: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(headed, tmp_path / "copy")
+    manifest = bundles.read(copy).manifest
+    whole = manifest.precisions["fp32"]
+    assert whole.tolerance["head"] == 1e-4
+    report = dataclasses.replace(whole.fidelity, head=UNSET)
+    precisions = {**manifest.precisions, "fp32": dataclasses.replace(whole, fidelity=report)}
+    bundles.write_manifest(copy, dataclasses.replace(manifest, precisions=precisions))
+    with pytest.raises(ManifestError, match="the fidelity of fp32 and its graphs differ in head"):
+        bundles.read(copy)
 
 
 def test_head_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

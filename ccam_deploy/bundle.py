@@ -23,7 +23,7 @@ MANIFEST = "manifest.json"
 WEIGHTS = "weights.bin"
 GRAPHS = ("backbone", "gradient", "classifier")
 IMAGE_GRADIENTS = ("input_gradient", "guided_gradient")
-OPTIONAL_GRAPHS = ("head", *IMAGE_GRADIENTS)
+OPTIONAL_GRAPHS = ("head", *IMAGE_GRADIENTS, "excitation")
 
 Positive = Annotated[int, msgspec.Meta(gt=0)]
 Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
@@ -71,8 +71,8 @@ class Fidelity:
         image.
     partitions: share of the partitions that were equal.   images: how many images were compared.
     head: of the logits that it gives for the last layer's features, like logits.
-    input_gradient, guided_gradient: of the images' gradients, like gradients. Of these three,
-        those of graphs that the bundle has.
+    input_gradient, guided_gradient: of the images' gradients, like gradients.   excitation: of
+        each layer's map. Of these four, those of graphs that the bundle has.
     """
 
     logits: float
@@ -88,6 +88,16 @@ class Fidelity:
     head: float | UnsetType = UNSET
     input_gradient: float | UnsetType = UNSET
     guided_gradient: float | UnsetType = UNSET
+    excitation: tuple[float, ...] | UnsetType = UNSET
+
+    def optional_graphs(self) -> dict[str, float]:
+        """The error of each optional graph that the bundle has, of the worst layer."""
+        values = {name: getattr(self, name) for name in OPTIONAL_GRAPHS}
+        return {
+            name: max(value) if isinstance(value, tuple) else value
+            for name, value in values.items()
+            if value is not UNSET
+        }
 
 
 @dataclass(frozen=True)
@@ -301,7 +311,8 @@ def _inconsistencies(manifest: Manifest) -> Iterator[str]:
                 yield f"the fidelity of {name} and its graphs differ in {graph}"
         if len(precision.baseline_logits) != manifest.classes:
             yield f"{name} must have {manifest.classes} baseline logits"
-        if not len(report.features) == len(report.gradients) == layers:
+        per_layer = [report.features, report.gradients, report.excitation]
+        if any(len(values) != layers for values in per_layer if values is not UNSET):
             yield f"the fidelity of {name} must have {layers} layers"
         for bound in precision.tolerance:
             if getattr(report, bound, UNSET) is UNSET:

@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     "--gradients",
     is_flag=True,
     help="Write graphs of the image's gradient too, for integrated gradients, SmoothGrad, XRAI and "
-    "guided backpropagation.",
+    "guided and excitation backpropagation.",
 )
 @click.option(
     "--output",

@@ -33,15 +33,14 @@ def info(bundle: Path, as_json: bool) -> None:
 
 def _optional_graphs(reports: Sequence[Fidelity]) -> Iterator[tuple[str, list[str]]]:
     """A row for each optional graph that the bundle has."""
-    from msgspec import UNSET
-
     for title, name in (
         ("logits of the head", "head"),
         ("gradient of the image", "input_gradient"),
         ("  guided", "guided_gradient"),
+        ("excitation, worst layer", "excitation"),
     ):
-        values = [getattr(report, name) for report in reports]
-        if UNSET not in values:
+        values = [report.optional_graphs().get(name) for report in reports]
+        if None not in values:
             yield title, [f"{value:.1e}" for value in values]
 
 

@@ -29,6 +29,7 @@ METHODS = (
     "integrated-gradients",
     "smoothgrad",
     "guided-backprop",
+    "excitation-backprop",
     "xrai",
 )
 PRECISIONS = ("fp32", "fp16", "int8", "fp8")

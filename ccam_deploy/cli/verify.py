@@ -40,15 +40,17 @@ def verify(bundle: Path, backend: str, threads: int, as_json: bool) -> None:
         reports[kind] = {"backend": networks.backend, **msgspec.to_builtins(report)}
         problems += [f"{kind}: {problem}" for problem in broken]
         if not as_json:
-            measured = {name: getattr(report, name) for name in bundles.OPTIONAL_GRAPHS}
-            others = [f", {name} {x:.1e}" for name, x in measured.items() if x is not msgspec.UNSET]
+            others = [
+                f", {name.replace('_', ' ')} {error:.1e}"
+                for name, error in report.optional_graphs().items()
+            ]
             click.echo(
                 f"{kind} on {networks.backend}: logits {report.logits:.1e}, "
                 f"masked logits {report.masked_logits:.1e}, features {max(report.features):.1e}, "
                 f"gradients {max(report.gradients):.1e}, "
                 f"saliency rank correlation {report.saliency_rank:.4f}, "
                 f"SSIM {report.saliency_similarity:.4f}, "
-                f"top 10 % in common {report.saliency_overlap:.1%}" + "".join(others)
+                f"top 10 % in common {report.saliency_overlap:.1%}{''.join(others)}"
             )
     if as_json:
         print_json({"files": len(opened.manifest.files), "graphs": reports})

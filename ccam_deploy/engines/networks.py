@@ -79,6 +79,15 @@ class Classifier(Protocol):
         """
         ...
 
+    def excitation(self, images: Floats, winners: Floats, duals: Floats) -> tuple[Floats, ...]:
+        """Each layer's winning probabilities [B, h, w], summed over channels.
+
+        winners: [B, classes], the probability that each class is the winner.
+        duals: [B, classes], the same for classes with the other sign in the last layer's weights.
+        Raises OptionError where there is no graph for it.
+        """
+        ...
+
 
 class Networks:
     """The engines of one precision.
@@ -138,6 +147,19 @@ class Networks:
             "output_gradient": self._cast(graph, "output_gradient", output_gradient * self._scale),
         }
         return self._unscale(self.engines[graph].run(feeds)["input_gradient"])
+
+    def excitation(self, images: Floats, winners: Floats, duals: Floats) -> tuple[Floats, ...]:
+        """Each layer's winning probabilities [B, h, w]; see Classifier."""
+        if "input_gradient" not in self.engines:
+            raise OptionError("the bundle has no excitation graph; export it with --gradients")
+        if "excitation" not in self.engines:
+            raise OptionError(
+                "the bundle has no excitation graph; export it again with --gradients, which tells "
+                "why where the network cannot have one"
+            )
+        feeds = {"images": images, "winners": winners, "duals": duals}
+        cast = {name: self._cast("excitation", name, values) for name, values in feeds.items()}
+        return tuple(self.engines["excitation"].run(cast).values())
 
     def masked_logits(self, images: Floats, masks: Floats, owner: NDArray[np.int64]) -> Floats:
         """Logits [N, classes] of masked images; see Classifier."""

@@ -34,6 +34,7 @@ _HALF = {
     "head": 2e-2,
     "input_gradient": 0.3,
     "guided_gradient": 0.3,
+    "excitation": 1e-2,
 }
 _EIGHT_BITS = {**_HALF, "masked_logits": 0.2}
 TOLERANCE = {
@@ -48,6 +49,7 @@ TOLERANCE = {
         "head": 1e-4,
         "input_gradient": 1e-2,
         "guided_gradient": 1e-2,
+        "excitation": 1e-2,
     },
     "fp16": _HALF,
     "int8": _EIGHT_BITS,
@@ -64,6 +66,7 @@ _RANDOM_HALF = {
     "head": 0.1,
     "input_gradient": 10.0,
     "guided_gradient": 10.0,
+    "excitation": 0.2,
 }
 _RANDOM_EIGHT_BITS = {**_RANDOM_HALF, "masked_logits": 0.4}
 RANDOM_TOLERANCE = {
@@ -78,6 +81,7 @@ RANDOM_TOLERANCE = {
         "head": 1e-3,
         "input_gradient": 0.2,
         "guided_gradient": 0.2,
+        "excitation": 0.2,
     },
     "fp16": _RANDOM_HALF,
     "int8": _RANDOM_EIGHT_BITS,
@@ -96,8 +100,10 @@ class Observation:
     masked_logits: [4·B, classes] float32, of each image under four fixed masks.
     features, gradients: per layer; feature maps [B, C, h, w], or their statistics [B, C, 2].
     labels: per layer [B, C] int32, the partitions.   saliency: [B, H, W] float32 in [0, 1].
-    optional: what each optional graph that was run gave, by its name: the head [B, classes]
-        float32, logits of the last layer's features; the others [B, C, H, W] float32.
+    optional: what the optional graphs gave that were run, by name: the head's logits
+        [B, classes] float32 of the last layer's features, gradients [B, C, H, W] of the images.
+    excitation: [B, h, w] float32 per layer, of the class and half of its dual together; none where
+        the classifier has no graph for it.
     """
 
     images: Floats
@@ -109,6 +115,7 @@ class Observation:
     labels: tuple[NDArray[np.int32], ...]
     saliency: Floats
     optional: dict[str, Floats] = field(default_factory=dict)
+    excitation: tuple[Floats, ...] = ()
 
     @property
     def input_gradients(self) -> dict[str, Floats]:
@@ -149,6 +156,7 @@ def observe(
     rows = np.arange(len(images), dtype=np.int64)
     one_hot = np.zeros_like(activations.logits)
     one_hot[rows, classes] = 1
+    half = np.float32(0.5) * one_hot
     gradients = classifier.gradients(activations, one_hot)
     optional = {
         name: classifier.input_gradient(images, one_hot, guided=name == "guided_gradient")
@@ -172,11 +180,13 @@ def observe(
         tuple(layer.labels for layer in result.layers),
         cpu.min_max(result.raw_saliency),
         optional,
+        classifier.excitation(images, one_hot, half) if "excitation" in graphs else (),
     )
 
 
 def compare(got: Observation, expected: Observation) -> Fidelity:
     """Measure how far one observation is from another of the same images."""
+    excitation = tuple(map(_median_error, got.excitation, expected.excitation))
     pairs = list(zip(got.saliency, expected.saliency, strict=True))
     ranks = [spearman(one, other) for one, other in pairs]
     same = [
@@ -195,6 +205,7 @@ def compare(got: Observation, expected: Observation) -> Fidelity:
         worst_saliency_rank=float(np.min(ranks)),
         partitions=float(np.mean(same)),
         images=len(got.images),
+        excitation=excitation or UNSET,
         **{
             name: (relative_error if name == "head" else _median_error)(
                 values, expected.optional[name]
@@ -262,6 +273,8 @@ def save(path: Path, observation: Observation) -> None:
         values[f"features_{index}"] = brief.features[index]
         values[f"gradients_{index}"] = brief.gradients[index]
         values[f"labels_{index}"] = brief.labels[index]
+    for index, maps in enumerate(brief.excitation):
+        values[f"excitation_{index}"] = maps
     np.savez_compressed(path, **values)
 
 
@@ -270,6 +283,7 @@ def load(path: Path) -> Observation:
     try:
         with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as values:
             layers = range(sum(name.startswith("labels_") for name in values.files))
+            excited = range(sum(name.startswith("excitation_") for name in values.files))
             return Observation(
                 values["images"],
                 values["targets"],
@@ -280,6 +294,7 @@ def load(path: Path) -> Observation:
                 tuple(values[f"labels_{index}"] for index in layers),
                 values["saliency"],
                 {name: values[name] for name in OPTIONAL_GRAPHS if name in values.files},
+                tuple(values[f"excitation_{index}"] for index in excited),
             )
     except Exception as error:
         raise IntegrityError(f"{path} is no record of an export: {brief(error)}") from error
@@ -293,8 +308,9 @@ def verify(bundle: Bundle, classifier: Classifier, precision: str) -> tuple[Fide
     chosen = bundle.precision(precision)
     layers = [layer.name for layer in bundle.manifest.layers]
     expected = load(bundle.path(chosen.reference))
+    recorded = {*expected.optional, *(("excitation",) if expected.excitation else ())}
     for name in OPTIONAL_GRAPHS:
-        if name in chosen.graphs and name not in expected.optional:
+        if name in chosen.graphs and name not in recorded:
             raise IntegrityError(f"{chosen.reference} holds no {name}; export the bundle again")
     got = observe(classifier, expected.images, layers, expected.targets, chosen.graphs).summary()
     fidelity = compare(got, expected)

@@ -32,7 +32,7 @@ from ccam_deploy.export.program import (
 )
 from ccam_deploy.export.simplify import simplify
 
-_Outputs = Callable[[Tensor, Tensor, Tensor], list[Tensor]]
+_Outputs = Callable[..., list[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def differentiate(
                 raise LayerError(f'the logits do not depend on layer "{layer.name}"')
         return [scores, *features, *gradients]
 
-    joint = _record(program, recorder, outputs, dtype)
+    joint = record(program, recorder, outputs, dtype)
     return _split(joint, len(layers))
 
 
@@ -87,9 +87,9 @@ def differentiate_input(
     def outputs(image: Tensor, scores: Tensor, output_gradient: Tensor) -> list[Tensor]:
         return list(torch.autograd.grad(scores, [image], output_gradient))
 
-    joint = _record(program, recorder, outputs, dtype)
+    joint = record(program, recorder, outputs, dtype)
     inputs = [node for node in joint.graph.nodes if node.op == "placeholder"]
-    return _extract(joint, inputs, list(joint.graph.output_node().args[0]))  # type: ignore[arg-type]
+    return extract(joint, inputs, list(joint.graph.output_node().args[0]))  # type: ignore[arg-type]
 
 
 def has_relu(program: Program) -> bool:
@@ -139,42 +139,50 @@ class GuidedRecorder(Recorder):
         return value
 
 
-def _record(
-    program: Program, recorder: Recorder, outputs: _Outputs, dtype: torch.dtype
+def record(
+    program: Program,
+    recorder: Recorder,
+    outputs: _Outputs,
+    dtype: torch.dtype,
+    output_gradients: int = 1,
 ) -> fx.GraphModule:
-    """Trace (image, output_gradient) -> what `outputs` makes of image, logits, output_gradient."""
+    """Trace (image, *output_gradients) -> what `outputs` makes of image, logits and those.
+
+    output_gradients: how many inputs [B, classes] there are beside the image.
+    Raises LoweringError for an operator that cannot be differentiated or expressed.
+    """
     mode = program.image.meta["val"].fake_mode
     with mode:
         image = torch.empty_like(program.image.meta["val"], dtype=dtype)
-        output_gradient = torch.empty_like(program.logits.meta["val"], dtype=dtype)
+        logits = program.logits.meta["val"]
+        given = [torch.empty_like(logits, dtype=dtype) for _ in range(output_gradients)]
     constants = {name: cast(value, dtype) for name, value in program.graph.named_buffers()}
     names = list(constants)
     buffers = [mode.from_tensor(value, static_shapes=True) for value in constants.values()]
 
-    def both(buffers: list[Tensor], image: Tensor, output_gradient: Tensor) -> list[Tensor]:
+    def both(buffers: list[Tensor], image: Tensor, *given: Tensor) -> list[Tensor]:
         image = image.detach().requires_grad_()
         with torch.nn.utils.stateless._reparametrize_module(
             program.graph, dict(zip(names, buffers, strict=True))
         ):
             (scores,) = recorder.run(image)
-        return outputs(image, scores, output_gradient)
+        return outputs(image, scores, *given)
 
     try:
         with mode, enable_python_dispatcher(), sdpa_kernel(SDPBackend.MATH), quiet():
-            joint = make_fx(both, decomposition_table=decompositions())(
-                buffers, image, output_gradient
-            )
+            joint = make_fx(both, decomposition_table=decompositions())(buffers, image, *given)
     except LayerError:
         raise
     except Exception as error:
-        where = _describe(recorder.current) if recorder.current else "the model"
+        where = describe(recorder.current) if recorder.current else "the model"
         raise LoweringError(f"{where} cannot be lowered: {brief(error)}") from error
     joint = _constants_as_attributes(joint, constants)
     simplify(joint)
     return joint
 
 
-def _describe(node: fx.Node) -> str:
+def describe(node: fx.Node) -> str:
+    """A node by its operator and module, for a message."""
     return f'operator {node.target} in module "{module_of(node) or "the model itself"}"'
 
 
@@ -202,15 +210,15 @@ def _split(joint: fx.GraphModule, layers: int) -> Differentiated:
         for source in node.all_input_nodes
         if source in on_image and source not in on_gradient
     }
-    backbone = _extract(joint, [image], [*forward, *crossing])
-    gradient = _extract(joint, [*crossing, output_gradient], gradients)
+    backbone = extract(joint, [image], [*forward, *crossing])
+    gradient = extract(joint, [*crossing, output_gradient], gradients)
     return Differentiated(backbone, gradient, _head(joint, forward[0], forward[-1]))
 
 
 def _head(joint: fx.GraphModule, logits: fx.Node, features: fx.Node) -> fx.GraphModule | None:
     """The part between the last feature map and the logits, if it needs nothing else."""
     try:
-        return _extract(joint, [features], [logits])
+        return extract(joint, [features], [logits])
     except KeyError:
         return None
 
@@ -226,7 +234,7 @@ def _depending(joint: fx.GraphModule, root: fx.Node) -> set[fx.Node]:
     return found
 
 
-def _extract(
+def extract(
     joint: fx.GraphModule, inputs: Sequence[fx.Node], outputs: Sequence[fx.Node]
 ) -> fx.GraphModule:
     """The part of a graph between some nodes, with the constants and sizes it uses."""

@@ -37,6 +37,7 @@ from ccam_deploy.engines import load_networks
 from ccam_deploy.errors import OptionError, SourceError, ToleranceError
 from ccam_deploy.evaluate import fidelity
 from ccam_deploy.evaluate.fidelity import Observation
+from ccam_deploy.export import excitation
 from ccam_deploy.export import graphs as onnx_graphs
 from ccam_deploy.export import layers as target_layers
 from ccam_deploy.export import program as programs
@@ -79,7 +80,7 @@ class ExportSettings:
     random_weights: the model was not trained; the manifest and every user is told.
     head: also write the graph from the last target layer to the logits, which recipro-cam needs.
     gradients: write the graphs of the image's gradient too, which integrated gradients, SmoothGrad,
-        XRAI and guided backpropagation need; the last is left out for a model without ReLU.
+        XRAI, guided and excitation backpropagation need; the last two for models of ReLUs alone.
     progress: called with a line for each step.
     """
 
@@ -160,6 +161,8 @@ def export(
             converted[kind] = onnx_graphs.convert(
                 program, found, dtype, chosen.head, chosen.gradients
             )
+    if chosen.gradients and (reason := excitation.why_not(program, found)):
+        chosen.progress(f"leaving the excitation graph out: {reason}")
     preprocessing = preprocessing_of(chosen, program)
     images = calibration_images(chosen, program, preprocessing)
     chosen.progress(f"explaining {len(images)} calibration images with PyTorch")
@@ -266,7 +269,10 @@ def _write(
     folder: Path,
     progress: Callable[[str], None],
 ) -> dict[PrecisionName, dict[str, str]]:
-    """Write the graphs of each precision and their weights; returns graph name -> file name."""
+    """Write the graphs of each precision and their weights; returns graph name -> file name.
+
+    What a precision has no graph of its own for, it takes from the wider one before it.
+    """
     models: dict[PrecisionName, list[tuple[str, ir.Model]]] = {
         kind: list(graphs.items()) for kind, graphs in converted.items()
     }
@@ -277,12 +283,12 @@ def _write(
             quantised = quantisation.quantise(converted["fp16"].classifier, batches, eight)
             models[eight] = [("classifier", quantised)]
     files: dict[PrecisionName, dict[str, str]] = {}
+    wider: dict[str, str] = {}
     with closing(onnx_graphs.WeightFile(folder / WEIGHTS)) as weights:
         for kind, own in models.items():
             progress(f"writing the {kind} graphs")
             suffix = "" if kind == "fp32" else f".{kind}"
-            written = onnx_graphs.write(own, folder, weights, suffix)
-            files[kind] = written if kind in converted else files["fp16"] | written
+            files[kind] = wider = wider | onnx_graphs.write(own, folder, weights, suffix)
     return files
 
 
@@ -327,6 +333,7 @@ def _first(observation: Observation, images: int) -> Observation:
         tuple(values[:images] for values in observation.labels),
         observation.saliency[:images],
         {name: values[:images] for name, values in observation.optional.items()},
+        tuple(values[:images] for values in observation.excitation),
     )
 
 

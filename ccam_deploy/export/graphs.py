@@ -15,6 +15,7 @@ from torch.export import Dim
 
 from ccam_deploy.errors import LayerError, LoweringError, brief
 from ccam_deploy.export.autodiff import differentiate, differentiate_input, has_relu
+from ccam_deploy.export.excitation import excite, why_not
 from ccam_deploy.export.layers import TargetLayer
 from ccam_deploy.export.program import Program, cast, module_of, quiet
 
@@ -32,6 +33,7 @@ class Graphs:
     head: features [N, C, h, w] of the last layer -> logits [N, classes]; only where it is wanted
     input_gradient, guided_gradient: images, output_gradient [B, classes] -> input_gradient
         [B, C, H, W]; the second with ReLUs that pass back positive gradients only.
+    excitation: images, winners [B, classes], duals [B, classes] -> excitation_0.. [B, h, w]
     """
 
     backbone: ir.Model
@@ -40,6 +42,7 @@ class Graphs:
     head: ir.Model | None = None
     input_gradient: ir.Model | None = None
     guided_gradient: ir.Model | None = None
+    excitation: ir.Model | None = None
 
     def items(self) -> Iterator[tuple[str, ir.Model]]:
         """Each graph's name and model."""
@@ -52,6 +55,8 @@ class Graphs:
             yield "input_gradient", self.input_gradient
         if self.guided_gradient is not None:
             yield "guided_gradient", self.guided_gradient
+        if self.excitation is not None:
+            yield "excitation", self.excitation
 
 
 class MaskedClassifier(nn.Module):
@@ -78,6 +83,7 @@ def convert(
     """Build and convert the graphs of a classifier.
 
     with_gradients: those of the image's gradient too; no guided one for a classifier without ReLU.
+        Where the classifier can have it, the excitation graph, which is in float32 alone.
     Raises LoweringError, naming operator and module, for what ONNX cannot express, LayerError
     where a head is wanted and the last layer is no cut through the classifier.
     """
@@ -119,10 +125,12 @@ def convert(
         features = {"features": (outputs[len(layers)].repeat(2, 1, 1, 1)[:3], {0: masks})}
         head = _to_onnx(parts.head, features, ["logits"], program)
     plain = _input_gradient(program, dtype) if with_gradients else None
-    guided = None
+    guided = excitation = None
     if with_gradients and has_relu(program):
         guided = _input_gradient(program, dtype, guided=True)
-    return Graphs(backbone, gradient, classifier, head, plain, guided)
+    if with_gradients and dtype == torch.float32 and not why_not(program, layers):
+        excitation = _excitation(program, layers)
+    return Graphs(backbone, gradient, classifier, head, plain, guided, excitation)
 
 
 def _input_gradient(program: Program, dtype: torch.dtype, guided: bool = False) -> ir.Model:
@@ -133,6 +141,18 @@ def _input_gradient(program: Program, dtype: torch.dtype, guided: bool = False) 
     }
     module = differentiate_input(program, dtype, guided)
     return _to_onnx(module, inputs, ["input_gradient"], program)
+
+
+def _excitation(program: Program, layers: Sequence[TargetLayer]) -> ir.Model:
+    batch = Dim("batch")
+    # A tensor for each: the exporter makes one input of those that are the same tensor.
+    inputs = {
+        "images": (torch.zeros(2, *program.input_shape), {0: batch}),
+        "winners": (torch.zeros(2, program.classes), {0: batch}),
+        "duals": (torch.zeros(2, program.classes), {0: batch}),
+    }
+    names = [f"excitation_{index}" for index in range(len(layers))]
+    return _to_onnx(excite(program, layers), inputs, names, program)
 
 
 def _in_type(module: fx.GraphModule, dtype: torch.dtype) -> fx.GraphModule:

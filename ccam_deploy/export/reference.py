@@ -10,7 +10,9 @@ from numpy.typing import NDArray
 from torch import Tensor, fx
 
 from ccam_deploy.engines import Activations
+from ccam_deploy.errors import OptionError
 from ccam_deploy.export.autodiff import GuidedRecorder, Recorder
+from ccam_deploy.export.excitation import ExcitationRecorder, why_not
 from ccam_deploy.export.layers import TargetLayer
 from ccam_deploy.export.program import Program
 
@@ -22,6 +24,7 @@ class TorchClassifier:
 
     def __init__(self, program: Program, layers: Sequence[TargetLayer]) -> None:
         self._program = program
+        self._layers = layers
         self._nodes = [layer.node for layer in layers]
 
     def backbone(self, images: Floats) -> Activations:
@@ -48,6 +51,15 @@ class TorchClassifier:
         (logits,) = recorder.run(values)
         (found,) = torch.autograd.grad(logits, values, torch.from_numpy(output_gradient))
         return found.numpy()
+
+    def excitation(self, images: Floats, winners: Floats, duals: Floats) -> tuple[Floats, ...]:
+        """Winning probabilities by autograd with other rules. Raises OptionError; see why_not."""
+        if reason := why_not(self._program, self._layers):
+            raise OptionError(f"the network has no excitation: {reason}")
+        recorder = ExcitationRecorder(self._program, self._layers)
+        (logits,) = recorder.run(torch.from_numpy(images).requires_grad_())
+        found = recorder.maps(logits, torch.from_numpy(winners), torch.from_numpy(duals))
+        return tuple(value.numpy() for value in found)
 
     def masked_logits(self, images: Floats, masks: Floats, owner: NDArray[np.int64]) -> Floats:
         """Logits of images times masks, multiplied before the model sees them."""

@@ -24,6 +24,7 @@ from ccam_deploy.methods.base import (
     Stopwatch,
 )
 from ccam_deploy.methods.collection_cam import CollectionCAM, CollectionCAMOptions
+from ccam_deploy.methods.excitation import ExcitationBackprop, ExcitationBackpropOptions
 from ccam_deploy.methods.gradient import (
     GuidedBackprop,
     GuidedBackpropOptions,
@@ -48,6 +49,7 @@ _ALL: tuple[type[Method[Any]], ...] = (
     IntegratedGradients,
     SmoothGrad,
     GuidedBackprop,
+    ExcitationBackprop,
     XRAI,
 )
 METHODS = {method.name: method for method in _ALL}
@@ -63,6 +65,8 @@ __all__ = [
     "CAMOptions",
     "CollectionCAM",
     "CollectionCAMOptions",
+    "ExcitationBackprop",
+    "ExcitationBackpropOptions",
     "GradCAM",
     "GradCAMOptions",
     "GradCAMPlusPlus",

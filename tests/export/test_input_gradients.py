@@ -34,7 +34,7 @@ from tests.helpers import (
     tiny,
 )
 
-OPTIONAL = {"input_gradient", "guided_gradient"}
+OPTIONAL = {"input_gradient", "guided_gradient", "excitation"}
 
 
 @pytest.mark.parametrize("guided", [False, True])

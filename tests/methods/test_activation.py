@@ -281,6 +281,9 @@ class Given:
     ) -> Floats:
         raise AssertionError("these methods need no gradient of the image")
 
+    def excitation(self, images: Floats, winners: Floats, duals: Floats) -> tuple[Floats, ...]:
+        raise AssertionError("these methods need no winning probabilities")
+
     def batch(self) -> Batch:
         pairs = len(self.features)
         images = np.zeros((pairs, 3, 8, 12), np.float32)

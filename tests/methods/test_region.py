@@ -206,6 +206,9 @@ class Bright:
     ) -> Floats:
         raise AssertionError("these methods need no gradient of the image")
 
+    def excitation(self, images: Floats, winners: Floats, duals: Floats) -> tuple[Floats, ...]:
+        raise AssertionError("these methods need no winning probabilities")
+
     def _logits(self, images: Floats) -> Floats:
         mean = images.mean(axis=(1, 2, 3), dtype=np.float32)
         return np.stack([mean, -mean], axis=1)

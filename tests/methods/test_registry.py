@@ -27,7 +27,14 @@ from ccam_deploy.methods import (
 )
 from tests.helpers import noise
 
-NEEDY = {"recipro-cam", "integrated-gradients", "smoothgrad", "guided-backprop", "xrai"}
+NEEDY = {
+    "recipro-cam",
+    "integrated-gradients",
+    "smoothgrad",
+    "excitation-backprop",
+    "guided-backprop",
+    "xrai",
+}
 """Methods that need graphs which an export writes only where it is told to."""
 
 

@@ -1,0 +1,75 @@
+"""What a process that explains holds at most, the engines' memory among it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ccam_deploy.export import export
+from tests.helpers import ROOT
+
+EXPLAIN = """
+import json, sys
+import numpy as np
+import ccam_deploy as ccam
+from ccam_deploy.evaluate.conditions import peak_memory
+from ccam_deploy.methods import RISEOptions, ScoreCAMOptions
+
+images = np.random.default_rng(0).standard_normal((1, 3, 224, 224)).astype(np.float32)
+options = {
+    "score-cam": (ScoreCAMOptions(channels=64), ScoreCAMOptions()),
+    "rise": (RISEOptions(masks=64), RISEOptions(masks=4000)),
+}
+method = sys.argv[2]
+with ccam.load(sys.argv[1], "onnxruntime-cpu") as explainer:
+    peaks = []
+    for chosen in options[method]:
+        result = explainer.explain(images, 1, chosen, method=method)
+        peaks.append(peak_memory())
+used = int(np.count_nonzero(result.weights[0])) if method == "score-cam" else 4000
+print(json.dumps({"peaks": peaks, "used": used}))
+"""
+
+
+class Wide(nn.Module):
+    """images [B, 3, 224, 224] -> logits [B, 5]; 2,048 channels of 7×7, as a ResNet-101 has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Conv2d(3, 16, 8, 8)
+        self.last = nn.Conv2d(16, 2048, 4, 4)
+        self.head = nn.Linear(2048, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of images."""
+        features = torch.relu(self.last(torch.relu(self.stem(x))))
+        return self.head(features.mean((2, 3)))  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module")
+def wide_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export(Wide().eval(), tmp_path_factory.mktemp("bundles") / "wide", (224, 224)).folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "masks"), [("score-cam", 2048), ("rise", 4000)])
+def test_peak_memory_is_that_of_64_masks(wide_bundle: Path, method: str, masks: int) -> None:
+    """Kept, 2,048 masks of 224×224 would take 392 MiB more, and 4,000 of them 766 MiB."""
+    done = subprocess.run(
+        [sys.executable, "-c", EXPLAIN, str(wide_bundle), method],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found = json.loads(done.stdout)
+    few, many = found["peaks"]
+    assert found["used"] > 0.95 * masks
+    assert many < few + 40

@@ -24,6 +24,7 @@ format: .venv/.all
 
 bench: .venv/.all
 	$(BIN)/python -m bench.bench_overhead --output bench/results/overhead-cpu.json
+	$(BIN)/python -m bench.bench_forwards --output bench/results
 	$(BIN)/python -m bench.bench_table2 --output bench/results
 
 clean:

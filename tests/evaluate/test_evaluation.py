@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +21,8 @@ from ccam_deploy.evaluate.datasets import Dataset, Item, open_dataset
 from ccam_deploy.evaluate.evaluation import Evaluation, EvaluationSettings, Variant, drawn
 from ccam_deploy.evaluate.metrics import METRICS
 from ccam_deploy.evaluate.results import RESULTS, Row
-from tests.helpers import digits_model
+from tests.evaluate.scorers import LinearScorer
+from tests.helpers import Floats, digits_model
 
 pytest.importorskip("sklearn", reason="scikit-learn is not installed")
 
@@ -39,6 +43,79 @@ class Pictures(Dataset):
 
     def __getitem__(self, index: int) -> Item:
         return Item(self.names[index], lambda: self._pictures[index], index % 10)
+
+
+@dataclass(frozen=True)
+class GivenMap(Variant):
+    """A map [H, W] that is the same for every image."""
+
+    saliency: Floats = field(default_factory=lambda: np.zeros((16, 2), np.float32))
+
+    def explain(self, explainer: Any, images: Floats, targets: Sequence[int]) -> Any:
+        return SimpleNamespace(saliency=np.repeat(self.saliency[None], len(images), axis=0))
+
+
+class Halves(Pictures):
+    """Two columns of 16 pixels, the right one of which is the object."""
+
+    has_boxes = True
+
+    def __getitem__(self, index: int) -> Item:
+        return Item(
+            self.names[index], lambda: self._pictures[index], 1, np.array([[1.0, 0, 2, 16]])
+        )
+
+
+def sum_of_pixels() -> Any:
+    """Explains with a classifier of two classes on images of 16 × 2 ones.
+
+    Each object's pixel adds log(3) / 16 to class 1's logit, each other one takes it away: 75 % for
+    the object alone, 25 % without it, 50 % for all pixels or none.
+    """
+    share = np.log(3) / 16
+    scorer = LinearScorer(np.stack([np.zeros(32), np.tile([-share, share], 16)]))
+    whole = SimpleNamespace(to_input=lambda boxes: boxes)
+    return SimpleNamespace(
+        bundle=SimpleNamespace(manifest=SimpleNamespace(name="sums", digest="")),
+        networks=SimpleNamespace(backend="by hand", masked_logits=scorer.masked_logits),
+        precision="fp32",
+        batch_size=4,
+        preprocess=lambda pictures: (
+            np.ones((len(pictures), 1, 16, 2), np.float32),
+            (whole,) * len(pictures),
+        ),
+    )
+
+
+RIGHT = np.tile(np.array([0, 1], np.float32), (16, 1))
+
+
+@pytest.mark.parametrize(
+    ("saliency", "expected"),
+    [
+        (RIGHT, (0, 100, 37.5, 62.5, 25, 100, 100, 100)),
+        (1 - RIGHT, (50, 0, 62.5, 37.5, -25, 0, 0, 100)),
+        (np.ones_like(RIGHT), (0, 0, 50, 50, 0, 50, 0, 100)),
+        (np.zeros_like(RIGHT), (0, 0, 50, 50, 0, 0, 0, 0)),
+    ],
+    ids=["perfect", "opposite", "constant", "zeros"],
+)
+def test_maps_have_the_values_worked_by_hand(
+    saliency: Floats, expected: tuple[float, ...], tmp_path: Path
+) -> None:
+    """Eq. 26 to 29 and the pointing game, in steps of 16 pixels.
+
+    The perfect map deletes the object first, 50, 25, 50 %, and inserts it first, 50, 75, 50 %. Of
+    equal pixels 8 rows go at a time, as many of the object as of the rest: 50 % throughout.
+    """
+    data = Halves([Image.new("L", (2, 16))] * 2)
+    contender = GivenMap("given", "grad-cam", saliency=saliency)
+    measured = Evaluation(sum_of_pixels(), data, [contender], EvaluationSettings(target="label"))
+    rows = finished(measured, tmp_path)
+    assert len(rows) == 2
+    for row in rows:
+        assert row.probability == pytest.approx(0.5)
+        assert row.values == pytest.approx(dict(zip(METRICS, expected, strict=True)), abs=1e-4)
 
 
 def make(explainer: ccam.Explainer, **settings: object) -> Evaluation:

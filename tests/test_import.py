@@ -21,7 +21,7 @@ HEAVY = ("torch", "onnx", "onnxruntime", "numba", "tensorrt", "numpy", "scipy", 
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 FLOORS: tuple[frozenset[str], ...] = (
-    frozenset({"errors"}),
+    frozenset({"errors", "text"}),
     frozenset({"bundle", "files", "render"}),
     frozenset({"engines", "image", "kernels", "staging", "targets"}),
     frozenset({"methods"}),

@@ -15,6 +15,7 @@ from ccam_deploy.cli.options import (
     json_option,
     plan_options,
     print_json,
+    say,
 )
 from ccam_deploy.errors import BackendError, CcamError, OptionError
 
@@ -156,10 +157,10 @@ def _prepare(path: Path | None, options: dict[str, Any]) -> Prepared:
 def _report(bundle: Bundle) -> None:
     manifest = bundle.manifest
     layers = ", ".join(layer.name for layer in manifest.layers)
-    click.echo(f"{bundle.folder}: {manifest.classes} classes, layers {layers}")
+    say(f"{bundle.folder}: {manifest.classes} classes, layers {layers}")
     for kind, precision in manifest.precisions.items():
         report = precision.fidelity
-        click.echo(
+        say(
             f"{kind} against PyTorch: logits {report.logits:.1e}, "
             f"gradients {max(report.gradients):.1e}, "
             f"saliency rank correlation {report.saliency_rank:.4f}"

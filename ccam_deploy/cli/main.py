@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Sequence
 from itertools import takewhile
@@ -18,6 +19,7 @@ from ccam_deploy.cli.evaluate import evaluate
 from ccam_deploy.cli.explain import explain
 from ccam_deploy.cli.export import export
 from ccam_deploy.cli.info import info
+from ccam_deploy.cli.options import say
 from ccam_deploy.cli.propose import propose
 from ccam_deploy.cli.sanity import sanity
 from ccam_deploy.cli.verify import verify
@@ -37,6 +39,9 @@ class _Group(click.Group):
     ) -> Any:
         """Run the command; --debug shows the traceback of what went wrong."""
         words = sys.argv[1:] if args is None else list(args)
+        if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+            # A label or name that the terminal's encoding lacks is no reason to fail.
+            sys.stdout.reconfigure(errors="backslashreplace")
         debug = "--debug" in takewhile(lambda word: word.startswith("-"), words)
         try:
             code = super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
@@ -46,7 +51,7 @@ class _Group(click.Group):
         except (CcamError, OSError, click.ClickException, click.Abort) as error:
             if debug or not standalone_mode:
                 raise
-            click.echo(f"error: {' '.join(_message(error).split())}", err=True)
+            say(f"error: {' '.join(_message(error).split())}", err=True)
             sys.exit(2)
         if not standalone_mode:
             return code

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ccam_deploy.cli.options import Command
+from ccam_deploy.cli.options import Command, say
 from ccam_deploy.errors import ExportError, OptionError
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ def prepare(
     if images:
         found = imaging.find(images)
         changes["calibration"] = [imaging.load(file) for file in found[:MAX_CALIBRATION_IMAGES]]
-    changes["progress"] = lambda line: click.echo(line, err=True)
+    changes["progress"] = lambda line: say(line, err=True)
     return Prepared(network, replace(settings, **changes), recipe)
 
 
@@ -192,7 +192,7 @@ def load_network(
             path,
             arch or (recipe.arch if recipe else None),
             allow_pickle,
-            lambda line: click.echo(f"warning: {line}", err=True),
+            lambda line: say(f"warning: {line}", err=True),
         )
     if recipe is None:
         raise OptionError("give a model file, or a --recipe that names its own network")

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import click
 
 from ccam_deploy.errors import OptionError
+from ccam_deploy.text import one_line
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -178,14 +179,19 @@ def parse_assignments(pairs: Sequence[str]) -> dict[str, str]:
     return found
 
 
+def say(text: str, err: bool = False) -> None:
+    """Print one line, whatever the names in it hold."""
+    click.echo(one_line(text), err=err)
+
+
 def print_json(value: Any) -> None:
     """Print a value as indented JSON on stdout."""
     click.echo(json.dumps(value, indent=2, ensure_ascii=False))
 
 
 def table(rows: Iterable[Sequence[str]]) -> str:
-    """Rows of words as aligned columns."""
-    lines = [list(row) for row in rows]
+    """Rows of words as aligned columns, each row one line."""
+    lines = [[one_line(word) for word in row] for row in rows]
     widths = [max(len(row[column]) for row in lines) for column in range(len(lines[0]))]
     return "\n".join(
         "  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip()

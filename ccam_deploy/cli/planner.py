@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
+from ccam_deploy.cli.options import say
 from ccam_deploy.engines import plans
 from ccam_deploy.engines.build import BuildSettings, Built
 from ccam_deploy.engines.build import build as run
@@ -50,7 +51,7 @@ class Planner:
         """Print what was built, or that nothing had to be."""
         if not built.fresh:
             precision = built.plans[0].precision
-            click.echo(
+            say(
                 f"{built.bundle.folder}: the {precision} plans for {self.library.title} "
                 f"{self.library.version} are up to date"
             )
@@ -58,7 +59,7 @@ class Planner:
         for plan in built.plans:
             size = built.bundle.manifest.files[plan.file].bytes / 1e6
             place = built.bundle.path(plan.file)
-            click.echo(f"{place}: {size:.1f} MB for {', '.join(plan.devices)}")
+            say(f"{place}: {size:.1f} MB for {', '.join(plan.devices)}")
 
 
 class _Progress:

@@ -1,4 +1,4 @@
-"""What a command's options choose: methods with their options, classes of an image."""
+"""What a command's options choose: an explainer, methods with their options, classes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ccam_deploy.cli.options import parse_assignments
+from ccam_deploy.cli.options import BATCH_SIZE, parse_assignments, say
 from ccam_deploy.errors import ImageError, OptionError, TargetError
 
 if TYPE_CHECKING:
@@ -69,12 +69,26 @@ def classes(explainer: Explainer, picture: Image.Image, words: Sequence[str]) ->
     return list(dict.fromkeys(found))
 
 
-def warn(explainer: Explainer) -> None:
-    """Print on stderr what is not as asked, and that random weights mean nothing."""
-    for note in explainer.networks.notes:
-        click.echo(f"passed over {note}", err=True)
-    if explainer.bundle.manifest.random_weights:
-        click.echo("warning: the bundle has random weights; its maps mean nothing", err=True)
+@contextmanager
+def explainer_of(
+    bundle: Path, options: Mapping[str, Any], batch_size: int = BATCH_SIZE
+) -> Iterator[Explainer]:
+    """Open a bundle as --backend, --precision and --threads say.
+
+    Prints on stderr what is not as asked, before and after, and that random weights mean nothing.
+    """
+    from ccam_deploy.explainer import load
+
+    with load(
+        bundle, options["backend"], options["precision"], batch_size, options["threads"]
+    ) as explainer:
+        for note in explainer.networks.notes:
+            say(f"passed over {note}", err=True)
+        if explainer.bundle.manifest.random_weights:
+            say("warning: the bundle has random weights; its maps mean nothing", err=True)
+        yield explainer
+        for note in explainer.notes[len(explainer.networks.notes) :]:
+            say(note, err=True)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from ccam_deploy.cli.options import (
     engine_options,
     look_options,
     precision_option,
+    say,
 )
 from ccam_deploy.errors import OptionError
 
@@ -72,9 +74,9 @@ def compare(bundle: Path, image: Path, **options: Any) -> None:
     """Draw the maps of several methods side by side for IMAGE.
 
     Each class has a row: the image with class and score, then each method's map. Prints a line
-    for each method with its milliseconds, then the file that was written.
+    for each method with the milliseconds of its first run and its options, then the file that was
+    written.
     """
-    import ccam_deploy as ccam
     from ccam_deploy import files, render
     from ccam_deploy.cli import choices
 
@@ -86,10 +88,7 @@ def compare(bundle: Path, image: Path, **options: Any) -> None:
         raise OptionError(f"the picture is a .png file; {output} is none")
     files.check_place(output)
     look = render.Look(options["colormap"], options["opacity"], options["color_bar"])
-    with ccam.load(
-        bundle, options["backend"], options["precision"], options["batch_size"], options["threads"]
-    ) as explainer:
-        choices.warn(explainer)
+    with choices.explainer_of(bundle, options, options["batch_size"]) as explainer:
         manifest = explainer.bundle.manifest
         picture = choices.read_picture(image, manifest)
         wanted = choices.classes(explainer, picture, options["targets"])
@@ -97,7 +96,8 @@ def compare(bundle: Path, image: Path, **options: Any) -> None:
         for name, given in chosen.items():
             started = time.perf_counter()
             results[name] = explainer.explain([picture], [wanted], given, method=name)
-            click.echo(f"{name}: {(time.perf_counter() - started) * 1000:.1f} ms")
+            spent = (time.perf_counter() - started) * 1000
+            say(f"{name}: {spent:.1f} ms, {_words(results[name])}")
     shown = render.thumbnail(picture)
     rows = []
     for row, target in enumerate(wanted):
@@ -105,7 +105,13 @@ def compare(bundle: Path, image: Path, **options: Any) -> None:
         caption = f"{manifest.label(target)} {score:.3f}"
         rows.append([(caption, shown), *_tiles(results, row, picture, look)])
     files.write(output, render.png(render.grid(rows)))
-    click.echo(f"  {output}")
+    say(f"  {output}")
+
+
+def _words(result: Explanation) -> str:
+    """The options that a method ran with."""
+    options = result.settings["options"]
+    return " ".join(f"{key}={json.dumps(value)}" for key, value in options.items())
 
 
 def _tiles(

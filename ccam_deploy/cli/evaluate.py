@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from ccam_deploy.cli.options import (
     json_option,
     precision_option,
     print_json,
+    say,
 )
 
 if TYPE_CHECKING:
@@ -50,6 +52,13 @@ SCENES = 500
     show_default=True,
     metavar="A,B,C",
     help=f"What to measure, separated by commas: {', '.join(METHODS)}.",
+)
+@click.option(
+    "--option",
+    "pairs",
+    multiple=True,
+    metavar="[METHOD:]KEY=VALUE",
+    help="An option of one method, or of each that has it; may be repeated.",
 )
 @click.option(
     "--metrics",
@@ -124,20 +133,18 @@ def evaluate(bundle: Path, dataset: str, as_json: bool, **options: Any) -> None:
     summary.md, summary.json and report.html; curves.png and maps.png. An interrupted run goes on
     when the same command is given again.
     """
+    from ccam_deploy.cli import choices
     from ccam_deploy.evaluate import charts, datasets, evaluation, metrics, report
-    from ccam_deploy.explainer import load
 
-    contenders = evaluation.variants(_words(options["method_words"]))
+    names = _words(options["method_words"])
+    plain = evaluation.variants(names)
+    given = choices.method_options(names, options["pairs"])
+    contenders = [replace(one, options=given[one.method]) for one in plain]
     wanted = () if options["metric_words"].strip() == "all" else _words(options["metric_words"])
     metrics.check(wanted, options["protocol"])
     if options["plots"]:
         charts.check()
-    how = {key: options[key] for key in ("backend", "precision", "batch_size", "threads")}
-    with load(bundle, **how) as explainer:
-        for note in explainer.networks.notes:
-            click.echo(f"passed over {note}", err=True)
-        if explainer.bundle.manifest.random_weights:
-            click.echo("warning: the bundle has random weights; its maps mean nothing", err=True)
+    with choices.explainer_of(bundle, options, options["batch_size"]) as explainer:
         data = datasets.open_dataset(dataset, explainer.bundle.manifest, options["split"])
         limit = options["limit"] or (SCENES if isinstance(data, datasets.Scenes) else 0)
         settings = evaluation.EvaluationSettings(
@@ -153,7 +160,8 @@ def evaluate(bundle: Path, dataset: str, as_json: bool, **options: Any) -> None:
         print_json(report.as_json(summary))
     else:
         click.echo(report.markdown(summary), nl=False)
-        click.echo(f"\nwritten to {options['output']}", err=True)
+        click.echo(err=True)
+        say(f"written to {options['output']}", err=True)
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -164,7 +172,7 @@ def _run(measured: Evaluation, results: Results) -> None:
     """Measure what is missing, with a progress bar on stderr where that is a terminal."""
     done = len(results.rows)
     if done:
-        click.echo(f"going on from {done} of {measured.total} rows", err=True)
+        say(f"going on from {done} of {measured.total} rows", err=True)
     bar = click.progressbar(
         length=measured.total, label="measuring", file=sys.stderr, hidden=not sys.stderr.isatty()
     )
@@ -174,8 +182,9 @@ def _run(measured: Evaluation, results: Results) -> None:
             for count in measured.run(results):
                 bar.update(count)
     except KeyboardInterrupt:
-        click.echo(
-            f"\n{len(results.rows)} of {measured.total} rows are in {results.folder}; "
+        click.echo(err=True)
+        say(
+            f"{len(results.rows)} of {measured.total} rows are in {results.folder}; "
             "the same command goes on from there",
             err=True,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,16 +14,16 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 
 from ccam_deploy.cli.options import (
-    BATCH_SIZE,
     bundle_argument,
     engine_options,
     json_option,
     method_choice,
     precision_option,
     print_json,
+    say,
     table,
 )
-from ccam_deploy.errors import OptionError
+from ccam_deploy.errors import ImageError, OptionError
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -71,7 +72,11 @@ _PROPOSED, _TRUE = (0, 220, 0), (255, 0, 0)
     help="Selective search's mode; quality gives more candidates and takes longer.",
 )
 @click.option(
-    "--seed", default=0, show_default=True, help="Selective search ranks partly by chance."
+    "--seed",
+    default=0,
+    show_default=True,
+    type=click.IntRange(0, 2**32 - 1),
+    help="Selective search ranks partly by chance.",
 )
 @click.option(
     "--limit",
@@ -96,7 +101,6 @@ def propose(bundle: Path, images: tuple[Path, ...], as_json: bool, **options: An
     boxes are known: it prints the recall at an IoU of 0.5 and the mean best IoU of both, for equal
     numbers of boxes. Needs the extra "proposals".
     """
-    import ccam_deploy as ccam
     from ccam_deploy import files
     from ccam_deploy import image as imaging
     from ccam_deploy.cli import choices
@@ -108,29 +112,37 @@ def propose(bundle: Path, images: tuple[Path, ...], as_json: bool, **options: An
     (given,) = choices.method_options([options["method"]], options["pairs"]).values()
     proposals.check()
     files.check_place(options["output"] / "proposals.json")
-    with ccam.load(
-        bundle, options["backend"], options["precision"], BATCH_SIZE, options["threads"]
-    ) as explainer:
-        choices.warn(explainer)
+    with choices.explainer_of(bundle, options) as explainer:
         proposer = _Proposer(explainer, given, options)
         content = (
             _on_scenes(proposer, options) if on_scenes else _on_images(proposer, found, options)
         )
+    _write(content, as_json, options["output"] / "proposals.json")
+    if len(content["images"]) < len(found):
+        sys.exit(2)
+
+
+def _write(content: dict[str, Any], as_json: bool, path: Path) -> None:
+    """Write what was found, unless no image could be read, and print it."""
+    from ccam_deploy import files
+
+    if not content["images"] and not content["results"]:
+        return
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    files.write(options["output"] / "proposals.json", text.encode("utf-8", "backslashreplace"))
+    files.write(path, text.encode("utf-8", "backslashreplace"))
     if as_json:
         print_json(content)
         return
-    if on_scenes:
+    if content["results"]:
         click.echo(table(_rows(content["results"])))
-        click.echo(f"  {content['picture']}")
-    for entry in [] if on_scenes else content["images"]:
-        click.echo(
+        say(f"  {content['picture']}")
+    for entry in content["images"]:
+        say(
             f"{entry['file']}: class {', '.join(entry['classes'])}, "
             f"peaks {len(entry['peaks'])}, boxes {len(entry['guided'])}"
         )
-        click.echo(f"  {entry['picture']}")
-    click.echo(f"  {options['output'] / 'proposals.json'}")
+        say(f"  {entry['picture']}")
+    say(f"  {path}")
 
 
 @dataclass(frozen=True)
@@ -151,6 +163,26 @@ class _Proposer:
         self.explainer = explainer
         self._method_options = method_options
         self._options = options
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that the boxes depend on, and what the words stand for."""
+        from ccam_deploy.evaluate import proposals
+        from ccam_deploy.methods import with_options
+
+        options = self._options
+        manifest = self.explainer.bundle.manifest
+        method = with_options(options["method"], self._method_options)
+        return {
+            "bundle": manifest.name,
+            "digest": manifest.digest,
+            "backend": self.explainer.networks.backend,
+            "precision": self.explainer.precision,
+            "method": method.name,
+            "options": dataclasses.asdict(method.options),
+            **{name: options[name] for name in ("boxes", "peak_threshold", "mode", "seed")},
+            "definitions": proposals.DEFINITIONS,
+        }
 
     def propose(self, picture: Image.Image, classes: Sequence[int]) -> _Proposal:
         """Boxes for the objects of some classes in a picture."""
@@ -189,7 +221,7 @@ def _check(on_scenes: bool, options: dict[str, Any]) -> None:
 def _on_images(
     proposer: _Proposer, found: Sequence[Path], options: dict[str, Any]
 ) -> dict[str, Any]:
-    """Propose boxes for some files, and draw them."""
+    """Propose boxes for the files that can be read, and draw them; a line for each other one."""
     from ccam_deploy import files, render
     from ccam_deploy.cli import choices
     from ccam_deploy.cli.writer import unused
@@ -199,7 +231,12 @@ def _on_images(
     content = []
     with choices.progress("proposing", len(found)) as bar:
         for file in found:
-            picture = choices.read_picture(file, manifest)
+            bar.update(1)
+            try:
+                picture = choices.read_picture(file, manifest)
+            except ImageError as error:
+                say(f"error: {error}", err=True)
+                continue
             classes = choices.classes(proposer.explainer, picture, options["targets"])
             proposal = proposer.propose(picture, classes)
             tiles = [("map", proposal.overlay), *_tiles(picture, proposal, options["method"])]
@@ -220,8 +257,7 @@ def _on_images(
                     "picture": str(path),
                 }
             )
-            bar.update(1)
-    return {"settings": _settings(options), "images": content}
+    return {"settings": proposer.settings, "images": content, "results": []}
 
 
 def _on_scenes(proposer: _Proposer, options: dict[str, Any]) -> dict[str, Any]:
@@ -259,13 +295,8 @@ def _on_scenes(proposer: _Proposer, options: dict[str, Any]) -> dict[str, Any]:
             ]
     path = options["output"] / "scenes.png"
     files.write(path, render.png(render.grid(rows)))
-    settings = {**_settings(options), "limit": limit}
-    return {"settings": settings, "results": results, "picture": str(path)}
-
-
-def _settings(options: dict[str, Any]) -> dict[str, Any]:
-    names = ("method", "boxes", "peak_threshold", "mode", "seed", "precision")
-    return {**{name: options[name] for name in names}, "options": list(options["pairs"])}
+    settings = {**proposer.settings, "limit": limit}
+    return {"settings": settings, "images": [], "results": results, "picture": str(path)}
 
 
 def _tiles(

@@ -24,6 +24,22 @@ Box = tuple[int, int, int, int]
 Mode = Literal["fast", "quality"]
 
 FOUND = 0.5
+"""The least IoU of a box with an object for the object to count as found."""
+
+DEFINITIONS = {
+    "boxes": "left, top, right, bottom in pixels of the image, right and bottom exclusive",
+    "peaks": "local maxima of the class's map of at least peak_threshold times its maximum, each "
+    "the highest in the square around it that is a sixth of the map's shorter side wide",
+    "selective_search": "the best-ranked candidates of OpenCV's selective search (Uijlings et al. "
+    "2013), as many as there are guided ones",
+    "guided": "the best-ranked candidate that contains a peak, for each peak, the highest first; "
+    "where more boxes are wanted than that, each peak's second candidate, and so on (Ha & Youn "
+    "2022, section IV.F, which takes one for each peak)",
+    "recall": f"share of the objects that a box overlaps with an IoU of at least {FOUND}",
+    "best_iou": "mean over the objects of the best box's IoU",
+}
+"""What the words of a result stand for."""
+
 _NEIGHBOURHOOD = 12
 _LARGEST_SIDE = 500
 
@@ -99,12 +115,17 @@ def guided(candidates: Sequence[Box], places: Sequence[Peak], count: int = 0) ->
 
 
 def coverage(proposed: Sequence[Sequence[Box]], objects: Sequence[Sequence[Box]]) -> Recall:
-    """Measure the boxes proposed for some images against the boxes of the objects in them."""
+    """Measure the boxes proposed for some images against the boxes of the objects in them.
+
+    Raises ValueError where there is no object.
+    """
     best = [
         max((iou(box, truth) for box in boxes), default=0.0)
         for boxes, truths in zip(proposed, objects, strict=True)
         for truth in truths
     ]
+    if not best:
+        raise ValueError("there are no objects to cover")
     found = sum(value >= FOUND for value in best)
     boxes = sum(map(len, proposed))
     return Recall(found / len(best), sum(best) / len(best), len(best), boxes)

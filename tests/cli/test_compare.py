@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 import ccam_deploy as ccam
 from ccam_deploy import image as imaging
@@ -17,31 +16,21 @@ from ccam_deploy.cli.compare import COMPARED
 from ccam_deploy.methods import METHODS, GradCAMOptions, ScoreCAMOptions
 from tests.command import failure, success
 from tests.helpers import example_files
+from tests.pictures import place_of
 
 SCENE = example_files()[6]
-
-
-def place_of(tile: Image.Image, panel: Image.Image) -> tuple[int, int]:
-    """left, top of a picture inside a larger one; it must be there exactly once."""
-    small, large = np.asarray(tile), np.asarray(panel)
-    height, width = small.shape[:2]
-    corners = np.argwhere((large == small[0, 0]).all(axis=2)).tolist()
-    found = [
-        (x, y) for y, x in corners if np.array_equal(large[y : y + height, x : x + width], small)
-    ]
-    assert len(found) == 1
-    return found[0][0], found[0][1]
 
 
 def test_rows_are_classes_and_columns_methods(digits: ccam.Explainer, tmp_path: Path) -> None:
     """The tiles are drawn here from the explainer's own maps."""
     output = tmp_path / "sub" / "panel.png"
     methods = ("collection-cam", "layer-cam")
-    words = ["--methods", ",".join(methods), "--option", "k_max=4", "--output", output]
-    words += ["--target", "top2", "--target", "8"]
-    printed = success("compare", digits.bundle.folder, SCENE, *words).stdout.splitlines()
-    for line, method in zip(printed, methods, strict=False):
-        assert re.fullmatch(rf"{method}: \d+\.\d ms", line)
+    given = ["--methods", ",".join(methods), "--option", "k_max=4", "--output", output]
+    given += ["--target", "top2", "--target", "8"]
+    printed = success("compare", digits.bundle.folder, SCENE, *given).stdout.splitlines()
+    options = (r"theta=0\.1 .*k_max=4 .*", r'layers=\[\] relu=true scaling="shallow" gamma=2\.0')
+    for line, method, words in zip(printed, methods, options, strict=False):
+        assert re.fullmatch(rf"{method}: \d+\.\d ms, {words}", line)
     assert printed[2:] == [f"  {output}"]
     picture = imaging.to_colours(imaging.load(SCENE), 3)
     own = (ccam.CollectionCAMOptions(k_max=4), None)

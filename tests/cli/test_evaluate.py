@@ -122,6 +122,7 @@ def test_options_reach_the_measurement(digits_bundle: Path, tmp_path: Path) -> N
     done = success(
         *("evaluate", digits_bundle, root, "--target", "label", "--protocol", "rise"),
         *("--metrics", "insertion, average-drop", "--methods", "collection-cam,grad-cam,grad-cam"),
+        *("--option", "k_max=4", "--option", "grad-cam:relu=false"),
         *("--precision", "fp16", "--threads", 1, "--backend", "onnxruntime-cpu", "--seed", 5),
         *("--no-plots", "--json", "--output", tmp_path / "out"),
     )
@@ -132,7 +133,8 @@ def test_options_reach_the_measurement(digits_bundle: Path, tmp_path: Path) -> N
     chosen = found["settings"]["methods"]
     assert list(chosen) == ["collection-cam", "grad-cam"]
     assert chosen["collection-cam"]["options"]["theta"] == 0.1
-    assert chosen["grad-cam"]["method"] == "grad-cam"
+    assert chosen["collection-cam"]["options"]["k_max"] == 4
+    assert chosen["grad-cam"] == {"method": "grad-cam", "options": {"layer": "", "relu": False}}
     assert "blurred" in found["protocol"]
     with (tmp_path / "out" / "results.csv").open(newline="") as file:
         assert [(row["name"], row["target"]) for row in csv.DictReader(file)] == [
@@ -149,6 +151,7 @@ def test_bad_words_are_one_line(digits_bundle: Path, tmp_path: Path) -> None:
     for words, message in (
         (("scenes", "--methods", "x-cam"), 'method "x-cam" is unknown; there are collection-cam'),
         (("scenes", "--methods", ","), "there is no method to measure"),
+        (("scenes", "--option", "depth=3"), 'option "depth" is unknown; collection-cam has'),
         (("scenes", "--metrics", "road"), 'metric "road" is unknown; there are average-drop'),
         (("scenes", "--protocol", "mine"), "'mine' is not one of 'paper', 'rise'"),
         (("coco",), 'data set "coco" is neither a folder nor known; there are scenes,'),

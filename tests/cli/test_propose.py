@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import sys
@@ -12,7 +13,8 @@ import pytest
 
 from ccam_deploy import image as imaging
 from ccam_deploy.evaluate import proposals
-from tests.command import failure, success
+from ccam_deploy.methods import LayerCAMOptions
+from tests.command import failure, run, success
 from tests.helpers import EXAMPLES, example_files
 
 pytest.importorskip("cv2", reason="OpenCV is not installed")
@@ -43,6 +45,38 @@ def test_a_folder_of_images(digits_bundle: Path, tmp_path: Path) -> None:
     assert lines[-1] == f"  {tmp_path / 'proposals.json'}"
 
 
+def test_images_that_cannot_be_read_are_passed_over(digits_bundle: Path, tmp_path: Path) -> None:
+    """Each has its line, and the exit code is 2; with none that can, nothing is written."""
+    broken, output = tmp_path / "broken\n.png", tmp_path / "out"
+    broken.write_text("no image")
+    done = run("propose", digits_bundle, broken, SCENE, "--output", output)
+    assert done.exit_code == 2
+    assert done.stderr.splitlines() == [
+        rf"error: {tmp_path}/broken\n.png is not an image of a known format "
+        "(JPEG, PNG, WEBP, TIFF, BMP, GIF, PPM)"
+    ]
+    content = json.loads((output / "proposals.json").read_text())
+    assert [entry["file"] for entry in content["images"]] == [str(SCENE)]
+    assert "is not an image" in failure(
+        "propose", digits_bundle, broken, "--output", tmp_path / "x"
+    )
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_file_says_what_its_numbers_are(digits_bundle: Path, tmp_path: Path) -> None:
+    words = ["--method", "layer-cam", "--option", "gamma=3", "--boxes", 0, "--json"]
+    found = success("propose", digits_bundle, SCENE, *words, "--output", tmp_path).stdout
+    settings = json.loads(found)["settings"]
+    assert settings["options"] == dataclasses.asdict(LayerCAMOptions(gamma=3)) | {"layers": []}
+    assert (settings["method"], settings["boxes"], settings["precision"]) == (
+        "layer-cam",
+        0,
+        "fp32",
+    )
+    assert settings["backend"] == "onnxruntime-cpu"
+    assert set(settings["definitions"]) >= {"boxes", "guided", "recall", "best_iou"}
+
+
 def test_peaks_make_boxes_of_scenes_better(digits_bundle: Path, tmp_path: Path) -> None:
     """As the paper's Figure 9 shows: on single objects by far, with as many boxes."""
     pytest.importorskip("sklearn", reason="scikit-learn is not installed")
@@ -71,6 +105,7 @@ def test_peaks_make_boxes_of_scenes_better(digits_bundle: Path, tmp_path: Path) 
         ([SCENE, "--limit", "3"], "--limit goes with scenes; give the images that you want"),
         (["none.png"], "none.png does not exist"),
         ([SCENE, "--peak-threshold", "0"], "0 is not in the range"),
+        ([SCENE, "--seed", "4294967296"], "4294967296 is not in the range 0<=x<=4294967295"),
         ([SCENE, "--mode", "slow"], "'slow' is not one of 'fast', 'quality'"),
         ([SCENE, "--option", "depth=3"], 'option "depth" is unknown; collection-cam has theta'),
         ([SCENE, "--target", "zebra"], 'class "zebra" is not in the bundle'),

@@ -90,6 +90,11 @@ def test_coverage_by_hand() -> None:
     assert coverage(proposed, objects) == Recall(2 / 3, 0.5, 3, 2)
 
 
+def test_coverage_of_no_objects() -> None:
+    with pytest.raises(ValueError, match="there are no objects to cover"):
+        coverage([[BOTH]], [[]])
+
+
 def square(side: int, size: tuple[int, int]) -> Image.Image:
     """A white square of a side at (30, 20) in a picture of dark grey."""
     picture = Image.new("RGB", size, (40, 60, 80))

@@ -1,0 +1,43 @@
+"""What is printed stays on its line, whatever names hold and the terminal can show."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from ccam_deploy.cli.main import main
+from ccam_deploy.cli.options import table
+from tests.command import failure
+from tests.helpers import example_files
+
+STRANGE = "a\n\x1b[1mb" + os.fsdecode(b"\xff") + "\u732b.png"
+
+
+@pytest.mark.parametrize(("charset", "cat"), [("latin-1", r"\u732b"), ("utf-8", "\u732b")])
+def test_a_name_of_any_kind_is_one_line(
+    digits_bundle: Path, tmp_path: Path, charset: str, cat: str
+) -> None:
+    shutil.copy(example_files()[0], tmp_path / STRANGE)
+    words = ["compare", digits_bundle, tmp_path / STRANGE, "--methods", "grad-cam"]
+    words += ["--output", tmp_path / "x" / STRANGE]
+    runner = CliRunner(charset=charset)
+    done = runner.invoke(main, [str(word) for word in words], catch_exceptions=False)
+    assert (done.exit_code, done.stderr) == (0, "")
+    first, second = done.stdout.splitlines()
+    assert first.startswith("grad-cam: ")
+    assert second == rf"  {tmp_path}/x/a\n\x1b[1mb\udcff{cat}.png"
+    assert (tmp_path / "x" / STRANGE).is_file()
+
+
+def test_an_error_is_one_line(digits_bundle: Path) -> None:
+    line = failure("compare", digits_bundle, "no\x1b\u2028ne.png")
+    assert line.startswith(r"no\x1b")
+    assert len(line.splitlines()) == 1
+
+
+def test_a_row_of_a_table_is_one_line() -> None:
+    assert table([["a\nb", "c"], ["d", "e"]]).splitlines() == [r"a\nb  c", "d     e"]

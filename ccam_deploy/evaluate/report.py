@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ccam_deploy.evaluate.metrics import METRICS, PROTOCOLS
 from ccam_deploy.evaluate.results import CURVES, Row
+from ccam_deploy.text import one_line
 
 Doubles = NDArray[np.float64]
 
@@ -173,9 +174,9 @@ def _caption(settings: Mapping[str, Any]) -> str:
     explained = "the classifier's best class" if settings["target"] == "predicted" else "the label"
     return (
         f"Mean and 95 % bootstrap interval over {settings['images']} images of "
-        f"{settings['dataset']}; bundle {settings['bundle']}, {settings['precision']} on "
-        f"{settings['backend']}; protocol {settings['protocol']}, seed {settings['seed']}; "
-        f"explained: {explained}."
+        f"{one_line(settings['dataset'])}; bundle {one_line(settings['bundle'])}, "
+        f"{settings['precision']} on {settings['backend']}; protocol "
+        f"{settings['protocol']}, seed {settings['seed']}; explained: {explained}."
     )
 
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from ccam_deploy import files
 from ccam_deploy.errors import OptionError, OutputError
 from ccam_deploy.evaluate.metrics import Kind
+from ccam_deploy.text import one_line
 
 Doubles = NDArray[np.float64]
 
@@ -32,7 +33,8 @@ _CURVE = "_curve"
 class Row:
     """What was measured of one image's map by one method.
 
-    index, name: the image's place and name in the data set.   target: the class explained.
+    index, name: the image's place and name in the data set; in the file a name is one line, see
+        one_line.   target: the class explained.
     probability: its softmax probability for the whole image.
     values: percent by metric; NaN where the image has no boxes to measure with.
     curves: probabilities [n] along the deletion and the insertion curve, where they were measured.
@@ -76,7 +78,7 @@ class Results:
         if not known:
             if _read(self._path):
                 raise OutputError(f"{self._path} exists without {SETTINGS}; give another --output")
-            files.write(folder / SETTINGS, content.encode())
+            files.write(folder / SETTINGS, content.encode("utf-8", "backslashreplace"))
         else:
             _compare(folder, known, json.loads(content))
             self.rows = {row.key: row for row in self._parse(_read(self._path))}
@@ -108,23 +110,23 @@ class Results:
         if header:
             writer.writerow(self._columns)
         for row in rows:
-            facts = (row.index, row.name, row.method, row.target, repr(row.probability))
+            facts = (row.index, one_line(row.name), row.method, row.target, repr(row.probability))
             values = (_number(row.values[name]) for name in self.metrics)
             curves = (
                 " ".join(map(repr, row.curves.get(kind, np.zeros(0)).tolist())) for kind in CURVES
             )
             writer.writerow((*facts, *values, *curves))
-        return text.getvalue().encode("utf-8", "surrogateescape")
+        return text.getvalue().encode()
 
     def _parse(self, content: bytes) -> list[Row]:
         """The rows up to the last whole line."""
         text = content[: content.rfind(b"\n") + 1].decode("utf-8", "surrogateescape")
-        lines = list(csv.reader(io.StringIO(text)))
-        if lines and tuple(lines[0]) != self._columns:
-            raise OutputError(f"{self._path} has other columns; give another --output")
         try:
+            lines = list(csv.reader(io.StringIO(text)))
+            if lines and tuple(lines[0]) != self._columns:
+                raise OutputError(f"{self._path} has other columns; give another --output")
             return [self._row(dict(zip(self._columns, line, strict=True))) for line in lines[1:]]
-        except ValueError as error:
+        except (csv.Error, ValueError) as error:
             raise OutputError(
                 f"{self._path} was changed ({error}); give another --output"
             ) from error
@@ -160,6 +162,8 @@ def _compare(folder: Path, content: bytes, wanted: Mapping[str, Any]) -> None:
         known = json.loads(content)
     except ValueError as error:
         raise OutputError(f"{folder / SETTINGS} is not readable: {error}") from error
+    if not isinstance(known, dict):
+        raise OutputError(f"{folder / SETTINGS} has no settings; give another --output")
     for name in {**known, **wanted}:
         if known.get(name) != wanted.get(name):
             raise OptionError(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +66,20 @@ def test_rows_come_back_to_the_bit(tmp_path: Path) -> None:
     )
 
 
+def test_names_and_settings_of_any_kind(tmp_path: Path) -> None:
+    """A row is a line, whatever its name holds, and what is there can be gone on with."""
+    facts = {**FACTS, "dataset": os.fsdecode(b"/data/a\nb\xff\xc3\xa9")}
+    results = Results(tmp_path, facts, METRICS)
+    results.keep(GROUPS)
+    name = os.fsdecode(b'a\r\n\xff, "\xc3\xa9".png')
+    results.add([replace(row(*key), name=name) for key in GROUPS[0]])
+    lines = (tmp_path / RESULTS).read_text().splitlines()
+    assert len(lines) == 1 + len(GROUPS[0])
+    assert r'"a\r\n\udcff, ""é"".png"' in lines[1]
+    again = Results(tmp_path, facts, METRICS)
+    assert list(again.rows) == GROUPS[0]
+
+
 def test_any_broken_tail_is_dropped_to_whole_groups(tmp_path: Path) -> None:
     """Wherever the file ends, what stays is whole groups, and what is there is right."""
     whole = (fill(tmp_path).folder / RESULTS).read_bytes()
@@ -106,6 +122,12 @@ def test_strange_files_are_refused(tmp_path: Path) -> None:
         Results(tmp_path, FACTS, METRICS)
     path.write_text("a,b\n1,2\n")
     with pytest.raises(OutputError, match=r"results\.csv has other columns"):
+        Results(tmp_path, FACTS, METRICS)
+    path.write_bytes(content.encode() + b"1,a\rb,c\n")
+    with pytest.raises(OutputError, match=r"results\.csv was changed \(new-line character"):
+        Results(tmp_path, FACTS, METRICS)
+    (tmp_path / SETTINGS).write_text("[1]")
+    with pytest.raises(OutputError, match=r"settings\.json has no settings; give another"):
         Results(tmp_path, FACTS, METRICS)
     (tmp_path / SETTINGS).write_text("{")
     with pytest.raises(OutputError, match=r"settings\.json is not readable"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ Boxes = NDArray[np.float64]
 
 _EDGES = ("bndbox/xmin", "bndbox/ymin", "bndbox/xmax", "bndbox/ymax")
 _CUB_TABLES = ("image_class_labels.txt", "bounding_boxes.txt", "train_test_split.txt")
+_SPLITS: dict[str, Split] = {"1": "train", "0": "test"}
 
 SCENES = 10_000
 """How many digits in scenes the data set has; any number could be made."""
@@ -101,7 +102,8 @@ class ImageNet(Dataset):
     root: the folder that has Data/CLS-LOC/val (or val, or the images themselves) and
         Annotations/CLS-LOC/val. LOC_synset_mapping.txt lies in it or beside it; the line of a
         synset is its class, as in the networks of torchvision.
-    The numbers of an annotation are taken as the box's edges.
+    The numbers of an annotation are taken as the box's edges. Boxes of other classes than the
+    first object's are left out.
     """
 
     has_boxes = True
@@ -119,6 +121,7 @@ class ImageNet(Dataset):
         self._boxes = root / "Annotations" / "CLS-LOC" / "val"
         if not self._boxes.is_dir():
             raise DatasetError(f"{root} has no Annotations/CLS-LOC/val with the validation boxes")
+        _need_files([self._boxes / f"{path.stem}.xml" for path in self._files], "annotation")
         beside = (folder / self._MAPPING for folder in (root, root.parent))
         mapping = next((path for path in beside if path.is_file()), None)
         if mapping is None:
@@ -134,11 +137,15 @@ class ImageNet(Dataset):
             objects = ElementTree.parse(annotation).getroot().findall("object")
             synsets = [str(thing.findtext("name")) for thing in objects]
             corners = [[float(thing.findtext(edge, "")) for edge in _EDGES] for thing in objects]
-        except (OSError, ElementTree.ParseError, ValueError) as error:
+        except (OSError, ElementTree.ParseError, LookupError, ValueError) as error:
+            # LookupError for an encoding that does not exist.
             raise DatasetError(f"{annotation} is not a readable annotation: {error}") from error
         if not objects or synsets[0] not in self._classes:
             named = f'the unknown synset "{synsets[0]}"' if objects else "no object"
             raise DatasetError(f"{annotation} names {named}")
+        for left, top, right, bottom in corners:
+            if not (left < right and top < bottom):
+                raise DatasetError(f"{annotation} has the box {[left, top, right, bottom]}")
         own = [box for box, synset in zip(corners, synsets, strict=True) if synset == synsets[0]]
         return Item(
             self.names[index],
@@ -149,7 +156,11 @@ class ImageNet(Dataset):
 
 
 class CUB(Dataset):
-    """Caltech-UCSD Birds 200 (2011): one box an image, and a split in training and test."""
+    """Caltech-UCSD Birds 200 (2011): one box an image, and a split in training and test.
+
+    root: the folder that has images.txt, other tables and images. Classes are taken by number:
+        the first one, "001.Black_footed_Albatross", is the bundle's class 0.
+    """
 
     has_boxes = True
 
@@ -157,7 +168,6 @@ class CUB(Dataset):
         _need_folder(root, "CUB-200-2011")
         files = _table(root / "images.txt", 1)
         tables = [_table(root / file, 4 if "boxes" in file else 1) for file in _CUB_TABLES]
-        wanted = "1" if split == "train" else "0"
         self._rows: list[tuple[Path, int, Boxes]] = []
         names = []
         for key, (name,) in files.items():
@@ -165,20 +175,19 @@ class CUB(Dataset):
                 if key not in table:
                     raise DatasetError(f"{root / file} has no line for image {key} of images.txt")
             (number,), corners, (training,) = (table[key] for table in tables)
-            if training != wanted:
-                continue
             try:
-                target = int(number) - 1
-                left, top, width, height = map(float, corners)
-            except ValueError as error:
+                target, box = _bird(number, corners)
+                chosen = _SPLITS[training] == split
+            except (KeyError, ValueError) as error:
                 raise DatasetError(
-                    f"{root} has no usable class or box for image {key}: {error}"
+                    f"{root} has no usable class, box or split for image {key}: {error}"
                 ) from error
-            names.append(name)
-            box = np.array([[left, top, left + width, top + height]])
-            self._rows.append((root / "images" / name, target, box))
+            if chosen:
+                names.append(name)
+                self._rows.append((root / "images" / name, target, box))
         if not names:
             raise DatasetError(f"{root / 'train_test_split.txt'} has no image of the {split} split")
+        _need_files([path for path, _, _ in self._rows], "image")
         _need_classes(manifest, 1 + max(target for _, target, _ in self._rows), str(root))
         self.names = tuple(names)
 
@@ -190,7 +199,8 @@ class CUB(Dataset):
 class UCMerced(Dataset):
     """UC Merced land use: aerial images, Images/CLASS/CLASS00.tif.
 
-    Classes are found by name; in a bundle without names, their order is the alphabet's.
+    Classes are found by name; in a bundle without names, which must have as many, their order is
+    the alphabet's. Some images are a few pixels smaller than the others' 256×256.
     """
 
     def __init__(self, root: Path, manifest: Manifest) -> None:
@@ -199,8 +209,11 @@ class UCMerced(Dataset):
         folders = sorted(path for path in images.glob("*") if path.is_dir())
         if not folders:
             raise DatasetError(f"{root} has no Images folder with a folder for each class")
-        if not manifest.labels:
-            _need_classes(manifest, len(folders), str(images))
+        if not manifest.labels and len(folders) != manifest.classes:
+            # With a folder too few, all classes after it would be another's.
+            raise TargetError(
+                f"{images} has {len(folders)} classes, the bundle {manifest.classes} without names"
+            )
         self._files: list[tuple[Path, int]] = []
         for place, folder in enumerate(folders):
             files = sorted(path for path in folder.iterdir() if path.suffix.lower() == ".tif")
@@ -226,6 +239,7 @@ class Scenes(Dataset):
         split: Split = "test",
         kind: Literal["single", "several"] = "single",
     ) -> None:
+        scenes.check()
         _need_classes(manifest, scenes.CLASSES, "digits in scenes")
         self._split = split
         self._kind = kind
@@ -253,7 +267,8 @@ def open_dataset(word: str, manifest: Manifest, split: str | None = None) -> Dat
     """The data set that a word names: one of FORMS.
 
     split: "train" or "test" of scenes and cub, which take test by default; None for the others.
-    Raises OptionError for an unknown name, DatasetError for a folder that is not laid out so.
+    Raises OptionError for an unknown name or without what scenes need, DatasetError for a folder
+    that is not laid out so, TargetError where its classes are not the bundle's.
     """
     kind, _, rest = word.partition(":")
     own: Split = "train" if split == "train" else "test"
@@ -279,6 +294,13 @@ def _need_folder(root: Path, what: str) -> None:
         raise DatasetError(f"{root} is not {what}: there is no such folder")
 
 
+def _need_files(paths: Sequence[Path], what: str) -> None:
+    """Raise DatasetError where files are missing, before any is measured."""
+    missing = [path for path in paths if not path.is_file()]
+    if missing:
+        raise DatasetError(f"{missing[0]} is missing, one of {len(missing)} {what} files")
+
+
 def _need_classes(manifest: Manifest, count: int, where: str) -> None:
     if manifest.classes < count:
         raise TargetError(f"{where} has {count} classes, the bundle {manifest.classes}")
@@ -288,11 +310,23 @@ def _is_image(path: Path) -> bool:
     return path.is_file() and path.suffix.lower() in imaging.SUFFIXES
 
 
+def _bird(number: str, corners: Sequence[str]) -> tuple[int, Boxes]:
+    """A class and a box of CUB's tables. Raises ValueError for what cannot be either."""
+    left, top, width, height = map(float, corners)
+    if int(number) < 1:
+        raise ValueError(f"class {number}; they count from 1")
+    if not (width > 0 and height > 0):
+        raise ValueError(f"a box of {width:g}x{height:g} pixels")
+    return int(number) - 1, np.array([[left, top, left + width, top + height]])
+
+
 def _lines(path: Path) -> list[str]:
     try:
-        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DatasetError(f"{path} cannot be read: {error}") from error
+        return [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except OSError as error:
+        raise DatasetError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise DatasetError(f"{path} is not a text in UTF-8: {error}") from error
 
 
 def _table(path: Path, columns: int) -> dict[str, list[str]]:

@@ -41,6 +41,11 @@ class Scene:
     boxes: tuple[Box, ...]
 
 
+def check() -> None:
+    """Raise OptionError where scikit-learn, which has digits and photographs, is missing."""
+    _scikit_learn()
+
+
 def make_scene(split: Split, seed: int, kind: Kind = "single") -> Scene:
     """Make one scene; the same split, seed and kind give the same scene.
 

@@ -102,8 +102,9 @@ LAND_USE = ("agricultural", "airplane", "beach")
 
 
 def uc_merced(root: Path) -> Path:
-    """Two TIFF images of each of three classes."""
+    """Two TIFF images of each of three classes, the second one narrower."""
     for number, name in enumerate(LAND_USE):
-        for index in range(2):
-            picture(root / "Images" / name / f"{name}{index:02}.tif", 10 * number + index)
+        for index, width in enumerate((24, 22)):
+            path = root / "Images" / name / f"{name}{index:02}.tif"
+            picture(path, 10 * number + index, (width, 24))
     return root

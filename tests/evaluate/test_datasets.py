@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
@@ -66,7 +67,9 @@ def test_imagenet(tmp_path: Path, images: str) -> None:
         ("ILSVRC2012_val_00000002", 2, [[0, 0, 5, 6], [10, 4, 24, 20]]),
     ]
     assert rows(open_dataset(f"imagenet:{root}", manifest(classes=3))) == expected
-    (root / "LOC_synset_mapping.txt").rename(tmp_path / "LOC_synset_mapping.txt")
+    mapping = root / "LOC_synset_mapping.txt"
+    mapping.write_text(mapping.read_text(), encoding="utf-8-sig")
+    mapping.rename(tmp_path / "LOC_synset_mapping.txt")
     assert rows(ImageNet(root, manifest(classes=3))) == expected
 
 
@@ -83,6 +86,7 @@ def test_cub_has_splits(tmp_path: Path) -> None:
 
 
 def test_uc_merced_by_name_and_by_alphabet(tmp_path: Path) -> None:
+    """Images of several sizes are read; a class too few is no alphabet."""
     root = uc_merced(tmp_path)
     by_alphabet = rows(open_dataset(f"ucmerced:{root}", manifest(classes=3)))
     assert by_alphabet[3] == ("airplane/airplane01.tif", 1, [])
@@ -90,6 +94,10 @@ def test_uc_merced_by_name_and_by_alphabet(tmp_path: Path) -> None:
     turned = manifest(LAND_USE[::-1])
     by_name = rows(open_dataset(f"ucmerced:{root}", turned))
     assert [target for _, target, _ in by_name] == [2, 2, 1, 1, 0, 0]
+    sizes = [item.read().size for item in open_dataset(f"ucmerced:{root}", turned)]
+    assert sizes == [(24, 24), (22, 24)] * 3
+    with pytest.raises(TargetError, match="has 3 classes, the bundle 4 without names"):
+        open_dataset(f"ucmerced:{root}", manifest(classes=4))
 
 
 @pytest.mark.parametrize("split", get_args(scenes.Split))
@@ -113,12 +121,12 @@ def remove(name: str) -> Callable[[Path], None]:
 
 
 def write(name: str, text: str) -> Callable[[Path], object]:
-    return lambda root: (root / name).write_text(text)
+    return lambda root: (root / name).write_bytes(text.encode("utf-8", "surrogateescape"))
 
 
 XML = "Annotations/CLS-LOC/val/ILSVRC2012_val_00000001.xml"
 BROKEN = [
-    ("imagenet", remove(XML), "00000001.xml is not a readable annotation: .*No such file"),
+    ("imagenet", remove(XML), "val_00000001.xml is missing, one of 1 annotation files"),
     ("imagenet", write(XML, "<annotation>"), "is not a readable annotation: no element found"),
     ("imagenet", write(XML, annotation([])), "00000001.xml names no object"),
     (
@@ -131,8 +139,19 @@ BROKEN = [
         write(XML, "<a><object><name>n01440764</name></object></a>"),
         "is not a readable annotation: could not convert",
     ),
+    (
+        "imagenet",
+        write(XML, '<?xml version="1.0" encoding="none"?><a/>'),
+        "is not a readable annotation: unknown encoding",
+    ),
+    (
+        "imagenet",
+        write(XML, annotation([("n01440764", 7, 2, 7, 4)])),
+        r"00000001.xml has the box \[7.0, 2.0, 7.0, 4.0\]",
+    ),
+    ("imagenet", write("LOC_synset_mapping.txt", "\0\udcff"), "mapping.txt is not a text in UTF-8"),
     ("imagenet", remove("LOC_synset_mapping.txt"), "has no LOC_synset_mapping.txt, nor has"),
-    ("cub", remove("images.txt"), "images.txt cannot be read: .*No such file"),
+    ("cub", remove("images.txt"), "images.txt cannot be read: No such file or directory$"),
     ("cub", remove("bounding_boxes.txt"), "bounding_boxes.txt cannot be read"),
     (
         "cub",
@@ -143,7 +162,23 @@ BROKEN = [
     (
         "cub",
         write("bounding_boxes.txt", "1 a b c d\n2 a b c d\n3 a b c d\n4 a b c d\n"),
-        "has no usable class or box for image 2: could not convert",
+        "has no usable class, box or split for image 1: could not convert",
+    ),
+    (
+        "cub",
+        write("image_class_labels.txt", "1 1\n2 0\n3 2\n4 2\n"),
+        "for image 2: class 0; they count from 1",
+    ),
+    (
+        "cub",
+        write("bounding_boxes.txt", "1 0 0 5 5\n2 0 0 5 -5\n3 0 0 5 5\n4 0 0 5 5\n"),
+        "for image 2: a box of 5x-5 pixels",
+    ),
+    ("cub", write("train_test_split.txt", "1 1\n2 0\n3 yes\n4 1\n"), "for image 3: 'yes'"),
+    (
+        "cub",
+        remove(f"images/{BIRDS[1]}/Bird_0002_798.jpg"),
+        "Bird_0002_798.jpg is missing, one of 1 image files",
     ),
     (
         "cub",
@@ -197,7 +232,7 @@ def test_classes_must_fit_the_bundle(tmp_path: Path) -> None:
         open_dataset(f"imagenet:{imagenet(tmp_path / 'a')}", few)
     with pytest.raises(TargetError, match="has 2 classes, the bundle 1"):
         open_dataset(f"cub:{cub(tmp_path / 'b')}", few)
-    with pytest.raises(TargetError, match="Images has 3 classes, the bundle 1"):
+    with pytest.raises(TargetError, match="Images has 3 classes, the bundle 1 without names"):
         open_dataset(f"ucmerced:{uc_merced(tmp_path / 'c')}", few)
     with pytest.raises(TargetError, match="digits in scenes has 10 classes, the bundle 1"):
         open_dataset("scenes", few)
@@ -213,6 +248,12 @@ def test_a_split_goes_with_data_that_has_one(tmp_path: Path) -> None:
     picture(tmp_path / "a.png", 0)
     with pytest.raises(OptionError, match="has no split; scenes and cub have"):
         open_dataset(str(tmp_path), PETS, "train")
+
+
+def test_scenes_without_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with pytest.raises(OptionError, match=r"pip install 'ccam-deploy\[scenes\]'"):
+        open_dataset("scenes", manifest(classes=10))
 
 
 def test_item_is_read_when_asked(tmp_path: Path) -> None:

@@ -182,6 +182,16 @@ def prepare(
     return batch, tuple(geometries)
 
 
+def restored(image: Floats, mean: Sequence[float], std: Sequence[float]) -> Image.Image:
+    """The picture, grey or RGB, that a preprocessed image [C, H, W] float32 shows.
+
+    mean, std: per channel, of pixels in [0, 1], that it was normalised with.
+    """
+    offset, scale = (np.array(values, np.float32)[:, None, None] for values in (mean, std))
+    pixels = np.clip((image * scale + offset) * 255 + 0.5, 0, 255).astype(np.uint8)
+    return Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
+
+
 def geometry(original: tuple[int, int], size: tuple[int, int], how: Preprocessing) -> Geometry:
     """Where the network's input lies in an image; sizes are height, width.
 

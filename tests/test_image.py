@@ -253,6 +253,18 @@ def test_stretch_ignores_the_shape() -> None:
     assert geometry == Geometry((30, 97), (32, 48), (0, 0), (32, 48))
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_preprocessed_image_is_restored(channels: int) -> None:
+    """Exactly, where nothing was scaled."""
+    colours = imaging.to_colours(photograph(40, 30), channels)
+    means, stds = (0.485, 0.456, 0.406)[:channels], (0.229, 0.224, 0.225)[:channels]
+    settings = Preprocessing("stretch", (40, 30), "bilinear", means, stds)
+    batch, _ = imaging.prepare([colours], colours.size[::-1], settings)
+    shown = imaging.restored(batch[0], means, stds)
+    assert shown.mode == colours.mode
+    np.testing.assert_array_equal(np.asarray(shown), np.asarray(colours))
+
+
 def test_grey_networks_get_one_channel() -> None:
     picture = photograph(40, 40)
     got, _ = imaging.prepare(

@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ccam_deploy.cli.network import model_options, need_torch, prepare
+from ccam_deploy.cli.network import Prepared, model_options, need_torch, prepare
 from ccam_deploy.cli.options import (
     json_option,
     look_options,
     method_choice,
     print_json,
+    say,
     table,
 )
 from ccam_deploy.errors import OptionError
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from ccam_deploy.evaluate.sanity import SanityCheck
     from ccam_deploy.export.exporter import ExportSettings
-    from ccam_deploy.render import Floats
+    from ccam_deploy.export.randomise import RandomisedClassifier
+    from ccam_deploy.methods import Method
+    from ccam_deploy.render import Floats, Look
 
 SCENES = "scenes"
 _SHOWN_IMAGES = 3
@@ -49,7 +55,13 @@ _SHOWN_IMAGES = 3
     type=click.IntRange(min=1),
     help="How many layers to randomise, from the last one down.  [default: all]",
 )
-@click.option("--seed", default=0, show_default=True, help="What the random parameters come from.")
+@click.option(
+    "--seed",
+    default=0,
+    show_default=True,
+    type=click.IntRange(0, 2**32 - 1),
+    help="What the random parameters come from.",
+)
 @method_choice
 @click.option(
     "--threads",
@@ -80,10 +92,11 @@ def sanity(model: Path | None, as_json: bool, **options: Any) -> None:
     from ccam_deploy.cli import choices
     from ccam_deploy.evaluate import sanity as checks
     from ccam_deploy.evaluate.similarity import check_hog
-    from ccam_deploy.export.randomise import limited_threads, open_randomised
+    from ccam_deploy.export.randomise import limited_threads
     from ccam_deploy.methods import with_options
 
     ((name, given),) = choices.method_options([options["method"]], options["pairs"]).items()
+    method = with_options(name, given)
     render.check_colormap(options["colormap"])
     check_hog()
     files.check_place(options["output"] / "sanity.json")
@@ -91,40 +104,22 @@ def sanity(model: Path | None, as_json: bool, **options: Any) -> None:
     prepared = prepare(model, options, () if on_scenes else options["images"])
     settings = _with_images(prepared.settings, on_scenes, options["count"])
     with limited_threads(options["threads"]):
-        classifier, images = open_randomised(
-            prepared.network,
-            prepared.input_size(options["input_size"]),
-            prepared.layers(None),
-            settings,
-            options["seed"],
-        )
-        limit = options["limit"]
-        if limit and limit > len(classifier.parts):
-            raise OptionError(
-                f"--layers is {limit}; the model has {len(classifier.parts)} with parameters"
-            )
-        images = images[: options["count"]]
-        with choices.progress("randomising", 2 * (limit or len(classifier.parts))) as bar:
-            result = checks.check(
-                classifier, images, with_options(name, given), limit, lambda: bar.update(1)
-            )
-    shown = _pictures(images[:_SHOWN_IMAGES], settings)
-    labels = settings.labels or tuple(map(str, range(int(result.targets.max()) + 1)))
-    captions = [labels[int(target)] for target in result.targets[:_SHOWN_IMAGES]]
-    look = render.Look(options["colormap"], options["opacity"])
-    drawn = checks.picture(result, shown, captions, look)
+        classifier, images, result = _run(prepared, settings, method, options)
     content = {
         "settings": {
             "model": settings.name or settings.source,
             "method": name,
-            "options": list(options["pairs"]),
+            "options": asdict(method.options),
             "images": len(images),
             "seed": options["seed"],
             "target_layers": list(classifier.layers),
+            "definitions": checks.DEFINITIONS,
         },
         "stages": _stages(result),
         "picture": str(options["output"] / "sanity.png"),
     }
+    look = render.Look(options["colormap"], options["opacity"])
+    drawn = _drawn(result, images[:_SHOWN_IMAGES], settings, look)
     files.write(options["output"] / "sanity.png", render.png(drawn))
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     files.write(options["output"] / "sanity.json", text.encode("utf-8", "backslashreplace"))
@@ -132,13 +127,12 @@ def sanity(model: Path | None, as_json: bool, **options: Any) -> None:
         print_json(content)
         return
     click.echo(table(_rows(result)))
-    click.echo(f"  {content['picture']}\n  {options['output'] / 'sanity.json'}")
+    say(f"  {content['picture']}")
+    say(f"  {options['output'] / 'sanity.json'}")
 
 
 def _with_images(settings: ExportSettings, on_scenes: bool, count: int) -> ExportSettings:
     """The settings, with scenes as their images where those are wanted."""
-    from dataclasses import replace
-
     from PIL import Image
 
     from ccam_deploy.evaluate.scenes import make_scenes
@@ -149,15 +143,51 @@ def _with_images(settings: ExportSettings, on_scenes: bool, count: int) -> Expor
     return replace(settings, calibration=[Image.fromarray(scene.image) for scene in scenes])
 
 
-def _pictures(images: Floats, settings: ExportSettings) -> list[Any]:
-    """Preprocessed images [B, C, H, W] as the pictures that the network sees."""
-    import numpy as np
-    from PIL import Image
+def _run(
+    prepared: Prepared, settings: ExportSettings, method: Method[Any], options: dict[str, Any]
+) -> tuple[RandomisedClassifier, Floats, SanityCheck]:
+    """Open the network and check it; the images are those that were explained [B, C, H, W]."""
+    from ccam_deploy.cli import choices
+    from ccam_deploy.evaluate import sanity as checks
+    from ccam_deploy.export.randomise import open_randomised
 
-    shape = (1, -1, 1, 1)
-    pixels = images * np.reshape(settings.std, shape) + np.reshape(settings.mean, shape)
-    values = np.clip(pixels * 255 + 0.5, 0, 255).astype(np.uint8).transpose(0, 2, 3, 1)
-    return [Image.fromarray(value.squeeze()) for value in values]
+    classifier, images = open_randomised(
+        prepared.network,
+        prepared.input_size(options["input_size"]),
+        prepared.layers(None),
+        settings,
+        options["seed"],
+    )
+    count = options["limit"] or len(classifier.parts)
+    if count > len(classifier.parts):
+        raise OptionError(
+            f"--layers is {count}; the model has {len(classifier.parts)} with parameters"
+        )
+    images = images[: options["count"]]
+    with choices.progress("randomising", 2 * count) as bar:
+        result = checks.check(
+            classifier,
+            images,
+            method,
+            count,
+            lambda: bar.update(1),
+            mean=settings.mean,
+            std=settings.std,
+        )
+    return classifier, images, result
+
+
+def _drawn(
+    result: SanityCheck, images: Floats, settings: ExportSettings, look: Look
+) -> Image.Image:
+    """The check's picture, of some images [B, C, H, W]."""
+    from ccam_deploy.evaluate import sanity as checks
+    from ccam_deploy.image import restored
+
+    shown = [restored(image, settings.mean, settings.std) for image in images]
+    names = settings.labels
+    captions = [names[c] if names else str(c) for c in result.targets[: len(images)].tolist()]
+    return checks.picture(result, shown, captions, look)
 
 
 def _stages(result: SanityCheck) -> list[dict[str, Any]]:

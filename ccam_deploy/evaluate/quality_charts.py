@@ -9,15 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
+from ccam_deploy import image as imaging
 from ccam_deploy import render
-from ccam_deploy.bundle import Preprocessing
 from ccam_deploy.evaluate import charts
 from ccam_deploy.evaluate.datasets import Dataset
 from ccam_deploy.evaluate.evaluation import Variant
 from ccam_deploy.evaluate.results import CURVES, Row
 from ccam_deploy.explainer import Explainer
 
-Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 
 SHOWN = 6
@@ -40,7 +39,7 @@ def draw_curves(curves: Mapping[str, Mapping[str, Doubles]]) -> bytes:
             if kind in found:
                 share = np.linspace(0, 100, len(found[kind]))
                 axes.plot(share, found[kind], label=method)
-        axes.set_xlabel(f"pixels {'deleted' if kind == 'deletion' else 'inserted'}, %")
+        axes.set_xlabel(f"steps of {kind} taken, %")
         axes.set_title(kind)
         axes.grid(alpha=0.3)
         if axes.lines:
@@ -65,31 +64,16 @@ def draw_maps(
     classes = [targets[place] for place in places]
     maps = [one.explain(explainer, images, classes).saliency for one in contenders]
     manifest = explainer.bundle.manifest
-    lines = []
+    how = manifest.preprocessing
+    grid = []
     for row, (item, geometry) in enumerate(zip(items, geometries, strict=True)):
-        picture = _shown(images[row], manifest.preprocessing)
+        picture = imaging.restored(images[row], how.mean, how.std).convert("RGB")
         tiles = [(manifest.label(classes[row]), _framed(picture, geometry.to_input(item.boxes)))]
         for one, saliency in zip(contenders, maps, strict=True):
             overlay = render.overlay(picture, saliency[row])
             tiles.append((one.name, _framed(overlay, geometry.to_input(item.boxes))))
-        lines.append(render.panel(tiles, _TILE))
-    canvas = Image.new(
-        "RGB", (max(line.width for line in lines), sum(line.height for line in lines)), "white"
-    )
-    top = 0
-    for line in lines:
-        canvas.paste(line, (0, top))
-        top += line.height
-    content = io.BytesIO()
-    canvas.save(content, "PNG")
-    return content.getvalue()
-
-
-def _shown(image: Floats, how: Preprocessing) -> Image.Image:
-    """A preprocessed image [C, H, W] as it was before it was normalised."""
-    mean, std = (np.array(values, np.float32)[:, None, None] for values in (how.mean, how.std))
-    pixels = np.clip((image * std + mean) * 255 + 0.5, 0, 255).astype(np.uint8).transpose(1, 2, 0)
-    return Image.fromarray(pixels.repeat(3, axis=2) if pixels.shape[2] == 1 else pixels)
+        grid.append(tiles)
+    return render.png(render.grid(grid, _TILE))
 
 
 def _framed(picture: Image.Image, boxes: Doubles) -> Image.Image:

@@ -16,13 +16,31 @@ from PIL import Image
 
 from ccam_deploy import render
 from ccam_deploy.engines import Classifier
-from ccam_deploy.evaluate.similarity import hog_similarity, spearman, ssim
+from ccam_deploy.errors import OptionError
+from ccam_deploy.evaluate.similarity import WINDOW, hog_similarity, spearman, ssim
 from ccam_deploy.methods import Batch, Method, Stopwatch
 from ccam_deploy.render import Look, Tile
 
 Floats = NDArray[np.float32]
 Mode = Literal["cascading", "independent"]
 _TILE = 128
+_CHUNK = 8
+
+DEFINITIONS = {
+    "maps": "of the class that the trained network gives an image, scaled to [0, 1]",
+    "cascading": "all layers from the last one down to this one are random, as in Adebayo et al. "
+    "2018, whose first stage is the classifier's layer",
+    "independent": "this layer alone is random",
+    "random": "weights from a normal distribution of the variance 2 / fan-in (He et al. 2015); "
+    "biases and running means 0, scales and running variances 1",
+    "spearman": "mean over the images of the absolute value of Spearman's rank correlation with "
+    "the trained network's map: a map turned upside down counts as the same. (Adebayo et al. take "
+    "absolute values of the maps instead)",
+    "ssim": "mean structural similarity (Wang et al. 2004), 7×7 uniform window, data range 1",
+    "hog": "mean correlation of histograms of oriented gradients: 9 orientations, cells of 16×16 "
+    "pixels, smaller on small maps, blocks of 3×3 cells",
+}
+"""What the words of a result stand for."""
 
 
 class Randomisable(Classifier, Protocol):
@@ -64,7 +82,11 @@ class Stage:
 
 @dataclass(frozen=True)
 class SanityCheck:
-    """The maps of the trained network [B, H, W], and all stages, cascading ones first."""
+    """What a check found, cascading stages first.
+
+    targets: [B], the class explained of each image.
+    trained: [B, H, W] float32 in [0, 1], the maps of the trained network.
+    """
 
     targets: NDArray[np.int64]
     trained: Floats
@@ -81,18 +103,37 @@ def check(
     method: Method[Any],
     limit: int | None = None,
     progress: Callable[[], None] = lambda: None,
-    chunk: int = 8,
+    *,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
 ) -> SanityCheck:
     """Explain images with the network as it is and in every stage of randomisation.
 
     images: [B, C, H, W] float32, preprocessed; each is explained for the class that the trained
         network gives it.
     limit: how many layers to randomise, from the last one down; all by default.
-    progress: called after each stage, two for each layer.   chunk: masked images at a time.
+    progress: called after each stage, two for each layer.
+    mean, std: per channel, that the images were normalised with.
     The classifier has what was trained afterwards.
+    Raises OptionError for images smaller than the window of SSIM.
     """
+    if min(images.shape[2:]) < WINDOW:
+        height, width = images.shape[2:]
+        raise OptionError(f"the input is {height}x{width}; SSIM needs {WINDOW}x{WINDOW} or more")
+
+    def explain() -> Floats:
+        """Each image's map for its class, [B, H, W] in [0, 1]."""
+        activations = classifier.backbone(images)
+        baseline = classifier.backbone(np.zeros_like(images[:1])).logits[0]
+        owner = np.arange(len(images), dtype=np.int64)
+        layers = classifier.layers
+        batch = Batch(
+            images, activations, owner, targets, layers, baseline, _CHUNK, mean=mean, std=std
+        )
+        return method.explain(classifier, batch, Stopwatch()).saliency
+
     targets: NDArray[np.int64] = classifier.backbone(images).logits.argmax(axis=1)
-    trained = _explain(classifier, images, targets, method, chunk)
+    trained = explain()
     parts = classifier.parts[:limit]
     wanted: list[tuple[Mode, str, tuple[str, ...]]] = [
         ("cascading", part, parts[: number + 1]) for number, part in enumerate(parts)
@@ -102,7 +143,7 @@ def check(
     try:
         for mode, layer, random in wanted:
             classifier.randomise(random)
-            maps = _explain(classifier, images, targets, method, chunk)
+            maps = explain()
             stages.append(Stage(mode, layer, *_agreement(maps, trained), maps))
             progress()
     finally:
@@ -129,21 +170,6 @@ def picture(
                 row.append((name, tile))
             rows.append(row)
     return render.grid(rows, _TILE)
-
-
-def _explain(
-    classifier: Randomisable,
-    images: Floats,
-    targets: NDArray[np.int64],
-    method: Method[Any],
-    chunk: int,
-) -> Floats:
-    """Each image's map for its class, [B, H, W] in [0, 1]."""
-    activations = classifier.backbone(images)
-    baseline = classifier.backbone(np.zeros_like(images[:1])).logits[0]
-    owner = np.arange(len(images), dtype=np.int64)
-    batch = Batch(images, activations, owner, targets, classifier.layers, baseline, chunk)
-    return method.explain(classifier, batch, Stopwatch()).saliency
 
 
 def _agreement(maps: Floats, trained: Floats) -> tuple[float, float, float]:

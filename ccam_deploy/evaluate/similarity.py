@@ -10,7 +10,9 @@ from scipy.stats import rankdata
 from ccam_deploy.errors import OptionError
 
 Floats = NDArray[np.float32]
-_WINDOW = 7
+WINDOW = 7
+"""Side of the window of SSIM, in pixels."""
+
 _CELL, _BLOCK = 16, 3
 
 
@@ -60,21 +62,22 @@ def ssim(one: Floats, other: Floats) -> float:
     """Mean structural similarity of two maps [H, W] in [0, 1] (Wang et al. 2004).
 
     7×7 uniform window, sample covariance, data range 1: scikit-image's defaults.
+    Raises ValueError for maps smaller than the window.
     """
     x, y = (np.asarray(values, np.float64) for values in (one, other))
-    if min(x.shape) < _WINDOW:
-        raise ValueError(f"maps of {x.shape} are smaller than the {_WINDOW}x{_WINDOW} window")
-    count = _WINDOW**2
+    if min(x.shape) < WINDOW:
+        raise ValueError(f"maps of {x.shape} are smaller than the {WINDOW}x{WINDOW} window")
+    count = WINDOW**2
     correction = count / (count - 1)
-    mean_x, mean_y = uniform_filter(x, _WINDOW), uniform_filter(y, _WINDOW)
-    var_x = correction * (uniform_filter(x * x, _WINDOW) - mean_x**2)
-    var_y = correction * (uniform_filter(y * y, _WINDOW) - mean_y**2)
-    covariance = correction * (uniform_filter(x * y, _WINDOW) - mean_x * mean_y)
+    mean_x, mean_y = uniform_filter(x, WINDOW), uniform_filter(y, WINDOW)
+    var_x = correction * (uniform_filter(x * x, WINDOW) - mean_x**2)
+    var_y = correction * (uniform_filter(y * y, WINDOW) - mean_y**2)
+    covariance = correction * (uniform_filter(x * y, WINDOW) - mean_x * mean_y)
     c1, c2 = 0.01**2, 0.03**2
     quality = ((2 * mean_x * mean_y + c1) * (2 * covariance + c2)) / (
         (mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2)
     )
-    margin = _WINDOW // 2
+    margin = WINDOW // 2
     return float(quality[margin:-margin, margin:-margin].mean())
 
 

@@ -24,7 +24,9 @@ from ccam_deploy.export.program import Program, module_of
 from ccam_deploy.export.reference import Floats, TorchClassifier
 from ccam_deploy.export.sources import Model
 
-_PARAMETERS = ("p_", "b_")
+_PARAMETER, _BUFFER = "p_", "b_"
+_LEARNT_BUFFERS = ("running_mean", "running_var", "weight", "bias")
+"""Ends of the names of buffers that training sets; a frozen normalisation keeps all four so."""
 
 
 class RandomisedClassifier(TorchClassifier):
@@ -119,26 +121,30 @@ def _groups(program: Program) -> dict[str, list[str]]:
             continue
         names = [name for name in map(_parameter, node.all_input_nodes) if name not in ("", *seen)]
         seen.update(names)
-        if any(_has_weights(program.graph.get_buffer(name)) for name in names):
+        if any(_has_weights(name, program.graph.get_buffer(name)) for name in names):
             current = groups.setdefault(module_of(node) or node.name, [])
         current += names
     return groups
 
 
 def _parameter(node: fx.Node) -> str:
-    """The name of the parameter or buffer that a node reads, "" for another node."""
+    """The name of the parameter or trained buffer that a node reads, "" for another node.
+
+    Other buffers, such as a fixed mean of the input or a blur, stay as they are.
+    """
     name = str(node.target) if node.op == "get_attr" else ""
-    return name if name.startswith(_PARAMETERS) else ""
+    learnt = name.startswith(_PARAMETER) or (
+        name.startswith(_BUFFER) and name.endswith(_LEARNT_BUFFERS)
+    )
+    return name if learnt else ""
 
 
-def _has_weights(value: Tensor) -> bool:
-    return value.is_floating_point() and value.dim() > 1 and value.numel() > value.shape[0]
+def _has_weights(name: str, value: Tensor) -> bool:
+    return name.startswith(_PARAMETER) and value.dim() > 1 and value.numel() > value.shape[0]
 
 
 def _fresh(name: str, value: Tensor, generator: torch.Generator) -> Tensor:
-    if not value.is_floating_point():
-        return value
-    if _has_weights(value):
+    if _has_weights(name, value):
         fan_in = value[0].numel()
         return torch.randn(value.shape, generator=generator) * math.sqrt(2 / fan_in)
     empty = name.endswith(("bias", "running_mean"))

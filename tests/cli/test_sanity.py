@@ -51,6 +51,8 @@ def test_scenes_and_other_methods(weights: Path) -> None:
     words = ("--images", "scenes", "--count", 3, "--method", "grad-cam", "--layers", 1, "--json")
     content = json.loads(success("sanity", weights, *ARCH, *words).stdout)
     assert content["settings"]["method"] == "grad-cam"
+    assert content["settings"]["options"] == {"layer": "", "relu": True}
+    assert set(content["stages"][0]) - {"layer", "mode"} <= set(content["settings"]["definitions"])
     assert content["settings"]["images"] == 3
 
 
@@ -58,6 +60,7 @@ def test_scenes_and_other_methods(weights: Path) -> None:
     ("words", "message"),
     [
         (["--layers", "9"], "--layers is 9; the model has 3 with parameters"),
+        (["--seed", "-1"], "-1 is not in the range 0<=x<=4294967295"),
         (["--images", "none"], "none does not exist"),
         (["--method", "magic"], "'magic' is not one of 'collection-cam'"),
         (["--option", "depth=1"], 'option "depth" is unknown; collection-cam has theta'),

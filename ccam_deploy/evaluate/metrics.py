@@ -53,19 +53,21 @@ METRICS = {
     "insertion": Metric("area under the insertion curve of the protocol", high=True),
     "overall": Metric("insertion − deletion (eq. 28)", high=True),
     "proportion": Metric(
-        "share of the map's sum inside the union of the boxes (eq. 29); a pixel is inside where "
-        "its centre is; 0 for a map of zeros",
+        "share of the map's sum inside the union of the boxes (eq. 29), those of the data set's "
+        "class, whichever is explained; a pixel is inside where its centre is; 0 for a map of "
+        "zeros",
         high=True,
         boxes=True,
     ),
     "pointing": Metric(
         "100 where the map's highest pixel, the first in row-major order among equals, lies in a "
-        "box, else 0; 0 for a map of zeros",
+        "box, else 0; boxes as for proportion; 0 for a map of zeros",
         high=True,
         boxes=True,
     ),
     f"pointing-{TOLERANCE}": Metric(
-        f"pointing with a highest pixel up to {TOLERANCE} pixels from a box's nearest pixel",
+        f"pointing with a highest pixel up to {TOLERANCE} pixels, of the network's input, from a "
+        "box's nearest pixel",
         high=True,
         boxes=True,
     ),

@@ -30,13 +30,17 @@ _LEAST_SEGMENT = 150
 
 @dataclass(frozen=True)
 class XRAIOptions:
-    """Options of XRAI; the regions are those of the authors, Felzenszwalb's at six scales.
+    """Options of XRAI.
+
+    The regions are those of the authors, Felzenszwalb's at six scales, found at the input's size
+    (their program scales other sizes to 224×224 for it).
 
     steps, rule: of the integrated gradients from black and from white, whose mean is used.
     dilation: by how many pixels a region is widened.
     least: a region that adds fewer pixels than this to those before it is passed over.
     channels: see IntegratedGradientsOptions; by default the sum keeps its sign, so that
-        what speaks against the class ranks last.
+        what speaks against the class ranks last. (The authors' program takes each pixel's highest
+        channel, with its sign.)
     """
 
     steps: int = 50
@@ -73,14 +77,15 @@ class XRAI(Method[XRAIOptions]):
                 for name in _BASELINES
             ]
             values = reduce_channels(np.mean(both, axis=0, dtype=np.float32), options.channels)
-        with clock.stage("masks"):
-            shown = [int(image) for image in np.unique(batch.owner)]
-            pixels = batch.pixels
-            regions = {i: _regions(segmentation, pixels[i], options.dilation) for i in shown}
+        maps, pixels = np.empty_like(values), batch.pixels
+        for image in np.unique(batch.owner):
+            with clock.stage("masks"):
+                regions = _regions(segmentation, pixels[image], options.dilation)
+            with clock.stage("combine"):
+                for pair in np.flatnonzero(batch.owner == image):
+                    maps[pair] = rank(values[pair], regions, options.least)
         with clock.stage("combine"):
-            pairs = zip(values, batch.owner, strict=True)
-            maps = [rank(value, regions[int(image)], options.least) for value, image in pairs]
-            return MethodResult.of_maps(np.stack(maps))
+            return MethodResult.of_maps(maps)
 
     def check(self, classifier: Classifier, batch: Batch) -> None:
         """See that there are scikit-image and a gradient of the image; see Method."""

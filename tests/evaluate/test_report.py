@@ -149,12 +149,27 @@ def test_page_needs_no_other_file() -> None:
     assert page.count('class="best"') == 1  # the lower deletion; proportion is equal
 
 
-def test_curves_are_a_picture() -> None:
+def test_curves_are_drawn_side_by_side() -> None:
+    """A deletion curve alone, in matplotlib's first colour, is on the left and nowhere else."""
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     curves = {"one": {"deletion": np.linspace(1, 0, 5)}, "two": {}}
     with Image.open(io.BytesIO(quality_charts.draw_curves(curves))) as picture:
         assert picture.format == "PNG"
-        assert picture.width > 1000
+        pixels = np.asarray(picture.convert("RGB"))
+    y, x = np.nonzero((pixels == (0x1F, 0x77, 0xB4)).all(axis=2))
+    assert len(x) > 500
+    assert x.max() < pixels.shape[1] / 2
+    assert y[x == x.min()].max() < y[x == x.max()].min() - 100  # it falls
+
+
+def test_boxes_are_outlined_by_their_own_pixels() -> None:
+    """Right and bottom are exclusive; inside, the picture stays."""
+    picture = Image.new("RGB", (8, 6))
+    framed = np.asarray(quality_charts._framed(picture, np.array([[1.0, 2, 6, 5]])))[..., 0]
+    expected = np.zeros((6, 8), np.uint8)
+    expected[2:5, 1:6] = 255
+    expected[3, 2:5] = 0
+    np.testing.assert_array_equal(framed, expected)
 
 
 def test_maps_are_a_grid(digits: ccam.Explainer) -> None:

@@ -16,12 +16,15 @@ from ccam_deploy.errors import IntegrityError
 @engine_options
 @json_option
 def verify(bundle: Path, backend: str, threads: int, as_json: bool) -> None:
-    """Check a bundle: schema, hashes, and each graph against the values recorded at export."""
+    """Check a bundle: schema, hashes, and each graph against the values recorded at export.
+
+    Maps are made as `explain` makes them here, on a GPU all of them on the GPU.
+    """
     import msgspec
 
     from ccam_deploy import bundle as bundles
-    from ccam_deploy.engines import open_networks
     from ccam_deploy.evaluate import fidelity
+    from ccam_deploy.explainer import load
 
     opened = bundles.read(bundle)
     strangers = bundles.unlisted(opened)
@@ -30,13 +33,11 @@ def verify(bundle: Path, backend: str, threads: int, as_json: bool) -> None:
     reports: dict[str, Any] = {}
     problems = []
     for kind in opened.manifest.precisions:
-        networks = open_networks(opened, backend, kind, threads)
-        for note in networks.notes:
-            click.echo(f"passed over {note}", err=True)
-        try:
-            report, broken = fidelity.verify(opened, networks, kind)
-        finally:
-            networks.close()
+        with load(opened, backend, kind, threads=threads) as explainer:
+            networks = explainer.networks
+            for note in networks.notes:
+                click.echo(f"passed over {note}", err=True)
+            report, broken = fidelity.verify(opened, networks, kind, explainer.explain)
         reports[kind] = {"backend": networks.backend, **msgspec.to_builtins(report)}
         problems += [f"{kind}: {problem}" for problem in broken]
         if not as_json:

@@ -5,7 +5,7 @@ what the export recorded.
 from __future__ import annotations
 
 import io
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from ccam_deploy.bundle import IMAGE_GRADIENTS, OPTIONAL_GRAPHS, Bundle, Fidelit
 from ccam_deploy.engines import Classifier
 from ccam_deploy.errors import IntegrityError, brief
 from ccam_deploy.evaluate.similarity import spearman, ssim, top_overlap
+from ccam_deploy.explanation import Explanation
 from ccam_deploy.kernels import cpu
 from ccam_deploy.methods import Batch, CollectionCAM, Stopwatch
 
@@ -300,9 +301,16 @@ def load(path: Path) -> Observation:
         raise IntegrityError(f"{path} is no record of an export: {brief(error)}") from error
 
 
-def verify(bundle: Bundle, classifier: Classifier, precision: str) -> tuple[Fidelity, list[str]]:
+def verify(
+    bundle: Bundle,
+    classifier: Classifier,
+    precision: str,
+    explain: Callable[[Floats, NDArray[np.int64]], Explanation] | None = None,
+) -> tuple[Fidelity, list[str]]:
     """Run a bundle's graphs on the images recorded at export and compare all values.
 
+    explain: how maps and partitions are made here, which a GPU does with kernels of its own; by
+        default by the CPU's kernels between the classifier's graphs.
     Returns the comparison, and phrases for what breaks its tolerance.
     """
     chosen = bundle.precision(precision)
@@ -313,5 +321,9 @@ def verify(bundle: Bundle, classifier: Classifier, precision: str) -> tuple[Fide
         if name in chosen.graphs and name not in recorded:
             raise IntegrityError(f"{chosen.reference} holds no {name}; export the bundle again")
     got = observe(classifier, expected.images, layers, expected.targets, chosen.graphs).summary()
+    if explain is not None:
+        made = explain(expected.images, expected.targets)
+        labels = tuple(layer.labels for layer in made.layers)
+        got = replace(got, labels=labels, saliency=made.saliency)
     fidelity = compare(got, expected)
     return fidelity, failures(fidelity, chosen.tolerance, layers)

@@ -11,13 +11,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
+import ccam_deploy as ccam
 from ccam_deploy import bundle as bundles
 from ccam_deploy.bundle import Bundle
 from ccam_deploy.engines import Networks, open_networks
 from ccam_deploy.errors import IntegrityError, OptionError
 from ccam_deploy.evaluate import fidelity
 from ccam_deploy.evaluate.fidelity import Observation
+from ccam_deploy.explanation import Explanation
 from tests.helpers import Floats, noise
 
 LAYERS = ("low", "high")
@@ -248,6 +251,24 @@ def test_tampered_reference_fails(
     _, phrases = fidelity.verify(Bundle(copy, bundle.manifest), networks, "fp32")
     layers = [layer.name for layer in bundle.manifest.layers]
     assert re.fullmatch(phrase.format(*layers), phrases[0])
+
+
+def test_maps_are_compared_as_they_are_made_here(bundle: Bundle) -> None:
+    """Not as the CPU's kernels make them, where something else does."""
+    with ccam.load(bundle) as explainer:
+
+        def upside_down(images: Floats, targets: NDArray[np.int64]) -> Explanation:
+            made = explainer.explain(images, targets)
+            return dataclasses.replace(made, saliency=np.ascontiguousarray(made.saliency[:, ::-1]))
+
+        ways = (explainer.explain, upside_down)
+        (_, fine), (report, phrases) = (
+            fidelity.verify(bundle, explainer.networks, "fp32", way) for way in ways
+        )
+    assert fine == []
+    assert report.logits < 1e-5
+    assert all(phrase.startswith("saliency_") for phrase in phrases)
+    assert len(phrases) == 3
 
 
 def test_precision_that_is_not_there(bundle: Bundle, networks: Networks) -> None:

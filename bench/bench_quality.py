@@ -5,8 +5,9 @@
 Every method that the package has, with its defaults, on scenes of the test split that are drawn
 with a seed: Average Drop, Average Increase, Deletion, Insertion, Overall (Table 3), Proportion
 (Table 4) and the pointing game, mean and 95 % bootstrap interval; the time of one explanation
-(Table 1). Then Collection-CAM with other theta, ranges of k, scores, standardised statistics, and
-fewer layers; the last also for other methods that can combine layers (Figure 2).
+(Table 1); and which layers Collection-CAM's maps come from. Then Collection-CAM with other theta,
+ranges of k, scores, standardised statistics, and fewer layers; the last also for other methods that
+can combine layers (Figure 2).
 
 A method that cannot run on the bundle is listed with the reason. RISE makes most of the forwards;
 with --rise-masks it makes fewer. With --work the measurement goes on where it was broken off.
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 
 import ccam_deploy as ccam
 from ccam_deploy.errors import CcamError
@@ -37,7 +39,9 @@ from ccam_deploy.evaluate.evaluation import (
     Evaluation,
     EvaluationSettings,
     Variant,
+    drawn,
 )
+from ccam_deploy.evaluate.metrics import box_mask
 from ccam_deploy.evaluate.timing import as_dict, measure_in_turn, summarise
 from ccam_deploy.explainer import Explainer
 from ccam_deploy.methods import (
@@ -149,6 +153,34 @@ def measure(
     }
 
 
+def origins(explainer: Explainer, images: int, seed: int) -> dict[str, dict[str, float]]:
+    """Which layers Collection-CAM's maps come from, in percent, the mean over images.
+
+    weight: the layer's share of the masks' weights.   energy: its share of the map's sum.
+    proportion: how much of that lies in the boxes.   shown: the mean value of its masks.
+    """
+    data = open_dataset(DATASET, explainer.bundle.manifest)
+    found: dict[str, list[tuple[float, float, float, float]]] = {}
+    for place in drawn(len(data), images, seed):
+        picture, geometries = explainer.preprocess([data[place].read()])
+        result = explainer.explain(picture)
+        inside = box_mask(geometries[0].to_input(data[place].boxes), picture.shape[2:])
+        ends = np.cumsum([layer.count[0] for layer in result.layers])
+        masks, weights = (np.split(one, ends[:-1]) for one in (result.masks[0], result.weights[0]))
+        parts = [np.einsum("n,nij->ij", *both) for both in zip(weights, masks, strict=True)]
+        whole = sum(float(part.sum()) for part in parts)
+        for layer, mask, weight, part in zip(result.layers, masks, weights, parts, strict=True):
+            total = float(part.sum())
+            lies = float(part[inside].sum()) / total if total else np.nan
+            values = float(weight.sum()), total / whole, lies, float(mask.mean())
+            found.setdefault(layer.name, []).append(values)
+    names = "weight", "energy", "proportion", "shown"
+    return {
+        layer: dict(zip(names, (100 * np.nanmean(rows, axis=0)).tolist(), strict=True))
+        for layer, rows in found.items()
+    }
+
+
 def times(explainer: Explainer, variants: Sequence[Variant], rounds: int) -> dict[str, Any]:
     """Milliseconds of explaining one image from its preprocessed array, all methods in turn."""
     item = open_dataset(DATASET, explainer.bundle.manifest)[0]
@@ -184,6 +216,18 @@ def markdown(found: Mapping[str, Any], summaries: Mapping[str, report.Summary]) 
         f"before {found['load_average']}.",
         "",
         *(f"- {name} was not measured: {why}" for name, why in found["not_run"].items()),
+    ]
+    lines += [
+        "## Where Collection-CAM's maps come from",
+        "",
+        "| layer | weight, % | share of the map, % | of that in the boxes, % | mean of a mask, % |",
+        "|---|---|---|---|---|",
+        *(
+            f"| {layer} | {o['weight']:.1f} | {o['energy']:.1f} | {o['proportion']:.1f} "
+            f"| {o['shown']:.1f} |"
+            for layer, o in found["origins"].items()
+        ),
+        "",
     ]
     for title in rest:
         lines += [f"## Ablation: {title}", "", report.table(summaries[title]), ""]
@@ -227,6 +271,7 @@ def run(
         before = load_average()
         spent = times(explainer, variants, given.rounds)
         summaries = measure(explainer, groups, settings, work)
+        parts = origins(explainer, given.limit, given.seed)
     card = gpu()
     words = [] if given.methods == ",".join(METHODS) else ["--methods", given.methods]
     if given.rise_masks != RISEOptions.masks:
@@ -245,6 +290,7 @@ def run(
         "load_average": before,
         "ms": spent,
         "not_run": refused,
+        "origins": parts,
         "results": {title: values["results"] for title, values in plain.items()},
         "curves": plain["Methods"]["curves"],
     }

@@ -66,6 +66,9 @@ def test_a_part_says_that_it_is_one(
     assert found["results"]["Methods"]["collection-cam"]["deletion"]["images"] == 2
     assert found["ms"]["collection-cam"]["calls"] == 1
     assert list(found["not_run"]) == ["xrai"]
+    assert tuple(found["origins"]) == DIGITS_LAYERS
+    for share in ("weight", "energy"):
+        assert sum(one[share] for one in found["origins"].values()) == pytest.approx(100)
     layers = found["results"]["layers"]
     default = found["results"]["Methods"]["collection-cam"]
     assert layers["collection-cam, 4 of 4 layers"] == default

@@ -154,7 +154,9 @@ class Explainer:
 
         A call with `budget_ms` does so where it was not done before, for its own numbers and its
         options' layers, k_min and k_max. It takes as long as about twenty explanations, outside of
-        the budget; where it is done ahead, no call waits for it. Nothing else should run meanwhile.
+        the budget; where it is done ahead, no call waits for it. Later calls are taken to cost the
+        same: where a machine has become busier, or less, calibrate again, with the load on it that
+        calls will meet.
         Raises OptionError for numbers that no call can have.
         """
         if images < 1:
@@ -163,9 +165,9 @@ class Explainer:
             known = self.bundle.manifest.classes
             raise OptionError(f"classes is {classes}; it must be 1 to {known}")
         chosen = with_options(DEFAULT_METHOD, options).options
-        for start in range(0, images, self.batch_size):
-            count = min(self.batch_size, images - start)
-            self._costs.of(count, count * classes, chosen)
+        starts = range(0, images, self.batch_size)
+        for count in {min(self.batch_size, images - start) for start in starts}:
+            self._costs.of(count, count * classes, chosen, anew=True)
 
     def preprocess(self, images: Floats | Sequence[Image.Image]) -> _Input:
         """Make the network's input [B, C, H, W] of PIL images; check an array that is one."""

@@ -34,6 +34,7 @@ class Timed(Networks):
         super().__init__(networks.engines, precision.gradient_scale, networks.backend)
         self.clock = FakeClock()
         self.backbones: list[int] = []
+        self.slower = 1.0
 
     def backbone(self, images: Floats) -> Activations:
         self.backbones.append(len(images))
@@ -49,7 +50,7 @@ class Timed(Networks):
         return super().masked_logits(images, masks, owner)
 
     def _spend(self, milliseconds: float) -> None:
-        self.clock.time += milliseconds / 1000
+        self.clock.time += self.slower * milliseconds / 1000
 
 
 class Preparing(ccam.Explainer):
@@ -182,6 +183,20 @@ def test_what_was_calibrated_is_not_measured_again(
     assert done >= images * REHEARSALS
     explainer.explain(noise(images, 3, 32, 48), top=classes, budget_ms=1000)
     assert sum(networks.backbones) == done + images
+
+
+def test_calibrating_again_is_for_a_machine_that_changed(plain: ccam.Explainer) -> None:
+    """Engines that have become three times as slow are found out by that alone."""
+    explainer, networks = timed(plain)
+    explainer.calibrate()
+    networks.slower = 3.0
+    images, budget_ms = noise(1, 3, 32, 48), 3 * longest(1, 1, 5) + 1
+    ks = []
+    for _ in range(2):
+        result = explainer.explain(images, budget_ms=budget_ms)
+        ks.append(result.settings["budget"]["k_max"])
+        explainer.calibrate()
+    assert ks == [10, 5]
 
 
 @pytest.mark.parametrize(

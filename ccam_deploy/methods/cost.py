@@ -87,7 +87,7 @@ def measure(run: Run, options: CollectionCAMOptions, now: Callable[[], float]) -
 
 
 class Costs:
-    """The costs of an explainer's calls, each measured once, when it is first asked for.
+    """The costs of an explainer's calls, each measured when it is first asked for, or anew.
 
     channels: of each target layer, by its name.   rehearse: gives a call on stand-ins for some
     images and (image, class) pairs.   Safe to use from several threads: they wait for what one of
@@ -106,14 +106,17 @@ class Costs:
         self._lock = threading.Lock()
         self._known: dict[tuple[object, ...], Cost] = {}
 
-    def of(self, images: int, pairs: int, options: CollectionCAMOptions) -> Cost:
+    def of(
+        self, images: int, pairs: int, options: CollectionCAMOptions, anew: bool = False
+    ) -> Cost:
         """The cost of a call on some images and (image, class) pairs.
 
         Options that change what is computed, and not how much, do not count.
+        anew: measure it even if it was measured before.
         """
         key = images, pairs, options.k_min, options.k_max, options.layers
         with self._lock:
-            if key not in self._known:
+            if anew or key not in self._known:
                 run = self._rehearse(images, pairs)
                 self._known[key] = measure(run, options, self._now)
             return self._known[key]

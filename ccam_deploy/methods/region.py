@@ -33,7 +33,8 @@ class ScoreCAMOptions:
     weights: what weighs a channel. "increase": by how much the logit under its mask is above that
         of an input of zeros (Ha & Youn 2022, eq. 1-3). "probability": the softmax probability
         under its mask, as in the code of Score-CAM's authors. "softmax": the softmax of the
-        logits over all channels, as in TorchCAM and pytorch-grad-cam.
+        logits over all channels, as in TorchCAM and pytorch-grad-cam. Their masks differ a
+        little: TorchCAM scales them before it enlarges them, pytorch-grad-cam aligns corners.
     channels: use only so many channels, those that vary most over the image; 0 for all.
     """
 

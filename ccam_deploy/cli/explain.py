@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from ccam_deploy.bundle import Manifest
     from ccam_deploy.explainer import Explainer
-from ccam_deploy.explanation import Explanation
+    from ccam_deploy.explanation import Explanation
 
 KINDS = ("overlay", "heatmap", "panel", "npz", "json")
 

@@ -20,6 +20,7 @@ from ccam_deploy.cli.options import (
     print_json,
     say,
 )
+from ccam_deploy.errors import DatasetError
 
 if TYPE_CHECKING:
     from ccam_deploy.evaluate.evaluation import Evaluation
@@ -131,7 +132,8 @@ def evaluate(bundle: Path, dataset: str, as_json: bool, **options: Any) -> None:
 
     Prints a table, and writes to --output: results.csv, a row for each image and method;
     summary.md, summary.json and report.html; curves.png and maps.png. An interrupted run goes on
-    when the same command is given again.
+    when the same command is given again. Images that cannot be read are passed over; then the exit
+    code is 2.
     """
     from ccam_deploy.cli import choices
     from ccam_deploy.evaluate import charts, datasets, evaluation, metrics, report
@@ -155,6 +157,8 @@ def evaluate(bundle: Path, dataset: str, as_json: bool, **options: Any) -> None:
         _run(measured, results)
         rows = list(results.rows.values())
         summary = report.summarise(measured.facts(dataset), rows)
+        if len(summary.unread) == len(measured.places):
+            raise DatasetError(f"no image of {dataset} could be read")
         _write(measured, results, summary, options["plots"])
     if as_json:
         print_json(report.as_json(summary))
@@ -162,6 +166,8 @@ def evaluate(bundle: Path, dataset: str, as_json: bool, **options: Any) -> None:
         click.echo(report.markdown(summary), nl=False)
         click.echo(err=True)
         say(f"written to {options['output']}", err=True)
+    if summary.unread:
+        sys.exit(2)
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -179,7 +185,7 @@ def _run(measured: Evaluation, results: Results) -> None:
     try:
         with bar:
             bar.update(done)
-            for count in measured.run(results):
+            for count in measured.run(results, lambda line: say(f"error: {line}", err=True)):
                 bar.update(count)
     except KeyboardInterrupt:
         click.echo(err=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ccam_deploy import __version__
-from ccam_deploy.errors import BackendError, OptionError
+from ccam_deploy.errors import BackendError, DatasetError, ImageError, OptionError
 from ccam_deploy.evaluate import metrics
 from ccam_deploy.evaluate.datasets import Dataset, Item
 from ccam_deploy.evaluate.metrics import METRICS, PROTOCOLS, Doubles, Floats
@@ -66,20 +66,27 @@ def variants(names: Sequence[str]) -> tuple[Variant, ...]:
 
 
 @dataclass(frozen=True)
+class _Opened:
+    """An image that was read. image: [C, H, W].   boxes: of it, in the network's input."""
+
+    place: int
+    item: Item
+    image: Floats
+    boxes: Doubles
+
+
+@dataclass(frozen=True)
 class _Group:
     """Images that are measured together, with what all methods share.
 
     images: [B, C, H, W].   targets, predicted: [B].   before: [B], probabilities of the targets.
-    boxes: of each image, in the network's input.
     """
 
-    items: tuple[Item, ...]
-    places: tuple[int, ...]
+    read: tuple[_Opened, ...]
     images: Floats
     targets: NDArray[np.int64]
     predicted: NDArray[np.int64]
     before: Doubles
-    boxes: tuple[Doubles, ...]
 
 
 class Evaluation:
@@ -146,9 +153,13 @@ class Evaluation:
         results.keep([self._keys(g, one) for g in self._groups for one in self.contenders])
         return results
 
-    def run(self, results: Results) -> Iterator[int]:
+    def run(
+        self, results: Results, pass_over: Callable[[str], None] | None = None
+    ) -> Iterator[int]:
         """Measure what is missing; gives how many rows were added, group by group.
 
+        pass_over: called with a line about each image that cannot be read, which then has a row
+            without values; without it, such an image ends the run.
         Raises what reading an image, explaining it or writing rows raises; what was measured
         until then is kept.
         """
@@ -159,9 +170,11 @@ class Evaluation:
                 if any(key not in results.rows for key in self._keys(places, one))
             ]
             if missing:
-                group = self._read(places)
+                read = self._read(places, pass_over)
+                group = self._group(read) if read else None
                 for one in missing:
-                    results.add(self._measure(group, one))
+                    rows = {row.index: row for row in self._measure(group, one)} if group else {}
+                    results.add([rows.get(place) or self._unread(place, one) for place in places])
                     yield len(places)
 
     @cached_property
@@ -172,9 +185,26 @@ class Evaluation:
     def _keys(self, places: Sequence[int], one: Variant) -> list[tuple[int, str]]:
         return [(place, one.name) for place in places]
 
-    def _read(self, places: tuple[int, ...]) -> _Group:
-        items = tuple(self.dataset[place] for place in places)
-        images, geometries = self.explainer.preprocess([item.read() for item in items])
+    def _read(
+        self, places: tuple[int, ...], pass_over: Callable[[str], None] | None
+    ) -> list[_Opened]:
+        """Those images that can be read."""
+        found = []
+        for place in places:
+            try:
+                item = self.dataset[place]
+                image, (geometry,) = self.explainer.preprocess([item.read()])
+            except (DatasetError, ImageError) as error:
+                line = f"{self.dataset.names[place]}: {error}"
+                if pass_over is None:
+                    raise type(error)(line) from error
+                pass_over(line)
+            else:
+                found.append(_Opened(place, item, image[0], geometry.to_input(item.boxes)))
+        return found
+
+    def _group(self, read: Sequence[_Opened]) -> _Group:
+        images = np.stack([one.image for one in read])
         whole = np.ones((len(images), *images.shape[2:]), np.float32)
         logits = metrics.masked_logits(
             self.explainer.networks, images, whole, self.explainer.batch_size
@@ -182,12 +212,15 @@ class Evaluation:
         predicted = logits.argmax(axis=1).astype(np.int64)
         targets = predicted
         if self.settings.target == "label":
-            targets = np.array([item.target for item in items], np.int64)
-        boxes = tuple(
-            geometry.to_input(item.boxes) for item, geometry in zip(items, geometries, strict=True)
-        )
+            targets = np.array([one.item.target for one in read], np.int64)
         before = metrics.probabilities(logits, targets)
-        return _Group(items, places, images, targets, predicted, before, boxes)
+        return _Group(tuple(read), images, targets, predicted, before)
+
+    def _unread(self, place: int, one: Variant) -> Row:
+        """The row of an image that could not be read."""
+        nothing = float("nan")
+        values = dict.fromkeys(self.metrics, nothing)
+        return Row(place, self.dataset.names[place], one.name, -1, nothing, values)
 
     def _measure(self, group: _Group, one: Variant) -> list[Row]:
         """The rows of a group and a method."""
@@ -200,15 +233,15 @@ class Evaluation:
         values |= areas | self._localised(group, saliency)
         return [
             Row(
-                place,
-                group.items[row].name,
+                opened.place,
+                opened.item.name,
                 one.name,
                 int(group.targets[row]),
                 float(group.before[row]),
                 {name: float(values[name][row]) for name in self.metrics},
                 {kind: points[row] for kind, points in curves.items()},
             )
-            for row, place in enumerate(group.places)
+            for row, opened in enumerate(group.read)
         ]
 
     def _masked(self, group: _Group, saliency: Floats) -> dict[str, Doubles]:
@@ -240,7 +273,7 @@ class Evaluation:
         }
 
     def _localised(self, group: _Group, saliency: Floats) -> dict[str, Doubles]:
-        pairs = list(zip(saliency, group.boxes, strict=True))
+        pairs = [(one, read.boxes) for one, read in zip(saliency, group.read, strict=True)]
         near = f"pointing-{metrics.TOLERANCE}"
         return {
             "proportion": np.array([metrics.proportion(*pair) for pair in pairs]),

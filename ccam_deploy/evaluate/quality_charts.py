@@ -56,8 +56,9 @@ def draw_maps(
     """The maps of the first images that were measured, an image a row, a method a column: a PNG.
 
     Images are shown as the network sees them, with their boxes. rows: see Results.
+    Raises OptionError where no image was measured.
     """
-    places = list(dict.fromkeys(row.index for row in rows))[:SHOWN]
+    places = list(dict.fromkeys(row.index for row in rows if row.was_read))[:SHOWN]
     targets = {row.index: row.target for row in rows}
     items = [dataset[place] for place in places]
     images, geometries = explainer.preprocess([item.read() for item in items])

@@ -41,11 +41,13 @@ class Summary:
 
     estimates: by method and metric; a metric that no image could be measured with is left out.
     curves: the mean deletion and insertion curve [n] of each method, where they were measured.
+    unread: names of the images that could not be read, and are in no number.
     """
 
     settings: Mapping[str, Any]
     estimates: dict[str, dict[str, Estimate]]
     curves: dict[str, dict[str, Doubles]]
+    unread: tuple[str, ...] = ()
 
 
 def bootstrap(values: Doubles, seed: int) -> Estimate:
@@ -71,8 +73,9 @@ def summarise(settings: Mapping[str, Any], rows: Sequence[Row]) -> Summary:
     """Summarise rows. settings: see Evaluation.facts; has methods, metrics and seed."""
     estimates: dict[str, dict[str, Estimate]] = {}
     curves: dict[str, dict[str, Doubles]] = {}
+    unread = dict.fromkeys(row.name for row in rows if not row.was_read)
     for method in settings["methods"]:
-        own = [row for row in rows if row.method == method]
+        own = [row for row in rows if row.method == method and row.was_read]
         estimates[method] = {}
         for metric in settings["metrics"]:
             values = np.array([row.values[metric] for row in own])
@@ -83,7 +86,7 @@ def summarise(settings: Mapping[str, Any], rows: Sequence[Row]) -> Summary:
             for kind in CURVES
             if own and all(kind in row.curves for row in own)
         }
-    return Summary(settings, estimates, curves)
+    return Summary(settings, estimates, curves, tuple(unread))
 
 
 def as_json(summary: Summary) -> dict[str, Any]:
@@ -93,6 +96,7 @@ def as_json(summary: Summary) -> dict[str, Any]:
         "settings": dict(settings),
         "definitions": {name: METRICS[name].definition for name in settings["metrics"]},
         "protocol": PROTOCOLS[settings["protocol"]].definition,
+        "unread": list(summary.unread),
         "unit": "percent; mean, and 95 % interval of the mean by bootstrap over images",
         "resamples": RESAMPLES,
         "results": {
@@ -123,7 +127,7 @@ def markdown(summary: Summary) -> str:
     settings = summary.settings
     lines = [f"- {name}: {METRICS[name].definition}." for name in settings["metrics"]]
     return (
-        f"{table(summary)}\n\n{_caption(settings)}\n\n"
+        f"{table(summary)}\n\n{_caption(summary)}\n\n"
         + "\n".join(lines)
         + f"\n- protocol {settings['protocol']}: {PROTOCOLS[settings['protocol']].definition}.\n"
     )
@@ -161,7 +165,7 @@ def page(summary: Summary, pictures: Mapping[str, bytes]) -> str:
     )
     return _PAGE.format(
         title=html.escape(f"{settings['bundle']} on {settings['dataset']}"),
-        caption=html.escape(_caption(settings)),
+        caption=html.escape(_caption(summary)),
         head=head,
         body=body,
         pictures=shown,
@@ -170,11 +174,14 @@ def page(summary: Summary, pictures: Mapping[str, bytes]) -> str:
     )
 
 
-def _caption(settings: Mapping[str, Any]) -> str:
+def _caption(summary: Summary) -> str:
+    settings = summary.settings
+    left = len(summary.unread)
+    without = f" without {left} that could not be read" if left else ""
     explained = "the classifier's best class" if settings["target"] == "predicted" else "the label"
     return (
         f"Mean and 95 % bootstrap interval over {settings['images']} images of "
-        f"{one_line(settings['dataset'])}; bundle {one_line(settings['bundle'])}, "
+        f"{one_line(settings['dataset'])}{without}; bundle {one_line(settings['bundle'])}, "
         f"{settings['precision']} on {settings['backend']}; protocol "
         f"{settings['protocol']}, seed {settings['seed']}; explained: {explained}."
     )

@@ -34,9 +34,9 @@ class Row:
     """What was measured of one image's map by one method.
 
     index, name: the image's place and name in the data set; in the file a name is one line, see
-        one_line.   target: the class explained.
+        one_line.   target: the class explained, -1 where the image could not be read.
     probability: its softmax probability for the whole image.
-    values: percent by metric; NaN where the image has no boxes to measure with.
+    values: percent by metric; NaN where the image has no boxes to measure with, or was not read.
     curves: probabilities [n] along the deletion and the insertion curve, where they were measured.
     """
 
@@ -52,6 +52,11 @@ class Row:
     def key(self) -> tuple[int, str]:
         """The image and the method."""
         return self.index, self.method
+
+    @property
+    def was_read(self) -> bool:
+        """Whether the image could be read; else the row only says that it could not."""
+        return self.target >= 0
 
 
 class Results:

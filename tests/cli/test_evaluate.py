@@ -116,6 +116,37 @@ def test_interrupt_and_go_on(
         assert one == other, name
 
 
+def test_images_that_cannot_be_read_are_passed_over(digits_bundle: Path, tmp_path: Path) -> None:
+    """In any place of a group; every file counts the others alone, and a rerun ends the same."""
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    root = image_folder(tmp_path / "data", ["3", "7"], each=2)
+    broken = root / "3" / "00.png"
+    broken.write_text("no image")
+    small = picture(root / "7" / "2.png", 0, (7, 30))
+    metric_words = ("--metrics", "average-drop,deletion", "--batch-size", 2)
+    words = ("evaluate", digits_bundle, root, *metric_words, "--output", tmp_path / "out")
+    done = run(*words)
+    assert done.exit_code == 2
+    first, second = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert first.startswith(f"error: 3/00.png: {broken} is not an image")
+    assert second == f"error: 7/2.png: {small} is 7x30; both sides must be at least 8"
+    found = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert found["unread"] == ["3/00.png", "7/2.png"]
+    assert {e["images"] for e in found["results"]["collection-cam"].values()} == {4}
+    assert len(found["curves"]["collection-cam"]["deletion"]) > 2
+    assert "over 6 images of" in done.stdout
+    assert "without 2 that could not be read" in done.stdout
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    again = run(*words)
+    assert (again.exit_code, again.stdout) == (2, done.stdout)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    for path in root.rglob("*.png"):
+        path.write_text("no image")
+    stopped = run(*words[:-1], tmp_path / "none")
+    assert stopped.exit_code == 2
+    assert stopped.stderr.splitlines()[-1] == f"error: no image of {root} could be read"
+
+
 def test_options_reach_the_measurement(digits_bundle: Path, tmp_path: Path) -> None:
     """A folder without boxes, the label explained, RISE's protocol, chosen metrics."""
     root = image_folder(tmp_path / "data", ["3", "7"], each=1)

@@ -258,7 +258,7 @@ def test_boxes_that_are_cut_off_are_not_measured(digits: ccam.Explainer, tmp_pat
 
 
 def test_an_image_that_cannot_be_read_ends_the_run(digits_bundle: Path, tmp_path: Path) -> None:
-    """What was measured before stays."""
+    """What was measured before stays; passed over, it has a row of its own."""
 
     class Broken(Pictures):
         def __getitem__(self, index: int) -> Item:
@@ -272,9 +272,14 @@ def test_an_image_that_cannot_be_read_ends_the_run(digits_bundle: Path, tmp_path
         data = Broken([Image.new("RGB", (96, 96), "navy")] * 3)
         measured = Evaluation(explainer, data, TWO[:1], EvaluationSettings(("average-drop",)))
         results = measured.open(tmp_path, "broken")
-        with pytest.raises(ImageError, match=r"two\.png is no image"):
+        with pytest.raises(ImageError, match=r"^picture 2: two\.png is no image"):
             list(measured.run(results))
-        assert len(measured.open(tmp_path, "broken").rows) == 2
+        results = measured.open(tmp_path, "broken")
+        assert len(results.rows) == 2
+        lines: list[str] = []
+        assert list(measured.run(results, lines.append)) == [1]
+        assert lines == ["picture 2: two.png is no image"]
+        assert [row.was_read for row in results.rows.values()] == [True, True, False]
 
 
 def test_images_are_drawn_once_each() -> None:

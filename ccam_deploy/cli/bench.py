@@ -6,6 +6,7 @@ import json
 import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from ccam_deploy.cli.options import (
     engine_options,
     precision_option,
     print_json,
+    say,
 )
 from ccam_deploy.errors import OptionError
 
@@ -153,7 +155,7 @@ def _measure(
     with ExitStack() as stack:
         explainer = stack.enter_context(load(bundle, **how))
         for note in explainer.networks.notes:
-            click.echo(f"passed over {note}", err=True)
+            say(f"passed over {note}", err=True)
         how["backend"] = explainer.networks.backend
         facts = explainer.explain(pictures[:1]).settings
         peers: dict[str, Peer] = {}
@@ -165,9 +167,9 @@ def _measure(
                 peers[name] = _other(other)
         starts = []
         for batch in settings.batches:
-            _say(f"batch {batch}: cold start")
+            say(f"batch {batch}: cold start", err=True)
             starts.append(coldstart.measure(bundle, files, batch, how))
-        reports = latency.measure(explainer, pictures, settings, peers, _say)
+        reports = latency.measure(explainer, pictures, settings, peers, partial(say, err=True))
         notes += [note for note in explainer.notes if note not in explainer.networks.notes]
     notes += latency_report.doubts(reports, before)
     return {
@@ -204,7 +206,7 @@ def _write(
     from ccam_deploy.evaluate import charts
 
     for note in result["warnings"]:
-        click.echo(f"warning: {note}", err=True)
+        say(f"warning: {note}", err=True)
     if str(json_path) == _STDOUT:
         print_json(result)
     else:
@@ -226,10 +228,6 @@ def _bundle_facts(manifest: Manifest) -> dict[str, Any]:
         "random_weights": manifest.random_weights,
         "digest": manifest.digest,
     }
-
-
-def _say(line: str) -> None:
-    click.echo(line, err=True)
 
 
 def _numbers(words: str) -> tuple[int, ...]:

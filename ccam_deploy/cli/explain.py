@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +20,7 @@ from ccam_deploy.cli.options import (
     method_choice,
     precision_option,
     print_json,
+    say,
 )
 from ccam_deploy.errors import ImageError, OptionError
 
@@ -82,7 +82,6 @@ def explain(bundle: Path, images: tuple[Path, ...], as_json: bool, **options: An
     milliseconds; then the files that were written. With --budget-ms images are explained one by
     one, after it was measured what that costs here, and the k_max of each is printed too.
     """
-    import ccam_deploy as ccam
     from ccam_deploy import image as imaging
     from ccam_deploy import render
     from ccam_deploy.cli import choices
@@ -98,13 +97,7 @@ def explain(bundle: Path, images: tuple[Path, ...], as_json: bool, **options: An
     files = imaging.find(images)
     failed = 0
     results: list[dict[str, Any]] = []
-    with ccam.load(
-        bundle, options["backend"], options["precision"], options["batch_size"], options["threads"]
-    ) as explainer:
-        for note in explainer.networks.notes:
-            click.echo(f"passed over {note}", err=True)
-        if explainer.bundle.manifest.random_weights:
-            click.echo("warning: the bundle has random weights; its maps mean nothing", err=True)
+    with choices.explainer_of(bundle, options, options["batch_size"]) as explainer:
         if target is not None:
             explainer.bundle.manifest.class_index(target)
         look = render.Look(options["colormap"], options["opacity"], options["color_bar"])
@@ -112,14 +105,14 @@ def explain(bundle: Path, images: tuple[Path, ...], as_json: bool, **options: An
         together = explainer.batch_size
         if budget is not None:
             together = 1
-            click.echo("measuring what an explanation costs here", err=True)
+            say("measuring what an explanation costs here", err=True)
             explainer.calibrate(1, top, method_options)
-        with _progress(files) as bar:
+        with choices.progress("explaining", len(files)) as bar:
             for start in range(0, len(files), together):
                 chunk = files[start : start + together]
                 read, problems = _read(chunk, explainer.bundle.manifest)
                 for problem in problems:
-                    click.echo(f"error: {problem}", err=True)
+                    say(f"error: {problem}", err=True)
                 failed += len(problems)
                 if read:
                     started = time.perf_counter()
@@ -139,8 +132,6 @@ def explain(bundle: Path, images: tuple[Path, ...], as_json: bool, **options: An
                             _print(line)
                     results += lines
                 bar.update(len(chunk))
-        for note in explainer.notes[len(explainer.networks.notes) :]:
-            click.echo(note, err=True)
     if as_json:
         print_json(results)
     if failed:
@@ -167,20 +158,14 @@ def _read(
     files: Sequence[Path], manifest: Manifest
 ) -> tuple[list[tuple[Path, Image.Image]], list[str]]:
     """The images that the network can take, and a line about each other one."""
-    from ccam_deploy import image as imaging
+    from ccam_deploy.cli import choices
 
     read, problems = [], []
     for file in files:
         try:
-            picture = imaging.load(file)
+            read.append((file, choices.read_picture(file, manifest)))
         except ImageError as error:
             problems.append(str(error))
-            continue
-        try:
-            imaging.geometry(picture.size[::-1], manifest.input[1:], manifest.preprocessing)
-            read.append((file, imaging.to_colours(picture, 3)))
-        except ImageError as error:
-            problems.append(f"{file}: {error}")
     return read, problems
 
 
@@ -211,18 +196,9 @@ def _print(line: dict[str, Any]) -> None:
     budget = ""
     if "budget" in line:
         budget = f", k_max {line['budget']['k_max']} for {line['budget']['ms']:g} ms"
-    click.echo(
+    say(
         f"{line['file']}: class {line['class']}, score {line['probability']:.3f}, "
         f"{masks}{line['milliseconds']:.1f} ms{budget}"
     )
     for file in line["files"]:
-        click.echo(f"  {file}")
-
-
-@contextmanager
-def _progress(files: Sequence[Path]) -> Iterator[Any]:
-    """A progress bar on stderr, where stderr is a terminal."""
-    with click.progressbar(
-        length=len(files), label="explaining", file=sys.stderr, hidden=not sys.stderr.isatty()
-    ) as bar:
-        yield bar
+        say(f"  {file}")

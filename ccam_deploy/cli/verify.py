@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ccam_deploy.cli.options import bundle_argument, engine_options, json_option, print_json
+from ccam_deploy.cli.options import bundle_argument, engine_options, json_option, print_json, say
 from ccam_deploy.errors import IntegrityError
 
 
@@ -36,7 +36,7 @@ def verify(bundle: Path, backend: str, threads: int, as_json: bool) -> None:
         with load(opened, backend, kind, threads=threads) as explainer:
             networks = explainer.networks
             for note in networks.notes:
-                click.echo(f"passed over {note}", err=True)
+                say(f"passed over {note}", err=True)
             report, broken = fidelity.verify(opened, networks, kind, explainer.explain)
         reports[kind] = {"backend": networks.backend, **msgspec.to_builtins(report)}
         problems += [f"{kind}: {problem}" for problem in broken]
@@ -45,7 +45,7 @@ def verify(bundle: Path, backend: str, threads: int, as_json: bool) -> None:
                 f", {name.replace('_', ' ')} {error:.1e}"
                 for name, error in report.optional_graphs().items()
             ]
-            click.echo(
+            say(
                 f"{kind} on {networks.backend}: logits {report.logits:.1e}, "
                 f"masked logits {report.masked_logits:.1e}, features {max(report.features):.1e}, "
                 f"gradients {max(report.gradients):.1e}, "
@@ -58,4 +58,4 @@ def verify(bundle: Path, backend: str, threads: int, as_json: bool) -> None:
     if problems:
         raise IntegrityError("the graphs do not give what was recorded: " + "; ".join(problems))
     if not as_json:
-        click.echo(f"{bundle}: {len(opened.manifest.files)} files and all graphs are as exported")
+        say(f"{bundle}: {len(opened.manifest.files)} files and all graphs are as exported")

@@ -33,6 +33,21 @@ def test_a_name_of_any_kind_is_one_line(
     assert (tmp_path / "x" / STRANGE).is_file()
 
 
+def test_explained_names_are_one_line(digits_bundle: Path, tmp_path: Path) -> None:
+    """Those of the images, of the files that were written and of images that cannot be read."""
+    shutil.copy(example_files()[0], tmp_path / STRANGE)
+    (tmp_path / f"{STRANGE}.png").write_text("no image")
+    words = ["explain", digits_bundle, tmp_path, "--method", "grad-cam", "--output", tmp_path / "x"]
+    done = CliRunner().invoke(main, [str(word) for word in words], catch_exceptions=False)
+    assert done.exit_code == 2
+    shown = rf"{tmp_path}/a\n\x1b[1mb\udcff\u732b.png".replace("\\u732b", "\u732b")
+    first, second = done.stdout.splitlines()
+    assert first.startswith(f"{shown}: class 9, score ")
+    assert second.startswith(f"  {shown.replace('/a', '/x/a').removesuffix('.png')}-9.overlay")
+    (error,) = done.stderr.splitlines()
+    assert error.startswith(f"error: {shown}.png is not an image")
+
+
 def test_an_error_is_one_line(digits_bundle: Path) -> None:
     line = failure("compare", digits_bundle, "no\x1b\u2028ne.png")
     assert line.startswith(r"no\x1b")

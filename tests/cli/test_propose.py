@@ -95,6 +95,9 @@ def test_peaks_make_boxes_of_scenes_better(digits_bundle: Path, tmp_path: Path) 
     assert by_kind["single", "with collection-cam"]["recall"] > (
         by_kind["single", "selective search"]["recall"] + 0.1
     )
+    assert by_kind["single", "with collection-cam"]["best_iou"] > (
+        by_kind["single", "selective search"]["best_iou"] + 0.05
+    )
     assert (tmp_path / "scenes.png").is_file()
 
 

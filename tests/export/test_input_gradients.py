@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +19,19 @@ import ccam_deploy as ccam
 from ccam_deploy import bundle as bundles
 from ccam_deploy.engines import load_networks, open_networks
 from ccam_deploy.engines.build import BuildSettings, build
+from ccam_deploy.engines.onnxruntime import OnnxRuntimeEngine
 from ccam_deploy.engines.plans import load_library
 from ccam_deploy.errors import IntegrityError, ManifestError, OptionError
 from ccam_deploy.evaluate import fidelity
-from ccam_deploy.export import ExportSettings, autodiff, export, layers, program, sources
+from ccam_deploy.export import (
+    ExportSettings,
+    autodiff,
+    excitation,
+    export,
+    layers,
+    program,
+    sources,
+)
 from ccam_deploy.export import graphs as onnx_graphs
 from ccam_deploy.export import recipe as recipes
 from tests.command import success
@@ -235,3 +245,39 @@ def test_resnet18(tmp_path: Path) -> None:
         built = build(bundle, library, precision, BuildSettings(max_batch=2, devices=("8.9",)))
         assert {plan.graph for plan in built.plans} == {*bundles.GRAPHS, *OPTIONAL}
         bundle = built.bundle
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "without_rule"),
+    [
+        ("convnext_tiny", "layer_norm"),
+        ("densenet121", ""),
+        ("efficientnet_b0", "silu"),
+        ("mobilenet_v3_large", "hardsigmoid"),
+        ("regnet_y_400mf", "sigmoid"),
+        ("vgg19", ""),
+    ],
+)
+def test_other_recipes(name: str, without_rule: str, tmp_path: Path) -> None:
+    """Which have the excitation graph; where others' gradient goes through gates and the like, it
+    is that of autograd, guided where there is a ReLU. At a small size, with random weights.
+    """
+    sources.import_module("torchvision.models")
+    model = recipes.random_model(recipes.read(RECIPES / f"{name}.toml"))
+    built = program.build(program.trace(model, (3, 64, 64)))
+    reason = excitation.why_not(built, layers.find(built))
+    assert reason.startswith(f"operator aten.{without_rule}.default in" if without_rule else "")
+    assert bool(reason) == bool(without_rule)
+    if not without_rule:
+        return
+    guided = autodiff.has_relu(built)
+    graph = onnx_graphs._input_gradient(built, torch.float32, guided)
+    ir.save(graph, tmp_path / "graph.onnx", external_data="graph.data")
+    images, one_hot = noise(2, 3, 64, 64), np.eye(1000, dtype=np.float32)[[3, 7]]
+    with closing(OnnxRuntimeEngine(tmp_path / "graph.onnx", "cpu")) as engine:
+        got = engine.run({"images": images, "output_gradient": one_hot})["input_gradient"]
+    want = input_gradient_by_hooks(
+        model.eval(), torch.from_numpy(images), torch.from_numpy(one_hot), guided
+    )
+    assert fidelity.relative_error(got, want.numpy()) <= 1e-2

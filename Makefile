@@ -9,7 +9,7 @@ demo: .venv/.cpu
 	$(BIN)/ccam-deploy explain engines/digits export/examples --output demo
 
 test: lint types
-	$(BIN)/python -m pytest --cov --cov-report=term
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term
 
 lint: .venv/.all
 	$(BIN)/ruff check .

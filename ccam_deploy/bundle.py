@@ -7,6 +7,7 @@ checked before a byte reaches an engine.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -235,18 +236,27 @@ class Bundle:
 
 
 def read(folder: str | Path) -> Bundle:
-    """Read a bundle and check all of it.
+    """Read a bundle and check all of it. Plans that were removed are forgotten: no graph is lost.
 
     Raises ManifestError or IntegrityError, naming the file and what is wrong with it.
     """
     root = Path(folder)
     try:
-        manifest = _read_manifest(root)
+        manifest = _without_lost_plans(root, _read_manifest(root))
+        plans = {plan.file for plan in manifest.plans}
         for name, record in manifest.files.items():
-            _check_file(root, name, record)
+            remedy = "remove it and build it again" if name in plans else "export the bundle again"
+            _check_file(root, name, record, remedy)
     except OSError as error:
         raise BundleError(f"{root} cannot be read: {error.strerror}") from error
     return Bundle(root, manifest)
+
+
+def digest_without_plans(manifest: Manifest) -> str:
+    """The digest of what was exported, whatever plans were built of it."""
+    plans = {plan.file for plan in manifest.plans}
+    files = {name: record for name, record in manifest.files.items() if name not in plans}
+    return digest_of(replace(manifest, files=files, plans=()))
 
 
 def unlisted(bundle: Bundle) -> list[str]:
@@ -323,7 +333,15 @@ def _inconsistencies(manifest: Manifest) -> Iterator[str]:
             yield f'it uses "{file}", which is not among the files'
 
 
-def _check_file(root: Path, name: str, record: FileRecord) -> None:
+def _without_lost_plans(root: Path, manifest: Manifest) -> Manifest:
+    known = {plan.file for plan in manifest.plans}
+    lost = {name for name in known if not os.path.lexists(root / name)}
+    files = {name: record for name, record in manifest.files.items() if name not in lost}
+    plans = tuple(plan for plan in manifest.plans if plan.file not in lost)
+    return replace(manifest, files=files, plans=plans)
+
+
+def _check_file(root: Path, name: str, record: FileRecord, remedy: str) -> None:
     pure = PurePosixPath(name)
     if pure.is_absolute() or ".." in pure.parts or "\\" in name or str(pure) != name:
         raise ManifestError(f'the manifest of {root} leads outside its folder: "{name}"')
@@ -333,12 +351,12 @@ def _check_file(root: Path, name: str, record: FileRecord) -> None:
         if path.is_symlink():
             raise ManifestError(f"{path} is a link; a bundle holds plain files only")
     if not path.is_file():
-        raise IntegrityError(f"{path} is missing; export the bundle again")
+        raise IntegrityError(f"{path} is missing; {remedy}")
     size = path.stat().st_size
     if size != record.bytes:
-        raise IntegrityError(f"{path} has {size} bytes, not {record.bytes}; export it again")
+        raise IntegrityError(f"{path} has {size} bytes, not {record.bytes}; {remedy}")
     if hash_file(path) != record.sha256:
-        raise IntegrityError(f"{path} was changed after the export; export the bundle again")
+        raise IntegrityError(f"{path} was changed after the export; {remedy}")
 
 
 def hash_file(path: Path) -> str:

@@ -135,7 +135,9 @@ def test_missing_and_resized_files(folder: Path) -> None:
     path = folder / "gradient.onnx"
     size = path.stat().st_size
     path.write_bytes(path.read_bytes() + b"x")
-    with pytest.raises(IntegrityError, match=f"has {size + 1} bytes, not {size}; export it again"):
+    with pytest.raises(
+        IntegrityError, match=f"has {size + 1} bytes, not {size}; export the bundle again"
+    ):
         bundles.read(folder)
     path.unlink()
     with pytest.raises(IntegrityError, match=r"gradient\.onnx is missing; export the bundle"):

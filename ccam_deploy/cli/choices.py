@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 import click
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     from ccam_deploy.bundle import Manifest
     from ccam_deploy.explainer import Explainer
+
+_WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false"}
 
 
 def method_options(names: Sequence[str], pairs: Sequence[str]) -> dict[str, Any]:
@@ -124,4 +126,17 @@ def _converted(kind: type[Any], given: Mapping[str, str]) -> Any:
     try:
         return msgspec.convert(values, kind, strict=False)
     except msgspec.ValidationError as error:
-        raise OptionError(f"an option has an unusable value: {error}") from error
+        raise OptionError(_explained(str(error), kind, values)) from error
+
+
+def _explained(words: str, kind: type[Any], values: Mapping[str, Any]) -> str:
+    """What is wrong with an option's value, from msgspec's words."""
+    match = re.fullmatch(r"(Expected `(\w+)`|Invalid enum value).* - at `\$\.(\w+)`", words)
+    if not match or match[3] not in values:
+        return f"an option has an unusable value: {words}"
+    hint = get_type_hints(kind)[match[3]]
+    if get_origin(hint) is Literal:
+        wanted = f"one of {', '.join(get_args(hint))}"
+    else:
+        wanted = _WORDS.get(match[2], match[2])
+    return f'{match[3]} is "{values[match[3]]}"; it must be {wanted}'

@@ -79,6 +79,7 @@ def compare(bundle: Path, image: Path, **options: Any) -> None:
     """
     from ccam_deploy import files, render
     from ccam_deploy.cli import choices
+    from ccam_deploy.evaluate.evaluation import Variant, check_methods
 
     names = list(dict.fromkeys(word.strip() for word in options["methods"].split(",")))
     chosen = choices.method_options(names, options["pairs"])
@@ -92,6 +93,7 @@ def compare(bundle: Path, image: Path, **options: Any) -> None:
         manifest = explainer.bundle.manifest
         picture = choices.read_picture(image, manifest)
         wanted = choices.classes(explainer, picture, options["targets"])
+        check_methods(explainer, [Variant(name, name, own) for name, own in chosen.items()])
         results = {}
         for name, given in chosen.items():
             started = time.perf_counter()

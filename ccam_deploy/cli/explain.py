@@ -39,9 +39,12 @@ KINDS = ("overlay", "heatmap", "panel", "npz", "json")
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option(
     "--target",
-    default="top1",
+    "targets",
+    multiple=True,
+    default=["top1"],
     show_default=True,
-    help="The classes to explain: topN for the N best, or a class's number or name.",
+    help="The classes to explain: topN for the N best, or a class's number or name; may be "
+    "repeated.",
 )
 @method_choice
 @click.option(
@@ -92,21 +95,20 @@ def explain(bundle: Path, images: tuple[Path, ...], as_json: bool, **options: An
     (method_options,) = choices.method_options([options["method"]], options["pairs"]).values()
     budget = options["budget_ms"]
     check_budget(budget, options["method"])
-    top, target = _parse_target(options["target"])
+    words = options["targets"]
     render.check_colormap(options["colormap"])
     files = imaging.find(images)
     failed = 0
     results: list[dict[str, Any]] = []
     with choices.explainer_of(bundle, options, options["batch_size"]) as explainer:
-        if target is not None:
-            explainer.bundle.manifest.class_index(target)
+        count = _count_classes(words, explainer.bundle.manifest)
         look = render.Look(options["colormap"], options["opacity"], options["color_bar"])
         writer = Writer(options["output"], kinds, look, explainer.bundle.manifest)
         together = explainer.batch_size
         if budget is not None:
             together = 1
             say("measuring what an explanation costs here", err=True)
-            explainer.calibrate(1, top, method_options)
+            explainer.calibrate(1, count, method_options)
         with choices.progress("explaining", len(files)) as bar:
             for start in range(0, len(files), together):
                 chunk = files[start : start + together]
@@ -115,14 +117,11 @@ def explain(bundle: Path, images: tuple[Path, ...], as_json: bool, **options: An
                     say(f"error: {problem}", err=True)
                 failed += len(problems)
                 if read:
+                    pictures = [picture for _, picture in read]
+                    top, targets = _targets(explainer, pictures, words)
                     started = time.perf_counter()
                     result = explainer.explain(
-                        [picture for _, picture in read],
-                        target,
-                        method_options,
-                        top,
-                        options["method"],
-                        budget,
+                        pictures, targets, method_options, top, options["method"], budget
                     )
                     spent = (time.perf_counter() - started) * 1000
                     lines = _lines(explainer, result, [f for f, _ in read], spent)
@@ -148,10 +147,29 @@ def _kinds(words: str) -> tuple[str, ...]:
     return kinds
 
 
-def _parse_target(word: str) -> tuple[int, str | None]:
-    """How many of the best classes to explain, or else which class."""
+def _best(word: str) -> int:
+    """How many of the best classes a word stands for; 0 where it is a class's number or name."""
     match = re.fullmatch(r"top(\d{1,9})", word)
-    return (int(match[1]), None) if match else (1, word)
+    return int(match[1]) if match else 0
+
+
+def _count_classes(words: Sequence[str], manifest: Manifest) -> int:
+    """How many classes of an image some words name at most. Raises TargetError for unknown ones."""
+    for word in words:
+        if not re.fullmatch(r"top(\d{1,9})", word):
+            manifest.class_index(word)
+    return sum(_best(word) or 1 for word in words)
+
+
+def _targets(
+    explainer: Explainer, pictures: Sequence[Image.Image], words: Sequence[str]
+) -> tuple[int, list[list[int]] | None]:
+    """How many of the best classes to explain, or else which classes of each picture."""
+    from ccam_deploy.cli import choices
+
+    if len(words) == 1 and re.fullmatch(r"top(\d{1,9})", words[0]):
+        return _best(words[0]), None
+    return 1, [choices.classes(explainer, picture, words) for picture in pictures]
 
 
 def _read(

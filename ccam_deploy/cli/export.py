@@ -67,8 +67,8 @@ if TYPE_CHECKING:
 @click.option(
     "--calibration-images",
     type=click.Path(path_type=Path),
-    help="A folder of real images for the check against PyTorch; the first 16 are used.  "
-    "[default: two photographs of the package]",
+    help="A folder of real images, or one image, for the check against PyTorch; the first 16 are "
+    "used.  [default: the recipe's, else two photographs of the package]",
 )
 @click.option(
     "--build",

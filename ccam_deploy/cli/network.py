@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -196,7 +198,8 @@ def load_network(
         )
     if recipe is None:
         raise OptionError("give a model file, or a --recipe that names its own network")
-    return recipes.random_model(recipe) if random_weights else recipes.model(recipe, folder)
+    with contextlib.redirect_stdout(sys.stderr):  # where PyTorch tells of a download
+        return recipes.random_model(recipe) if random_weights else recipes.model(recipe, folder)
 
 
 def need_torch(purpose: str, extras: str) -> None:

@@ -135,14 +135,20 @@ def _build(
 
 
 def _write(place: Path, built: Mapping[str, bytes]) -> None:
-    """Write the plans to a folder of their own, which appears whole or not at all."""
+    """Write the plans to a folder of their own, which appears whole or not at all.
+
+    Where it is there already, for it is named after what it holds, each file is written anew.
+    """
     place.parent.mkdir(exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=".plans-", dir=place.parent))
     try:
         for graph, plan in built.items():
             (work / f"{graph}.plan").write_bytes(plan)
         work.chmod(0o755)
-        if not place.exists():
+        if place.exists():
+            for file in work.iterdir():
+                file.replace(place / file.name)
+        else:
             work.rename(place)
     finally:
         shutil.rmtree(work, ignore_errors=True)

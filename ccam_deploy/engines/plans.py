@@ -183,7 +183,8 @@ def build_plan(
         timings.attach(config, log)
     monitor = progress.monitor(trt, report)
     config.progress_monitor = monitor
-    plan = builder.build_serialized_network(network, config)
+    with progress.interrupted_by(monitor):
+        plan = builder.build_serialized_network(network, config)
     for failure in (log.failure, monitor.failure):
         if failure is not None:
             raise failure

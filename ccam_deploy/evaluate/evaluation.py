@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ccam_deploy import __version__
+from ccam_deploy import bundle as bundles
+from ccam_deploy.engines import plans
 from ccam_deploy.errors import BackendError, DatasetError, ImageError, OptionError
 from ccam_deploy.evaluate import metrics
 from ccam_deploy.evaluate.datasets import Dataset, Item
@@ -119,7 +121,7 @@ class Evaluation:
         if settings.target == "label" and not dataset.has_classes:
             raise OptionError("the data set has no classes to explain; use --target predicted")
         self.places = drawn(len(dataset), settings.limit, settings.seed)
-        _check_methods(explainer, self.contenders)
+        check_methods(explainer, self.contenders)
 
     @property
     def total(self) -> int:
@@ -133,7 +135,6 @@ class Evaluation:
         return {
             "version": __version__,
             "bundle": explainer.bundle.manifest.name,
-            "digest": explainer.bundle.manifest.digest,
             "backend": explainer.networks.backend,
             "precision": explainer.precision,
             "batch_size": explainer.batch_size,
@@ -144,6 +145,7 @@ class Evaluation:
             "target": self.settings.target,
             "seed": self.settings.seed,
             "images": len(self.places),
+            "digest": self._digest,
             "names_sha256": hashlib.sha256(names.encode("utf-8", "surrogateescape")).hexdigest(),
         }
 
@@ -176,6 +178,14 @@ class Evaluation:
                     rows = {row.index: row for row in self._measure(group, one)} if group else {}
                     results.add([rows.get(place) or self._unread(place, one) for place in places])
                     yield len(places)
+
+    @property
+    def _digest(self) -> str:
+        """Of all in the bundle that the numbers depend on; plans count where plans run."""
+        manifest = self.explainer.bundle.manifest
+        if self.explainer.networks.backend in plans.FLAVOURS:
+            return manifest.digest
+        return bundles.digest_without_plans(manifest)
 
     @cached_property
     def _groups(self) -> list[tuple[int, ...]]:
@@ -299,7 +309,7 @@ def _metrics(settings: EvaluationSettings, dataset: Dataset) -> tuple[str, ...]:
     return tuple(name for name in possible if not settings.metrics or name in settings.metrics)
 
 
-def _check_methods(explainer: Explainer, contenders: Sequence[Variant]) -> None:
+def check_methods(explainer: Explainer, contenders: Sequence[Variant]) -> None:
     """Raise OptionError with all methods that cannot run on a bundle, and what each needs."""
     refused: dict[str, list[str]] = {}
     for one in contenders:

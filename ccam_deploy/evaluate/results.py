@@ -83,6 +83,8 @@ class Results:
         if not known:
             if _read(self._path):
                 raise OutputError(f"{self._path} exists without {SETTINGS}; give another --output")
+            if folder.is_dir() and any(folder.iterdir()):
+                raise OutputError(f"{folder} has files of something else; give another --output")
             files.write(folder / SETTINGS, content.encode("utf-8", "backslashreplace"))
         else:
             _compare(folder, known, json.loads(content))
@@ -169,6 +171,11 @@ def _compare(folder: Path, content: bytes, wanted: Mapping[str, Any]) -> None:
         raise OutputError(f"{folder / SETTINGS} is not readable: {error}") from error
     if not isinstance(known, dict):
         raise OutputError(f"{folder / SETTINGS} has no settings; give another --output")
+    if {**known, "digest": ""} == {**wanted, "digest": ""} and known != wanted:
+        raise OptionError(
+            f"{folder} holds an evaluation of the bundle as it was before it was exported again; "
+            "give another --output"
+        )
     for name in {**known, **wanted}:
         if known.get(name) != wanted.get(name):
             raise OptionError(

@@ -242,6 +242,16 @@ def test_targets(tiny_bundle: Path, here: Path, target: str, classes: int) -> No
     assert tree(here) == ["one.png"]
 
 
+@pytest.mark.parametrize("words", [["cat", "4"], ["top2", "cat"]])
+def test_several_targets(tiny_bundle: Path, here: Path, words: list[str]) -> None:
+    picture(here / "one.png")
+    both = [part for word in words for part in ("--target", word)]
+    command = ["explain", tiny_bundle, "one.png", "--save", "none", "--json"]
+    found = [line["target"] for line in json.loads(success(*command, *both).stdout)]
+    best = [line["target"] for line in json.loads(success(*command, "--target", "top2").stdout)]
+    assert found == ([2, 4] if words[0] == "cat" else list(dict.fromkeys([*best, 2])))
+
+
 def test_a_good_and_a_bad_image(tiny_bundle: Path, here: Path) -> None:
     picture(here / "good.png")
     (here / "bad.png").write_bytes((here / "good.png").read_bytes()[:900])
@@ -422,7 +432,18 @@ def test_verify(tiny_bundle: Path, here: Path) -> None:
         (["explain", "tiny", "one.png", "--method", "sam"], "'sam' is not one of 'collection-cam'"),
         (["explain", "tiny", "one.png", "--option", "theta"], 'option "theta" is not key=value'),
         (["explain", "tiny", "one.png", "--option", "theta=2"], "theta is 2.0; it must be in"),
-        (["explain", "tiny", "one.png", "--option", "k_max=x"], "an option has an unusable value"),
+        (
+            ["explain", "tiny", "one.png", "--option", "k_max=x"],
+            'k_max is "x"; it must be a whole number',
+        ),
+        (
+            ["explain", "tiny", "one.png", "--option", "score=x"],
+            'score is "x"; it must be one of logit, probability',
+        ),
+        (
+            ["explain", "tiny", "one.png", "--option", "standardise=x"],
+            'standardise is "x"; it must be true or false',
+        ),
         (["explain", "tiny", "one.png", "--option", "layers=x"], '"x"'),
         (
             ["explain", "tiny", "one.png", "--colormap", "rainbow"],

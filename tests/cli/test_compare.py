@@ -82,9 +82,14 @@ def test_options_go_to_the_methods_that_have_them() -> None:
         (["--methods", "magic"], 'method "magic" is unknown; there are collection-cam'),
         (["--option", "rise:theta=0"], 'option "rise:theta" is for method "rise"; the methods'),
         (["--option", "depth=3"], 'option "depth" is unknown; collection-cam has theta, k_min'),
-        (["--option", "k_max=x"], "an option has an unusable value"),
+        (["--option", "k_max=x"], 'k_max is "x"; it must be a whole number'),
         (["--target", "top11"], "top is 11; it must be 1 to 10"),
         (["--target", "zebra"], 'class "zebra" is not in the bundle'),
+        (
+            ["--methods", "cam,recipro-cam,smoothgrad"],
+            "some methods cannot run here: recipro-cam (the bundle has no head graph; export it "
+            "with --head), smoothgrad (the bundle has no input_gradient graph",
+        ),
         (["--output", "panel.jpg"], "the picture is a .png file; panel.jpg is none"),
         (["--colormap", "rainbow"], 'color map "rainbow" is unknown'),
     ],

@@ -135,13 +135,37 @@ def test_a_full_disk_leaves_the_bundle_as_it_was(
     assert not bundles.unlisted(before)
 
 
+@pytest.mark.parametrize("lost", ["backbone.plan", ""], ids=["one", "all"])
+def test_lost_plans_are_built_again(
+    folder: Path, rtx: plans.Library, monkeypatch: pytest.MonkeyPatch, lost: str
+) -> None:
+    """No graph is lost with them, so the bundle is as good as it was before they were built."""
+    monkeypatch.setattr(plans, "build_plan", lambda library, graph, *others: graph.name.encode())
+    settings = BuildSettings(4, ("8.9",))
+    before = bundles.read(folder)
+    made = build(before, rtx, "fp32", settings).bundle
+    (place,) = (folder / "plans").iterdir()
+    shutil.rmtree(place / lost) if not lost else (place / lost).unlink()
+    left = bundles.read(folder)
+    kept = {plan.graph for plan in left.manifest.plans}
+    assert kept == ({"gradient", "classifier"} if lost else set())
+    without = bundles.digest_without_plans(before.manifest)
+    assert bundles.digest_without_plans(left.manifest) == without
+    assert bundles.digest_without_plans(made.manifest) == without
+    again = build(left, rtx, "fp32", settings)
+    assert again.fresh
+    found = bundles.read(folder).manifest
+    assert again.bundle.manifest == found
+    assert (set(found.plans), found.files) == (set(made.manifest.plans), made.manifest.files)
+
+
 def test_a_changed_plan_is_not_read(folder: Path, rtx: plans.Library) -> None:
     made = build(bundles.read(folder), rtx, "fp32", BuildSettings(1, ("8.9",))).bundle
     path = made.path(made.manifest.plans[0].file)
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    with pytest.raises(IntegrityError, match="was changed after the export"):
+    with pytest.raises(IntegrityError, match="was changed after the export; remove it and build"):
         bundles.read(folder)
 
 

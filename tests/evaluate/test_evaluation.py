@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 import ccam_deploy as ccam
+from ccam_deploy import bundle as bundles
 from ccam_deploy.errors import ImageError, OptionError
 from ccam_deploy.evaluate import evaluation
 from ccam_deploy.evaluate.datasets import Dataset, Item, open_dataset
@@ -66,8 +67,8 @@ class Halves(Pictures):
         )
 
 
-def sum_of_pixels() -> Any:
-    """Explains with a classifier of two classes on images of 16 × 2 ones.
+def sum_of_pixels(bundle: Path) -> Any:
+    """Stands in for an explainer of a bundle, with a classifier of two classes on images of 16 × 2 ones.
 
     Each object's pixel adds log(3) / 16 to class 1's logit, each other one takes it away: 75 % for
     the object alone, 25 % without it, 50 % for all pixels or none.
@@ -76,7 +77,7 @@ def sum_of_pixels() -> Any:
     scorer = LinearScorer(np.stack([np.zeros(32), np.tile([-share, share], 16)]))
     whole = SimpleNamespace(to_input=lambda boxes: boxes)
     return SimpleNamespace(
-        bundle=SimpleNamespace(manifest=SimpleNamespace(name="sums", digest="")),
+        bundle=bundles.read(bundle),
         networks=SimpleNamespace(backend="by hand", masked_logits=scorer.masked_logits),
         precision="fp32",
         batch_size=4,
@@ -84,6 +85,7 @@ def sum_of_pixels() -> Any:
             np.ones((len(pictures), 1, 16, 2), np.float32),
             (whole,) * len(pictures),
         ),
+        check=lambda method, options: None,
     )
 
 
@@ -101,7 +103,7 @@ RIGHT = np.tile(np.array([0, 1], np.float32), (16, 1))
     ids=["perfect", "opposite", "constant", "zeros"],
 )
 def test_maps_have_the_values_worked_by_hand(
-    saliency: Floats, expected: tuple[float, ...], tmp_path: Path
+    saliency: Floats, expected: tuple[float, ...], tiny_bundle: Path, tmp_path: Path
 ) -> None:
     """Eq. 26 to 29 and the pointing game, in steps of 16 pixels.
 
@@ -110,7 +112,8 @@ def test_maps_have_the_values_worked_by_hand(
     """
     data = Halves([Image.new("L", (2, 16))] * 2)
     contender = GivenMap("given", "grad-cam", saliency=saliency)
-    measured = Evaluation(sum_of_pixels(), data, [contender], EvaluationSettings(target="label"))
+    settings = EvaluationSettings(target="label")
+    measured = Evaluation(sum_of_pixels(tiny_bundle), data, [contender], settings)
     rows = finished(measured, tmp_path)
     assert len(rows) == 2
     for row in rows:

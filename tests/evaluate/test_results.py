@@ -137,6 +137,19 @@ def test_strange_files_are_refused(tmp_path: Path) -> None:
         Results(tmp_path, FACTS, METRICS)
 
 
+def test_files_of_something_else_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "photo.jpg").touch()
+    with pytest.raises(OutputError, match=r"has files of something else; give another --output$"):
+        Results(tmp_path, FACTS, METRICS)
+    assert [path.name for path in tmp_path.iterdir()] == ["photo.jpg"]
+
+
+def test_a_bundle_that_was_exported_again_is_told(tmp_path: Path) -> None:
+    Results(tmp_path, {**FACTS, "digest": "1"}, METRICS)
+    with pytest.raises(OptionError, match="as it was before it was exported again"):
+        Results(tmp_path, {**FACTS, "digest": "2"}, METRICS)
+
+
 def test_full_disk_is_one_line_and_keeps_what_was_there(tmp_path: Path) -> None:
     results = Results(tmp_path, FACTS, METRICS)
     results.keep(GROUPS)

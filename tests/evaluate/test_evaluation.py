@@ -68,7 +68,7 @@ class Halves(Pictures):
 
 
 def sum_of_pixels(bundle: Path) -> Any:
-    """Stands in for an explainer of a bundle, with a classifier of two classes on images of 16 × 2 ones.
+    """Stands in for an explainer: a classifier of two classes on images of 16 × 2 ones.
 
     Each object's pixel adds log(3) / 16 to class 1's logit, each other one takes it away: 75 % for
     the object alone, 25 % without it, 50 % for all pixels or none.

@@ -62,14 +62,14 @@ def method_names() -> list[str]:
 
 
 def possible(
-    calls: Mapping[str, Callable[[], object]],
-) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
-    """The calls that work, each tried once, and why the others do not."""
-    working, refused = {}, {}
-    for name, call in calls.items():
+    names: Sequence[str], check: Callable[[str], None]
+) -> tuple[list[str], dict[str, str]]:
+    """The methods that pass a check, and why the others do not."""
+    working, refused = [], {}
+    for name in names:
         try:
-            call()
-            working[name] = call
+            check(name)
+            working.append(name)
         except OptionError as error:
             refused[name] = str(error)
     return working, refused
@@ -86,12 +86,8 @@ def measure(
     """Time methods, by default every one, on one bundle; called in a process of its own."""
     with ccam.load(folder, backend, precision, batch_size=32) as explainer:
         (case,) = latency.cases(explainer, [imaging.load(_PHOTOGRAPH)], batch=1)
-        calls, refused = possible(
-            {
-                name: partial(explainer.explain, case.images, method=name)
-                for name in (names or method_names())
-            }
-        )
+        working, refused = possible(names or method_names(), explainer.check)
+        calls = {name: partial(explainer.explain, case.images, method=name) for name in working}
         before = load_average()
         seconds = measure_in_turn(calls, rounds, _WARM_ROUNDS, duration)
         return {

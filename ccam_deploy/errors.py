@@ -81,7 +81,11 @@ class ToleranceError(ExportError):
 
 
 def brief(error: BaseException, limit: int = 200) -> str:
-    """The first line of another library's error, shortened, for use inside a message."""
-    lines = str(error).strip().splitlines()
-    line = lines[0].strip() if lines else type(error).__name__
+    """The first line of another library's error, shortened, for use inside a message.
+
+    Where that ends in a colon, the next one too.
+    """
+    lines = [words for words in map(str.strip, str(error).splitlines()) if words]
+    count = 2 if lines and lines[0].endswith(":") else 1
+    line = " ".join(lines[:count]) or type(error).__name__
     return line if len(line) <= limit else line[: limit - 1] + "…"

@@ -81,9 +81,10 @@ KINDS = ("overlay", "heatmap", "panel", "npz", "json")
 def explain(bundle: Path, images: tuple[Path, ...], as_json: bool, **options: Any) -> None:
     """Explain a classifier's decisions on IMAGES, files or folders.
 
-    Prints one line for each image and class: file, class, score, masks of each layer,
-    milliseconds; then the files that were written. With --budget-ms images are explained one by
-    one, after it was measured what that costs here, and the k_max of each is printed too.
+    Prints one line for each image and class: file, class, score, masks of each layer, its even
+    share of the milliseconds of its batch; then the files that were written. With --budget-ms
+    images are explained one by one, after it was measured what that costs here, and the k_max of
+    each is printed too.
     """
     from ccam_deploy import image as imaging
     from ccam_deploy import render

@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -124,8 +125,12 @@ def test_interrupting_a_build_leaves_the_bundle_as_it_was(
     digits_bundle: Path, tmp_path: Path
 ) -> None:
     folder = shutil.copytree(digits_bundle, tmp_path / "digits")
-    words = ["build", str(folder), *RTX]
-    with subprocess.Popen([SCRIPT, *words], stderr=subprocess.PIPE, text=True) as running:
+    code = (
+        "import signal; from ccam_deploy.cli.main import main\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler); main()\n"
+    )
+    command = [sys.executable, "-c", code, "build", str(folder), *RTX]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as running:
         assert running.stderr is not None
         assert running.stderr.readline() == "building backbone (fp32)\n"
         running.send_signal(signal.SIGINT)

@@ -32,14 +32,16 @@ def test_a_phase_inside_of_a_step_divides_it() -> None:
 
 def test_an_interrupt_is_left_to_the_monitor() -> None:
     """Wherever it comes, such as in a logger, whose exceptions TensorRT swallows."""
-    before = signal.getsignal(signal.SIGINT)
-    monitor = SimpleNamespace(failure=None)
-    with interrupted_by(monitor):
-        signal.raise_signal(signal.SIGINT)
-    assert isinstance(monitor.failure, KeyboardInterrupt)
-    assert signal.getsignal(signal.SIGINT) is before
-    with pytest.raises(KeyboardInterrupt):
-        signal.raise_signal(signal.SIGINT)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        monitor = SimpleNamespace(failure=None)
+        with interrupted_by(monitor):
+            signal.raise_signal(signal.SIGINT)
+        assert isinstance(monitor.failure, KeyboardInterrupt)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_an_interrupt_that_is_ignored_stays_ignored() -> None:

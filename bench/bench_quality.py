@@ -31,7 +31,6 @@ import click
 import numpy as np
 
 import ccam_deploy as ccam
-from ccam_deploy.errors import CcamError
 from ccam_deploy.evaluate import report
 from ccam_deploy.evaluate.conditions import conditions, gpu, load_average
 from ccam_deploy.evaluate.datasets import open_dataset
@@ -40,6 +39,7 @@ from ccam_deploy.evaluate.evaluation import (
     EvaluationSettings,
     Variant,
     drawn,
+    refused,
 )
 from ccam_deploy.evaluate.metrics import box_mask
 from ccam_deploy.evaluate.timing import as_dict, measure_in_turn, summarise
@@ -85,15 +85,8 @@ def runnable(
     explainer: Explainer, variants: Sequence[Variant]
 ) -> tuple[list[Variant], dict[str, str]]:
     """The variants that run on a bundle, and the reason of each that does not."""
-    found, refused = [], {}
-    for one in variants:
-        try:
-            explainer.check(one.method, one.options)
-        except CcamError as error:
-            refused[one.name] = str(error)
-        else:
-            found.append(one)
-    return found, refused
+    reasons = refused(explainer, variants)
+    return [one for one in variants if one.name not in reasons], reasons
 
 
 def ablations(layers: Sequence[str], names: Sequence[str]) -> dict[str, list[Variant]]:
@@ -265,7 +258,7 @@ def run(
     settings = EvaluationSettings(protocol=given.protocol, limit=given.limit, seed=given.seed)
     with ccam.load(bundle) as explainer:
         wanted = contenders(given.methods.split(","), given.rise_masks)
-        variants, refused = runnable(explainer, wanted)
+        variants, not_run = runnable(explainer, wanted)
         layers = [layer.name for layer in explainer.bundle.manifest.layers]
         groups = {"Methods": variants, **ablations(layers, [one.method for one in variants])}
         before = load_average()
@@ -289,7 +282,7 @@ def run(
         "protocol": plain["Methods"]["protocol"],
         "load_average": before,
         "ms": spent,
-        "not_run": refused,
+        "not_run": not_run,
         "origins": parts,
         "results": {title: values["results"] for title, values in plain.items()},
         "curves": plain["Methods"]["curves"],

@@ -50,6 +50,12 @@ def method_options(names: Sequence[str], pairs: Sequence[str]) -> dict[str, Any]
     return {name: _converted(kind, given[name]) for name, kind in kinds.items()}
 
 
+def best(word: str) -> int | None:
+    """N of topN, the N best classes; None for the number or name of a class."""
+    match = re.fullmatch(r"top(\d{1,9})", word)
+    return int(match[1]) if match else None
+
+
 def classes(explainer: Explainer, picture: Image.Image, words: Sequence[str]) -> list[int]:
     """The classes of a picture that some words name, each once.
 
@@ -59,11 +65,10 @@ def classes(explainer: Explainer, picture: Image.Image, words: Sequence[str]) ->
     manifest = explainer.bundle.manifest
     found: list[int] = []
     for word in words:
-        match = re.fullmatch(r"top(\d{1,9})", word)
-        if not match:
+        count = best(word)
+        if count is None:
             found.append(manifest.class_index(word))
             continue
-        count = int(match[1])
         if not 1 <= count <= manifest.classes:
             raise TargetError(f"top is {count}; it must be 1 to {manifest.classes}")
         logits = explainer.networks.backbone(explainer.preprocess([picture])[0]).logits[0]

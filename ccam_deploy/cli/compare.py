@@ -15,6 +15,7 @@ from ccam_deploy.cli.options import (
     bundle_argument,
     engine_options,
     look_options,
+    pairs_option,
     precision_option,
     say,
 )
@@ -47,13 +48,7 @@ COMPARED = ("collection-cam", "grad-cam", "grad-cam++", "layer-cam")
     help="The classes, a row each: topN for the N best, or a class's number or name; may be "
     "repeated.",
 )
-@click.option(
-    "--option",
-    "pairs",
-    multiple=True,
-    metavar="[METHOD:]KEY=VALUE",
-    help="An option of one method, or of each that has it; may be repeated.",
-)
+@pairs_option
 @engine_options
 @precision_option
 @click.option(

@@ -16,6 +16,7 @@ from ccam_deploy.cli.options import (
     bundle_argument,
     engine_options,
     json_option,
+    pairs_option,
     precision_option,
     print_json,
     say,
@@ -54,13 +55,7 @@ SCENES = 500
     metavar="A,B,C",
     help=f"What to measure, separated by commas: {', '.join(METHODS)}.",
 )
-@click.option(
-    "--option",
-    "pairs",
-    multiple=True,
-    metavar="[METHOD:]KEY=VALUE",
-    help="An option of one method, or of each that has it; may be repeated.",
-)
+@pairs_option
 @click.option(
     "--metrics",
     "metric_words",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 import time
 from collections.abc import Sequence
@@ -148,18 +147,14 @@ def _kinds(words: str) -> tuple[str, ...]:
     return kinds
 
 
-def _best(word: str) -> int:
-    """How many of the best classes a word stands for; 0 where it is a class's number or name."""
-    match = re.fullmatch(r"top(\d{1,9})", word)
-    return int(match[1]) if match else 0
-
-
 def _count_classes(words: Sequence[str], manifest: Manifest) -> int:
     """How many classes of an image some words name at most. Raises TargetError for unknown ones."""
+    from ccam_deploy.cli import choices
+
     for word in words:
-        if not re.fullmatch(r"top(\d{1,9})", word):
+        if choices.best(word) is None:
             manifest.class_index(word)
-    return sum(_best(word) or 1 for word in words)
+    return sum(choices.best(word) or 1 for word in words)
 
 
 def _targets(
@@ -168,8 +163,8 @@ def _targets(
     """How many of the best classes to explain, or else which classes of each picture."""
     from ccam_deploy.cli import choices
 
-    if len(words) == 1 and re.fullmatch(r"top(\d{1,9})", words[0]):
-        return _best(words[0]), None
+    if len(words) == 1 and (count := choices.best(words[0])) is not None:
+        return count, None
     return 1, [choices.classes(explainer, picture, words) for picture in pictures]
 
 

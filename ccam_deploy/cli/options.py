@@ -106,6 +106,17 @@ def method_choice(command: Command) -> Command:
     return command
 
 
+def pairs_option(command: Command) -> Command:
+    """--option of several methods; see cli.choices for what they become."""
+    return click.option(
+        "--option",
+        "pairs",
+        multiple=True,
+        metavar="[METHOD:]KEY=VALUE",
+        help="An option of one method, or of each that has it; may be repeated.",
+    )(command)
+
+
 def look_options(command: Command) -> Command:
     """--colormap, --opacity: how maps are drawn."""
     for option in (

@@ -309,16 +309,24 @@ def _metrics(settings: EvaluationSettings, dataset: Dataset) -> tuple[str, ...]:
     return tuple(name for name in possible if not settings.metrics or name in settings.metrics)
 
 
-def check_methods(explainer: Explainer, contenders: Sequence[Variant]) -> None:
-    """Raise OptionError with all methods that cannot run on a bundle, and what each needs."""
-    refused: dict[str, list[str]] = {}
+def refused(explainer: Explainer, contenders: Sequence[Variant]) -> dict[str, str]:
+    """Why those methods that cannot run on a bundle cannot, by name."""
+    found = {}
     for one in contenders:
         try:
             explainer.check(one.method, one.options)
         except (OptionError, BackendError) as error:
-            refused.setdefault(str(error), []).append(one.name)
-    if refused:
-        reasons = (f"{', '.join(names)} ({why})" for why, names in refused.items())
+            found[one.name] = str(error)
+    return found
+
+
+def check_methods(explainer: Explainer, contenders: Sequence[Variant]) -> None:
+    """Raise OptionError with all methods that cannot run on a bundle, and what each needs."""
+    by_reason: dict[str, list[str]] = {}
+    for name, why in refused(explainer, contenders).items():
+        by_reason.setdefault(why, []).append(name)
+    if by_reason:
+        reasons = (f"{', '.join(names)} ({why})" for why, names in by_reason.items())
         raise OptionError(f"some methods cannot run here: {', '.join(reasons)}")
 
 

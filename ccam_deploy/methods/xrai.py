@@ -35,9 +35,6 @@ class XRAIOptions:
     The regions are those of the authors, Felzenszwalb's at six scales, found at the input's size
     (their program scales other sizes to 224×224 for it).
 
-    Their code segments an image of any size at 224×224, which here keeps its own, and takes the
-    highest of a pixel's channels.
-
     steps, rule: of the integrated gradients from black and from white, whose mean is used.
     dilation: by how many pixels a region is widened.
     least: a region that adds fewer pixels than this to those before it is passed over.

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -27,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import ccam_deploy as ccam
+from bench.bench_table2 import COMMAND_LINE, run
 from ccam_deploy import image as imaging
 from ccam_deploy.engines import Engine, Networks, TensorSpec
 from ccam_deploy.evaluate.conditions import CPU, conditions, load_average
@@ -166,12 +166,8 @@ def _export(network: str, folder: Path) -> None:
     Where it fails this process ends too, after what it said.
     """
     recipe = ROOT / "export" / f"{network}.toml"
-    command_line = [sys.executable, "-c", "from ccam_deploy.cli.main import main; main()"]
     words = ["export", "--recipe", recipe, "--random-weights", "--head", "--gradients"]
-    command = [*command_line, *map(str, words), "--output", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    if done.returncode:
-        sys.exit(f"{done.stderr.strip()}\nfailed: {shlex.join(command)}")
+    run([sys.executable, "-c", COMMAND_LINE, *map(str, words), "--output", str(folder)])
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ NETWORKS = ("resnet18", "resnet101", "vgg19")
 SIZES = (224, 256)
 DEFAULT = methods.DEFAULT_METHOD
 _WARM_ROUNDS = 3
-_COMMAND_LINE = "from ccam_deploy.cli.main import main; main()"
+COMMAND_LINE = "from ccam_deploy.cli.main import main; main()"
 _PHOTOGRAPH = ROOT / "ccam_deploy" / "export" / "photographs" / "flower.jpg"
 
 _COLUMNS = ("grad-cam", "grad-cam++", "layer-cam", "score-cam", "rise", "collection-cam")
@@ -171,7 +171,7 @@ def export_command(
     words += ["--precision", precision, "--head", "--gradients", "--output", str(folder)]
     if backend in FLAVOURS:
         words += ["--build", "--backend", backend]
-    return [sys.executable, "-c", _COMMAND_LINE, "export", *words]
+    return [sys.executable, "-c", COMMAND_LINE, "export", *words]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -214,16 +214,16 @@ def _in_own_process(
     network: str, size: str, folder: Path, given: argparse.Namespace
 ) -> dict[str, Any]:
     """Export a network in one process, and measure it in another."""
-    _run(export_command(network, size, folder, given.backend, given.precision))
+    run(export_command(network, size, folder, given.backend, given.precision))
     words = ["--bundle", folder, "--rounds", given.rounds, "--duration", given.duration]
     words += ["--backend", given.backend, "--precision", given.precision]
     words += ["--methods", given.methods]
-    said = _run([sys.executable, "-m", "bench.bench_table2", *map(str, words)])
+    said = run([sys.executable, "-m", "bench.bench_table2", *map(str, words)])
     found: dict[str, Any] = json.loads(said.splitlines()[-1])
     return found
 
 
-def _run(command: Sequence[str]) -> str:
+def run(command: Sequence[str]) -> str:
     """What a command prints. Where it fails this process ends too, after what it said."""
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     if done.returncode:

@@ -103,5 +103,5 @@ def test_plans_are_built_for_tensorrt_alone(tmp_path: Path) -> None:
 def test_why_an_export_failed_is_shown() -> None:
     command = [sys.executable, "-c", "import sys; print('lost'); sys.exit('no such layer')"]
     with pytest.raises(SystemExit) as caught:
-        bench._run(command)
+        bench.run(command)
     assert str(caught.value).startswith("no such layer\nfailed: ")

@@ -27,18 +27,18 @@ from numpy.typing import NDArray
 
 import ccam_deploy as ccam
 from bench.bench_table2 import COMMAND_LINE, run
-from ccam_deploy import image as imaging
 from ccam_deploy.engines import Engine, Networks, TensorSpec
-from ccam_deploy.evaluate.conditions import CPU, conditions, load_average
-from ccam_deploy.evaluate.timing import as_dict, measure_in_turn, median_ratio, summarise
 from ccam_deploy.explainer import DEFAULT_BATCH, Explainer
+from ccam_deploy.image_files import load_image
+from ccam_deploy.latency.conditions import CPU, conditions, load_average
+from ccam_deploy.latency.timing import as_dict, measure_in_turn, median_ratio, summarise
 from ccam_deploy.methods import METHODS, method_named
 
 Array = NDArray[Any]
 Runs = list[tuple[Engine, Mapping[str, Array]]]
 
 ROOT = Path(__file__).parents[1]
-_PHOTOGRAPH = ROOT / "ccam_deploy" / "export" / "photographs" / "flower.jpg"
+_PHOTOGRAPH = ROOT / "ccam_deploy" / "examples" / "photographs" / "flower.jpg"
 
 
 class Recorder(Engine):
@@ -136,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             with ccam.load(
                 bundle, CPU, batch_size=given.batch_size, threads=given.threads
             ) as explainer:
-                images, _ = explainer.preprocess([imaging.load(_PHOTOGRAPH)])
+                images, _ = explainer.preprocess([load_image(_PHOTOGRAPH)])
                 results[network] = {}
                 for method in methods:
                     found = measure(explainer, images, method, given.rounds)

@@ -21,14 +21,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ccam_deploy.engines.device import Device, Region
+from ccam_deploy.engines.cuda.device import Device, Region
 from ccam_deploy.errors import BackendError
-from ccam_deploy.evaluate.conditions import conditions, gpu
-from ccam_deploy.evaluate.timing import as_dict, summarise
 from ccam_deploy.kernels.cuda.geometry import Geometry, LayerPlace
+from ccam_deploy.latency.conditions import conditions, gpu
+from ccam_deploy.latency.timing import as_dict, summarise
 
 if TYPE_CHECKING:
-    from ccam_deploy.engines.cuda import CudaDevice
+    from ccam_deploy.engines.cuda.pycuda import CudaDevice
 
 SHAPES: dict[str, tuple[tuple[int, int, int], ...]] = {
     "resnet18": ((64, 56, 56), (128, 28, 28), (256, 14, 14), (512, 7, 7)),
@@ -159,7 +159,7 @@ def table(results: Mapping[str, Any]) -> str:
 
 def open_device() -> CudaDevice:
     """The first GPU. Raises BackendError where there is none."""
-    from ccam_deploy.engines.cuda import CudaDevice
+    from ccam_deploy.engines.cuda.pycuda import CudaDevice
 
     return CudaDevice()
 

@@ -27,29 +27,29 @@ import numpy as np
 from numpy.typing import NDArray
 
 import ccam_deploy as ccam
-from ccam_deploy import image as imaging
-from ccam_deploy.evaluate import latency
-from ccam_deploy.evaluate.conditions import conditions, peak_memory
-from ccam_deploy.evaluate.timing import as_dict, measure_in_turn, median_ratio, summarise
 from ccam_deploy.explainer import Explainer
+from ccam_deploy.image_files import load_image
+from ccam_deploy.latency import measurement
+from ccam_deploy.latency.conditions import conditions, peak_memory
+from ccam_deploy.latency.timing import as_dict, measure_in_turn, median_ratio, summarise
 
 Floats = NDArray[np.float32]
 
 ROOT = Path(__file__).parents[1]
 NETWORKS = ("resnet18", "resnet101", "vgg19")
-_PHOTOGRAPH = ROOT / "ccam_deploy" / "export" / "photographs" / "flower.jpg"
+_PHOTOGRAPH = ROOT / "ccam_deploy" / "examples" / "photographs" / "flower.jpg"
 
 
 def measure(folder: Path, recipe: Path, rounds: int) -> dict[str, Any]:
     """Time one network's bundle; called in a process of its own."""
     explainer = ccam.load(folder, "onnxruntime-cpu", batch_size=32)
-    (case,) = latency.cases(explainer, [imaging.load(_PHOTOGRAPH)], batch=1)
+    (case,) = measurement.cases(explainer, [load_image(_PHOTOGRAPH)], batch=1)
     peak = peak_memory()
     explain_in_pytorch = _in_pytorch(explainer, case.images, int(case.targets[0]), recipe)
     stages: list[dict[str, float]] = []
     calls = {
         "explain": lambda: stages.append(explainer.explain(case.images).timings),
-        "floor": latency.floor_of(explainer, case),
+        "floor": measurement.floor_of(explainer, case),
         "pytorch": explain_in_pytorch,
     }
     seconds = measure_in_turn(calls, rounds)
@@ -72,13 +72,13 @@ def _in_pytorch(
 ) -> Callable[[], object]:
     import torch
 
-    from ccam_deploy.export import plain
-    from ccam_deploy.export import recipe as recipes
+    from ccam_deploy.export.recipe import random_model, read_recipe
+    from ccam_deploy.latency import plain_pytorch
 
     manifest = explainer.bundle.manifest
     layers = [layer.name for layer in manifest.layers]
-    model = recipes.random_model(recipes.read(recipe))
-    peer = plain.of_model(model, layers, manifest.input)
+    model = random_model(read_recipe(recipe))
+    peer = plain_pytorch.of_model(model, layers, manifest.input)
     image = torch.from_numpy(images[0].copy())
     return lambda: peer.explain(image, target)
 

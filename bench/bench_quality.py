@@ -31,26 +31,14 @@ import click
 import numpy as np
 
 import ccam_deploy as ccam
-from ccam_deploy.evaluate import report
-from ccam_deploy.evaluate.conditions import conditions, gpu, load_average
-from ccam_deploy.evaluate.datasets import open_dataset
-from ccam_deploy.evaluate.evaluation import (
-    Evaluation,
-    EvaluationSettings,
-    Variant,
-    drawn,
-    refused,
-)
-from ccam_deploy.evaluate.metrics import box_mask
-from ccam_deploy.evaluate.timing import as_dict, measure_in_turn, summarise
 from ccam_deploy.explainer import Explainer
-from ccam_deploy.methods import (
-    DEFAULT_METHOD,
-    METHODS,
-    RISE,
-    CollectionCAMOptions,
-    RISEOptions,
-)
+from ccam_deploy.latency.conditions import conditions, gpu, load_average
+from ccam_deploy.latency.timing import as_dict, measure_in_turn, summarise
+from ccam_deploy.methods import DEFAULT_METHOD, METHODS, RISE, CollectionCAMOptions, RISEOptions
+from ccam_deploy.quality import report
+from ccam_deploy.quality.datasets import open_dataset
+from ccam_deploy.quality.evaluation import Evaluation, EvaluationSettings, Variant, drawn, refused
+from ccam_deploy.quality.metrics import box_mask
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "export" / "digits.toml"

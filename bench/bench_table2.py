@@ -25,15 +25,15 @@ from pathlib import Path
 from typing import Any, get_args
 
 import ccam_deploy as ccam
-from ccam_deploy import image as imaging
 from ccam_deploy import methods
-from ccam_deploy.bundle import PrecisionName
+from ccam_deploy.bundle.manifest import PrecisionName
 from ccam_deploy.engines import Backend
-from ccam_deploy.engines.plans import FLAVOURS
+from ccam_deploy.engines.tensorrt.library import FLAVOURS
 from ccam_deploy.errors import OptionError
-from ccam_deploy.evaluate import latency
-from ccam_deploy.evaluate.conditions import conditions, gpu, load_average
-from ccam_deploy.evaluate.timing import as_dict, measure_in_turn, median_ratio, summarise
+from ccam_deploy.image_files import load_image
+from ccam_deploy.latency import measurement
+from ccam_deploy.latency.conditions import conditions, gpu, load_average
+from ccam_deploy.latency.timing import as_dict, measure_in_turn, median_ratio, summarise
 
 ROOT = Path(__file__).parents[1]
 NETWORKS = ("resnet18", "resnet101", "vgg19")
@@ -41,7 +41,7 @@ SIZES = (224, 256)
 DEFAULT = methods.DEFAULT_METHOD
 _WARM_ROUNDS = 3
 COMMAND_LINE = "from ccam_deploy.cli.main import main; main()"
-_PHOTOGRAPH = ROOT / "ccam_deploy" / "export" / "photographs" / "flower.jpg"
+_PHOTOGRAPH = ROOT / "ccam_deploy" / "examples" / "photographs" / "flower.jpg"
 
 _COLUMNS = ("grad-cam", "grad-cam++", "layer-cam", "score-cam", "rise", "collection-cam")
 _TIMES = {
@@ -85,7 +85,7 @@ def measure(
 ) -> dict[str, Any]:
     """Time methods, by default every one, on one bundle; called in a process of its own."""
     with ccam.load(folder, backend, precision, batch_size=32) as explainer:
-        (case,) = latency.cases(explainer, [imaging.load(_PHOTOGRAPH)], batch=1)
+        (case,) = measurement.cases(explainer, [load_image(_PHOTOGRAPH)], batch=1)
         working, refused = possible(names or method_names(), explainer.check)
         calls = {name: partial(explainer.explain, case.images, method=name) for name in working}
         before = load_average()

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ccam_deploy.evaluate.scenes import Split, make_scenes
-from ccam_deploy.export.digits import DigitsNet
+from ccam_deploy.examples.digits import DigitsNet
+from ccam_deploy.examples.scenes import Split, make_scenes
 
 MEAN, STD = 0.45, 0.25
 

@@ -11,7 +11,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ccam_deploy.bundle import Bundle, Manifest
+    from ccam_deploy.bundle.folder import Bundle
+    from ccam_deploy.bundle.manifest import Manifest
     from ccam_deploy.errors import CcamError
     from ccam_deploy.explainer import Explainer, load
     from ccam_deploy.explanation import Explanation
@@ -29,12 +30,12 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Bundle": "bundle",
+    "Bundle": "bundle.folder",
     "CcamError": "errors",
     "CollectionCAMOptions": "methods",
     "Explainer": "explainer",
     "Explanation": "explanation",
-    "Manifest": "bundle",
+    "Manifest": "bundle.manifest",
     "load": "explainer",
 }
 

@@ -14,13 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ccam_deploy import bundle as bundles
-from ccam_deploy import image as imaging
-from ccam_deploy.bundle import Bundle
+from ccam_deploy.arrays import Floats
+from ccam_deploy.bundle.folder import Bundle, read_bundle
 from ccam_deploy.engines import Activations, Networks, open_networks
 from ccam_deploy.errors import BackendError, ImageError, OptionError, TargetError
 from ccam_deploy.explanation import Explanation
-from ccam_deploy.image import Geometry
 from ccam_deploy.methods import (
     DEFAULT_METHOD,
     Batch,
@@ -32,11 +30,11 @@ from ccam_deploy.methods import (
     Stopwatch,
     with_options,
 )
-from ccam_deploy.methods.collection_cam_device import DeviceCollectionCAM
-from ccam_deploy.methods.cost import Budget, Costs, Run, check_budget
+from ccam_deploy.methods.collection_cam.cost import Budget, Costs, Run, check_budget
+from ccam_deploy.methods.collection_cam.cuda import DeviceCollectionCAM
+from ccam_deploy.preprocess import Geometry, prepare_images
 from ccam_deploy.targets import Targets, classes_of, pairs_of, per_image
 
-Floats = NDArray[np.float32]
 Images = Floats | Sequence[Image.Image] | Image.Image
 _Input = tuple[Floats, tuple[Geometry, ...]]
 
@@ -179,7 +177,7 @@ class Explainer:
                         f"an image is a {type(picture).__name__}; "
                         "give PIL images or one float32 array"
                     )
-            return imaging.prepare(images, size[1:], self.bundle.manifest.preprocessing)
+            return prepare_images(images, size[1:], self.bundle.manifest.preprocessing)
         if images.dtype != np.float32 or images.shape[1:] != size:
             raise ImageError(
                 f"images are {images.dtype}{list(images.shape)}; "
@@ -353,7 +351,7 @@ def load(
         to the bit, and the stages of `timings` are finer.
     Raises BundleError, BackendError or OptionError.
     """
-    opened = bundle if isinstance(bundle, Bundle) else bundles.read(bundle)
+    opened = bundle if isinstance(bundle, Bundle) else read_bundle(bundle)
     _check_batch_size(batch_size)
     networks = open_networks(opened, backend, precision, threads, slots)
     return Explainer(opened, networks, precision, batch_size, cuda_graphs)

@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ccam_deploy.arrays import Floats
 from ccam_deploy.errors import ImageError
-from ccam_deploy.image import Geometry
 from ccam_deploy.methods import LayerPartition, MaskSequence
-
-Floats = NDArray[np.float32]
+from ccam_deploy.preprocess import Geometry
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from ccam_deploy.errors import OutputError
 
 
-def write(path: Path, content: bytes) -> None:
+def write_file(path: Path, content: bytes) -> None:
     """Write a file so that it appears whole or not at all, making its folder if need be.
 
     Raises OutputError, naming the file, where that fails.
@@ -30,7 +30,7 @@ def write(path: Path, content: bytes) -> None:
             Path(temporary).unlink(missing_ok=True)
 
 
-def check_place(path: Path) -> None:
+def require_writable(path: Path) -> None:
     """Raise OutputError where `write` could not write a file; leaves nothing behind."""
     if path.is_dir():
         raise OutputError(f"cannot write {path}: it is a folder")

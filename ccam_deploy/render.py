@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from ccam_deploy.arrays import Floats
 from ccam_deploy.errors import OptionError
 
-Floats = NDArray[np.float32]
 Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 Tile = tuple[str, Image.Image]
 """A caption and a picture."""

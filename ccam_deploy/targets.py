@@ -8,7 +8,7 @@ from typing import Any, TypeGuard
 import numpy as np
 from numpy.typing import NDArray
 
-from ccam_deploy.bundle import Manifest
+from ccam_deploy.bundle.manifest import Manifest
 from ccam_deploy.errors import ImageError, TargetError
 
 Target = int | str

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 import ccam_deploy as ccam
-from ccam_deploy.engines.cuda import CudaDevice
+from ccam_deploy.engines.cuda.pycuda import CudaDevice
 from ccam_deploy.errors import BackendError
 from ccam_deploy.export import ExportSettings, export
-from ccam_deploy.export import recipe as recipes
+from ccam_deploy.export.recipe import read_recipe, recipe_settings
 from tests.helpers import RECIPES, digits_model, tiny
 
 
@@ -46,8 +46,8 @@ def gradients_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _export_digits(folder: Path, gradients: bool) -> Path:
     path = RECIPES / "digits.toml"
-    recipe = recipes.read(path)
-    settings = replace(recipes.settings(recipe, path.parent), gradients=gradients)
+    recipe = read_recipe(path)
+    settings = replace(recipe_settings(recipe, path.parent), gradients=gradients)
     export(digits_model(), folder, recipe.input.size, None, "fp16", settings)
     return folder
 

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from ccam_deploy import image as imaging
-from ccam_deploy.export import recipe as recipes
+from ccam_deploy.export.recipe import read_recipe, recipe_model
+from ccam_deploy.image_files import load_image
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "export"
@@ -64,7 +64,7 @@ def make_tiny(classes: int = 5, channels: int = 3) -> nn.Module:
 def digits_model() -> nn.Module:
     """The trained example classifier."""
     path = RECIPES / "digits.toml"
-    return recipes.model(recipes.read(path), path.parent).eval()
+    return recipe_model(read_recipe(path), path.parent).eval()
 
 
 def example_files() -> list[Path]:
@@ -72,7 +72,7 @@ def example_files() -> list[Path]:
 
 
 def example_pictures() -> list[Image.Image]:
-    return [imaging.load(path) for path in example_files()]
+    return [load_image(path) for path in example_files()]
 
 
 def noise(*shape: int, seed: int = 0) -> Floats:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 import ccam_deploy as ccam
 from ccam_deploy.engines import Activations, Networks
 from ccam_deploy.errors import BackendError, BundleError, ImageError, OptionError, TargetError
-from ccam_deploy.evaluate.similarity import spearman
+from ccam_deploy.fidelity.similarity import spearman
 from tests.helpers import Floats, example_pictures, noise
 
 STAGES = {

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 import ccam_deploy as ccam
-from ccam_deploy import bundle as bundles
-from ccam_deploy.bundle import PrecisionName
-from ccam_deploy.engines.build import build
-from ccam_deploy.engines.plans import FLAVOURS, Flavour, load_library
+from ccam_deploy.bundle.folder import read_bundle
+from ccam_deploy.bundle.manifest import PrecisionName
+from ccam_deploy.engines.tensorrt.build import build
+from ccam_deploy.engines.tensorrt.library import FLAVOURS, Flavour, load_library
 from ccam_deploy.errors import BackendError
-from ccam_deploy.evaluate.similarity import spearman
+from ccam_deploy.fidelity.similarity import spearman
 from tests.helpers import example_pictures
 
 pytestmark = pytest.mark.gpu
@@ -40,7 +40,7 @@ def bundle(backend: str, digits_bundle: Path, tmp_path_factory: pytest.TempPathF
             flavour: Flavour = "tensorrt" if backend == "tensorrt" else "tensorrt-rtx"
             library = load_library(flavour)
             for precision in PRECISIONS:
-                build(bundles.read(folder), library, precision)
+                build(read_bundle(folder), library, precision)
         ccam.load(folder, backend).close()
     except BackendError as error:
         pytest.skip(str(error))

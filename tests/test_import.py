@@ -21,27 +21,29 @@ HEAVY = ("torch", "onnx", "onnxruntime", "numba", "tensorrt", "numpy", "scipy", 
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 FLOORS: tuple[frozenset[str], ...] = (
-    frozenset({"errors", "text"}),
-    frozenset({"bundle", "files", "render"}),
-    frozenset({"engines", "image", "kernels", "staging", "targets"}),
+    frozenset({"arrays", "errors", "text"}),
+    frozenset({"files", "image_files", "plotting", "render"}),
+    frozenset({"bundle", "examples"}),
+    frozenset({"engines", "kernels", "preprocess", "targets"}),
     frozenset({"methods"}),
     frozenset({"explanation"}),
     frozenset({"explainer"}),
-    frozenset({"evaluate"}),
-    frozenset({"export", "serve"}),
+    frozenset({"fidelity"}),
+    frozenset({"export"}),
+    frozenset({"checks", "latency", "quality", "serve"}),
     frozenset({"cli"}),
 )
 """A part of the package imports only itself and parts of lower floors."""
 
 HOMES = {
-    "torch": {"export"},
+    "torch": {"examples", "export", "latency"},
     "torchvision": {"export"},
     "onnxscript": {"export"},
     "onnx_ir": {"export"},
     "onnxruntime": {"engines", "export"},
-    "matplotlib": {"evaluate"},
-    "cv2": {"evaluate"},
-    "skimage": {"evaluate", "methods"},
+    "matplotlib": {"latency", "plotting", "quality"},
+    "cv2": {"checks"},
+    "skimage": {"fidelity", "methods"},
     "click": {"cli"},
 }
 """The parts that may import a library."""

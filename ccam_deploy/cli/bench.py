@@ -25,10 +25,10 @@ from ccam_deploy.cli.options import (
 from ccam_deploy.errors import OptionError
 
 if TYPE_CHECKING:
-    from ccam_deploy.bundle import Manifest
-    from ccam_deploy.evaluate.latency import LatencySettings, Peer
-    from ccam_deploy.evaluate.latency_report import LatencyReport
+    from ccam_deploy.bundle.manifest import Manifest
     from ccam_deploy.explainer import Explainer
+    from ccam_deploy.latency.measurement import LatencySettings, Peer
+    from ccam_deploy.latency.report import LatencyReport
 
 TORCH = "torch"
 _STDOUT = "-"
@@ -116,10 +116,10 @@ def bench(
     classifier's passes alone (the floor), cold start and memory. Without IMAGES a photograph is
     explained.
     """
-    from ccam_deploy import image as imaging
-    from ccam_deploy.evaluate import latency
+    from ccam_deploy.image_files import find_images
+    from ccam_deploy.latency import measurement
 
-    settings = latency.LatencySettings(
+    settings = measurement.LatencySettings(
         _numbers(options["batch"]),
         options["concurrency"],
         options["duration"],
@@ -127,7 +127,7 @@ def bench(
     )
     compare = _compare(options)
     _check_outputs(options["json_path"], options["plot_path"])
-    found = imaging.find(images) if images else [_photograph()]
+    found = find_images(images) if images else [_photograph()]
     result, reports = _measure(bundle, found, settings, compare, options)
     result = {"command": _command(context), **result}
     result["settings"]["images"] = [str(file) for file in images] or ["a photograph of the package"]
@@ -142,12 +142,13 @@ def _measure(
     options: Mapping[str, Any],
 ) -> tuple[dict[str, Any], list[LatencyReport]]:
     """Measure everything; the result as it is written, but for how the command was called."""
-    from ccam_deploy import image as imaging
-    from ccam_deploy.evaluate import coldstart, latency, latency_report
-    from ccam_deploy.evaluate import conditions as surroundings
     from ccam_deploy.explainer import load
+    from ccam_deploy.image_files import load_image
+    from ccam_deploy.latency import cold_start, measurement
+    from ccam_deploy.latency import conditions as surroundings
+    from ccam_deploy.latency import report as latency_report
 
-    pictures = [imaging.load(file) for file in files]
+    pictures = [load_image(file) for file in files]
     how = {key: options[key] for key in ("backend", "precision", "batch_size", "threads")}
     how["slots"] = settings.concurrency
     before = surroundings.load_average()
@@ -168,8 +169,8 @@ def _measure(
         starts = []
         for batch in settings.batches:
             say(f"batch {batch}: cold start", err=True)
-            starts.append(coldstart.measure(bundle, files, batch, how))
-        reports = latency.measure(explainer, pictures, settings, peers, partial(say, err=True))
+            starts.append(cold_start.measure(bundle, files, batch, how))
+        reports = measurement.measure(explainer, pictures, settings, peers, partial(say, err=True))
         notes += [note for note in explainer.notes if note not in explainer.networks.notes]
     notes += latency_report.doubts(reports, before)
     return {
@@ -188,7 +189,7 @@ def _measure(
             "compare": compare,
         },
         "bundle": _bundle_facts(explainer.bundle.manifest),
-        "cold_start": [coldstart.as_json(start) for start in starts],
+        "cold_start": [cold_start.as_json(start) for start in starts],
         "batches": [latency_report.as_json(report) for report in reports],
         "warnings": notes,
     }, reports
@@ -201,9 +202,10 @@ def _write(
     plot_path: Path | None,
 ) -> None:
     """Print warnings and the table or JSON, then write the files: what was measured is not lost."""
-    from ccam_deploy import files
+    from ccam_deploy import plotting
     from ccam_deploy.cli import bench_text
-    from ccam_deploy.evaluate import charts
+    from ccam_deploy.files import write_file
+    from ccam_deploy.latency import charts
 
     for note in result["warnings"]:
         say(f"warning: {note}", err=True)
@@ -213,11 +215,11 @@ def _write(
         click.echo(bench_text.text(result))
         if json_path:
             content = json.dumps(result, indent=2, ensure_ascii=False) + "\n"
-            files.write(json_path, content.encode())
+            write_file(json_path, content.encode())
     if plot_path:
         facts = result["settings"]
         title = f"{facts['bundle']}, {facts['precision']} on {facts['backend']}"
-        files.write(plot_path, charts.draw(reports, title, charts.kind_of(plot_path)))
+        write_file(plot_path, charts.draw_latency(reports, title, plotting.plot_format(plot_path)))
 
 
 def _bundle_facts(manifest: Manifest) -> dict[str, Any]:
@@ -261,22 +263,22 @@ def _compare(options: Mapping[str, Any]) -> list[str]:
 
 def _check_outputs(json_path: Path | None, plot_path: Path | None) -> None:
     """See, before anything is measured, that both files can be written."""
-    from ccam_deploy import files
-    from ccam_deploy.evaluate import charts
+    from ccam_deploy import plotting
+    from ccam_deploy.files import require_writable
 
     if json_path and str(json_path) != _STDOUT:
-        files.check_place(json_path)
+        require_writable(json_path)
     if plot_path:
-        charts.kind_of(plot_path)
-        charts.check()
-        files.check_place(plot_path)
+        plotting.plot_format(plot_path)
+        plotting.require_matplotlib()
+        require_writable(plot_path)
 
 
 def _photograph() -> Path:
     """The package's photograph that is explained where no image is given."""
     import ccam_deploy
 
-    return Path(ccam_deploy.__file__).parent / "export" / "photographs" / "flower.jpg"
+    return Path(ccam_deploy.__file__).parent / "examples" / "photographs" / "flower.jpg"
 
 
 def _other(explainer: Explainer) -> Peer:
@@ -287,14 +289,14 @@ def _torch(explainer: Explainer, options: Mapping[str, Any], notes: list[str]) -
     """Collection-CAM in plain PyTorch, one forward for each mask, on the same kind of device."""
     import numpy as np
 
-    from ccam_deploy.evaluate.conditions import CPU
-    from ccam_deploy.export import plain
-    from ccam_deploy.export import recipe as recipes
+    from ccam_deploy.export.recipe import read_recipe
+    from ccam_deploy.latency import plain_pytorch
+    from ccam_deploy.latency.conditions import CPU
 
     path = options["recipe_path"]
     model = load_network(
         options["model"],
-        recipes.read(path) if path else None,
+        read_recipe(path) if path else None,
         path.parent if path else Path(),
         options["arch"],
         options["random_weights"],
@@ -302,12 +304,12 @@ def _torch(explainer: Explainer, options: Mapping[str, Any], notes: list[str]) -
     )
     manifest = explainer.bundle.manifest
     on_cpu = explainer.networks.backend == CPU
-    device = "cpu" if on_cpu else plain.best_device()
+    device = "cpu" if on_cpu else plain_pytorch.best_device()
     if device == "cpu" and not on_cpu:
         notes.append("torch cannot use a GPU here, so it ran on the CPU")
-    plain.use_threads(options["threads"])
+    plain_pytorch.use_threads(options["threads"])
     layers = [layer.name for layer in manifest.layers]
-    peer = plain.of_model(model, layers, manifest.input, device)
+    peer = plain_pytorch.of_model(model, layers, manifest.input, device)
     probe = np.random.default_rng(0).standard_normal((1, *manifest.input), np.float32)
     ours, theirs = explainer.networks.backbone(probe).logits, peer.logits(probe)
     if ours.shape != theirs.shape:

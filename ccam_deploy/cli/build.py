@@ -36,12 +36,12 @@ def build(bundle: Path, precision: str, force: bool, as_json: bool, **options: A
     """
     import msgspec
 
-    from ccam_deploy import bundle as bundles
-    from ccam_deploy.bundle import PrecisionName
+    from ccam_deploy.bundle.folder import read_bundle
+    from ccam_deploy.bundle.manifest import PrecisionName
     from ccam_deploy.cli.planner import Planner
 
     planner = Planner(**options, force=force)
-    built = planner.build(bundles.read(bundle), msgspec.convert(precision, PrecisionName))
+    built = planner.build(read_bundle(bundle), msgspec.convert(precision, PrecisionName))
     if as_json:
         plans = msgspec.to_builtins(built.plans)
         print_json({"bundle": str(bundle), "up_to_date": not built.fresh, "plans": plans})

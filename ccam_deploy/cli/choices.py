@@ -18,7 +18,7 @@ from ccam_deploy.errors import ImageError, OptionError, TargetError
 if TYPE_CHECKING:
     from PIL import Image
 
-    from ccam_deploy.bundle import Manifest
+    from ccam_deploy.bundle.manifest import Manifest
     from ccam_deploy.explainer import Explainer
 
 _WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false"}
@@ -108,12 +108,13 @@ def progress(label: str, length: int) -> Iterator[Any]:
 
 def read_picture(file: Path, manifest: Manifest) -> Image.Image:
     """A file as an RGB picture. Raises ImageError, naming the file, where the bundle takes none."""
-    from ccam_deploy import image as imaging
+    from ccam_deploy.image_files import load_image
+    from ccam_deploy.preprocess import input_geometry, to_grey_or_rgb
 
-    picture = imaging.load(file)
+    picture = load_image(file)
     try:
-        imaging.geometry(picture.size[::-1], manifest.input[1:], manifest.preprocessing)
-        return imaging.to_colours(picture, 3)
+        input_geometry(picture.size[::-1], manifest.input[1:], manifest.preprocessing)
+        return to_grey_or_rgb(picture, 3)
     except ImageError as error:
         raise ImageError(f"{file}: {error}") from error
 

@@ -72,9 +72,10 @@ def compare(bundle: Path, image: Path, **options: Any) -> None:
     for each method with the milliseconds of its first run and its options, then the file that was
     written.
     """
-    from ccam_deploy import files, render
+    from ccam_deploy import render
     from ccam_deploy.cli import choices
-    from ccam_deploy.evaluate.evaluation import Variant, check_methods
+    from ccam_deploy.files import require_writable, write_file
+    from ccam_deploy.quality.evaluation import Variant, check_methods
 
     names = list(dict.fromkeys(word.strip() for word in options["methods"].split(",")))
     chosen = choices.method_options(names, options["pairs"])
@@ -82,7 +83,7 @@ def compare(bundle: Path, image: Path, **options: Any) -> None:
     output = options["output"] or Path("explanations") / f"{image.stem}-compare.png"
     if output.suffix.lower() != ".png":
         raise OptionError(f"the picture is a .png file; {output} is none")
-    files.check_place(output)
+    require_writable(output)
     look = render.Look(options["colormap"], options["opacity"], options["color_bar"])
     with choices.explainer_of(bundle, options, options["batch_size"]) as explainer:
         manifest = explainer.bundle.manifest
@@ -101,7 +102,7 @@ def compare(bundle: Path, image: Path, **options: Any) -> None:
         score = next(iter(results.values())).probability(row)
         caption = f"{manifest.label(target)} {score:.3f}"
         rows.append([(caption, shown), *_tiles(results, row, picture, look)])
-    files.write(output, render.png(render.grid(rows)))
+    write_file(output, render.png(render.grid(rows)))
     say(f"  {output}")
 
 

@@ -17,7 +17,7 @@ def doctor(as_json: bool) -> None:
 
     Each is tried on a graph of one operator. Ends with exit code 1 where none works.
     """
-    from ccam_deploy.engines.doctor import examine
+    from ccam_deploy.checks.doctor import examine
 
     backends, parts = examine()
     if as_json:

@@ -24,9 +24,9 @@ from ccam_deploy.cli.options import (
 from ccam_deploy.errors import DatasetError
 
 if TYPE_CHECKING:
-    from ccam_deploy.evaluate.evaluation import Evaluation
-    from ccam_deploy.evaluate.report import Summary
-    from ccam_deploy.evaluate.results import Results
+    from ccam_deploy.quality.evaluation import Evaluation
+    from ccam_deploy.quality.report import Summary
+    from ccam_deploy.quality.results import Results
 
 # Repeated from modules whose imports would slow --help down; a test holds them equal.
 METRICS = (
@@ -130,17 +130,18 @@ def evaluate(bundle: Path, dataset: str, as_json: bool, **options: Any) -> None:
     when the same command is given again. Images that cannot be read are passed over; then the exit
     code is 2.
     """
+    from ccam_deploy import plotting
     from ccam_deploy.cli import choices
-    from ccam_deploy.evaluate import charts, datasets, evaluation, metrics, report
+    from ccam_deploy.quality import datasets, evaluation, metrics, report
 
     names = _words(options["method_words"])
     plain = evaluation.variants(names)
     given = choices.method_options(names, options["pairs"])
     contenders = [replace(one, options=given[one.method]) for one in plain]
     wanted = () if options["metric_words"].strip() == "all" else _words(options["metric_words"])
-    metrics.check(wanted, options["protocol"])
+    metrics.check_metrics(wanted, options["protocol"])
     if options["plots"]:
-        charts.check()
+        plotting.require_matplotlib()
     with choices.explainer_of(bundle, options, options["batch_size"]) as explainer:
         data = datasets.open_dataset(dataset, explainer.bundle.manifest, options["split"])
         limit = options["limit"] or (SCENES if isinstance(data, datasets.Scenes) else 0)
@@ -193,23 +194,21 @@ def _run(measured: Evaluation, results: Results) -> None:
 
 
 def _write(measured: Evaluation, results: Results, summary: Summary, plots: bool) -> None:
-    from ccam_deploy import files
-    from ccam_deploy.evaluate import quality_charts, report
+    from ccam_deploy.files import write_file
+    from ccam_deploy.quality import charts, report
 
     pictures: dict[str, bytes] = {}
     folder = results.folder
     if plots:
         if any(summary.curves.values()):
-            pictures["Mean deletion and insertion curves"] = quality_charts.draw_curves(
-                summary.curves
-            )
-            files.write(folder / "curves.png", pictures["Mean deletion and insertion curves"])
-        maps = quality_charts.draw_maps(
+            pictures["Mean deletion and insertion curves"] = charts.draw_curves(summary.curves)
+            write_file(folder / "curves.png", pictures["Mean deletion and insertion curves"])
+        maps = charts.draw_maps(
             measured.explainer, measured.dataset, measured.contenders, list(results.rows.values())
         )
         pictures["Maps"] = maps
-        files.write(folder / "maps.png", maps)
+        write_file(folder / "maps.png", maps)
     text = json.dumps(report.as_json(summary), indent=2, ensure_ascii=False) + "\n"
-    files.write(folder / "summary.json", text.encode("utf-8", "backslashreplace"))
-    files.write(folder / "summary.md", report.markdown(summary).encode("utf-8", "backslashreplace"))
-    files.write(folder / "report.html", report.page(summary, pictures).encode("utf-8", "replace"))
+    write_file(folder / "summary.json", text.encode("utf-8", "backslashreplace"))
+    write_file(folder / "summary.md", report.markdown(summary).encode("utf-8", "backslashreplace"))
+    write_file(folder / "report.html", report.page(summary, pictures).encode("utf-8", "replace"))

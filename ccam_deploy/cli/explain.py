@@ -26,7 +26,7 @@ from ccam_deploy.errors import ImageError, OptionError
 if TYPE_CHECKING:
     from PIL import Image
 
-    from ccam_deploy.bundle import Manifest
+    from ccam_deploy.bundle.manifest import Manifest
     from ccam_deploy.explainer import Explainer
     from ccam_deploy.explanation import Explanation
 
@@ -85,11 +85,11 @@ def explain(bundle: Path, images: tuple[Path, ...], as_json: bool, **options: An
     images are explained one by one, after it was measured what that costs here, and the k_max of
     each is printed too.
     """
-    from ccam_deploy import image as imaging
     from ccam_deploy import render
     from ccam_deploy.cli import choices
     from ccam_deploy.cli.writer import Writer
-    from ccam_deploy.methods.cost import check_budget
+    from ccam_deploy.image_files import find_images
+    from ccam_deploy.methods.collection_cam.cost import check_budget
 
     kinds = _kinds(options["save"])
     (method_options,) = choices.method_options([options["method"]], options["pairs"]).values()
@@ -97,7 +97,7 @@ def explain(bundle: Path, images: tuple[Path, ...], as_json: bool, **options: An
     check_budget(budget, options["method"])
     words = options["targets"]
     render.check_colormap(options["colormap"])
-    files = imaging.find(images)
+    files = find_images(images)
     failed = 0
     results: list[dict[str, Any]] = []
     with choices.explainer_of(bundle, options, options["batch_size"]) as explainer:

@@ -20,7 +20,7 @@ from ccam_deploy.cli.options import (
 from ccam_deploy.errors import BackendError, CcamError, OptionError
 
 if TYPE_CHECKING:
-    from ccam_deploy.bundle import Bundle
+    from ccam_deploy.bundle.folder import Bundle
     from ccam_deploy.cli.planner import Planner
 
 
@@ -142,7 +142,7 @@ def _prepare(path: Path | None, options: dict[str, Any]) -> Prepared:
     """The network, and its settings with what is an export's alone."""
     from dataclasses import replace
 
-    from ccam_deploy.export import recipe as recipes
+    from ccam_deploy.export.recipe import read_labels
 
     images = options["calibration_images"]
     prepared = prepare(path, options, [images] if images else [], options["random_weights"])
@@ -150,7 +150,7 @@ def _prepare(path: Path | None, options: dict[str, Any]) -> Prepared:
     if options["head"]:
         changes["head"] = True
     if options["labels"]:
-        changes["labels"] = recipes.read_labels(options["labels"])
+        changes["labels"] = read_labels(options["labels"])
     return replace(prepared, settings=replace(prepared.settings, **changes))
 
 

@@ -12,7 +12,8 @@ from ccam_deploy.cli.options import bundle_argument, json_option, print_json, ta
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from ccam_deploy.bundle import Bundle, Fidelity
+    from ccam_deploy.bundle.folder import Bundle
+    from ccam_deploy.bundle.manifest import Fidelity
 
 
 @click.command()
@@ -20,9 +21,9 @@ if TYPE_CHECKING:
 @json_option
 def info(bundle: Path, as_json: bool) -> None:
     """Show what a bundle holds."""
-    from ccam_deploy import bundle as bundles
+    from ccam_deploy.bundle.folder import read_bundle
 
-    opened = bundles.read(bundle)
+    opened = read_bundle(bundle)
     if as_json:
         import msgspec
 

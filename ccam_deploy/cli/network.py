@@ -17,8 +17,8 @@ from ccam_deploy.errors import ExportError, OptionError
 
 if TYPE_CHECKING:
     from ccam_deploy.export import Recipe
-    from ccam_deploy.export.exporter import ExportSettings
-    from ccam_deploy.export.sources import Model
+    from ccam_deploy.export.architecture import Model
+    from ccam_deploy.export.settings import ExportSettings
 
 
 class Size(click.ParamType[tuple[int, int]]):
@@ -137,10 +137,10 @@ def prepare(
     """
     from dataclasses import replace
 
-    from ccam_deploy import image as imaging
     from ccam_deploy.export import ExportSettings
-    from ccam_deploy.export import recipe as recipes
-    from ccam_deploy.export.exporter import MAX_CALIBRATION_IMAGES
+    from ccam_deploy.export.recipe import read_recipe, recipe_settings
+    from ccam_deploy.export.settings import MAX_CALIBRATION_IMAGES
+    from ccam_deploy.image_files import find_images, load_image
 
     recipe, folder = None, Path()
     settings = ExportSettings()
@@ -148,9 +148,9 @@ def prepare(
         key: options[key] for key in ("mean", "std", "resize", "cover") if options[key] is not None
     }
     if options["recipe_path"]:
-        recipe = recipes.read(options["recipe_path"])
+        recipe = read_recipe(options["recipe_path"])
         folder = options["recipe_path"].parent
-        settings = recipes.settings(recipe, folder, options["input_size"])
+        settings = recipe_settings(recipe, folder, options["input_size"])
     if options["cover"] and (options["resize"] or settings.resize) == "stretch":
         raise OptionError("--cover goes with --resize crop; stretch scales to the input's size")
     arch, allow_pickle = options["arch"], options["allow_pickle"]
@@ -160,8 +160,8 @@ def prepare(
     elif random_weights and recipe:
         changes |= {"random_weights": True, "tolerance": {}}
     if images:
-        found = imaging.find(images)
-        changes["calibration"] = [imaging.load(file) for file in found[:MAX_CALIBRATION_IMAGES]]
+        found = find_images(images)
+        changes["calibration"] = [load_image(file) for file in found[:MAX_CALIBRATION_IMAGES]]
     changes["progress"] = lambda line: say(line, err=True)
     return Prepared(network, replace(settings, **changes), recipe)
 
@@ -179,8 +179,8 @@ def load_network(
     folder: where the recipe lies.   Raises OptionError for options that do not go together,
     SourceError for a model that cannot be had.
     """
-    from ccam_deploy.export import recipe as recipes
-    from ccam_deploy.export import sources
+    from ccam_deploy.export.recipe import random_model, recipe_model
+    from ccam_deploy.export.sources import load_model, model_file_type
 
     if random_weights and (path or not recipe):
         raise OptionError("--random-weights goes with --recipe and without a model file")
@@ -188,9 +188,9 @@ def load_network(
         if given and path is None:
             raise OptionError(f"{option} goes with a model file; there is none")
     if path is not None:
-        if arch and sources.kind(path) != "weights":
+        if arch and model_file_type(path) != "weights":
             raise OptionError(f"--arch goes with a file of weights; {path} has its own network")
-        return sources.load(
+        return load_model(
             path,
             arch or (recipe.arch if recipe else None),
             allow_pickle,
@@ -199,7 +199,7 @@ def load_network(
     if recipe is None:
         raise OptionError("give a model file, or a --recipe that names its own network")
     with contextlib.redirect_stdout(sys.stderr):  # where PyTorch tells of a download
-        return recipes.random_model(recipe) if random_weights else recipes.model(recipe, folder)
+        return random_model(recipe) if random_weights else recipe_model(recipe, folder)
 
 
 def need_torch(purpose: str, extras: str) -> None:

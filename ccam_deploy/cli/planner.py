@@ -12,12 +12,13 @@ import click
 import msgspec
 
 from ccam_deploy.cli.options import say
-from ccam_deploy.engines import plans
-from ccam_deploy.engines.build import BuildSettings, Built
-from ccam_deploy.engines.build import build as run
+from ccam_deploy.engines.tensorrt import library
+from ccam_deploy.engines.tensorrt.build import BuildSettings, Built
+from ccam_deploy.engines.tensorrt.build import build as run
 
 if TYPE_CHECKING:
-    from ccam_deploy.bundle import Bundle, PrecisionName
+    from ccam_deploy.bundle.folder import Bundle
+    from ccam_deploy.bundle.manifest import PrecisionName
 
 _BAR_WIDTH = 16
 
@@ -34,7 +35,7 @@ class Planner:
         force: bool = False,
     ) -> None:
         """Raises BackendError or OptionError for what cannot be built here."""
-        self.library = plans.load_library(msgspec.convert(backend, plans.Flavour))
+        self.library = library.load_library(msgspec.convert(backend, library.Flavour))
         self.settings = BuildSettings(max_batch, devices, timing_cache, force)
         self.settings.check(self.library)
 

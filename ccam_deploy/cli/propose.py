@@ -28,7 +28,7 @@ from ccam_deploy.errors import ImageError, OptionError
 if TYPE_CHECKING:
     from PIL import Image
 
-    from ccam_deploy.evaluate.proposals import Box, Peak
+    from ccam_deploy.checks.proposals import Box, Peak
     from ccam_deploy.explainer import Explainer
     from ccam_deploy.render import Tile
 
@@ -101,17 +101,17 @@ def propose(bundle: Path, images: tuple[Path, ...], as_json: bool, **options: An
     boxes are known: it prints the recall at an IoU of 0.5 and the mean best IoU of both, for equal
     numbers of boxes. Needs the extra "proposals".
     """
-    from ccam_deploy import files
-    from ccam_deploy import image as imaging
+    from ccam_deploy.checks import proposals
     from ccam_deploy.cli import choices
-    from ccam_deploy.evaluate import proposals
+    from ccam_deploy.files import require_writable
+    from ccam_deploy.image_files import find_images
 
     on_scenes = images == (Path(SCENES),)
     _check(on_scenes, options)
-    found = [] if on_scenes else imaging.find(images)
+    found = [] if on_scenes else find_images(images)
     (given,) = choices.method_options([options["method"]], options["pairs"]).values()
     proposals.check()
-    files.check_place(options["output"] / "proposals.json")
+    require_writable(options["output"] / "proposals.json")
     with choices.explainer_of(bundle, options) as explainer:
         proposer = _Proposer(explainer, given, options)
         content = (
@@ -124,12 +124,12 @@ def propose(bundle: Path, images: tuple[Path, ...], as_json: bool, **options: An
 
 def _write(content: dict[str, Any], as_json: bool, path: Path) -> None:
     """Write what was found, unless no image could be read, and print it."""
-    from ccam_deploy import files
+    from ccam_deploy.files import write_file
 
     if not content["images"] and not content["results"]:
         return
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    files.write(path, text.encode("utf-8", "backslashreplace"))
+    write_file(path, text.encode("utf-8", "backslashreplace"))
     if as_json:
         print_json(content)
         return
@@ -167,7 +167,7 @@ class _Proposer:
     @property
     def settings(self) -> dict[str, Any]:
         """All that the boxes depend on, and what the words stand for."""
-        from ccam_deploy.evaluate import proposals
+        from ccam_deploy.checks import proposals
         from ccam_deploy.methods import with_options
 
         options = self._options
@@ -189,7 +189,7 @@ class _Proposer:
         import numpy as np
 
         from ccam_deploy import render
-        from ccam_deploy.evaluate import proposals
+        from ccam_deploy.checks import proposals
 
         options = self._options
         result = self.explainer.explain(
@@ -222,9 +222,10 @@ def _on_images(
     proposer: _Proposer, found: Sequence[Path], options: dict[str, Any]
 ) -> dict[str, Any]:
     """Propose boxes for the files that can be read, and draw them; a line for each other one."""
-    from ccam_deploy import files, render
+    from ccam_deploy import render
     from ccam_deploy.cli import choices
     from ccam_deploy.cli.writer import unused
+    from ccam_deploy.files import write_file
 
     manifest = proposer.explainer.bundle.manifest
     stems: Counter[str] = Counter()
@@ -241,7 +242,7 @@ def _on_images(
             proposal = proposer.propose(picture, classes)
             tiles = [("map", proposal.overlay), *_tiles(picture, proposal, options["method"])]
             path = options["output"] / f"{unused(file.stem, stems)}-proposals.png"
-            files.write(path, render.png(render.panel(tiles)))
+            write_file(path, render.png(render.panel(tiles)))
             content.append(
                 {
                     "file": str(file),
@@ -264,10 +265,11 @@ def _on_scenes(proposer: _Proposer, options: dict[str, Any]) -> dict[str, Any]:
     """Propose boxes for scenes of every kind and measure them; draw the first few."""
     from PIL import Image
 
-    from ccam_deploy import files, render
+    from ccam_deploy import render
+    from ccam_deploy.checks import proposals
     from ccam_deploy.cli import choices
-    from ccam_deploy.evaluate import proposals
-    from ccam_deploy.evaluate.scenes import Kind, make_scene
+    from ccam_deploy.examples.scenes import Kind, make_scene
+    from ccam_deploy.files import write_file
 
     limit = options["limit"] or SCENES_LIMIT
     kinds = get_args(Kind)
@@ -294,7 +296,7 @@ def _on_scenes(proposer: _Proposer, options: dict[str, Any]) -> dict[str, Any]:
                 )
             ]
     path = options["output"] / "scenes.png"
-    files.write(path, render.png(render.grid(rows)))
+    write_file(path, render.png(render.grid(rows)))
     settings = {**proposer.settings, "limit": limit}
     return {"settings": settings, "images": [], "results": results, "picture": str(path)}
 

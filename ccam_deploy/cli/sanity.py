@@ -10,24 +10,18 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ccam_deploy.cli.network import Prepared, model_options, need_torch, prepare
-from ccam_deploy.cli.options import (
-    json_option,
-    look_options,
-    method_choice,
-    print_json,
-    say,
-    table,
-)
+from ccam_deploy.cli.options import json_option, look_options, method_choice, print_json, say, table
 from ccam_deploy.errors import OptionError
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from ccam_deploy.evaluate.sanity import SanityCheck
-    from ccam_deploy.export.exporter import ExportSettings
+    from ccam_deploy.arrays import Floats
+    from ccam_deploy.checks.sanity import SanityCheck
     from ccam_deploy.export.randomise import RandomisedClassifier
+    from ccam_deploy.export.settings import ExportSettings
     from ccam_deploy.methods import Method
-    from ccam_deploy.render import Floats, Look
+    from ccam_deploy.render import Look
 
 SCENES = "scenes"
 _SHOWN_IMAGES = 3
@@ -88,18 +82,19 @@ def sanity(model: Path | None, as_json: bool, **options: Any) -> None:
     extra "sanity".
     """
     need_torch("sanity", "export,sanity")
-    from ccam_deploy import files, render
+    from ccam_deploy import render
+    from ccam_deploy.checks import sanity as checks
     from ccam_deploy.cli import choices
-    from ccam_deploy.evaluate import sanity as checks
-    from ccam_deploy.evaluate.similarity import check_hog
     from ccam_deploy.export.randomise import limited_threads
+    from ccam_deploy.fidelity.similarity import require_scikit_image
+    from ccam_deploy.files import require_writable, write_file
     from ccam_deploy.methods import with_options
 
     ((name, given),) = choices.method_options([options["method"]], options["pairs"]).items()
     method = with_options(name, given)
     render.check_colormap(options["colormap"])
-    check_hog()
-    files.check_place(options["output"] / "sanity.json")
+    require_scikit_image()
+    require_writable(options["output"] / "sanity.json")
     on_scenes = options["images"] == (Path(SCENES),)
     prepared = prepare(model, options, () if on_scenes else options["images"])
     settings = _with_images(prepared.settings, on_scenes, options["count"])
@@ -120,9 +115,9 @@ def sanity(model: Path | None, as_json: bool, **options: Any) -> None:
     }
     look = render.Look(options["colormap"], options["opacity"])
     drawn = _drawn(result, images[:_SHOWN_IMAGES], settings, look)
-    files.write(options["output"] / "sanity.png", render.png(drawn))
+    write_file(options["output"] / "sanity.png", render.png(drawn))
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    files.write(options["output"] / "sanity.json", text.encode("utf-8", "backslashreplace"))
+    write_file(options["output"] / "sanity.json", text.encode("utf-8", "backslashreplace"))
     if as_json:
         print_json(content)
         return
@@ -135,7 +130,7 @@ def _with_images(settings: ExportSettings, on_scenes: bool, count: int) -> Expor
     """The settings, with scenes as their images where those are wanted."""
     from PIL import Image
 
-    from ccam_deploy.evaluate.scenes import make_scenes
+    from ccam_deploy.examples.scenes import make_scenes
 
     if not on_scenes:
         return settings
@@ -147,8 +142,8 @@ def _run(
     prepared: Prepared, settings: ExportSettings, method: Method[Any], options: dict[str, Any]
 ) -> tuple[RandomisedClassifier, Floats, SanityCheck]:
     """Open the network and check it; the images are those that were explained [B, C, H, W]."""
+    from ccam_deploy.checks import sanity as checks
     from ccam_deploy.cli import choices
-    from ccam_deploy.evaluate import sanity as checks
     from ccam_deploy.export.randomise import open_randomised
 
     classifier, images = open_randomised(
@@ -181,10 +176,10 @@ def _drawn(
     result: SanityCheck, images: Floats, settings: ExportSettings, look: Look
 ) -> Image.Image:
     """The check's picture, of some images [B, C, H, W]."""
-    from ccam_deploy.evaluate import sanity as checks
-    from ccam_deploy.image import restored
+    from ccam_deploy.checks import sanity as checks
+    from ccam_deploy.preprocess import restore_image
 
-    shown = [restored(image, settings.mean, settings.std) for image in images]
+    shown = [restore_image(image, settings.mean, settings.std) for image in images]
     names = settings.labels
     captions = [names[c] if names else str(c) for c in result.targets[: len(images)].tolist()]
     return checks.picture(result, shown, captions, look)

@@ -22,12 +22,12 @@ def verify(bundle: Path, backend: str, threads: int, as_json: bool) -> None:
     """
     import msgspec
 
-    from ccam_deploy import bundle as bundles
-    from ccam_deploy.evaluate import fidelity
+    from ccam_deploy.bundle.folder import read_bundle, unlisted_files
     from ccam_deploy.explainer import load
+    from ccam_deploy.fidelity.verification import verify_bundle
 
-    opened = bundles.read(bundle)
-    strangers = bundles.unlisted(opened)
+    opened = read_bundle(bundle)
+    strangers = unlisted_files(opened)
     if strangers:
         raise IntegrityError(f"{bundle} has files that its manifest does not list: {strangers[0]}")
     reports: dict[str, Any] = {}
@@ -37,7 +37,7 @@ def verify(bundle: Path, backend: str, threads: int, as_json: bool) -> None:
             networks = explainer.networks
             for note in networks.notes:
                 say(f"passed over {note}", err=True)
-            report, broken = fidelity.verify(opened, networks, kind, explainer.explain)
+            report, broken = verify_bundle(opened, networks, kind, explainer.explain)
         reports[kind] = {"backend": networks.backend, **msgspec.to_builtins(report)}
         problems += [f"{kind}: {problem}" for problem in broken]
         if not as_json:

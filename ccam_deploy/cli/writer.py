@@ -14,10 +14,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ccam_deploy import files, image, render
-from ccam_deploy.bundle import Manifest
+from ccam_deploy import render
+from ccam_deploy.arrays import Floats
+from ccam_deploy.bundle.manifest import Manifest
 from ccam_deploy.explanation import Explanation
-from ccam_deploy.render import Floats, Look
+from ccam_deploy.files import write_file
+from ccam_deploy.preprocess import to_grey_or_rgb
+from ccam_deploy.render import Look
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ class Writer:
         for index in range(len(result)):
             owner = int(result.image_index[index])
             file, picture = read[owner]
-            pair = _Pair(result, index, file, image.to_colours(picture, 3), self._look)
+            pair = _Pair(result, index, file, to_grey_or_rgb(picture, 3), self._look)
             word = self._class_word(int(result.targets[index]))
             name = unused(f"{stems[owner]}-{word}", self._names)
             paths = [
@@ -98,7 +101,7 @@ class Writer:
 
     def _save(self, name: str, content: bytes) -> str:
         path = self._folder / name
-        files.write(path, content)
+        write_file(path, content)
         return str(path)
 
     def _content(self, kind: str, pair: _Pair) -> bytes:

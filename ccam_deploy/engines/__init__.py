@@ -1,15 +1,8 @@
 """Inference engines: each runs one graph of a bundle."""
 
 from ccam_deploy.engines.base import Engine, TensorSpec
-from ccam_deploy.engines.networks import (
-    Activations,
-    Backend,
-    Classifier,
-    Networks,
-    available,
-    load_networks,
-    open_networks,
-)
+from ccam_deploy.engines.networks import Activations, Classifier, Networks
+from ccam_deploy.engines.open import Backend, available, load_networks, open_networks
 
 __all__ = [
     "Activations",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from ccam_deploy.engines.base import Array, Engine, TensorSpec
-from ccam_deploy.engines.device import DeviceTensor
+from ccam_deploy.engines.cuda.device import DeviceTensor
 from ccam_deploy.errors import BackendError, brief
 
 if TYPE_CHECKING:

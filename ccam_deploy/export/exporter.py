@@ -5,53 +5,50 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
-from importlib import metadata, resources
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import torch
-from numpy.typing import NDArray
-from PIL import Image
 from torch.export import ExportedProgram
 
-from ccam_deploy import __version__, staging
-from ccam_deploy import bundle as bundles
-from ccam_deploy import image as imaging
-from ccam_deploy.bundle import (
+from ccam_deploy import __version__
+from ccam_deploy.arrays import Floats
+from ccam_deploy.bundle.folder import Bundle, read_bundle, record_files, write_manifest
+from ccam_deploy.bundle.manifest import (
     FORMAT,
     OPTIONAL_GRAPHS,
     WEIGHTS,
-    Bundle,
     Fidelity,
-    Interpolation,
     Layer,
     Manifest,
     Precision,
     PrecisionName,
-    Preprocessing,
-    Resize,
 )
+from ccam_deploy.bundle.staging import require_replaceable, staged_folder
 from ccam_deploy.engines import load_networks
 from ccam_deploy.errors import OptionError, SourceError, ToleranceError
-from ccam_deploy.evaluate import fidelity
-from ccam_deploy.evaluate.fidelity import Observation
 from ccam_deploy.export import excitation
-from ccam_deploy.export import graphs as onnx_graphs
-from ccam_deploy.export import layers as target_layers
-from ccam_deploy.export import program as programs
-from ccam_deploy.export import quantise as quantisation
-from ccam_deploy.export.program import Program
+from ccam_deploy.export.architecture import Model
+from ccam_deploy.export.graphs import Graphs, WeightFile, convert_graphs, write_graphs
+from ccam_deploy.export.layers import find_layers
+from ccam_deploy.export.program import build_program, trace_model
+from ccam_deploy.export.quantise import EIGHT_BIT_TYPES, masked_batches, quantise
 from ccam_deploy.export.reference import TorchClassifier
-from ccam_deploy.export.sources import Model
+from ccam_deploy.export.settings import (
+    INPUT_SIZE,
+    ExportSettings,
+    calibration_images,
+    check_settings,
+    preprocessing_of,
+)
+from ccam_deploy.fidelity.comparison import compare_observations
+from ccam_deploy.fidelity.observation import Observation, observe, save_observation
+from ccam_deploy.fidelity.tolerance import RANDOM_TOLERANCE, TOLERANCE, broken_bounds
+from ccam_deploy.image_files import MIN_SIDE
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-INPUT_SIZE = (224, 224)
-COVER = 0.875
 RECORDED_IMAGES = 2
-MAX_CALIBRATION_IMAGES = 16
 _DTYPES: dict[PrecisionName, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16}
 _WANTED: dict[str, tuple[PrecisionName, ...]] = {
     "fp32": ("fp32",),
@@ -62,57 +59,6 @@ _WANTED: dict[str, tuple[PrecisionName, ...]] = {
 _REFERENCE = "reference.npz"
 _LARGEST_SCALE = 2.0**15
 _WANTED_PEAK = 256.0
-
-Floats = NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class ExportSettings:
-    """What an export records or checks beside the model itself.
-
-    mean, std: per channel, of pixels in [0, 1]; one value makes a grey input.
-    resize: "crop" or "stretch", see Preprocessing.   cover: height, width that an image is
-        scaled to cover before its middle is cut out; by default the input's size / 0.875.
-    labels: names of the classes.   calibration: real images for the check against PyTorch, the
-        package's own photographs by default.   tolerance: for a precision, bounds that replace
-        the defaults of ccam_deploy.evaluate.fidelity.
-    name, source: what the manifest calls the model, and where it came from.
-    random_weights: the model was not trained; the manifest and every user is told.
-    head: also write the graph from the last target layer to the logits, which recipro-cam needs.
-    gradients: write the graphs of the image's gradient too, which integrated gradients, SmoothGrad,
-        XRAI, guided and excitation backpropagation need; the last two for models of ReLUs alone.
-    progress: called with a line for each step.
-    """
-
-    mean: tuple[float, ...] = IMAGENET_MEAN
-    std: tuple[float, ...] = IMAGENET_STD
-    resize: Resize = "crop"
-    cover: tuple[int, int] | None = None
-    interpolation: Interpolation = "bilinear"
-    labels: tuple[str, ...] = ()
-    calibration: Sequence[Image.Image] = ()
-    tolerance: Mapping[PrecisionName, Mapping[str, float]] = field(default_factory=dict)
-    name: str = ""
-    source: str = ""
-    random_weights: bool = False
-    head: bool = False
-    gradients: bool = False
-    progress: Callable[[str], None] = lambda line: None
-
-    def __post_init__(self) -> None:
-        if len(self.mean) not in (1, 3) or len(self.mean) != len(self.std):
-            raise OptionError(
-                f"mean has {len(self.mean)} values and std {len(self.std)}; both need 1 or 3"
-            )
-        if any(value <= 0 for value in self.std):
-            raise OptionError(f"std is {self.std}; every value must be above 0")
-        if not all(math.isfinite(value) for value in (*self.mean, *self.std)):
-            raise OptionError(f"mean is {self.mean} and std {self.std}; they must be finite")
-        for kind, bounds in self.tolerance.items():
-            for name in bounds:
-                if name not in fidelity.TOLERANCE.get(kind, {}):
-                    known = ", ".join(fidelity.TOLERANCE["fp32"])
-                    raise OptionError(f'tolerance "{kind}.{name}" is unknown; there are {known}')
 
 
 def export(
@@ -137,30 +83,28 @@ def export(
     """
     if precision not in _WANTED:
         raise OptionError(f'precision "{precision}" is unknown; there are {", ".join(_WANTED)}')
-    if input_size and min(input_size) < imaging.MIN_SIDE:
-        raise OptionError(f"input_size is {input_size}; both must be {imaging.MIN_SIDE} or more")
-    staging.check_place(output)
+    if input_size and min(input_size) < MIN_SIDE:
+        raise OptionError(f"input_size is {input_size}; both must be {MIN_SIDE} or more")
+    require_replaceable(output)
     chosen = settings or ExportSettings()
     chosen.progress("tracing the model")
     exported = model
     if not isinstance(model, ExportedProgram):
-        exported = programs.trace(model, (len(chosen.mean), *(input_size or INPUT_SIZE)))
+        exported = trace_model(model, (len(chosen.mean), *(input_size or INPUT_SIZE)))
     assert isinstance(exported, ExportedProgram)
-    program = programs.build(exported, keep=layers or ())
+    program = build_program(exported, keep=layers or ())
     check_settings(chosen, program)
     if input_size and input_size != program.input_shape[1:]:
         raise OptionError(
             f"input_size is {input_size}; the program takes {program.input_shape[1:]}"
         )
-    found = target_layers.find(program, layers)
+    found = find_layers(program, layers)
     names = [layer.name for layer in found]
     converted = {}
     for kind, dtype in _DTYPES.items():
         if kind in _WANTED[precision]:
             chosen.progress(f"converting the {kind} graphs of {', '.join(names)}")
-            converted[kind] = onnx_graphs.convert(
-                program, found, dtype, chosen.head, chosen.gradients
-            )
+            converted[kind] = convert_graphs(program, found, dtype, chosen.head, chosen.gradients)
     if chosen.gradients and (reason := excitation.why_not(program, found)):
         chosen.progress(f"leaving the excitation graph out: {reason}")
     preprocessing = preprocessing_of(chosen, program)
@@ -168,13 +112,13 @@ def export(
     chosen.progress(f"explaining {len(images)} calibration images with PyTorch")
     graphs = dict(converted["fp32"].items())
     expected, baseline = _reference(exported, names, images, graphs)
-    with staging.staged(output) as folder:
+    with staged_folder(output) as folder:
         files = _write(_WANTED[precision], converted, expected, folder, chosen.progress)
-        fidelity.save(folder / _REFERENCE, _first(expected, RECORDED_IMAGES))
+        save_observation(folder / _REFERENCE, _first(expected, RECORDED_IMAGES))
         precisions = {}
         for kind, own in files.items():
             chosen.progress(f"checking the {kind} graphs against PyTorch")
-            usual = fidelity.RANDOM_TOLERANCE if chosen.random_weights else fidelity.TOLERANCE
+            usual = RANDOM_TOLERANCE if chosen.random_weights else TOLERANCE
             bounds = {**usual[kind], **chosen.tolerance.get(kind, {})}
             missing = set(OPTIONAL_GRAPHS) - set(own)
             tolerance = {name: value for name, value in bounds.items() if name not in missing}
@@ -194,55 +138,10 @@ def export(
             random_weights=chosen.random_weights,
             source=chosen.source or type(model).__name__,
             tools=_tools(),
-            files=bundles.record_files(folder),
+            files=record_files(folder),
         )
-        bundles.write_manifest(folder, manifest)
-    return bundles.read(output)
-
-
-def check_settings(settings: ExportSettings, program: Program) -> None:
-    """Raise OptionError for settings that do not suit a program."""
-    channels = program.input_shape[0]
-    if channels != len(settings.mean):
-        raise OptionError(
-            f"the model takes {channels} channels, mean and std have {len(settings.mean)} values; "
-            f"give {channels} of each"
-        )
-    if settings.labels and len(settings.labels) != program.classes:
-        raise OptionError(
-            f"there are {len(settings.labels)} labels for the model's {program.classes} classes"
-        )
-    if settings.cover and any(
-        cover < side for cover, side in zip(settings.cover, program.input_shape[1:], strict=True)
-    ):
-        raise OptionError(
-            f"cover is {settings.cover}; it must not be smaller than the input "
-            f"{program.input_shape[1:]}"
-        )
-
-
-def preprocessing_of(settings: ExportSettings, program: Program) -> Preprocessing:
-    """How images become a program's input."""
-    size = program.input_shape[1:]
-    cover = settings.cover or (round(size[0] / COVER), round(size[1] / COVER))
-    return Preprocessing(
-        settings.resize, cover, settings.interpolation, settings.mean, settings.std
-    )
-
-
-def calibration_images(
-    settings: ExportSettings, program: Program, preprocessing: Preprocessing
-) -> Floats:
-    """The settings' images, or the package's, as a program's input [B, C, H, W]."""
-    pictures = list(settings.calibration)[:MAX_CALIBRATION_IMAGES] or photographs()
-    return imaging.prepare(pictures, program.input_shape[1:], preprocessing)[0]
-
-
-def photographs() -> list[Image.Image]:
-    """The photographs that the package brings for checks on real images."""
-    folder = resources.files("ccam_deploy.export") / "photographs"
-    files = sorted((f for f in folder.iterdir() if f.name.endswith(".jpg")), key=lambda f: f.name)
-    return [imaging.load(file.read_bytes(), file.name) for file in files]
+        write_manifest(folder, manifest)
+    return read_bundle(output)
 
 
 def _reference(
@@ -252,19 +151,19 @@ def _reference(
 
     The graph that runs is the traced model as it is, before anything was folded or differentiated.
     """
-    plain = programs.build(exported, fold=False)
-    classifier = TorchClassifier(plain, target_layers.find(plain, names))
+    plain = build_program(exported, fold=False)
+    classifier = TorchClassifier(plain, find_layers(plain, names))
     probe = np.concatenate([np.zeros_like(images[:1]), images])
     baseline, *logits = classifier.backbone(probe).logits
     if not np.isfinite([baseline, *logits]).all():
         raise SourceError("the model gives NaN or infinite logits on the calibration images")
-    expected = fidelity.observe(classifier, images, names, graphs=graphs)
+    expected = observe(classifier, images, names, graphs=graphs)
     return expected, [float(value) for value in baseline]
 
 
 def _write(
     wanted: Sequence[PrecisionName],
-    converted: Mapping[PrecisionName, onnx_graphs.Graphs],
+    converted: Mapping[PrecisionName, Graphs],
     expected: Observation,
     folder: Path,
     progress: Callable[[str], None],
@@ -276,19 +175,19 @@ def _write(
     models: dict[PrecisionName, list[tuple[str, ir.Model]]] = {
         kind: list(graphs.items()) for kind, graphs in converted.items()
     }
-    for eight in quantisation.KINDS:
+    for eight in EIGHT_BIT_TYPES:
         if eight in wanted:
             progress(f"calibrating the {eight} classifier on {len(expected.images)} masked images")
-            batches = quantisation.masked_batches(expected)
-            quantised = quantisation.quantise(converted["fp16"].classifier, batches, eight)
+            batches = masked_batches(expected)
+            quantised = quantise(converted["fp16"].classifier, batches, eight)
             models[eight] = [("classifier", quantised)]
     files: dict[PrecisionName, dict[str, str]] = {}
     wider: dict[str, str] = {}
-    with closing(onnx_graphs.WeightFile(folder / WEIGHTS)) as weights:
+    with closing(WeightFile(folder / WEIGHTS)) as weights:
         for kind, own in models.items():
             progress(f"writing the {kind} graphs")
             suffix = "" if kind == "fp32" else f".{kind}"
-            files[kind] = wider = wider | onnx_graphs.write(own, folder, weights, suffix)
+            files[kind] = wider = wider | write_graphs(own, folder, weights, suffix)
     return files
 
 
@@ -311,11 +210,11 @@ def _check(
 ) -> Fidelity:
     networks = load_networks(paths, scale, "onnxruntime-cpu")
     try:
-        got = fidelity.observe(networks, expected.images, names, expected.targets, paths)
+        got = observe(networks, expected.images, names, expected.targets, paths)
     finally:
         networks.close()
-    report = fidelity.compare(got, expected)
-    broken = fidelity.failures(report, tolerance, names)
+    report = compare_observations(got, expected)
+    broken = broken_bounds(report, tolerance, names)
     if broken:
         raise ToleranceError(f"the {kind} graphs do not agree with PyTorch: " + "; ".join(broken))
     return report

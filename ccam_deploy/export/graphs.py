@@ -73,7 +73,7 @@ class MaskedClassifier(nn.Module):
         return logits
 
 
-def convert(
+def convert_graphs(
     program: Program,
     layers: Sequence[TargetLayer],
     dtype: torch.dtype = torch.float32,
@@ -299,7 +299,7 @@ class WeightFile:
         return self._places[digest]
 
 
-def write(
+def write_graphs(
     graphs: Iterable[tuple[str, ir.Model]], folder: Path, weights: WeightFile, suffix: str = ""
 ) -> dict[str, str]:
     """Write named models into a folder; returns graph name -> file name."""

@@ -30,7 +30,7 @@ class TargetLayer:
         return int(channels), int(height), int(width)
 
 
-def find(program: Program, names: Sequence[str] | None = None) -> tuple[TargetLayer, ...]:
+def find_layers(program: Program, names: Sequence[str] | None = None) -> tuple[TargetLayer, ...]:
     """The target layers by name, or those that suit a classifier where none are named.
 
     Without names: of each of the last four resolutions at which a convolution is computed, maps of

@@ -75,7 +75,7 @@ def module_of(node: fx.Node) -> str:
     return list(stack_of(node).values() or [""])[-1]
 
 
-def trace(model: nn.Module, input_shape: tuple[int, int, int]) -> ExportedProgram:
+def trace_model(model: nn.Module, input_shape: tuple[int, int, int]) -> ExportedProgram:
     """Export a classifier with a dynamic batch, in evaluation mode, on the CPU and in float32.
 
     The model itself is not touched: a copy is exported.
@@ -102,7 +102,9 @@ def trace(model: nn.Module, input_shape: tuple[int, int, int]) -> ExportedProgra
         ) from error
 
 
-def build(exported: ExportedProgram, keep: Collection[str] = (), fold: bool = True) -> Program:
+def build_program(
+    exported: ExportedProgram, keep: Collection[str] = (), fold: bool = True
+) -> Program:
     """Make the functional graph of an exported program: images [B, C, H, W] to logits [B, classes].
 
     keep: names of modules or nodes whose own output must survive folding.

@@ -24,16 +24,16 @@ from numpy.typing import NDArray
 
 from ccam_deploy.engines.base import Array
 from ccam_deploy.errors import BackendError, LoweringError
-from ccam_deploy.evaluate.fidelity import Observation
+from ccam_deploy.fidelity.observation import Observation
 from ccam_deploy.kernels import cpu
 from ccam_deploy.methods import CollectionCAMOptions
 
-Kind = Literal["int8", "fp8"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
+EightBitType = Literal["int8", "fp8"]
+EIGHT_BIT_TYPES: tuple[EightBitType, ...] = get_args(EightBitType)
 
 _PRODUCTS = ("Conv", "Gemm", "MatMul")
 _KEPT = (0, -1)
-_LARGEST: dict[Kind, float] = {"int8": 127.0, "fp8": 448.0}
+_LARGEST: dict[EightBitType, float] = {"int8": 127.0, "fp8": 448.0}
 _SMALLEST_SCALE = float(np.finfo(np.float16).smallest_subnormal)
 _NOT_TO_BE_PREPARED = {"onnx.quant.pre_process": "onnxruntime.quant"}
 
@@ -71,7 +71,7 @@ def _masks(observed: Observation, row: int) -> NDArray[np.float32]:
     return np.concatenate(found)
 
 
-def quantise(classifier: ir.Model, batches: Iterable[Feeds], kind: Kind) -> ir.Model:
+def quantise(classifier: ir.Model, batches: Iterable[Feeds], kind: EightBitType) -> ir.Model:
     """Put Q and DQ nodes into a half-precision classifier graph, which is left as it was.
 
     batches: inputs to measure activations on; only their ranges are kept.

@@ -10,19 +10,19 @@ import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
+from ccam_deploy.arrays import Floats
 from ccam_deploy.errors import OptionError, SourceError
-from ccam_deploy.export import layers as target_layers
-from ccam_deploy.export import program as programs
-from ccam_deploy.export.exporter import (
+from ccam_deploy.export.architecture import Model
+from ccam_deploy.export.layers import find_layers
+from ccam_deploy.export.program import Program, build_program, module_of, trace_model
+from ccam_deploy.export.reference import TorchClassifier
+from ccam_deploy.export.settings import (
     INPUT_SIZE,
     ExportSettings,
     calibration_images,
     check_settings,
     preprocessing_of,
 )
-from ccam_deploy.export.program import Program, module_of
-from ccam_deploy.export.reference import Floats, TorchClassifier
-from ccam_deploy.export.sources import Model
 
 _PARAMETER, _BUFFER = "p_", "b_"
 _LEARNT_BUFFERS = ("running_mean", "running_var", "weight", "bias")
@@ -45,7 +45,7 @@ class RandomisedClassifier(TorchClassifier):
         Raises LayerError for target layers that are not there, SourceError for a program without
         parameters.
         """
-        found = target_layers.find(program, names)
+        found = find_layers(program, names)
         super().__init__(program, found)
         self.layers = tuple(layer.name for layer in found)
         self._tensors = dict(program.graph.named_buffers())
@@ -98,15 +98,15 @@ def open_randomised(
     chosen.progress("tracing the model")
     exported = model
     if not isinstance(model, ExportedProgram):
-        exported = programs.trace(model, (len(chosen.mean), *(input_size or INPUT_SIZE)))
+        exported = trace_model(model, (len(chosen.mean), *(input_size or INPUT_SIZE)))
     assert isinstance(exported, ExportedProgram)
-    folded = programs.build(exported, keep=layers or ())
+    folded = build_program(exported, keep=layers or ())
     check_settings(chosen, folded)
     if input_size and input_size != folded.input_shape[1:]:
         raise OptionError(f"input_size is {input_size}; the program takes {folded.input_shape[1:]}")
     # Target layers as an export finds them: where normalisation is folded away.
-    names = [layer.name for layer in target_layers.find(folded, layers)]
-    classifier = RandomisedClassifier(programs.build(exported, fold=False), names, seed)
+    names = [layer.name for layer in find_layers(folded, layers)]
+    classifier = RandomisedClassifier(build_program(exported, fold=False), names, seed)
     images = calibration_images(chosen, folded, preprocessing_of(chosen, folded))
     return classifier, images
 

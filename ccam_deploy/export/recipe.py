@@ -9,17 +9,25 @@ import msgspec
 import torch
 from torch import nn
 
-from ccam_deploy import image as imaging
-from ccam_deploy.bundle import Interpolation, Positive, PrecisionName, Preprocessing, Resize
+from ccam_deploy.bundle.manifest import (
+    Interpolation,
+    Positive,
+    PrecisionName,
+    Preprocessing,
+    Resize,
+)
 from ccam_deploy.errors import OptionError, SourceError, brief
-from ccam_deploy.export import sources
-from ccam_deploy.export.exporter import (
+from ccam_deploy.examples.photographs import photographs
+from ccam_deploy.export.architecture import build_model, import_module
+from ccam_deploy.export.settings import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     MAX_CALIBRATION_IMAGES,
     ExportSettings,
-    photographs,
 )
+from ccam_deploy.export.sources import load_model
+from ccam_deploy.image_files import find_images, load_image
+from ccam_deploy.preprocess import prepare_images
 
 _SEED = 0
 Bound = Annotated[float, msgspec.Meta(ge=0)]
@@ -58,7 +66,7 @@ class Recipe(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     tolerance: dict[PrecisionName, dict[str, Bound]] = {}
 
 
-def read(path: Path) -> Recipe:
+def read_recipe(path: Path) -> Recipe:
     """Read a recipe. Raises OptionError for a file that is missing or not a recipe."""
     try:
         return msgspec.toml.decode(path.read_bytes(), type=Recipe)
@@ -68,7 +76,9 @@ def read(path: Path) -> Recipe:
         raise OptionError(f"{path} is not a valid recipe: {error}") from error
 
 
-def settings(recipe: Recipe, folder: Path, size: tuple[int, int] | None = None) -> ExportSettings:
+def recipe_settings(
+    recipe: Recipe, folder: Path, size: tuple[int, int] | None = None
+) -> ExportSettings:
     """The export's settings.
 
     folder: where the recipe lies.   size: height, width of the input where they are not the
@@ -76,8 +86,8 @@ def settings(recipe: Recipe, folder: Path, size: tuple[int, int] | None = None) 
     """
     calibration = []
     if recipe.calibration:
-        found = imaging.find([folder / recipe.calibration])
-        calibration = [imaging.load(path) for path in found[:MAX_CALIBRATION_IMAGES]]
+        found = find_images([folder / recipe.calibration])
+        calibration = [load_image(path) for path in found[:MAX_CALIBRATION_IMAGES]]
     return ExportSettings(
         mean=recipe.input.mean,
         std=recipe.input.std,
@@ -102,20 +112,20 @@ def _cover(table: InputTable, size: tuple[int, int]) -> tuple[int, int] | None:
     return height, width
 
 
-def model(recipe: Recipe, folder: Path) -> nn.Module:
+def recipe_model(recipe: Recipe, folder: Path) -> nn.Module:
     """The recipe's network with its trained weights, from a file or by download.
 
     Raises SourceError where they cannot be had.
     """
     if recipe.weights:
-        loaded = sources.load(folder / recipe.weights, recipe.arch)
+        loaded = load_model(folder / recipe.weights, recipe.arch)
         assert isinstance(loaded, nn.Module)
         return loaded
     if not recipe.pretrained:
         raise SourceError(f"the recipe {recipe.name} has no trained weights; use --random-weights")
     arguments = ", ".join(f"{key}={value!r}" for key, value in recipe.pretrained.items())
     try:
-        return sources.build(f"{recipe.arch}({arguments})")
+        return build_model(f"{recipe.arch}({arguments})")
     except SourceError as error:
         raise SourceError(
             f"{error}; without an internet connection use --random-weights"
@@ -130,7 +140,7 @@ def random_model(recipe: Recipe) -> nn.Module:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_SEED)
-        network = sources.build(recipe.arch)
+        network = build_model(recipe.arch)
         _set_statistics(network, recipe)
     return network.eval()
 
@@ -141,7 +151,7 @@ def _set_statistics(network: nn.Module, recipe: Recipe) -> None:
         return
     size, mean, std = recipe.input.size, recipe.input.mean, recipe.input.std
     how = Preprocessing("stretch", size, "bicubic", mean, std)
-    batch = torch.from_numpy(imaging.prepare(photographs(), size, how)[0])
+    batch = torch.from_numpy(prepare_images(photographs(), size, how)[0])
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None
@@ -161,7 +171,7 @@ def _labels(recipe: Recipe, folder: Path) -> tuple[str, ...]:
         return tuple(recipe.labels)
     if ":" in recipe.labels:
         module_name, _, attribute = recipe.labels.partition(":")
-        weights = getattr(sources.import_module(module_name), attribute, None)
+        weights = getattr(import_module(module_name), attribute, None)
         best = getattr(weights, "DEFAULT", None)
         if best is None:
             raise OptionError(f'labels "{recipe.labels}" do not exist')

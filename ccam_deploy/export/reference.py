@@ -9,14 +9,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx
 
+from ccam_deploy.arrays import Floats
 from ccam_deploy.engines import Activations
 from ccam_deploy.errors import OptionError
 from ccam_deploy.export.autodiff import GuidedRecorder, Recorder
 from ccam_deploy.export.excitation import ExcitationRecorder, why_not
 from ccam_deploy.export.layers import TargetLayer
 from ccam_deploy.export.program import Program
-
-Floats = NDArray[np.float32]
 
 
 class TorchClassifier:

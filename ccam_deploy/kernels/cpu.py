@@ -16,8 +16,8 @@ import fastcluster
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float32]
-Doubles = NDArray[np.float64]
+from ccam_deploy.arrays import Doubles, Floats
+
 Labels = NDArray[np.int32]
 
 WORST_QUALITY = -1.0

@@ -5,16 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from ccam_deploy.errors import OptionError
-from ccam_deploy.methods.activation import (
-    CAM,
-    CAMOptions,
-    GradCAM,
-    GradCAMOptions,
-    GradCAMPlusPlus,
-    GradCAMPlusPlusOptions,
-    LayerCAM,
-    LayerCAMOptions,
-)
 from ccam_deploy.methods.base import (
     Batch,
     LayerPartition,
@@ -23,18 +13,19 @@ from ccam_deploy.methods.base import (
     MethodResult,
     Stopwatch,
 )
-from ccam_deploy.methods.collection_cam import CollectionCAM, CollectionCAMOptions
-from ccam_deploy.methods.excitation import ExcitationBackprop, ExcitationBackpropOptions
-from ccam_deploy.methods.gradient import (
-    GuidedBackprop,
-    GuidedBackpropOptions,
-    IntegratedGradients,
-    IntegratedGradientsOptions,
-    SmoothGrad,
-    SmoothGradOptions,
-)
+from ccam_deploy.methods.cam import CAM, CAMOptions
+from ccam_deploy.methods.collection_cam.cpu import CollectionCAM
+from ccam_deploy.methods.collection_cam.options import CollectionCAMOptions
+from ccam_deploy.methods.excitation_backprop import ExcitationBackprop, ExcitationBackpropOptions
+from ccam_deploy.methods.grad_cam import GradCAM, GradCAMOptions
+from ccam_deploy.methods.grad_cam_plus_plus import GradCAMPlusPlus, GradCAMPlusPlusOptions
+from ccam_deploy.methods.guided_backprop import GuidedBackprop, GuidedBackpropOptions
+from ccam_deploy.methods.integrated_gradients import IntegratedGradients, IntegratedGradientsOptions
+from ccam_deploy.methods.layer_cam import LayerCAM, LayerCAMOptions
 from ccam_deploy.methods.recipro_cam import ReciproCAM, ReciproCAMOptions
-from ccam_deploy.methods.region import RISE, RISEOptions, ScoreCAM, ScoreCAMOptions
+from ccam_deploy.methods.rise import RISE, RISEOptions
+from ccam_deploy.methods.score_cam import ScoreCAM, ScoreCAMOptions
+from ccam_deploy.methods.smoothgrad import SmoothGrad, SmoothGradOptions
 from ccam_deploy.methods.xrai import XRAI, XRAIOptions
 
 _ALL: tuple[type[Method[Any]], ...] = (

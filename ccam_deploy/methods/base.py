@@ -12,11 +12,11 @@ from typing import Any, ClassVar, Generic, TypeVar, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from ccam_deploy.arrays import Floats
 from ccam_deploy.engines import Activations, Classifier
 from ccam_deploy.errors import BackendError, OptionError
 from ccam_deploy.kernels import cpu
 
-Floats = NDArray[np.float32]
 Options = TypeVar("Options")
 
 

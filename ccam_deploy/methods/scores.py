@@ -7,8 +7,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from ccam_deploy.arrays import Floats
 from ccam_deploy.errors import OptionError
-from ccam_deploy.methods.base import Floats
 
 Score = Literal["logit", "probability"]
 

@@ -8,18 +8,17 @@ from typing import Any, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from ccam_deploy.arrays import Floats
 from ccam_deploy.engines import Classifier
 from ccam_deploy.errors import BackendError, OptionError
-from ccam_deploy.methods.base import Batch, Floats, Method, MethodResult, Stopwatch
-from ccam_deploy.methods.gradient import (
+from ccam_deploy.methods.base import Batch, Method, MethodResult, Stopwatch
+from ccam_deploy.methods.image_gradient import Channels, check_name, reduce_channels
+from ccam_deploy.methods.integrated_gradients import (
     Baseline,
-    Channels,
     Rule,
     baseline_of,
-    check_name,
     check_steps,
     integrate,
-    reduce_channels,
 )
 
 _BASELINES: tuple[Baseline, ...] = ("black", "white")

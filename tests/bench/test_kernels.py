@@ -12,12 +12,12 @@ from typing import Any, cast
 import pytest
 
 from bench import bench_kernels as bench
-from ccam_deploy.engines.device import Device
+from ccam_deploy.engines.cuda.device import Device
 from ccam_deploy.errors import BackendError
-from ccam_deploy.export import sources
+from ccam_deploy.export.architecture import import_module
 from ccam_deploy.kernels.cuda import launch
 from tests.clock import FakeClock
-from tests.engines.host_device import HostDevice
+from tests.engines.cuda.host_device import HostDevice
 from tests.kernels.simulated_device import simulator
 
 
@@ -77,7 +77,7 @@ def test_layers_lie_one_after_the_other(network: str) -> None:
 
 @pytest.mark.parametrize("network", bench.SHAPES)
 def test_shapes_are_those_of_the_target_layers(network: str) -> None:
-    models = sources.import_module("torchvision.models")
+    models = import_module("torchvision.models")
     stages = ("features.8", "features.17", "features.26", "features.35")  # before pools 2 to 5
     names = stages if network == "vgg19" else ("layer1", "layer2", "layer3", "layer4")
     import torch

@@ -9,8 +9,8 @@ import pytest
 
 import ccam_deploy as ccam
 from bench import bench_quality as bench
-from ccam_deploy.evaluate.evaluation import Variant
 from ccam_deploy.methods import CollectionCAMOptions, RISEOptions
+from ccam_deploy.quality.evaluation import Variant
 from tests.helpers import DIGITS_LAYERS
 
 pytest.importorskip("sklearn", reason="scikit-learn is not installed")

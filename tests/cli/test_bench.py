@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from ccam_deploy import explainer
+from ccam_deploy import explainer, plotting
 from ccam_deploy.cli import bench_text
-from ccam_deploy.evaluate import charts, latency
 from tests.command import failure, success
 from tests.damage import full_disk
 from tests.helpers import RECIPES, example_files, tiny
@@ -182,7 +181,7 @@ def no_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
     def measure(*arguments: object) -> None:
         raise MeasuringError
 
-    monkeypatch.setattr(latency, "measure", measure)
+    monkeypatch.setattr(measure, "measure", measure)
 
 
 @pytest.mark.usefixtures("no_measuring")
@@ -275,4 +274,4 @@ def test_model_file_for_torch(tiny_bundle: Path, tmp_path: Path) -> None:
 
 def test_formats_of_plots_are_in_the_help() -> None:
     text = success("bench", "--help").stdout
-    assert all(f".{kind}" in text for kind in charts.FORMATS)
+    assert all(f".{kind}" in text for kind in plotting.PLOT_FORMATS)

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ccam_deploy import bundle as bundles
-from ccam_deploy.engines import plans
+from ccam_deploy.bundle.folder import read_bundle, unlisted_files
+from ccam_deploy.engines.tensorrt import library, plans
 from ccam_deploy.errors import BackendError
 from tests.cli.test_cli import SCRIPT, WEIGHTS
 from tests.command import failure, success
@@ -45,7 +45,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Plans of a few bytes instead of TensorRT's; the graphs that were built, in order."""
     built: list[str] = []
 
-    def build_plan(library: plans.Library, graph: Path, *others: object) -> bytes:
+    def build_plan(library: library.Library, graph: Path, *others: object) -> bytes:
         built.append(graph.name)
         return f"{graph.name} {len(built)}".encode()
 
@@ -55,7 +55,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_plans_are_built_once(bundle: Path) -> None:
     result = success("build", bundle, *RTX)
-    version = plans.load_library("tensorrt-rtx").version
+    version = library.load_library("tensorrt-rtx").version
     pattern = rf"tiny/plans/8\.9-tensorrt-rtx-{re.escape(version)}-fp32-\w{{8}}/(\w+)\.plan: "
     names = [re.match(pattern + r"\d+\.\d MB for 8\.9$", x) for x in result.stdout.splitlines()]
     graphs = ["backbone", "gradient", "classifier"]
@@ -81,7 +81,7 @@ def test_force_builds_anyway(bundle: Path, stand_in: list[str]) -> None:
     for count, words in ((3, []), (3, []), (6, ["--force"]), (6, []), (9, ["--max-batch", "4"])):
         success("build", bundle, *RTX, *words)
         assert len(stand_in) == count
-    assert len(bundles.read(bundle).manifest.plans) == 3
+    assert len(read_bundle(bundle).manifest.plans) == 3
 
 
 @pytest.mark.parametrize(
@@ -96,8 +96,8 @@ def test_force_builds_anyway(bundle: Path, stand_in: list[str]) -> None:
 )
 def test_bad_options(bundle: Path, words: list[str], message: str) -> None:
     assert message in failure("build", bundle, *RTX, *words)
-    assert not bundles.read(bundle).manifest.plans
-    assert not bundles.unlisted(bundles.read(bundle))
+    assert not read_bundle(bundle).manifest.plans
+    assert not unlisted_files(read_bundle(bundle))
 
 
 def test_the_progress_on_a_terminal(bundle: Path) -> None:
@@ -137,8 +137,8 @@ def test_interrupting_a_build_leaves_the_bundle_as_it_was(
         rest = running.stderr.read()
     assert running.returncode == 2
     assert rest.endswith("error: interrupted; nothing was left half-written\n")
-    assert not bundles.unlisted(bundles.read(folder))
-    assert not bundles.read(folder).manifest.plans
+    assert not unlisted_files(read_bundle(folder))
+    assert not read_bundle(folder).manifest.plans
 
 
 def test_export_builds_every_precision(here: Path, stand_in: list[str]) -> None:
@@ -149,7 +149,7 @@ def test_export_builds_every_precision(here: Path, stand_in: list[str]) -> None:
     first, *_ = result.stdout.splitlines()
     assert first == "out: 5 classes, layers relu1, relu2"
     assert result.stdout.count(" MB for 8.9\n") == 6
-    made = bundles.read("out").manifest.plans
+    made = read_bundle("out").manifest.plans
     assert [(p.precision, p.max_batch, p.devices) for p in made] == [
         (precision, 2, ("8.9",)) for precision in ("fp32", "fp16") for _ in names
     ]
@@ -159,13 +159,13 @@ def test_export_and_build_as_json(here: Path, stand_in: list[str]) -> None:
     words = ["export", "net.pt", *WEIGHTS, "--output", "out", "--build", *RTX, "--json"]
     report = json.loads(success(*words).stdout)
     assert len(report["manifest"]["plans"]) == 3
-    assert report["manifest"]["digest"] == bundles.read("out").manifest.digest
+    assert report["manifest"]["digest"] == read_bundle("out").manifest.digest
 
 
 def test_a_failed_build_leaves_the_exported_bundle(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def rejects(library: plans.Library, graph: Path, *others: object) -> bytes:
+    def rejects(library: library.Library, graph: Path, *others: object) -> bytes:
         raise BackendError(f"{library.flavour} rejects {graph.name}: no such operator")
 
     monkeypatch.setattr(plans, "build_plan", rejects)
@@ -174,9 +174,9 @@ def test_a_failed_build_leaves_the_exported_bundle(
         "out was exported, but its fp32 plans were not built: "
         "tensorrt-rtx rejects backbone.onnx: no such operator"
     )
-    exported = bundles.read("out")
+    exported = read_bundle("out")
     assert not exported.manifest.plans
-    assert not bundles.unlisted(exported)
+    assert not unlisted_files(exported)
 
 
 @pytest.mark.parametrize(

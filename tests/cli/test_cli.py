@@ -25,12 +25,14 @@ from click.testing import CliRunner
 from PIL import Image
 
 from ccam_deploy import __version__, explainer, render
-from ccam_deploy import bundle as bundles
+from ccam_deploy.bundle.folder import read_bundle, write_manifest
+from ccam_deploy.bundle.manifest import Precision, PrecisionName
 from ccam_deploy.cli import options
 from ccam_deploy.cli.main import main
-from ccam_deploy.engines import Backend, plans
+from ccam_deploy.engines import Backend
+from ccam_deploy.engines.tensorrt import library, plans
 from ccam_deploy.explanation import Explanation
-from ccam_deploy.export import program as programs
+from ccam_deploy.export.program import trace_model
 from tests.command import failure, refusal, run, success
 from tests.damage import contents, flip, full_disk
 from tests.helpers import RECIPES, ROOT, example_files, tiny
@@ -45,8 +47,8 @@ WEIGHTS = ["--arch", "tests.helpers:tiny", "--input-size", "32x48"]
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Programs and a file of weights. Do not change them: copy them."""
     folder = tmp_path_factory.mktemp("models")
-    torch.export.save(programs.trace(tiny(), (3, 32, 48)), folder / "net.pt2")
-    torch.export.save(programs.trace(Detached(), (3, 32, 48)), folder / "aside.pt2")
+    torch.export.save(trace_model(tiny(), (3, 32, 48)), folder / "net.pt2")
+    torch.export.save(trace_model(Detached(), (3, 32, 48)), folder / "aside.pt2")
     torch.save(tiny().state_dict(), folder / "net.pt")
     return folder
 
@@ -96,10 +98,10 @@ def test_help_loads_nothing_heavy(words: list[str]) -> None:
 def test_defaults_and_choices_are_the_packages() -> None:
     """They are repeated in cli.options, so that --help imports nothing heavy."""
     assert get_args(Backend) == options.BACKENDS
-    assert get_args(bundles.PrecisionName) == options.PRECISIONS
+    assert get_args(PrecisionName) == options.PRECISIONS
     assert options.BATCH_SIZE == explainer.DEFAULT_BATCH
     assert render.Look() == render.Look(options.COLORMAP, options.OPACITY)
-    assert tuple(plans.FLAVOURS) == options.TENSORRT
+    assert tuple(library.FLAVOURS) == options.TENSORRT
     assert plans.DEFAULT_MAX_BATCH == options.MAX_BATCH
 
 
@@ -107,7 +109,7 @@ def test_export_of_a_program(models: Path, here: Path) -> None:
     (here / "names.txt").write_text("ant\nbee\ncat\ndog\neel\n")
     result = success("export", models / "net.pt2", "--labels", "names.txt", "--json")
     report = json.loads(result.stdout)
-    bundle = bundles.read(here / "engines" / "net")
+    bundle = read_bundle(here / "engines" / "net")
     assert report["bundle"] == "engines/net"
     assert report["manifest"]["digest"] == bundle.manifest.digest
     assert bundle.manifest.labels == ("ant", "bee", "cat", "dog", "eel")
@@ -126,7 +128,7 @@ def test_export_of_weights(models: Path, here: Path, tiny_bundle: Path) -> None:
     number = r"\d\.\de[-+]\d\d"
     pattern = f"fp32 against PyTorch: logits {number}, gradients {number}, saliency rank corr"
     assert re.match(pattern, second)
-    assert bundles.read("out").precision("fp32").fidelity.images == 1
+    assert read_bundle("out").precision("fp32").fidelity.images == 1
     for name in ("backbone.onnx", "weights.bin"):
         assert (here / "out" / name).read_bytes() == (tiny_bundle / name).read_bytes()
 
@@ -307,7 +309,7 @@ def test_info(tiny_bundle: Path) -> None:
 def test_info_compares_the_precisions(tiny_bundle: Path, here: Path) -> None:
     """A column for each, with what the manifest records."""
     folder = shutil.copytree(tiny_bundle, here / "tiny")
-    manifest = bundles.read(folder).manifest
+    manifest = read_bundle(folder).manifest
     whole = manifest.precisions["fp32"]
     report = replace(
         whole.fidelity,
@@ -321,11 +323,11 @@ def test_info_compares_the_precisions(tiny_bundle: Path, here: Path) -> None:
         saliency_overlap=0.7654,
         partitions=0.75,
     )
-    both: dict[bundles.PrecisionName, bundles.Precision] = {
+    both: dict[PrecisionName, Precision] = {
         "fp32": whole,
         "int8": replace(whole, fidelity=report),
     }
-    bundles.write_manifest(folder, replace(manifest, precisions=both))
+    write_manifest(folder, replace(manifest, precisions=both))
     lines = success("info", folder).stdout.splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("against PyTorch"))
     assert lines[start].split() == ["against", "PyTorch", "in", "float32", "fp32", "int8"]
@@ -358,9 +360,9 @@ def test_verify(tiny_bundle: Path, here: Path) -> None:
     (here / "tiny" / "extra").touch()
     assert failure("verify", "tiny") == "tiny has files that its manifest does not list: extra"
     (here / "tiny" / "extra").unlink()
-    strict = bundles.read(here / "tiny").manifest
+    strict = read_bundle(here / "tiny").manifest
     precision = replace(strict.precisions["fp32"], tolerance={"saliency_rank": 1.5})
-    bundles.write_manifest(here / "tiny", replace(strict, precisions={"fp32": precision}))
+    write_manifest(here / "tiny", replace(strict, precisions={"fp32": precision}))
     message = "the graphs do not give what was recorded: fp32: saliency_rank 1 is below 1.5"
     assert failure("verify", "tiny") == message
 
@@ -386,8 +388,8 @@ def test_verify(tiny_bundle: Path, here: Path) -> None:
         (["export", "net.pt"], "net.pt holds weights alone; name their network with --arch"),
         (["export", "net.pt", "--random-weights"], "--random-weights goes with --recipe and"),
         (
-            ["export", "net.pt", "--arch", "ccam_deploy.export.digits:DigitsNet"],
-            'net.pt is not for ccam_deploy.export.digits:DigitsNet: it lacks "stem.0.weight" and',
+            ["export", "net.pt", "--arch", "ccam_deploy.examples.digits:DigitsNet"],
+            'net.pt is not for ccam_deploy.examples.digits:DigitsNet: it lacks "stem.0.weight" and',
         ),
         (
             ["export", "net.pt2", "--layers", "relu1,layer4"],
@@ -487,9 +489,9 @@ def test_bad_input(
     for name in ("tiny", "changed", "outside"):
         shutil.copytree(tiny_bundle, here / name)
     flip(here / "changed" / "weights.bin", 100)
-    manifest = bundles.read(here / "outside").manifest
+    manifest = read_bundle(here / "outside").manifest
     files = manifest.files | {"../weights.bin": manifest.files["weights.bin"]}
-    bundles.write_manifest(here / "outside", replace(manifest, files=files))
+    write_manifest(here / "outside", replace(manifest, files=files))
     before = tree(here)
     assert message in failure(*words)
     assert tree(here) == before

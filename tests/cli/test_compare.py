@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 import ccam_deploy as ccam
-from ccam_deploy import image as imaging
 from ccam_deploy import render
 from ccam_deploy.cli import choices
 from ccam_deploy.cli.compare import COMPARED
+from ccam_deploy.image_files import load_image
 from ccam_deploy.methods import METHODS, GradCAMOptions, ScoreCAMOptions
+from ccam_deploy.preprocess import to_grey_or_rgb
 from tests.command import failure, success
 from tests.helpers import example_files
 from tests.pictures import place_of
@@ -32,14 +33,14 @@ def test_rows_are_classes_and_columns_methods(digits: ccam.Explainer, tmp_path: 
     for line, method, words in zip(printed, methods, options, strict=False):
         assert re.fullmatch(rf"{method}: \d+\.\d ms, {words}", line)
     assert printed[2:] == [f"  {output}"]
-    picture = imaging.to_colours(imaging.load(SCENE), 3)
+    picture = to_grey_or_rgb(load_image(SCENE), 3)
     own = (ccam.CollectionCAMOptions(k_max=4), None)
     results = [
         digits.explain([picture], None, options, 2, method)
         for method, options in zip(methods, own, strict=True)
     ]
     assert sorted(results[0].targets.tolist()) == [5, 8]
-    panel = imaging.load(output)
+    panel = load_image(output)
     places = [
         place_of(render.overlay(picture, result.on_original(row)).resize((192, 192)), panel)
         for result in results
@@ -58,7 +59,7 @@ def test_a_color_bar_ends_each_row(digits_bundle: Path, tmp_path: Path) -> None:
     widths = []
     for bar in ((), ("--color-bar",)):
         success("compare", digits_bundle, SCENE, *bar, "--output", tmp_path / "panel.png")
-        widths.append(imaging.load(tmp_path / "panel.png").width)
+        widths.append(load_image(tmp_path / "panel.png").width)
     assert widths[1] > widths[0] + 10
 
 

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from ccam_deploy.engines import doctor
-from ccam_deploy.engines.doctor import Finding
+from ccam_deploy.checks import doctor
+from ccam_deploy.checks.doctor import Finding
 from tests.command import run, success
 
 CPU = Finding("onnxruntime-cpu", True, "onnxruntime 1.32.0")

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ccam_deploy import image as imaging
-from ccam_deploy.evaluate import proposals
+from ccam_deploy.checks import proposals
+from ccam_deploy.image_files import load_image
 from ccam_deploy.methods import LayerCAMOptions
 from tests.command import failure, run, success
 from tests.helpers import EXAMPLES, example_files
@@ -30,11 +30,11 @@ def test_boxes_of_an_image(digits_bundle: Path, tmp_path: Path) -> None:
     assert entry["classes"] == ["8", "5"]
     assert {peak["class"] for peak in entry["peaks"]} == {"8", "5"}
     assert len(entry["guided"]) == len(entry["selective_search"]) == 3
-    ranked = [list(box) for box in proposals.selective_search(imaging.load(SCENE).convert("RGB"))]
+    ranked = [list(box) for box in proposals.selective_search(load_image(SCENE).convert("RGB"))]
     assert entry["selective_search"] == ranked[:3]
     for left, top, right, bottom in entry["guided"]:
         assert any(left <= p["x"] < right and top <= p["y"] < bottom for p in entry["peaks"])
-    shown = np.asarray(imaging.load(tmp_path / "out" / "scene-7-digits-8-5-proposals.png"))
+    shown = np.asarray(load_image(tmp_path / "out" / "scene-7-digits-8-5-proposals.png"))
     assert (shown == (0, 220, 0)).all(axis=2).sum() > 100
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ccam_deploy import image as imaging
+from ccam_deploy.image_files import load_image
 from tests.command import failure, success
 from tests.helpers import EXAMPLES, tiny
 
@@ -42,7 +42,7 @@ def test_a_check_is_printed_and_written(weights: Path) -> None:
     assert content["settings"]["target_layers"] == ["relu1", "relu2"]
     assert len(content["stages"]) == 4
     assert content["stages"][0]["spearman"] == content["stages"][2]["spearman"]
-    assert imaging.load(Path("sanity/sanity.png")).height > 4 * 128
+    assert load_image(Path("sanity/sanity.png")).height > 4 * 128
     assert weights.read_bytes() == content_before
 
 

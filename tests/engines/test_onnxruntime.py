@@ -11,7 +11,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from ccam_deploy import bundle as bundles
+from ccam_deploy.bundle.folder import Bundle, read_bundle
 from ccam_deploy.engines import TensorSpec, available, load_networks, open_networks
 from ccam_deploy.engines import onnxruntime as engine_module
 from ccam_deploy.engines.onnxruntime import OnnxRuntimeEngine, devices
@@ -152,12 +152,12 @@ def test_cuda_is_preloaded_once_and_in_silence(capsys: pytest.CaptureFixture[str
 @without_cuda
 def test_cuda_does_not_fall_back(tiny_bundle: Path) -> None:
     with pytest.raises(BackendError, match="has no CUDAExecutionProvider"):
-        open_networks(bundles.read(tiny_bundle), "onnxruntime-cuda")
+        open_networks(read_bundle(tiny_bundle), "onnxruntime-cuda")
 
 
 @pytest.mark.parametrize("threads", [0, 1, 3])
 def test_threads_reach_the_sessions(tiny_bundle: Path, threads: int) -> None:
-    networks = open_networks(bundles.read(tiny_bundle), "onnxruntime-cpu", threads=threads)
+    networks = open_networks(read_bundle(tiny_bundle), "onnxruntime-cpu", threads=threads)
     try:
         assert networks.engines.keys() == {"backbone", "gradient", "classifier"}
         for engine in networks.engines.values():
@@ -172,14 +172,14 @@ def test_threads_reach_the_sessions(tiny_bundle: Path, threads: int) -> None:
 def test_auto_takes_the_cpu_here(tiny_bundle: Path) -> None:
     assert available()[-1] == "onnxruntime-cpu"
     assert "onnxruntime-cuda" not in available()
-    networks = open_networks(bundles.read(tiny_bundle))
+    networks = open_networks(read_bundle(tiny_bundle))
     assert networks.backend == "onnxruntime-cpu"
     assert networks.notes == ()
     networks.close()
 
 
 def test_unknown_settings(tiny_bundle: Path) -> None:
-    bundle = bundles.read(tiny_bundle)
+    bundle = read_bundle(tiny_bundle)
     with pytest.raises(
         OptionError, match='backend "openvino" is unknown; there are auto, tensorrt, '
     ):
@@ -194,10 +194,10 @@ def test_unknown_settings(tiny_bundle: Path) -> None:
 
 def test_auto_says_why_nothing_works(tiny_bundle: Path, tmp_path: Path) -> None:
     """A bundle whose files went away after it was read."""
-    bundle = bundles.read(tiny_bundle)
+    bundle = read_bundle(tiny_bundle)
     message = "no backend works here: .*onnxruntime-cpu: ONNX Runtime cannot load .*backbone"
     with pytest.raises(BackendError, match=message):
-        open_networks(bundles.Bundle(tmp_path, bundle.manifest))
+        open_networks(Bundle(tmp_path, bundle.manifest))
 
 
 def test_engines_are_closed_where_one_fails(

@@ -15,12 +15,22 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import ccam_deploy as ccam
-from ccam_deploy import bundle as bundles
+from ccam_deploy.bundle.folder import (
+    MANIFEST,
+    Bundle,
+    _check_consistency,
+    read_bundle,
+    write_manifest,
+)
+from ccam_deploy.bundle.manifest import GRAPHS, IMAGE_GRADIENTS
 from ccam_deploy.engines import open_networks
 from ccam_deploy.errors import IntegrityError, ManifestError, OptionError
-from ccam_deploy.evaluate import fidelity
-from ccam_deploy.export import ExportSettings, excitation, export, layers, program
+from ccam_deploy.export import ExportSettings, excitation, export
+from ccam_deploy.export.layers import find_layers
+from ccam_deploy.export.program import build_program, trace_model
 from ccam_deploy.export.reference import TorchClassifier
+from ccam_deploy.fidelity.comparison import relative_error
+from ccam_deploy.fidelity.verification import verify_bundle
 from tests.command import success
 from tests.excitation import Concatenation, Mean, Sum, chain_of_digits, winning
 from tests.helpers import DIGITS_LAYERS, digits_model, example_pictures, noise, tiny
@@ -29,8 +39,8 @@ Graph = torch.fx.GraphModule
 
 
 def graph_of(model: nn.Module, size: int, names: list[str], double: bool = True) -> Graph:
-    built = program.build(program.trace(model.eval(), (3, size, size)), keep=names)
-    found = layers.find(built, names)
+    built = build_program(trace_model(model.eval(), (3, size, size)), keep=names)
+    found = find_layers(built, names)
     assert excitation.why_not(built, found) == ""
     return excitation.excite(built, found, torch.float64 if double else torch.float32)
 
@@ -102,7 +112,7 @@ def test_the_trained_example(differentiable: ccam.Explainer, name: str) -> None:
         chain = chain_of_digits(digits_model())
         walked = winning(chain, torch.from_numpy(images), torch.from_numpy(winners), dual)
         expected = walked[2 * place + 4].sum(1).detach().numpy()
-        errors = [fidelity.relative_error(*two) for two in zip(got, expected, strict=True)]
+        errors = [relative_error(*two) for two in zip(got, expected, strict=True)]
         assert got.dtype == np.float32
         assert np.count_nonzero(np.array(errors) > 1e-4) <= 1
         assert np.median(errors) <= 1e-5
@@ -125,8 +135,8 @@ class Weighing(nn.Module):
 def test_by_hand() -> None:
     """Places of 2, 1 and 0, and one below zero: shares are weight times value, of the positive."""
     model = Weighing([[1.0, -3.0, 5.0], [1.0, 2.0, 7.0]])
-    built = program.build(program.trace(model, (3, 1, 3)))
-    graph = excitation.excite(built, layers.find(built, ["relu"]))
+    built = build_program(trace_model(model, (3, 1, 3)))
+    graph = excitation.excite(built, find_layers(built, ["relu"]))
     image = torch.tensor([[[2.0, 1.0, -4.0]]]).repeat(1, 3, 1, 1)
     images, both = image.repeat(2, 1, 1, 1), torch.eye(2)
     (got,) = graph(images, both, torch.zeros(2, 2))
@@ -177,8 +187,8 @@ def test_normalisation_turns_the_weights_before_it(turned: bool, names: list[str
     winners, none = np.eye(5, dtype=np.float32)[:3], np.zeros((3, 5), np.float32)
     given = [torch.from_numpy(one) for one in (images, winners, none)]
     got = graph_of(model, 12, names, double=False)(*given)[0]
-    plain = program.build(program.trace(model, (3, 12, 12)), fold=False)
-    peer = TorchClassifier(plain, layers.find(plain, names))
+    plain = build_program(trace_model(model, (3, 12, 12)), fold=False)
+    peer = TorchClassifier(plain, find_layers(plain, names))
     np.testing.assert_allclose(got, peer.excitation(images, winners, none)[0], atol=1e-6)
     folded = fuse_conv_bn_eval(model[2], model[3])  # type: ignore[type-var, arg-type]
     modules = list(model.children())
@@ -215,8 +225,8 @@ class Gated(nn.Module):
     ids=["silu", "gate", "no-linear-layer"],
 )
 def test_what_has_no_rule_is_named(model: nn.Module, reason: str) -> None:
-    built = program.build(program.trace(model.eval(), (3, 12, 12)))
-    first = layers.find(built, ["0" if isinstance(model, nn.Sequential) else "stem"])
+    built = build_program(trace_model(model.eval(), (3, 12, 12)))
+    first = find_layers(built, ["0" if isinstance(model, nn.Sequential) else "stem"])
     assert re.match(reason, excitation.why_not(built, first))
     with pytest.raises(OptionError, match=f"the network has no excitation: {reason}"):
         TorchClassifier(built, first).excitation(
@@ -226,9 +236,9 @@ def test_what_has_no_rule_is_named(model: nn.Module, reason: str) -> None:
 
 def test_what_lies_before_the_layers_does_not_matter() -> None:
     model = nn.Sequential(conv(3, 8), nn.SiLU(), conv(8, 8), nn.ReLU(), Mean(), nn.Linear(8, 5))
-    built = program.build(program.trace(model.eval(), (3, 12, 12)))
-    assert excitation.why_not(built, layers.find(built, ["3"])) == ""
-    assert "silu" in excitation.why_not(built, layers.find(built, ["0"]))
+    built = build_program(trace_model(model.eval(), (3, 12, 12)))
+    assert excitation.why_not(built, find_layers(built, ["3"])) == ""
+    assert "silu" in excitation.why_not(built, find_layers(built, ["0"]))
 
 
 def test_a_network_that_cannot_have_it(tmp_path: Path) -> None:
@@ -240,7 +250,7 @@ def test_a_network_that_cannot_have_it(tmp_path: Path) -> None:
     bundle = export(model, tmp_path / "smooth", (32, 48), ["relu1", "conv2"], "fp32", settings)
     why = 'operator aten.silu.default in module "relu2" has no rule for winning probabilities'
     assert f"leaving the excitation graph out: {why}" in lines
-    assert set(bundle.precision("fp32").graphs) == {*bundles.GRAPHS, *bundles.IMAGE_GRADIENTS}
+    assert set(bundle.precision("fp32").graphs) == {*GRAPHS, *IMAGE_GRADIENTS}
     with (
         ccam.load(bundle) as explainer,
         pytest.raises(OptionError, match="no excitation graph; export it again with --gradients"),
@@ -250,7 +260,7 @@ def test_a_network_that_cannot_have_it(tmp_path: Path) -> None:
 
 def test_the_manifest_says_what_is_there(gradients_bundle: Path, digits_bundle: Path) -> None:
     """In half precision too the graph is that of float32."""
-    chosen = bundles.read(gradients_bundle).manifest.precisions
+    chosen = read_bundle(gradients_bundle).manifest.precisions
     for precision in chosen.values():
         assert precision.graphs["excitation"] == "excitation.onnx"
         report = precision.fidelity.excitation
@@ -258,7 +268,7 @@ def test_the_manifest_says_what_is_there(gradients_bundle: Path, digits_bundle: 
         assert max(report) <= precision.tolerance["excitation"] == 1e-2
         assert len(report) == 4
     assert chosen["fp16"].graphs["backbone"] != chosen["fp32"].graphs["backbone"]
-    without = bundles.read(digits_bundle).precision("fp32")
+    without = read_bundle(digits_bundle).precision("fp32")
     assert "excitation" not in {*without.graphs, *without.tolerance}
     assert without.fidelity.excitation is UNSET
     assert "\nexcitation, worst layer  " in success("info", gradients_bundle).stdout
@@ -267,10 +277,10 @@ def test_the_manifest_says_what_is_there(gradients_bundle: Path, digits_bundle: 
     assert "excitation" not in success("verify", digits_bundle).stdout
 
 
-def altered(folder: Path, copy: Path) -> bundles.Bundle:
+def altered(folder: Path, copy: Path) -> Bundle:
     """A copy of a bundle as it was before there was such a graph."""
     shutil.copytree(folder, copy)
-    manifest = bundles.read(copy).manifest
+    manifest = read_bundle(copy).manifest
     whole = manifest.precisions["fp32"]
     older = dataclasses.replace(
         whole,
@@ -280,9 +290,9 @@ def altered(folder: Path, copy: Path) -> bundles.Bundle:
     )
     files = {k: v for k, v in manifest.files.items() if k != "excitation.onnx"}
     changed = dataclasses.replace(manifest, precisions={"fp32": older}, files=files)
-    bundles.write_manifest(copy, changed)
-    assert "excitation" not in (copy / bundles.MANIFEST).read_text()
-    return bundles.read(copy)
+    write_manifest(copy, changed)
+    assert "excitation" not in (copy / MANIFEST).read_text()
+    return read_bundle(copy)
 
 
 def test_a_bundle_from_before(gradients_bundle: Path, tmp_path: Path) -> None:
@@ -294,19 +304,19 @@ def test_a_bundle_from_before(gradients_bundle: Path, tmp_path: Path) -> None:
 
 
 def test_contradictions(gradients_bundle: Path) -> None:
-    manifest = bundles.read(gradients_bundle).manifest
+    manifest = read_bundle(gradients_bundle).manifest
     whole = manifest.precisions["fp32"]
     for value, message in ((UNSET, "differ in excitation"), ((0.0,), "must have 4 layers")):
         report = dataclasses.replace(whole.fidelity, excitation=value)
         changed = dataclasses.replace(whole, fidelity=report)
         with pytest.raises(ManifestError, match=message):
-            bundles._check_consistency(
+            _check_consistency(
                 Path("manifest.json"), dataclasses.replace(manifest, precisions={"fp32": changed})
             )
 
 
 def test_verify_finds_other_probabilities(gradients_bundle: Path, tmp_path: Path) -> None:
-    bundle = bundles.read(shutil.copytree(gradients_bundle, tmp_path / "copy"))
+    bundle = read_bundle(shutil.copytree(gradients_bundle, tmp_path / "copy"))
     path = bundle.path(bundle.precision("fp32").reference)
     with np.load(path) as values:
         recorded = dict(values)
@@ -314,11 +324,11 @@ def test_verify_finds_other_probabilities(gradients_bundle: Path, tmp_path: Path
     try:
         changed = {**recorded, "excitation_2": recorded["excitation_2"][:, ::-1]}
         np.savez_compressed(path, **changed)
-        _, broken = fidelity.verify(bundle, networks, "fp32")
+        _, broken = verify_bundle(bundle, networks, "fp32")
         assert [line.split(" is ")[0][:20] for line in broken] == ["excitation of layer3"]
         lost = {name: one for name, one in recorded.items() if not name.startswith("excitation")}
         np.savez_compressed(path, **lost)
         with pytest.raises(IntegrityError, match="holds no excitation; export the bundle again"):
-            fidelity.verify(bundle, networks, "fp32")
+            verify_bundle(bundle, networks, "fp32")
     finally:
         networks.close()

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 import ccam_deploy as ccam
-from ccam_deploy import bundle as bundles
+from ccam_deploy.bundle.folder import read_bundle
 from ccam_deploy.errors import (
     BundleError,
     CcamError,
@@ -30,10 +30,11 @@ from ccam_deploy.errors import (
     SourceError,
     ToleranceError,
 )
-from ccam_deploy.export import ExportSettings, export, sources
-from ccam_deploy.export import program as programs
-from ccam_deploy.export import recipe as recipes
-from ccam_deploy.export.sources import Model
+from ccam_deploy.export import ExportSettings, export
+from ccam_deploy.export.architecture import Model
+from ccam_deploy.export.program import trace_model
+from ccam_deploy.export.recipe import random_model, read_recipe, recipe_model, recipe_settings
+from ccam_deploy.export.sources import load_model
 from tests.helpers import RECIPES, TinyNet, features_and_gradients, noise, tiny
 from tests.networks import Detached, Net
 
@@ -116,7 +117,7 @@ def test_grey_images_and_what_the_manifest_records(tmp_path: Path) -> None:
 
 
 def test_half_precision_adds_graphs(digits_bundle: Path) -> None:
-    bundle = bundles.read(digits_bundle)
+    bundle = read_bundle(digits_bundle)
     whole, half = (bundle.precision(name) for name in ("fp32", "fp16"))
     assert whole.gradient_scale == 1
     assert half.gradient_scale > 0
@@ -282,7 +283,7 @@ def test_arguments_that_do_not_fit(tmp_path: Path) -> None:
         export(tiny(), tmp_path / "bundle", SIZE, None, "fp64")
     with pytest.raises(OptionError, match=r"^input_size is \(4, 48\); both must be 8 or more$"):
         export(tiny(), tmp_path / "bundle", (4, 48))
-    grey = programs.trace(tiny(1), (1, *SIZE))
+    grey = trace_model(tiny(1), (1, *SIZE))
     with pytest.raises(OptionError, match=r"^the model takes 1 channels, mean and std have 3 val"):
         export(grey, tmp_path / "bundle")
     (tmp_path / "file").touch()
@@ -312,7 +313,7 @@ def test_recipes_that_cannot_be_read(tmp_path: Path, content: str | bytes, messa
     path = tmp_path / "recipe.toml"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(OptionError) as raised:
-        recipes.read(path)
+        read_recipe(path)
     assert str(raised.value).startswith(f"{path} ")
     assert message in str(raised.value)
 
@@ -320,55 +321,55 @@ def test_recipes_that_cannot_be_read(tmp_path: Path, content: str | bytes, messa
 def test_recipes_that_cannot_be_followed(tmp_path: Path) -> None:
     path = tmp_path / "recipe.toml"
     with pytest.raises(OptionError, match=r"recipe\.toml cannot be read: No such file or direct"):
-        recipes.read(path)
+        read_recipe(path)
     path.write_text(RECIPE)
-    recipe = recipes.read(path)
+    recipe = read_recipe(path)
     with pytest.raises(SourceError, match=r"^the recipe n has no trained weights; use --random-w"):
-        recipes.model(recipe, tmp_path)
+        recipe_model(recipe, tmp_path)
     path.write_text('weights = "none.pt"\nlabels = "none.txt"\n' + RECIPE)
-    recipe = recipes.read(path)
+    recipe = read_recipe(path)
     with pytest.raises(SourceError, match=r"none\.pt does not exist$"):
-        recipes.model(recipe, tmp_path)
+        recipe_model(recipe, tmp_path)
     with pytest.raises(OptionError, match=r"none\.txt cannot be read as labels: "):
-        recipes.settings(recipe, tmp_path)
+        recipe_settings(recipe, tmp_path)
     (tmp_path / "none.txt").write_text("\n \n")
     with pytest.raises(OptionError, match=r"none\.txt holds no labels; give one a line$"):
-        recipes.settings(recipe, tmp_path)
+        recipe_settings(recipe, tmp_path)
     path.write_text('labels = "math:pi"\n' + RECIPE)
     with pytest.raises(OptionError, match=r'^labels "math:pi" do not exist$'):
-        recipes.settings(recipes.read(path), tmp_path)
+        recipe_settings(read_recipe(path), tmp_path)
     path.write_text(RECIPE.replace(":tiny", ":tiny(channels=1)"))
     with pytest.raises(SourceError, match=r"does not run on images of \[3, 32, 48\]: Given groups"):
-        recipes.random_model(recipes.read(path))
+        random_model(read_recipe(path))
 
 
 def test_recipes_say_what_is_exported(tmp_path: Path) -> None:
     (tmp_path / "names.txt").write_text("ant\n\n bee \n")
     path = tmp_path / "recipe.toml"
     path.write_text('labels = "names.txt"\n' + RECIPE + "mean = [0, 0.5, 1]\n")
-    settings = recipes.settings(recipes.read(path), tmp_path)
+    settings = recipe_settings(read_recipe(path), tmp_path)
     assert (settings.labels, settings.mean) == (("ant", "bee"), (0.0, 0.5, 1.0))
     assert (settings.name, settings.source) == ("n", "tests.helpers:tiny")
-    digits = recipes.read(RECIPES / "digits.toml")
-    assert recipes.settings(digits, RECIPES).labels == tuple("0123456789")
-    assert all(recipes.read(file).name == file.stem for file in RECIPES.glob("*.toml"))
+    digits = read_recipe(RECIPES / "digits.toml")
+    assert recipe_settings(digits, RECIPES).labels == tuple("0123456789")
+    assert all(read_recipe(file).name == file.stem for file in RECIPES.glob("*.toml"))
 
 
 def test_a_recipes_cover_follows_the_input_size(tmp_path: Path) -> None:
     path = tmp_path / "recipe.toml"
     path.write_text(RECIPE + "cover = [40, 50]\n")
-    recipe = recipes.read(path)
+    recipe = read_recipe(path)
     assert recipe.input.size == (32, 48)
-    assert recipes.settings(recipe, tmp_path).cover == (40, 50)
-    assert recipes.settings(recipe, tmp_path, (64, 48)).cover == (80, 50)
-    assert recipes.settings(recipe, tmp_path, (16, 24)).cover == (20, 25)
+    assert recipe_settings(recipe, tmp_path).cover == (40, 50)
+    assert recipe_settings(recipe, tmp_path, (64, 48)).cover == (80, 50)
+    assert recipe_settings(recipe, tmp_path, (16, 24)).cover == (20, 25)
 
 
 def test_random_weights_are_the_same_every_time(tmp_path: Path) -> None:
     path = tmp_path / "recipe.toml"
     path.write_text(RECIPE.replace("tiny", "TinyNet"))
     random = torch.get_rng_state()
-    one, other = (recipes.random_model(recipes.read(path)) for _ in range(2))
+    one, other = (random_model(read_recipe(path)) for _ in range(2))
     assert torch.equal(torch.get_rng_state(), random)
     assert isinstance(one, TinyNet)
     assert not one.training
@@ -392,7 +393,7 @@ def test_a_traced_script_is_exported_like_its_model(tmp_path: Path) -> None:
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.jit.save(torch.jit.trace(model, torch.zeros(1, 3, *SIZE)), tmp_path / "net.pt")  # type: ignore[no-untyped-call]
-    script = sources.load(tmp_path / "net.pt")
+    script = load_model(tmp_path / "net.pt")
     bundle = export(script, tmp_path / "script", SIZE)
     assert [layer.channels for layer in bundle.manifest.layers] == [6, 8]
     images = noise(2, 3, *SIZE)

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 import ccam_deploy as ccam
 from ccam_deploy.errors import LoweringError
-from ccam_deploy.export import autodiff, layers, program
+from ccam_deploy.export import autodiff
+from ccam_deploy.export.layers import find_layers
+from ccam_deploy.export.program import build_program, trace_model
 from tests.helpers import DIGITS_LAYERS, digits_model, example_pictures, features_and_gradients
 
 
@@ -44,8 +46,8 @@ def test_gradients_of_the_trained_example(digits: ccam.Explainer) -> None:
 def test_gradient_graph_is_exact_in_double_precision() -> None:
     """Where rounding decides no ReLU, the graph and autograd agree on every image and layer."""
     model = digits_model()
-    built = program.build(program.trace(model, (3, 96, 96)))
-    found = layers.find(built)
+    built = build_program(trace_model(model, (3, 96, 96)))
+    found = find_layers(built)
     assert [layer.name for layer in found] == list(DIGITS_LAYERS)
     parts = autodiff.differentiate(built, found, torch.float64)
     torch.manual_seed(0)
@@ -202,8 +204,8 @@ def test_gradient_graph_of_each_operator(name: str) -> None:
     for value in model.buffers():
         if value.is_floating_point():
             value.uniform_(0.5, 1.5)
-    built = program.build(program.trace(model, (3, 12, 12)))
-    (layer,) = layers.find(built, ["stem"])
+    built = build_program(trace_model(model, (3, 12, 12)))
+    (layer,) = find_layers(built, ["stem"])
     parts = autodiff.differentiate(built, [layer])
     images = torch.randn(3, 3, 12, 12)
     classes = [0, 3, 1]
@@ -226,8 +228,8 @@ def test_ties_give_the_gradient_to_the_first(tmp_path: Path) -> None:
     model = Wrapped(nn.MaxPool2d(2, 2)).eval()
     with torch.no_grad():
         model.stem.weight.zero_()
-    built = program.build(program.trace(model, (3, 12, 12)))
-    parts = autodiff.differentiate(built, layers.find(built, ["stem"]))
+    built = build_program(trace_model(model, (3, 12, 12)))
+    parts = autodiff.differentiate(built, find_layers(built, ["stem"]))
     outputs = parts.backbone(torch.zeros(2, 3, 12, 12))
     (gradient,) = parts.gradient(*outputs[2:], torch.ones(2, 4))
     assert (gradient[:, :, ::2, ::2] != 0).all()
@@ -257,6 +259,6 @@ def test_ties_give_the_gradient_to_the_first(tmp_path: Path) -> None:
     ids=["upsampling", "conv1d", "strided-slice"],
 )
 def test_what_has_no_gradient_graph_is_named(body: nn.Module, message: str) -> None:
-    built = program.build(program.trace(Wrapped(body).eval(), (3, 12, 12)))
+    built = build_program(trace_model(Wrapped(body).eval(), (3, 12, 12)))
     with pytest.raises(LoweringError, match=message):
-        autodiff.differentiate(built, layers.find(built, ["stem"]))
+        autodiff.differentiate(built, find_layers(built, ["stem"]))

@@ -13,7 +13,7 @@ import torch
 from msgspec import UNSET
 
 import ccam_deploy as ccam
-from ccam_deploy import bundle as bundles
+from ccam_deploy.bundle.folder import read_bundle, write_manifest
 from ccam_deploy.engines import Networks, open_networks
 from ccam_deploy.errors import (
     IntegrityError,
@@ -22,9 +22,11 @@ from ccam_deploy.errors import (
     OptionError,
     ToleranceError,
 )
-from ccam_deploy.evaluate import fidelity
-from ccam_deploy.export import ExportSettings, export, layers, program
+from ccam_deploy.export import ExportSettings, export
+from ccam_deploy.export.layers import find_layers
+from ccam_deploy.export.program import build_program, trace_model
 from ccam_deploy.export.reference import TorchClassifier
+from ccam_deploy.fidelity.verification import verify_bundle
 from tests.command import failure, success
 from tests.helpers import noise, tiny
 from tests.networks import Detached
@@ -40,8 +42,8 @@ def headed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(("precision", "error"), [("fp32", 1e-5), ("fp16", 1e-2)])
 def test_head_is_the_end_of_the_classifier(headed: Path, precision: str, error: float) -> None:
     """On features of images, and on any others, as many as one likes."""
-    traced = program.build(program.trace(tiny(), (3, 32, 48)))
-    peer = TorchClassifier(traced, layers.find(traced))
+    traced = build_program(trace_model(tiny(), (3, 32, 48)))
+    peer = TorchClassifier(traced, find_layers(traced))
     with ccam.load(headed, precision=precision) as explainer:
         activations = explainer.networks.backbone(noise(3, 3, 32, 48))
         own = explainer.networks.head_logits(activations.features[-1])
@@ -107,33 +109,33 @@ def test_verify_runs_the_head(headed: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_verify_compares_with_what_was_recorded(headed: Path, tmp_path: Path) -> None:
-    bundle = bundles.read(shutil.copytree(headed, tmp_path / "copy"))
+    bundle = read_bundle(shutil.copytree(headed, tmp_path / "copy"))
     path = bundle.path(bundle.precision("fp32").reference)
     with np.load(path) as values:
         recorded = dict(values)
     networks = open_networks(bundle, "onnxruntime-cpu")
     try:
         np.savez_compressed(path, **{**recorded, "head": recorded["head"][:, ::-1]})
-        _, broken = fidelity.verify(bundle, networks, "fp32")
+        _, broken = verify_bundle(bundle, networks, "fp32")
         assert [phrase.split()[0] for phrase in broken] == ["head"]
         del recorded["head"]
         np.savez_compressed(path, **recorded)
         with pytest.raises(IntegrityError, match="holds no head; export the bundle again"):
-            fidelity.verify(bundle, networks, "fp32")
+            verify_bundle(bundle, networks, "fp32")
     finally:
         networks.close()
 
 
 def test_a_head_has_its_fidelity(headed: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(headed, tmp_path / "copy")
-    manifest = bundles.read(copy).manifest
+    manifest = read_bundle(copy).manifest
     whole = manifest.precisions["fp32"]
     assert whole.tolerance["head"] == 1e-4
     report = dataclasses.replace(whole.fidelity, head=UNSET)
     precisions = {**manifest.precisions, "fp32": dataclasses.replace(whole, fidelity=report)}
-    bundles.write_manifest(copy, dataclasses.replace(manifest, precisions=precisions))
+    write_manifest(copy, dataclasses.replace(manifest, precisions=precisions))
     with pytest.raises(ManifestError, match="the fidelity of fp32 and its graphs differ in head"):
-        bundles.read(copy)
+        read_bundle(copy)
 
 
 def test_head_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,24 +16,21 @@ from msgspec import UNSET
 from torch import nn
 
 import ccam_deploy as ccam
-from ccam_deploy import bundle as bundles
+from ccam_deploy.bundle.folder import _check_consistency, read_bundle
+from ccam_deploy.bundle.manifest import GRAPHS, PrecisionName
 from ccam_deploy.engines import load_networks, open_networks
-from ccam_deploy.engines.build import BuildSettings, build
 from ccam_deploy.engines.onnxruntime import OnnxRuntimeEngine
-from ccam_deploy.engines.plans import load_library
+from ccam_deploy.engines.tensorrt.build import BuildSettings, build
+from ccam_deploy.engines.tensorrt.library import load_library
 from ccam_deploy.errors import IntegrityError, ManifestError, OptionError
-from ccam_deploy.evaluate import fidelity
-from ccam_deploy.export import (
-    ExportSettings,
-    autodiff,
-    excitation,
-    export,
-    layers,
-    program,
-    sources,
-)
-from ccam_deploy.export import graphs as onnx_graphs
-from ccam_deploy.export import recipe as recipes
+from ccam_deploy.export import ExportSettings, autodiff, excitation, export
+from ccam_deploy.export.architecture import import_module
+from ccam_deploy.export.graphs import _input_gradient, convert_graphs
+from ccam_deploy.export.layers import find_layers
+from ccam_deploy.export.program import build_program, trace_model
+from ccam_deploy.export.recipe import random_model, read_recipe, recipe_settings
+from ccam_deploy.fidelity.comparison import relative_error
+from ccam_deploy.fidelity.verification import verify_bundle
 from tests.command import success
 from tests.helpers import (
     RECIPES,
@@ -56,7 +53,7 @@ def test_gradients_of_the_trained_example(differentiable: ccam.Explainer, guided
     want = input_gradient_by_hooks(
         digits_model(), torch.from_numpy(images), torch.from_numpy(output_gradient), guided
     ).numpy()
-    errors = [fidelity.relative_error(g, w) for g, w in zip(got, want, strict=True)]
+    errors = [relative_error(g, w) for g, w in zip(got, want, strict=True)]
     assert got.dtype == np.float32
     assert np.count_nonzero(np.array(errors) > 1e-4) <= 1
     assert np.median(errors) <= 1e-5
@@ -64,7 +61,7 @@ def test_gradients_of_the_trained_example(differentiable: ccam.Explainer, guided
 
 @pytest.mark.parametrize("guided", [False, True])
 def test_graphs_are_exact_in_double_precision(guided: bool) -> None:
-    built = program.build(program.trace(digits_model(), (3, 96, 96)))
+    built = build_program(trace_model(digits_model(), (3, 96, 96)))
     graph = autodiff.differentiate_input(built, torch.float64, guided)
     images = torch.from_numpy(noise(4, 3, 96, 96)).double()
     output_gradient = torch.from_numpy(noise(4, 10, seed=1)).double()
@@ -81,7 +78,7 @@ def test_guided_differs_where_gradients_are_negative(differentiable: ccam.Explai
         differentiable.networks.input_gradient(images, output_gradient, choice)
         for choice in (False, True)
     )
-    assert fidelity.relative_error(guided, plain) > 0.5
+    assert relative_error(guided, plain) > 0.5
 
 
 def test_half_precision(gradients_bundle: Path) -> None:
@@ -91,7 +88,7 @@ def test_half_precision(gradients_bundle: Path) -> None:
         with ccam.load(gradients_bundle, precision=precision) as explainer:
             output_gradient = np.eye(10, dtype=np.float32)[:2]
             found.append(explainer.networks.input_gradient(images, output_gradient))
-    assert fidelity.relative_error(found[1], found[0]) < 0.1
+    assert relative_error(found[1], found[0]) < 0.1
 
 
 @pytest.mark.parametrize("pool", [nn.MaxPool2d(2), nn.MaxPool2d(3, 2, 1)], ids=["2", "3-2-1"])
@@ -101,9 +98,9 @@ def test_max_pooling_in_half_precision(pool: nn.Module, tmp_path: Path) -> None:
     body = [nn.Conv2d(3, 8, 3, 1, 1), nn.ReLU(), pool, nn.Flatten(), nn.LazyLinear(5)]
     model = nn.Sequential(*body)
     model(torch.zeros(1, 3, 16, 16))
-    built = program.build(program.trace(model, (3, 16, 16)))
-    found = layers.find(built, ["0"])
-    converted = onnx_graphs.convert(built, found, torch.float16, with_gradients=True)
+    built = build_program(trace_model(model, (3, 16, 16)))
+    found = find_layers(built, ["0"])
+    converted = convert_graphs(built, found, torch.float16, with_gradients=True)
     paths = {name: tmp_path / f"{name}.onnx" for name, _ in converted.items()}
     for name, graph in converted.items():
         ir.save(graph, paths[name])
@@ -116,13 +113,13 @@ def test_max_pooling_in_half_precision(pool: nn.Module, tmp_path: Path) -> None:
     want = input_gradient_by_hooks(
         model, torch.from_numpy(images), torch.from_numpy(output_gradient)
     )
-    assert fidelity.relative_error(got, want.numpy()) < 0.1
+    assert relative_error(got, want.numpy()) < 0.1
 
 
 def test_the_manifest_says_what_is_there(gradients_bundle: Path, digits_bundle: Path) -> None:
     for folder, extra in ((gradients_bundle, OPTIONAL), (digits_bundle, set())):
-        for precision in bundles.read(folder).manifest.precisions.values():
-            assert set(precision.graphs) == {*bundles.GRAPHS, *extra}
+        for precision in read_bundle(folder).manifest.precisions.values():
+            assert set(precision.graphs) == {*GRAPHS, *extra}
             assert OPTIONAL.intersection(precision.tolerance) == extra
             for name in OPTIONAL:
                 assert (getattr(precision.fidelity, name) is not UNSET) == (name in extra)
@@ -133,13 +130,13 @@ def test_the_manifest_says_what_is_there(gradients_bundle: Path, digits_bundle: 
 
 
 def test_a_graph_without_its_fidelity(gradients_bundle: Path) -> None:
-    manifest = bundles.read(gradients_bundle).manifest
+    manifest = read_bundle(gradients_bundle).manifest
     whole = manifest.precisions["fp32"]
     report = dataclasses.replace(whole.fidelity, guided_gradient=UNSET)
     changed = dataclasses.replace(whole, fidelity=report)
     broken = dataclasses.replace(manifest, precisions={"fp32": changed})
     with pytest.raises(ManifestError, match="differ in guided_gradient"):
-        bundles._check_consistency(Path("manifest.json"), broken)
+        _check_consistency(Path("manifest.json"), broken)
 
 
 def test_a_network_without_relu(tmp_path: Path) -> None:
@@ -149,7 +146,7 @@ def test_a_network_without_relu(tmp_path: Path) -> None:
     images, one_hot = noise(2, 3, 32, 48), np.eye(5, dtype=np.float32)[:2]
     settings = ExportSettings(gradients=True)
     bundle = export(model, tmp_path / "smooth", (32, 48), ["conv2"], "fp32", settings)
-    assert set(bundle.precision("fp32").graphs) == {*bundles.GRAPHS, "input_gradient"}
+    assert set(bundle.precision("fp32").graphs) == {*GRAPHS, "input_gradient"}
     with ccam.load(bundle) as explainer:
         got = explainer.networks.input_gradient(images, one_hot)
         want = input_gradient_by_hooks(model, torch.from_numpy(images), torch.from_numpy(one_hot))
@@ -170,10 +167,10 @@ def test_verify_finds_another_gradient(gradients_bundle: Path, tmp_path: Path) -
     """The recorded values of the image's gradient are compared too."""
     copy = tmp_path / "copy"
     shutil.copytree(gradients_bundle, copy)
-    bundle = bundles.read(copy)
+    bundle = read_bundle(copy)
     networks = open_networks(bundle, "onnxruntime-cpu", "fp32")
     try:
-        report, broken = fidelity.verify(bundle, networks, "fp32")
+        report, broken = verify_bundle(bundle, networks, "fp32")
         assert not broken
         assert isinstance(report.input_gradient, float)
         assert report.input_gradient <= 1e-4
@@ -182,7 +179,7 @@ def test_verify_finds_another_gradient(gradients_bundle: Path, tmp_path: Path) -
             changed = dict(values)
         changed["guided_gradient"] = changed["guided_gradient"][:, :, ::-1]
         np.savez_compressed(path, **changed)
-        _, broken = fidelity.verify(bundle, networks, "fp32")
+        _, broken = verify_bundle(bundle, networks, "fp32")
     finally:
         networks.close()
     assert [line.split()[0] for line in broken] == ["guided_gradient"]
@@ -191,14 +188,14 @@ def test_verify_finds_another_gradient(gradients_bundle: Path, tmp_path: Path) -
 def test_verify_names_a_missing_record(gradients_bundle: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(gradients_bundle, copy)
-    bundle = bundles.read(copy)
+    bundle = read_bundle(copy)
     path = bundle.path(bundle.precision("fp32").reference)
     with np.load(path) as values:
         np.savez_compressed(path, **{k: v for k, v in values.items() if k != "input_gradient"})
     networks = open_networks(bundle, "onnxruntime-cpu", "fp32")
     try:
         with pytest.raises(IntegrityError, match="holds no input_gradient"):
-            fidelity.verify(bundle, networks, "fp32")
+            verify_bundle(bundle, networks, "fp32")
     finally:
         networks.close()
 
@@ -213,13 +210,13 @@ def test_the_command_line_writes_the_graphs(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_tensorrt_builds_the_graphs(
-    gradients_bundle: Path, tmp_path: Path, precision: bundles.PrecisionName
+    gradients_bundle: Path, tmp_path: Path, precision: PrecisionName
 ) -> None:
     pytest.importorskip("tensorrt_rtx")
-    bundle = bundles.read(shutil.copytree(gradients_bundle, tmp_path / "copy"))
+    bundle = read_bundle(shutil.copytree(gradients_bundle, tmp_path / "copy"))
     settings = BuildSettings(max_batch=2, devices=("8.9",))
     built = build(bundle, load_library("tensorrt-rtx"), precision, settings)
-    assert {plan.graph for plan in built.plans} == {*bundles.GRAPHS, *OPTIONAL}
+    assert {plan.graph for plan in built.plans} == {*GRAPHS, *OPTIONAL}
 
 
 @pytest.mark.slow
@@ -229,13 +226,13 @@ def test_resnet18(tmp_path: Path) -> None:
     In double precision the graphs are exact to 1e-7; in float32 some ReLUs round to the other side,
     so the bound is that of a trained network's export.
     """
-    sources.import_module("torchvision.models")
+    import_module("torchvision.models")
     path = RECIPES / "resnet18.toml"
-    recipe = recipes.read(path)
+    recipe = read_recipe(path)
     settings = dataclasses.replace(
-        recipes.settings(recipe, path.parent), random_weights=True, gradients=True
+        recipe_settings(recipe, path.parent), random_weights=True, gradients=True
     )
-    model = recipes.random_model(recipe)
+    model = random_model(recipe)
     bundle = export(model, tmp_path / "resnet18", recipe.input.size, None, "fp16", settings)
     report = bundle.precision("fp32").fidelity
     assert max(float(report.input_gradient), float(report.guided_gradient)) <= 1e-2  # type: ignore[arg-type]
@@ -243,7 +240,7 @@ def test_resnet18(tmp_path: Path) -> None:
     library = load_library("tensorrt-rtx")
     for precision in bundle.manifest.precisions:
         built = build(bundle, library, precision, BuildSettings(max_batch=2, devices=("8.9",)))
-        assert {plan.graph for plan in built.plans} == {*bundles.GRAPHS, *OPTIONAL}
+        assert {plan.graph for plan in built.plans} == {*GRAPHS, *OPTIONAL}
         bundle = built.bundle
 
 
@@ -263,16 +260,16 @@ def test_other_recipes(name: str, without_rule: str, tmp_path: Path) -> None:
     """Which have the excitation graph; where others' gradient goes through gates and the like, it
     is that of autograd, guided where there is a ReLU. At a small size, with random weights.
     """
-    sources.import_module("torchvision.models")
-    model = recipes.random_model(recipes.read(RECIPES / f"{name}.toml"))
-    built = program.build(program.trace(model, (3, 64, 64)))
-    reason = excitation.why_not(built, layers.find(built))
+    import_module("torchvision.models")
+    model = random_model(read_recipe(RECIPES / f"{name}.toml"))
+    built = build_program(trace_model(model, (3, 64, 64)))
+    reason = excitation.why_not(built, find_layers(built))
     assert reason.startswith(f"operator aten.{without_rule}.default in" if without_rule else "")
     assert bool(reason) == bool(without_rule)
     if not without_rule:
         return
     guided = autodiff.has_relu(built)
-    graph = onnx_graphs._input_gradient(built, torch.float32, guided)
+    graph = _input_gradient(built, torch.float32, guided)
     ir.save(graph, tmp_path / "graph.onnx", external_data="graph.data")
     images, one_hot = noise(2, 3, 64, 64), np.eye(1000, dtype=np.float32)[[3, 7]]
     with closing(OnnxRuntimeEngine(tmp_path / "graph.onnx", "cpu")) as engine:
@@ -280,4 +277,4 @@ def test_other_recipes(name: str, without_rule: str, tmp_path: Path) -> None:
     want = input_gradient_by_hooks(
         model.eval(), torch.from_numpy(images), torch.from_numpy(one_hot), guided
     )
-    assert fidelity.relative_error(got, want.numpy()) <= 1e-2
+    assert relative_error(got, want.numpy()) <= 1e-2

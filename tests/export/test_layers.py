@@ -7,13 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from ccam_deploy.errors import LayerError
-from ccam_deploy.export import layers, program
+from ccam_deploy.export.layers import find_layers
+from ccam_deploy.export.program import build_program, trace_model
 from tests.helpers import tiny
 
 
 def names_of(model: nn.Module, *, size: int = 32, named: list[str] | None = None) -> list[str]:
-    built = program.build(program.trace(model, (3, size, size)))
-    return [layer.name for layer in layers.find(built, named)]
+    built = build_program(trace_model(model, (3, size, size)))
+    return [layer.name for layer in find_layers(built, named)]
 
 
 class Bottleneck(nn.Module):

@@ -16,17 +16,23 @@ from onnx import numpy_helper
 from torch import Tensor
 
 import ccam_deploy as ccam
-from ccam_deploy import bundle as bundles
-from ccam_deploy.bundle import Bundle, PrecisionName
-from ccam_deploy.engines import plans
+from ccam_deploy.bundle.folder import Bundle, unlisted_files
+from ccam_deploy.bundle.manifest import PrecisionName
 from ccam_deploy.engines.onnxruntime import OnnxRuntimeEngine
+from ccam_deploy.engines.tensorrt import plans
+from ccam_deploy.engines.tensorrt.library import load_library
 from ccam_deploy.errors import LoweringError, ToleranceError
-from ccam_deploy.evaluate import fidelity
-from ccam_deploy.evaluate.similarity import spearman
-from ccam_deploy.export import ExportSettings, export, graphs, layers, quantise, sources
-from ccam_deploy.export import program as programs
-from ccam_deploy.export import recipe as recipes
-from ccam_deploy.export.quantise import Kind
+from ccam_deploy.export import ExportSettings, export
+from ccam_deploy.export.architecture import import_module
+from ccam_deploy.export.graphs import convert_graphs
+from ccam_deploy.export.layers import find_layers
+from ccam_deploy.export.program import build_program, trace_model
+from ccam_deploy.export.quantise import EightBitType, Feeds, masked_batches, quantise
+from ccam_deploy.export.recipe import random_model, read_recipe, recipe_settings
+from ccam_deploy.fidelity.comparison import relative_error
+from ccam_deploy.fidelity.observation import observe
+from ccam_deploy.fidelity.similarity import spearman
+from ccam_deploy.fidelity.verification import verify_bundle
 from tests.helpers import DIGITS_LAYERS, RECIPES, TinyNet, digits_model, noise, tiny
 from tests.networks import Net
 
@@ -36,27 +42,27 @@ LARGEST = {"int8": 127, "fp8": 448}
 
 
 @pytest.fixture(scope="module", params=["int8", "fp8"])
-def kind(request: pytest.FixtureRequest) -> Kind:
+def kind(request: pytest.FixtureRequest) -> EightBitType:
     return request.param  # type: ignore[no-any-return]
 
 
 @pytest.fixture(scope="module")
-def bundle(kind: Kind, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def bundle(kind: EightBitType, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The example classifier with an 8-bit classifier graph."""
     path = RECIPES / "digits.toml"
-    recipe = recipes.read(path)
+    recipe = read_recipe(path)
     folder = tmp_path_factory.mktemp("quantised") / "digits"
-    settings = recipes.settings(recipe, path.parent)
+    settings = recipe_settings(recipe, path.parent)
     return export(digits_model(), folder, recipe.input.size, None, kind, settings)
 
 
 def half_classifier(model: torch.nn.Module) -> ir.Model:
-    program = programs.build(programs.trace(model, (3, *SIZE)))
-    found = layers.find(program, None)
-    return graphs.convert(program, found, torch.float16).classifier
+    program = build_program(trace_model(model, (3, *SIZE)))
+    found = find_layers(program, None)
+    return convert_graphs(program, found, torch.float16).classifier
 
 
-def batches(count: int = 2) -> Iterator[quantise.Feeds]:
+def batches(count: int = 2) -> Iterator[Feeds]:
     for seed in range(count):
         yield {
             "images": noise(1, 3, *SIZE, seed=seed).astype(np.float16),
@@ -65,18 +71,20 @@ def batches(count: int = 2) -> Iterator[quantise.Feeds]:
         }
 
 
-def test_only_the_classifier_is_its_own(bundle: Bundle, kind: Kind, digits_bundle: Path) -> None:
+def test_only_the_classifier_is_its_own(
+    bundle: Bundle, kind: EightBitType, digits_bundle: Path
+) -> None:
     """Backbone and gradient are the half-precision files, and the weights lie there already."""
     half, eight = bundle.precision("fp16"), bundle.precision(kind)
     assert list(bundle.manifest.precisions) == ["fp32", "fp16", kind]
     assert eight.graphs == {**half.graphs, "classifier": f"classifier.{kind}.onnx"}
     assert (eight.gradient_scale, eight.reference) == (half.gradient_scale, half.reference)
-    assert not bundles.unlisted(bundle)
+    assert not unlisted_files(bundle)
     weights = (bundle.folder / "weights.bin").read_bytes()
     assert weights == (digits_bundle / "weights.bin").read_bytes()
 
 
-def test_every_product_but_the_outer_ones_is_quantised(bundle: Bundle, kind: Kind) -> None:
+def test_every_product_but_the_outer_ones_is_quantised(bundle: Bundle, kind: EightBitType) -> None:
     model = onnx.load(bundle.path(f"classifier.{kind}.onnx"))
     makers = {name: node for node in model.graph.node for name in node.output}
     values = {tensor.name: tensor for tensor in model.graph.initializer}
@@ -110,7 +118,7 @@ def test_every_product_but_the_outer_ones_is_quantised(bundle: Bundle, kind: Kin
     assert not model.metadata_props
 
 
-def test_fidelity_is_recorded_and_verified(bundle: Bundle, kind: Kind) -> None:
+def test_fidelity_is_recorded_and_verified(bundle: Bundle, kind: EightBitType) -> None:
     """Measured with the example classifier: masked logits off by 1.5 % and 2.1 %."""
     report, half = (bundle.precision(name).fidelity for name in (kind, "fp16"))
     assert 10 * half.masked_logits < report.masked_logits < {"int8": 0.03, "fp8": 0.05}[kind]
@@ -124,13 +132,13 @@ def test_fidelity_is_recorded_and_verified(bundle: Bundle, kind: Kind) -> None:
     assert report.saliency_similarity > 0.99
     assert report.saliency_overlap > 0.95
     with ccam.load(bundle, "onnxruntime-cpu", kind) as explainer:
-        again, phrases = fidelity.verify(bundle, explainer.networks, kind)
+        again, phrases = verify_bundle(bundle, explainer.networks, kind)
     assert phrases == []
     assert 1e-3 < again.masked_logits < {"int8": 0.03, "fp8": 0.06}[kind]
 
 
 def test_explanations_are_those_of_float32(
-    bundle: Bundle, kind: Kind, digits_images: list[np.ndarray]
+    bundle: Bundle, kind: EightBitType, digits_images: list[np.ndarray]
 ) -> None:
     """On scenes that nothing was calibrated with."""
     images = np.stack(digits_images)
@@ -146,7 +154,7 @@ def test_explanations_are_those_of_float32(
 
 @pytest.fixture(scope="module")
 def digits_images() -> list[np.ndarray]:
-    scenes = pytest.importorskip("ccam_deploy.evaluate.scenes")
+    scenes = pytest.importorskip("ccam_deploy.examples.scenes")
     pytest.importorskip("sklearn")
     made = scenes.make_scenes("test", 6, seed=500)
     return [((s.image / 255 - 0.45) / 0.25).astype(np.float32).transpose(2, 0, 1) for s in made]
@@ -157,9 +165,9 @@ def test_calibration_sees_each_image_whole_and_under_its_masks(
 ) -> None:
     images = np.stack(digits_images[:2])
     with ccam.load(bundle, "onnxruntime-cpu") as explainer:
-        observed = fidelity.observe(explainer.networks, images, DIGITS_LAYERS)
+        observed = observe(explainer.networks, images, DIGITS_LAYERS)
         masks = explainer.explain(images).masks
-    found = list(quantise.masked_batches(observed, 5))
+    found = list(masked_batches(observed, 5))
     assert max(len(feeds["masks"]) for feeds in found) == 5
     for row in range(2):
         own = [
@@ -189,14 +197,14 @@ def peaks() -> Peaks:
     return model.eval()
 
 
-def rounded(values: Tensor, scale: Tensor, kind: Kind) -> Tensor:
+def rounded(values: Tensor, scale: Tensor, kind: EightBitType) -> Tensor:
     """To the nearest number that 8 bits hold, by PyTorch."""
     if kind == "fp8":
         return (values / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
     return (values / scale).round().clamp(-128, 127) * scale
 
 
-def emulated(model: ir.Model, masked: Tensor, kind: Kind) -> Tensor:
+def emulated(model: ir.Model, masked: Tensor, kind: EightBitType) -> Tensor:
     """What a quantised Peaks gives, by PyTorch, with the graph's weights and activations' scale."""
     values = {
         name: torch.tensor(value.const_value.numpy()).float()
@@ -219,9 +227,9 @@ def emulated(model: ir.Model, masked: Tensor, kind: Kind) -> Tensor:
     return peaks().head(x.half().float().amax((2, 3)))  # type: ignore[no-any-return]
 
 
-def test_a_graph_computes_with_8_bits(kind: Kind, tmp_path: Path) -> None:
+def test_a_graph_computes_with_8_bits(kind: EightBitType, tmp_path: Path) -> None:
     """ONNX Runtime's result is that of rounded values, far from that of whole ones."""
-    model = quantise.quantise(half_classifier(peaks()), batches(), kind)
+    model = quantise(half_classifier(peaks()), batches(), kind)
     ir.save(model, tmp_path / "classifier.onnx")
     feeds = next(batches())
     masked = torch.from_numpy((feeds["images"] * feeds["masks"]).astype(np.float32))
@@ -230,29 +238,29 @@ def test_a_graph_computes_with_8_bits(kind: Kind, tmp_path: Path) -> None:
         expected = emulated(model, masked, kind).numpy()
     with OnnxRuntimeEngine(tmp_path / "classifier.onnx") as engine:
         got = engine.run(feeds)["logits"]
-    error = fidelity.relative_error(got, whole)
+    error = relative_error(got, whole)
     assert error > {"int8": 3e-3, "fp8": 3e-2}[kind]
-    assert fidelity.relative_error(got, expected) < error / 2
+    assert relative_error(got, expected) < error / 2
 
 
-def test_small_weights_keep_their_8_bits(kind: Kind, tmp_path: Path) -> None:
+def test_small_weights_keep_their_8_bits(kind: EightBitType, tmp_path: Path) -> None:
     """Scales below half precision's normal numbers are no zeros."""
     model = tiny()
     with torch.no_grad():
         model.conv2.weight.mul_(1e-3)
         model.conv2.bias.mul_(1e-3)  # type: ignore[union-attr]
         model.head.weight.mul_(1e3)
-    ir.save(quantise.quantise(half_classifier(model), batches(), kind), tmp_path / "c.onnx")
+    ir.save(quantise(half_classifier(model), batches(), kind), tmp_path / "c.onnx")
     feeds = next(batches())
     masked = torch.from_numpy((feeds["images"] * feeds["masks"]).astype(np.float32))
     with OnnxRuntimeEngine(tmp_path / "c.onnx") as engine, torch.no_grad():
-        error = fidelity.relative_error(engine.run(feeds)["logits"], model(masked).numpy())
+        error = relative_error(engine.run(feeds)["logits"], model(masked).numpy())
     assert error < {"int8": 0.02, "fp8": 0.06}[kind]
 
 
 def test_a_network_without_inner_products_is_refused() -> None:
     with pytest.raises(LoweringError, match=r"has 2 convolutions and matrix products; the first"):
-        quantise.quantise(half_classifier(Net()), batches(), "int8")
+        quantise(half_classifier(Net()), batches(), "int8")
 
 
 def test_a_broken_tolerance_is_named(kind: PrecisionName, tmp_path: Path) -> None:
@@ -262,15 +270,15 @@ def test_a_broken_tolerance_is_named(kind: PrecisionName, tmp_path: Path) -> Non
     assert not list(tmp_path.iterdir())
 
 
-def build(bundle: Bundle, kind: Kind) -> bytes:
-    library = plans.load_library("tensorrt-rtx")
+def build(bundle: Bundle, kind: EightBitType) -> bytes:
+    library = load_library("tensorrt-rtx")
     path = bundle.path(bundle.precision(kind).graphs["classifier"])
     targets = library.targets((), kind)
     assert ("8.6" in targets) == (kind == "int8")
     return plans.build_plan(library, path, plans.profiles(4), targets)
 
 
-def test_tensorrt_takes_the_graph(bundle: Bundle, kind: Kind) -> None:
+def test_tensorrt_takes_the_graph(bundle: Bundle, kind: EightBitType) -> None:
     """A strongly typed network, for every compute capability that has the type."""
     pytest.importorskip("tensorrt_rtx")
     assert len(build(bundle, kind)) > 1000
@@ -278,15 +286,15 @@ def test_tensorrt_takes_the_graph(bundle: Bundle, kind: Kind) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet18", "efficientnet_b0"])
-def test_recipes_quantise_and_build(name: str, kind: Kind, tmp_path: Path) -> None:
+def test_recipes_quantise_and_build(name: str, kind: EightBitType, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
-    sources.import_module("torchvision.models")
+    import_module("torchvision.models")
     path = RECIPES / f"{name}.toml"
-    recipe = recipes.read(path)
+    recipe = read_recipe(path)
     settings = dataclasses.replace(
-        recipes.settings(recipe, path.parent),
+        recipe_settings(recipe, path.parent),
         random_weights=True,
     )
-    model = recipes.random_model(recipe)
+    model = random_model(recipe)
     made = export(model, tmp_path / name, recipe.input.size, None, kind, settings)
     assert len(build(made, kind)) > 1_000_000

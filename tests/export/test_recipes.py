@@ -17,12 +17,14 @@ import pytest
 import torch
 
 import ccam_deploy as ccam
-from ccam_deploy import bundle as bundles
-from ccam_deploy.bundle import Bundle
-from ccam_deploy.engines import plans
-from ccam_deploy.export import export, sources
-from ccam_deploy.export import recipe as recipes
-from ccam_deploy.export.exporter import photographs
+from ccam_deploy.bundle.folder import Bundle, read_bundle
+from ccam_deploy.bundle.manifest import PrecisionName
+from ccam_deploy.engines.tensorrt import plans
+from ccam_deploy.engines.tensorrt.library import load_library
+from ccam_deploy.examples.photographs import photographs
+from ccam_deploy.export import export
+from ccam_deploy.export.architecture import import_module
+from ccam_deploy.export.recipe import Recipe, random_model, read_recipe, recipe_settings
 from tests.helpers import RECIPES, features_and_gradients
 
 NETWORKS = sorted(path.stem for path in RECIPES.glob("*.toml") if path.stem != "digits")
@@ -30,21 +32,21 @@ PROCESSES = 2
 DEVICE = "8.9"
 
 
-def read_recipe(name: str) -> recipes.Recipe:
-    sources.import_module("torchvision.models")
-    return recipes.read(RECIPES / f"{name}.toml")
+def recipe_named(name: str) -> Recipe:
+    import_module("torchvision.models")
+    return read_recipe(RECIPES / f"{name}.toml")
 
 
 def export_recipe(name: str, folder: Path) -> None:
     """Export a recipe's network in both precisions, in a process of its own."""
     torch.set_num_threads(1)
     warnings.simplefilter("error")
-    recipe = read_recipe(name)
+    recipe = recipe_named(name)
     settings = dataclasses.replace(
-        recipes.settings(recipe, RECIPES),
+        recipe_settings(recipe, RECIPES),
         random_weights=True,
     )
-    export(recipes.random_model(recipe), folder, recipe.input.size, None, "fp16", settings)
+    export(random_model(recipe), folder, recipe.input.size, None, "fp16", settings)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +78,7 @@ def exported(
     """A recipe's bundle. The folders of networks take gigabytes, so each is removed again."""
     folder, done = exports[request.param]
     done.result()
-    yield bundles.read(folder)
+    yield read_bundle(folder)
     shutil.rmtree(folder)
 
 
@@ -99,7 +101,7 @@ def test_recipe_exports_and_explains(exported: Bundle) -> None:
     assert exported.manifest.random_weights
     assert len(exported.manifest.labels) == exported.manifest.classes == 1000
     assert len(exported.manifest.layers) == 4
-    model = recipes.random_model(read_recipe(exported.manifest.name))
+    model = random_model(recipe_named(exported.manifest.name))
     with ccam.load(exported, "onnxruntime-cpu") as explainer:
         images, _ = explainer.preprocess(photographs())
         result = explainer.explain(images[:1])
@@ -110,10 +112,10 @@ def test_recipe_exports_and_explains(exported: Bundle) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_tensorrt_builds_every_graph(exported: Bundle, precision: bundles.PrecisionName) -> None:
+def test_tensorrt_builds_every_graph(exported: Bundle, precision: PrecisionName) -> None:
     """For one kind of GPU, and for all sizes of batches: the profile that the time goes to."""
     pytest.importorskip("tensorrt_rtx")
-    library = plans.load_library("tensorrt-rtx")
+    library = load_library("tensorrt-rtx")
     throughput = plans.profiles(plans.DEFAULT_MAX_BATCH)[1:]
     graphs = exported.precision(precision).graphs
     assert set(graphs) == {"backbone", "gradient", "classifier"}

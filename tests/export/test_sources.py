@@ -19,8 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from ccam_deploy.errors import SourceError
-from ccam_deploy.export import program as programs
-from ccam_deploy.export import sources
+from ccam_deploy.export.architecture import Model, build_model
+from ccam_deploy.export.program import build_program, quiet, trace_model
+from ccam_deploy.export.sources import load_model
+from ccam_deploy.export.torchscript import ScriptedModel
 from tests.helpers import ROOT, make_tiny, tiny
 
 TINY = "tests.helpers:tiny"
@@ -36,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.save(model.state_dict(), folder / "weights.pt")
     torch.save(model.state_dict(), folder / "old.pt", _use_new_zipfile_serialization=False)
     torch.save(model, folder / "pickled.pt")
-    torch.export.save(programs.trace(model, SIZE), folder / "program.pt2")
+    torch.export.save(trace_model(model, SIZE), folder / "program.pt2")
     jit: Any = torch.jit
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -59,17 +61,17 @@ class ByImage(nn.Module):
         return torch.cat(rows)
 
 
-def logits(model: sources.Model) -> Tensor:
+def logits(model: Model) -> Tensor:
     """What the export would work on: the traced and decomposed graph."""
     exported = model if isinstance(model, torch.export.ExportedProgram) else None
-    built = programs.build(exported or programs.trace(model, SIZE), fold=False)  # type: ignore[arg-type]
+    built = build_program(exported or trace_model(model, SIZE), fold=False)  # type: ignore[arg-type]
     with torch.no_grad():
         (value,) = built.graph(IMAGES)
     assert isinstance(value, Tensor)
     return value
 
 
-def same_weights(one: sources.Model, other: nn.Module) -> bool:
+def same_weights(one: Model, other: nn.Module) -> bool:
     mine, theirs = one.state_dict, other.state_dict()
     values = mine() if callable(mine) else mine
     return list(values) == list(theirs) and all(torch.equal(values[n], theirs[n]) for n in theirs)
@@ -99,7 +101,7 @@ def test_logits_are_the_models(
 ) -> None:
     with torch.no_grad():
         expected = tiny()(IMAGES)
-    model = sources.load(folder / name, arch, allow_pickle)
+    model = load_model(folder / name, arch, allow_pickle)
     torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-6)
 
 
@@ -107,9 +109,9 @@ def test_arguments_of_the_architecture(tmp_path: Path) -> None:
     torch.manual_seed(5)
     model = make_tiny(7)
     torch.save(model.state_dict(), tmp_path / "seven.pt")
-    loaded = sources.load(tmp_path / "seven.pt", " tests.helpers:make_tiny(classes=7) ")
+    loaded = load_model(tmp_path / "seven.pt", " tests.helpers:make_tiny(classes=7) ")
     assert same_weights(loaded, model)
-    plain = sources.build("tests.helpers:make_tiny()")
+    plain = build_model("tests.helpers:make_tiny()")
     assert plain.get_parameter("head.weight").shape == (5, 8)
 
 
@@ -128,14 +130,14 @@ def test_wrapped_checkpoints(tmp_path: Path, wrap: Callable[[Any], Any]) -> None
     with torch.no_grad():
         model.head.bias.add_(1)
     torch.save(wrap(model.state_dict()), tmp_path / "wrapped.pt")
-    assert same_weights(sources.load(tmp_path / "wrapped.pt", TINY), model)
+    assert same_weights(load_model(tmp_path / "wrapped.pt", TINY), model)
 
 
 def test_scripts_that_fix_the_batch_are_refused(folder: Path) -> None:
-    model = sources.load(folder / "scripted.pt")
-    assert isinstance(model, sources.ScriptedModel)
+    model = load_model(folder / "scripted.pt")
+    assert isinstance(model, ScriptedModel)
     torch.testing.assert_close(model(IMAGES).shape, torch.Size((3, 5)))
-    assert refusal(lambda: programs.trace(model, SIZE)) == (
+    assert refusal(lambda: trace_model(model, SIZE)) == (
         "torch.export cannot trace the model on images of 3x32x48: the TorchScript code fixes the "
         "batch, or cannot be traced; save the original model with "
         "torch.export.save(torch.export.export(model, ...)) and pass that .pt2 file"
@@ -156,13 +158,13 @@ def test_pickles_run_only_when_allowed(folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "trap.pt"
     torch.save(Trap(tmp_path / "sprung"), path)
     for file in (path, folder / "pickled.pt"):
-        assert refusal(lambda file=file: sources.load(file)) == (  # type: ignore[misc]
+        assert refusal(lambda file=file: load_model(file)) == (  # type: ignore[misc]
             f"{file} holds pickled Python objects, and reading them runs their code; save "
             "model.state_dict() or an exported program, or trust it with --allow-pickle"
         )
     assert not (tmp_path / "sprung").exists()
     assert "holds a NoneType, neither weights nor a module" in refusal(
-        lambda: sources.load(path, None, True)
+        lambda: load_model(path, None, True)
     )
     assert (tmp_path / "sprung").exists()
 
@@ -218,7 +220,7 @@ def test_programs_that_hold_code_are_refused(
     path, mark = tmp_path / "program.pt2", tmp_path / "sprung"
     name, change = sprung(member, mark)
     crafted(folder, path, name, change)
-    text = refusal(lambda: sources.load(path))
+    text = refusal(lambda: load_model(path))
     assert text.startswith(f"{path} can run code: ")
     assert f'{name}" {message}; save model.state_dict() or' in text
     assert text.endswith("or trust it with --allow-pickle")
@@ -231,8 +233,8 @@ def test_a_programs_code_runs_when_allowed(folder: Path, tmp_path: Path, member:
     path, mark = tmp_path / "program.pt2", tmp_path / "sprung"
     crafted(folder, path, *sprung(member, mark))
     lines: list[tuple[str, bool]] = []
-    with pytest.raises(SourceError, match="cannot be read"), programs.quiet():
-        sources.load(path, None, True, lambda line: lines.append((line, mark.exists())))
+    with pytest.raises(SourceError, match="cannot be read"), quiet():
+        load_model(path, None, True, lambda line: lines.append((line, mark.exists())))
     assert lines == [(f"reading {path} runs the code that it holds", False)]
     assert mark.exists()
 
@@ -245,7 +247,7 @@ def test_old_programs_that_hold_code_are_refused(tmp_path: Path, name: str) -> N
         archive.writestr("version", "8.1")
         archive.writestr("serialized_exported_program.json", "{}")
         archive.writestr(f"serialized_{name}.pt", saved(Trap(mark)))
-    assert "--allow-pickle" in refusal(lambda: sources.load(path))
+    assert "--allow-pickle" in refusal(lambda: load_model(path))
     assert not mark.exists()
 
 
@@ -255,13 +257,13 @@ def test_compiled_programs_are_refused(folder: Path, tmp_path: Path) -> None:
         for info in old.infolist():
             new.writestr(info.filename, old.read(info))
         new.writestr("program/data/aotinductor/model/model.so", b"")
-    assert 'model.so" is compiled; ' in refusal(lambda: sources.load(path))
+    assert 'model.so" is compiled; ' in refusal(lambda: load_model(path))
 
 
 @pytest.mark.parametrize("name", ["program.pt2", "weights.pt", "pickled.pt"])
 def test_only_what_runs_code_is_warned_of(folder: Path, name: str) -> None:
     lines: list[str] = []
-    sources.load(folder / name, TINY, True, lines.append)
+    load_model(folder / name, TINY, True, lines.append)
     pickled = [f"reading {folder / name} runs the code that it holds"]
     assert lines == (pickled if name == "pickled.pt" else [])
 
@@ -281,30 +283,30 @@ def test_sizes_are_formulas(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "halves.pt2") as archive:
         text = archive.read("halves/models/model.json")
     assert b"FloorDiv" in text
-    assert isinstance(sources.load(tmp_path / "halves.pt2"), torch.export.ExportedProgram)
+    assert isinstance(load_model(tmp_path / "halves.pt2"), torch.export.ExportedProgram)
 
 
 def test_files_that_are_no_models(tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
-    assert refusal(lambda: sources.load(path)) == f"{path} does not exist"
-    assert refusal(lambda: sources.load(tmp_path)) == f"{tmp_path} is a folder; give a model file"
+    assert refusal(lambda: load_model(path)) == f"{path} does not exist"
+    assert refusal(lambda: load_model(tmp_path)) == f"{tmp_path} is a folder; give a model file"
     path.touch()
-    assert refusal(lambda: sources.load(path)) == f"{path} is empty"
+    assert refusal(lambda: load_model(path)) == f"{path} is empty"
     path.write_text("version https://git-lfs.github.com/spec/v1\n")
-    assert refusal(lambda: sources.load(path)) == f"{path} is not a PyTorch file"
+    assert refusal(lambda: load_model(path)) == f"{path} is not a PyTorch file"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("word/document.xml", "<xml/>")
-    assert refusal(lambda: sources.load(path)) == (
+    assert refusal(lambda: load_model(path)) == (
         f"{path} is a ZIP archive, but not one that PyTorch wrote"
     )
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("program/archive_format", "pt2")
-    assert refusal(lambda: sources.load(path)).startswith(f"{path} cannot be read: ")
+    assert refusal(lambda: load_model(path)).startswith(f"{path} cannot be read: ")
     path.write_bytes(pickle.dumps([1, 2], protocol=2)[:-3])
-    assert str(path) in refusal(lambda: sources.load(path))
+    assert str(path) in refusal(lambda: load_model(path))
     for content, kind in (([1, 2], "list"), ({0: torch.zeros(1)}, "dict"), ({}, "dict")):
         torch.save(content, path)
-        assert refusal(lambda: sources.load(path)) == (
+        assert refusal(lambda: load_model(path)) == (
             f"{path} holds a {kind}, neither weights nor a module; "
             "save model.state_dict() or an exported program"
         )
@@ -315,7 +317,7 @@ def test_truncated_and_flipped_archives(folder: Path, tmp_path: Path, name: str)
     content = (folder / name).read_bytes()
     path = tmp_path / name
     path.write_bytes(content[: len(content) // 2])
-    assert refusal(lambda: sources.load(path, TINY)) == (
+    assert refusal(lambda: load_model(path, TINY)) == (
         f"{path} is truncated or damaged; copy or save it again"
     )
     with zipfile.ZipFile(folder / name) as archive:
@@ -324,7 +326,7 @@ def test_truncated_and_flipped_archives(folder: Path, tmp_path: Path, name: str)
     changed = bytearray(content)
     changed[member.header_offset + 30 + name_length + member.compress_size] ^= 1
     path.write_bytes(changed)
-    message = refusal(lambda: sources.load(path, TINY))
+    message = refusal(lambda: load_model(path, TINY))
     assert message.startswith(f"{path} is ")
     assert message.endswith("; copy or save it again")
     assert "damaged" in message
@@ -341,7 +343,7 @@ def test_any_flipped_byte_is_refused_or_harmless(folder: Path, tmp_path: Path) -
         changed[offset] ^= 1 << offset % 8
         path.write_bytes(changed)
         try:
-            model = sources.load(path, TINY)
+            model = load_model(path, TINY)
         except SourceError:
             refused += 1
         else:
@@ -355,7 +357,7 @@ def test_weights_without_batch_counters(tmp_path: Path) -> None:
     kept = {n: v for n, v in state.items() if not n.endswith("num_batches_tracked")}
     assert len(kept) < len(state)
     torch.save(kept, tmp_path / "old.pt")
-    loaded = sources.load(tmp_path / "old.pt", TINY)
+    loaded = load_model(tmp_path / "old.pt", TINY)
     assert isinstance(loaded, nn.Module)
     assert all(torch.equal(loaded.state_dict()[name], kept[name]) for name in kept)
 
@@ -365,15 +367,15 @@ def test_weights_of_another_network(folder: Path, tmp_path: Path) -> None:
     state = tiny().state_dict()
     prefix = f"{path} is not for {TINY}: "
     torch.save({n: v for n, v in state.items() if not n.startswith("head")}, path)
-    assert refusal(lambda: sources.load(path, TINY)) == f'{prefix}it lacks "head.weight" and 1 more'
+    assert refusal(lambda: load_model(path, TINY)) == f'{prefix}it lacks "head.weight" and 1 more'
     torch.save(state | {"extra": torch.zeros(1)}, path)
-    assert refusal(lambda: sources.load(path, TINY)) == f'{prefix}it has the unknown "extra"'
+    assert refusal(lambda: load_model(path, TINY)) == f'{prefix}it has the unknown "extra"'
     torch.save(state | {"head.bias": torch.zeros(9)}, path)
-    assert refusal(lambda: sources.load(path, TINY)) == (
+    assert refusal(lambda: load_model(path, TINY)) == (
         f'{prefix}"head.bias" is [9] in the file, [5] in the network'
     )
     torch.save(state, path)
-    assert refusal(lambda: sources.load(path)) == (
+    assert refusal(lambda: load_model(path)) == (
         f"{path} holds weights alone; name their network with --arch module:factory"
     )
 
@@ -400,7 +402,7 @@ def test_weights_of_another_network(folder: Path, tmp_path: Path) -> None:
     ],
 )
 def test_bad_architectures(arch: str, message: str) -> None:
-    assert message in refusal(lambda: sources.build(arch))
+    assert message in refusal(lambda: build_model(arch))
 
 
 def test_imports_from_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -408,8 +410,8 @@ def test_imports_from_the_current_folder(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "my_broken_net.py").write_text("raise ValueError('boom\\nmore')\n")
     monkeypatch.chdir(tmp_path)
     before = list(sys.path)
-    assert isinstance(sources.build("my_nets_of_today:net"), nn.Module)
-    assert refusal(lambda: sources.build("my_broken_net:net")) == (
+    assert isinstance(build_model("my_nets_of_today:net"), nn.Module)
+    assert refusal(lambda: build_model("my_broken_net:net")) == (
         'module "my_broken_net" cannot be imported: boom'
     )
     assert sys.path == before
@@ -427,10 +429,10 @@ def test_factories_and_pickles_import_from_the_current_folder(
     )
     monkeypatch.chdir(tmp_path)
     before = list(sys.path)
-    model = sources.build("my_late_net:net")
+    model = build_model("my_late_net:net")
     torch.save(model, tmp_path / "pickled.pt")
     monkeypatch.delitem(sys.modules, "my_parts_of_today")
-    loaded = sources.load(tmp_path / "pickled.pt", None, True)
+    loaded = load_model(tmp_path / "pickled.pt", None, True)
     assert type(loaded).__name__ == "Part"
     assert sys.path == before
 
@@ -441,9 +443,9 @@ def test_torchvision_works_whatever_torch_it_was_built_for() -> None:
     if importlib.util.find_spec("torchvision") is None:
         pytest.skip("torchvision is not installed")
     code = (
-        "import torch; from ccam_deploy.export import sources\n"
+        "import torch; from ccam_deploy.export.architecture import build_model\n"
         "for name in ('resnet18(num_classes=4)', 'mobilenet_v3_small(num_classes=4)'):\n"
-        "    model = sources.build('torchvision.models:' + name).eval()\n"
+        "    model = build_model('torchvision.models:' + name).eval()\n"
         "    print(list(model(torch.zeros(2, 3, 64, 64)).shape))\n"
     )
     command = [sys.executable, "-c", code]

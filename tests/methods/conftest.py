@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 import ccam_deploy as ccam
-from ccam_deploy.export import ExportSettings, export, sources
-from ccam_deploy.export import recipe as recipes
-from ccam_deploy.export.exporter import photographs
+from ccam_deploy.examples.photographs import photographs
+from ccam_deploy.export import ExportSettings, export
+from ccam_deploy.export.architecture import import_module
+from ccam_deploy.export.recipe import random_model, read_recipe, recipe_settings
 from tests.helpers import RECIPES, digits_model, example_pictures, tiny
 from tests.methods.peers import Case
 
@@ -19,12 +20,12 @@ from tests.methods.peers import Case
 @pytest.fixture(scope="session")
 def resnet18_case(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
     """ResNet-18 with random weights, on two photographs."""
-    sources.import_module("torchvision.models")
+    import_module("torchvision.models")
     path = RECIPES / "resnet18.toml"
-    recipe = recipes.read(path)
-    model = recipes.random_model(recipe)
+    recipe = read_recipe(path)
+    model = random_model(recipe)
     settings = dataclasses.replace(
-        recipes.settings(recipe, path.parent),
+        recipe_settings(recipe, path.parent),
         random_weights=True,
         head=True,
         gradients=True,

@@ -19,7 +19,7 @@ from ccam_deploy.methods import (
     SmoothGradOptions,
     XRAIOptions,
 )
-from ccam_deploy.methods.gradient import reduce_channels
+from ccam_deploy.methods.image_gradient import reduce_channels
 from tests.helpers import (
     digits_model,
     example_pictures,

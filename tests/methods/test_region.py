@@ -20,15 +20,8 @@ from torchcam.methods import ScoreCAM as TorchScoreCAM
 import ccam_deploy as ccam
 from ccam_deploy.engines import Activations
 from ccam_deploy.errors import BackendError, OptionError
-from ccam_deploy.methods import (
-    Batch,
-    Method,
-    RISEOptions,
-    ScoreCAMOptions,
-    Stopwatch,
-    with_options,
-)
-from ccam_deploy.methods.region import random_masks
+from ccam_deploy.methods import Batch, Method, RISEOptions, ScoreCAMOptions, Stopwatch, with_options
+from ccam_deploy.methods.rise import random_masks
 from tests.helpers import Floats, noise
 from tests.methods.peers import Case, assert_correlated, assert_same, enlarged
 

@@ -7,13 +7,7 @@ import math
 import numpy as np
 from numba import cuda
 
-from ccam_deploy.kernels.cuda.collectives import (
-    MOST_WARPS,
-    Array,
-    block_max,
-    block_min,
-    block_sum,
-)
+from ccam_deploy.kernels.cuda.collectives import MOST_WARPS, Array, block_max, block_min, block_sum
 
 INFINITY = np.float32(np.inf)
 

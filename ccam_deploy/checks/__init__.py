@@ -1,0 +1,1 @@
+"""Checks of an installation, of an explanation method and of the objects it points at."""

@@ -1,0 +1,173 @@
+"""Adds TensorRT plans to a bundle."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from ccam_deploy.bundle.folder import Bundle, read_bundle, record_files, write_manifest
+from ccam_deploy.bundle.manifest import WEIGHTS, Plan, PrecisionName
+from ccam_deploy.engines.tensorrt import plans, select
+from ccam_deploy.engines.tensorrt.library import Library
+from ccam_deploy.engines.tensorrt.plans import DEFAULT_MAX_BATCH
+from ccam_deploy.engines.tensorrt.timing_cache import TimingCache
+from ccam_deploy.errors import BundleError, OptionError
+
+Progress = Callable[[str, float, str], None]
+"""Called with what is built, the share of it that is done, 0 to 1, and TensorRT's phase."""
+
+
+@dataclass(frozen=True)
+class BuildSettings:
+    """What plans are built for.
+
+    max_batch: the most images that a plan takes at a time.
+    devices: compute capabilities such as "8.9", for a library that builds without a GPU; empty for
+        all that it supports, or else for the GPU that is here.
+    timing_cache: a file where TensorRT keeps how fast kernels were, for the next build.
+    force: build also where the bundle has just these plans.
+    """
+
+    max_batch: int = DEFAULT_MAX_BATCH
+    devices: tuple[str, ...] = ()
+    timing_cache: Path | None = None
+    force: bool = False
+
+    def check(self, library: Library, precision: str = "fp32") -> None:
+        """Raise an error for what a library cannot build, before it costs time."""
+        plans.profiles(self.max_batch)
+        library.targets(self.devices, precision)
+        if self.timing_cache is not None and not library.times_kernels:
+            raise OptionError(
+                f"{library.flavour} has no timing cache, it measures nothing while it builds; "
+                f"leave {self.timing_cache} out"
+            )
+
+
+@dataclass(frozen=True)
+class Built:
+    """A bundle with its plans for some settings. fresh: whether they were built just now."""
+
+    bundle: Bundle
+    plans: tuple[Plan, ...]
+    fresh: bool
+
+
+def build(
+    bundle: Bundle,
+    library: Library,
+    precision: PrecisionName = "fp32",
+    settings: BuildSettings | None = None,
+    progress: Progress = lambda what, share, phase: None,
+) -> Built:
+    """Build every graph of one precision, and record the plans in the manifest.
+
+    Nothing is built where the bundle has these plans already, unless the settings say so. Plans
+    of the same graph, precision, library, version and devices are replaced.
+    Raises BackendError where TensorRT rejects a graph, OptionError for devices that it does not
+    know, BundleError where the plans cannot be written; the bundle is left as it was then.
+    """
+    chosen = settings or BuildSettings()
+    chosen.check(library)
+    targets = library.targets(chosen.devices, precision)
+    current = select.current_plans(bundle, library, targets, precision, chosen.max_batch)
+    if current and not chosen.force:
+        return Built(bundle, current, fresh=False)
+    built = _build(bundle, library, precision, chosen, targets, progress)
+    digest = hashlib.sha256(b"".join(built.values())).hexdigest()
+    device = targets[0] if len(targets) == 1 else "several"
+    folder = f"plans/{device}-{library.flavour}-{library.version}-{precision}-{digest[:8]}"
+    entries = tuple(
+        Plan(
+            file=f"{folder}/{graph}.plan",
+            graph=graph,
+            precision=precision,
+            library=library.flavour,
+            version=library.version,
+            devices=targets,
+            source=bundle.manifest.files[file].sha256,
+            weights=bundle.manifest.files[WEIGHTS].sha256,
+            max_batch=chosen.max_batch,
+        )
+        for graph, file in bundle.precision(precision).graphs.items()
+    )
+    place = bundle.folder / folder
+    known = place.exists()
+    try:
+        _write(place, built)
+        _record(bundle, entries)
+    except OSError as error:
+        if not known:
+            shutil.rmtree(place, ignore_errors=True)
+        raise BundleError(f"cannot write the plans: {error.strerror or error}") from error
+    return Built(read_bundle(bundle.folder), entries, fresh=True)
+
+
+def _build(
+    bundle: Bundle,
+    library: Library,
+    precision: PrecisionName,
+    settings: BuildSettings,
+    targets: tuple[str, ...],
+    progress: Progress,
+) -> dict[str, bytes]:
+    """The plan of each graph."""
+    tuned_for = plans.profiles(settings.max_batch)
+    timings = None if settings.timing_cache is None else TimingCache(settings.timing_cache)
+    built = {}
+    for graph, file in bundle.precision(precision).graphs.items():
+        what = f"{graph} ({precision})"
+        progress(what, 0.0, "")
+        built[graph] = plans.build_plan(
+            library,
+            bundle.path(file),
+            tuned_for,
+            targets,
+            timings,
+            partial(progress, what),
+        )
+        progress(what, 1.0, "")
+    return built
+
+
+def _write(place: Path, built: Mapping[str, bytes]) -> None:
+    """Write the plans to a folder of their own, which appears whole or not at all.
+
+    Where it is there already, for it is named after what it holds, each file is written anew.
+    """
+    place.parent.mkdir(exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=".plans-", dir=place.parent))
+    try:
+        for graph, plan in built.items():
+            (work / f"{graph}.plan").write_bytes(plan)
+        work.chmod(0o755)
+        if place.exists():
+            for file in work.iterdir():
+                file.replace(place / file.name)
+        else:
+            work.rename(place)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _record(bundle: Bundle, entries: tuple[Plan, ...]) -> None:
+    """List the plans in the manifest instead of older ones with their key, which are removed."""
+    keys = {_key(plan) for plan in entries}
+    old = [plan for plan in bundle.manifest.plans if _key(plan) in keys]
+    kept = tuple(plan for plan in bundle.manifest.plans if _key(plan) not in keys)
+    dropped = {plan.file for plan in old} - {plan.file for plan in entries}
+    records = {n: r for n, r in bundle.manifest.files.items() if n not in dropped}
+    records |= record_files(bundle.folder, [plan.file for plan in entries])
+    manifest = replace(bundle.manifest, files=records, plans=(*kept, *entries))
+    write_manifest(bundle.folder, manifest)
+    for folder in {(bundle.folder / name).parent for name in dropped}:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _key(plan: Plan) -> tuple[object, ...]:
+    return plan.graph, plan.precision, plan.library, plan.version, plan.devices

@@ -1,0 +1,112 @@
+"""The installed TensorRT, and what it builds for."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ccam_deploy.errors import BackendError, OptionError, brief
+
+Flavour = Literal["tensorrt", "tensorrt-rtx"]
+
+FLAVOURS: dict[Flavour, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+TITLES: dict[Flavour, str] = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
+TURING = "7.5"
+
+
+@dataclass(frozen=True)
+class Library:
+    """An installed TensorRT. module: typed as Any, for it is one of two packages."""
+
+    flavour: Flavour
+    module: Any
+
+    @property
+    def title(self) -> str:
+        """Its name as its makers write it."""
+        return TITLES[self.flavour]
+
+    @property
+    def version(self) -> str:
+        """The version of the package, which a plan is bound to."""
+        return str(self.module.__version__)
+
+    @property
+    def capabilities(self) -> dict[str, Any]:
+        """The compute capabilities that can be built for without a GPU, by name such as "8.9".
+
+        Empty for a library that builds for the GPU that is there.
+        """
+        known = getattr(self.module, "ComputeCapability", None)
+        members = {} if known is None else known.__members__
+        return {
+            f"{name[2:-1]}.{name[-1]}": value
+            for name, value in members.items()
+            if name.startswith("SM")
+        }
+
+    @property
+    def times_kernels(self) -> bool:
+        """Whether building measures kernels, so that a timing cache saves time.
+
+        A library that builds for GPUs that are not there has nothing to measure them on.
+        """
+        return not self.capabilities
+
+    def targets(self, devices: Sequence[str], precision: str = "fp32") -> tuple[str, ...]:
+        """The compute capabilities to build for: those named, else all that can be from 8.0 on.
+
+        Turing has no float32 matrix products in TensorRT-RTX, so it must be named. FP8 needs 8.9
+        or newer.
+
+        Raises OptionError for one that is unknown, BackendError where a GPU is needed and missing.
+        """
+        known = self.capabilities
+        if not known:
+            here = present_device()
+            if any(device != here for device in devices):
+                raise OptionError(f"{self.flavour} builds for the GPU that is here, {here}, alone")
+            devices = (here,)
+            known = {here: None}
+        for device in devices:
+            if device not in known:
+                raise OptionError(
+                    f"{self.flavour} does not support compute capability {device}; "
+                    f"it supports {', '.join(known)}"
+                )
+            if precision == "fp8" and not _has_fp8(device):
+                raise OptionError(
+                    f"compute capability {device} has no FP8, which 8.9 and newer have; use int8"
+                )
+        usual = [d for d in known if d != TURING and (precision != "fp8" or _has_fp8(d))]
+        return tuple(device for device in known if device in (devices or usual))
+
+
+def _has_fp8(device: str) -> bool:
+    major, _, minor = device.partition(".")
+    return (int(major), int(minor)) >= (8, 9)
+
+
+def present_device() -> str:
+    """The compute capability of the first GPU here. Raises BackendError where there is none."""
+    try:
+        from numba import cuda
+
+        device: Any = cuda.get_current_device()
+        major, minor = device.compute_capability
+    except Exception as error:
+        raise BackendError(f"no NVIDIA GPU was found: {brief(error)}") from error
+    return f"{major}.{minor}"
+
+
+def load_library(flavour: Flavour) -> Library:
+    """Import a flavour of TensorRT. Raises BackendError where it is not installed."""
+    try:
+        return Library(flavour, importlib.import_module(FLAVOURS[flavour]))
+    except ImportError as error:
+        extra = "rtx" if flavour == "tensorrt-rtx" else "gpu"
+        raise BackendError(
+            f"{flavour} is not installed ({error}): pip install 'ccam-deploy[{extra}]'"
+        ) from error

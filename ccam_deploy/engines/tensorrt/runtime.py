@@ -1,0 +1,285 @@
+"""TensorRT plans on a GPU; `tensorrt` and `tensorrt_rtx` alike.
+
+What only one of the two has is found by probing. TensorRT works on the primary context of the
+first GPU wherever no other is current, as `CudaDevice` does.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from ccam_deploy.engines.base import TensorSpec
+from ccam_deploy.engines.cuda.device import Device, DeviceTensor
+from ccam_deploy.engines.tensorrt import progress
+from ccam_deploy.engines.tensorrt.library import Library
+from ccam_deploy.errors import BackendError
+
+ProfileName = Literal["latency", "throughput"]
+
+_TYPES = {"FLOAT": "float32", "HALF": "float16", "INT64": "int64", "BOOL": "bool"}
+_MOST_ERRORS = 8
+_MOST_CONTEXTS = 64
+
+
+class SharedPlan:
+    """A plan in device memory, once for all slots of the process; made inside of Device.current.
+
+    library: of the version that the plan was built by.   path: the plan's file.
+    inputs, outputs: see DeviceGraph.   profiles: the names of its optimisation profiles.
+    Raises BackendError with TensorRT's own words where it cannot be loaded here.
+    """
+
+    def __init__(self, library: Library, path: Path) -> None:
+        self.name = path.name
+        self.flavour = library.flavour
+        self._trt = trt = library.module
+        self._lock = threading.Lock()
+        self._log = progress.logger(trt)
+        self._recorder = self.new_recorder()
+        self._runtime = trt.Runtime(self._log)
+        # Without a driver the runtime may be an empty shell, which no method call survives.
+        if self._log.first_error:
+            raise BackendError(f"{library.flavour} cannot run here: {self._log.first_error}")
+        self._runtime.error_recorder = self._recorder
+        self._engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
+        if self._engine is None:
+            raise self._recorder.error(f"{library.flavour} cannot load {path.name}")
+        self._config = self._context_options()
+        self.profiles = get_args(ProfileName)[: self._engine.num_optimization_profiles]
+        self.inputs, self.outputs = self._tensors()
+
+    def index(self, profile: ProfileName) -> int:
+        """The number of a profile. Raises BackendError where the plan has none of that name."""
+        if profile not in self.profiles:
+            raise BackendError(
+                f"{self.name} has no profile for {profile}, only for {', '.join(self.profiles)}; "
+                "build it with a larger --max-batch"
+            )
+        return self.profiles.index(profile)
+
+    def limits(self, profile: ProfileName) -> dict[str, int]:
+        """The largest size of each axis that varies."""
+        limits: dict[str, int] = {}
+        for spec in self.inputs:
+            shapes = self._engine.get_tensor_profile_shape(spec.name, self.index(profile))
+            for axis, size in zip(spec.shape, shapes[-1], strict=True):
+                if isinstance(axis, str):
+                    limits[axis] = min(int(size), limits.get(axis, int(size)))
+        return limits
+
+    def scratch_bytes(self, profile: ProfileName) -> int:
+        """How much memory a run needs beside its tensors."""
+        return int(self._engine.get_device_memory_size_for_profile_v2(self.index(profile)))
+
+    def context(self) -> Any:
+        """A new execution context, whose memory its user provides."""
+        with self._lock:
+            context = self._engine.create_execution_context(self._config)
+        if context is None:
+            raise self._recorder.error(f"{self.flavour} cannot prepare {self.name} to run")
+        return context
+
+    def new_recorder(self) -> Any:
+        """What TensorRT tells its errors to; its `error` makes ours of them."""
+        return _recorder(self._trt)
+
+    def close(self) -> None:
+        """Free the plan; to be done after its graphs are closed."""
+        self._config = self._engine = self._runtime = None
+
+    def _context_options(self) -> Any:
+        """What contexts are made with: a strategy, or an object that holds that and more."""
+        strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        kernels = getattr(self._trt, "DynamicShapesKernelSpecializationStrategy", None)
+        if kernels is None:
+            return strategy
+        # TensorRT-RTX compiles kernels for the shapes that come. It does so at once: kernels
+        # that are swapped later would change results, and a captured graph would miss them.
+        # The graphs are ours, and slots share what was compiled.
+        config = self._engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(strategy)
+        config.dynamic_shapes_kernel_specialization_strategy = kernels.EAGER
+        config.cuda_graph_strategy = self._trt.CudaGraphStrategy.DISABLED
+        if not config.set_runtime_cache(config.create_runtime_cache()):
+            raise self._recorder.error(f"{self.flavour} takes no cache for {self.name}")
+        return config
+
+    def _tensors(self) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+        engine = self._engine
+        names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+        inputs: list[TensorSpec] = []
+        outputs: list[TensorSpec] = []
+        for name in names:
+            if engine.get_tensor_location(name) != self._trt.TensorLocation.DEVICE:
+                raise BackendError(f'{self.name} takes "{name}" from host memory; build it again')
+            kind = engine.get_tensor_dtype(name).name
+            if kind not in _TYPES:
+                raise BackendError(f'{self.name} has "{name}" in {kind}, not {", ".join(_TYPES)}')
+            shape = tuple(
+                _axis_name(name, names) if size == -1 else int(size)
+                for size in engine.get_tensor_shape(name)
+            )
+            mode = engine.get_tensor_mode(name)
+            group = inputs if mode == self._trt.TensorIOMode.INPUT else outputs
+            group.append(TensorSpec(name, np.dtype(_TYPES[kind]), shape))
+        return tuple(inputs), tuple(outputs)
+
+
+class PlanGraph:
+    """A plan with one profile on a device; see DeviceGraph. Made inside of Device.current.
+
+    scratch: the address of `plan.scratch_bytes(profile)` bytes on that device. Graphs that run
+    one after the other on its stream may share them.
+    Tensors that lie elsewhere or have other sizes get an execution context of their own: a
+    captured graph holds good only as long as its context is left as it was.
+    """
+
+    def __init__(
+        self, plan: SharedPlan, device: Device, scratch: int, profile: ProfileName = "latency"
+    ) -> None:
+        self.inputs, self.outputs = plan.inputs, plan.outputs
+        self.limits: Mapping[str, int] = plan.limits(profile)
+        self._device = device
+        self._new_context = partial(_Context, plan, profile, scratch, device.stream)
+        self._contexts: dict[tuple[DeviceTensor, ...], _Context] = {}
+
+    @property
+    def capturable(self) -> bool:
+        """See DeviceGraph."""
+        return all(context.capturable for context in self._contexts.values())
+
+    def launch(self, tensors: Mapping[str, DeviceTensor]) -> None:
+        """See DeviceGraph."""
+        bound = tuple(_checked(spec, tensors) for spec in self.inputs + self.outputs)
+        context = self._contexts.pop(bound, None) or self._new_context(tensors)
+        self._contexts[bound] = context
+        if len(self._contexts) > _MOST_CONTEXTS:
+            self._contexts.pop(next(iter(self._contexts)))
+        context.launch()
+        self._device.hold(context)
+
+    def close(self) -> None:
+        """See DeviceGraph."""
+        self._contexts.clear()
+
+
+class _Context:
+    """An execution context on some tensors, which it keeps."""
+
+    def __init__(
+        self,
+        plan: SharedPlan,
+        profile: ProfileName,
+        scratch: int,
+        stream: int,
+        tensors: Mapping[str, DeviceTensor],
+    ) -> None:
+        self._plan = plan
+        self._stream = stream
+        self._recorder = plan.new_recorder()
+        self._context = plan.context()
+        self._context.error_recorder = self._recorder
+        index, size = plan.index(profile), plan.scratch_bytes(profile)
+        if index and not self._context.set_optimization_profile_async(index, stream):
+            raise self._error(f"cannot take the profile for {profile}")
+        if size:
+            self._context.set_device_memory(scratch, size)
+        for spec in plan.inputs:
+            shape = tensors[spec.name].shape
+            if not self._context.set_input_shape(spec.name, shape):
+                raise self._error(f'does not take "{spec.name}" of shape {list(shape)}')
+            self._bind(spec.name, tensors[spec.name])
+        for spec in plan.outputs:
+            wanted, shape = (
+                tuple(self._context.get_tensor_shape(spec.name)),
+                tensors[spec.name].shape,
+            )
+            if shape != wanted:
+                raise BackendError(
+                    f'{plan.name} writes "{spec.name}" of shape {list(wanted)}, '
+                    f"there is room for {list(shape)}"
+                )
+            self._bind(spec.name, tensors[spec.name])
+
+    @property
+    def capturable(self) -> bool:
+        """Whether launches may be captured, once there was one."""
+        probe = getattr(self._context, "is_stream_capturable", None)
+        return True if probe is None else bool(probe(self._stream))
+
+    def launch(self) -> None:
+        """Put a run on the stream."""
+        if not self._context.execute_async_v3(self._stream):
+            raise self._error("cannot run")
+
+    def _bind(self, name: str, tensor: DeviceTensor) -> None:
+        if not self._context.set_tensor_address(name, tensor.address):
+            raise self._error(f'does not take the memory of "{name}"')
+
+    def _error(self, what: str) -> BackendError:
+        error: BackendError = self._recorder.error(
+            f"{self._plan.flavour}: {self._plan.name} {what}"
+        )
+        return error
+
+
+def _axis_name(tensor: str, tensors: Sequence[str]) -> str:
+    """The name of the axis that varies, which plans do not keep.
+
+    In a graph that takes masks everything goes with these but the images.
+    """
+    return "masks" if "masks" in tensors and tensor != "images" else "batch"
+
+
+def _checked(spec: TensorSpec, tensors: Mapping[str, DeviceTensor]) -> DeviceTensor:
+    tensor = tensors.get(spec.name)
+    if tensor is None:
+        raise BackendError(f'tensor "{spec.name}" is missing')
+    if tensor.dtype != spec.dtype:
+        raise BackendError(f'tensor "{spec.name}" is {tensor.dtype}, the plan has {spec.dtype}')
+    return tensor
+
+
+def _recorder(trt: Any) -> Any:
+    class Recorder(trt.IErrorRecorder):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IErrorRecorder.__init__(self)
+            self._errors: list[tuple[Any, str]] = []
+            self._dropped = False
+
+        def error(self, what: str) -> BackendError:
+            """An error with TensorRT's first words, which are then forgotten."""
+            words = self._errors[0][1] if self._errors else "no reason was given"
+            self.clear()
+            return BackendError(f"{what}: {' '.join(words.split())}")
+
+        def clear(self) -> None:
+            self._errors.clear()
+            self._dropped = False
+
+        def num_errors(self) -> int:
+            return len(self._errors)
+
+        def get_error_code(self, index: int) -> Any:
+            return self._errors[index][0]
+
+        def get_error_desc(self, index: int) -> str:
+            return self._errors[index][1]
+
+        def has_overflowed(self) -> bool:
+            return self._dropped
+
+        def report_error(self, code: Any, words: str) -> bool:
+            if len(self._errors) < _MOST_ERRORS:
+                self._errors.append((code, words))
+            else:
+                self._dropped = True
+            return True
+
+    return Recorder()

@@ -1,0 +1,154 @@
+"""Which of a bundle's plans fit a graph, a library and a GPU; and what to do where none does."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from ccam_deploy.bundle.folder import Bundle
+from ccam_deploy.bundle.manifest import WEIGHTS, Plan
+from ccam_deploy.engines.tensorrt.library import TITLES, TURING, Flavour, Library
+from ccam_deploy.engines.tensorrt.plans import DEFAULT_MAX_BATCH
+from ccam_deploy.errors import BackendError
+
+
+def current_plans(
+    bundle: Bundle,
+    library: Library,
+    devices: Sequence[str],
+    precision: str,
+    max_batch: int,
+) -> tuple[Plan, ...]:
+    """The plans, one per graph, that building with these settings would make again; or none.
+
+    devices: compute capabilities, as `Library.targets` gave.
+    """
+    graphs = bundle.precision(precision).graphs
+    found = {
+        plan.graph: plan
+        for plan in bundle.manifest.plans
+        if plan.graph in graphs
+        and (plan.library, plan.version) == (library.flavour, library.version)
+        and (plan.precision, plan.max_batch) == (precision, max_batch)
+        and set(plan.devices) == set(devices)
+        and _sources(bundle, plan) == (plan.source, plan.weights)
+    }
+    return tuple(found[graph] for graph in graphs) if len(found) == len(graphs) else ()
+
+
+def fitting_plans(
+    bundle: Bundle,
+    library_flavour: Flavour,
+    library_version: str,
+    capability: str,
+    precision: str,
+    max_batch: int | None = None,
+) -> dict[str, Plan]:
+    """The plan of each graph for the installed library and the GPU that is here, by graph.
+
+    capability: the GPU's, such as "8.9".   max_batch: how many images a plan must take at least.
+    Of several that fit, the one for the fewest kinds of GPU is taken, then for the most images.
+    Raises BackendError where none fits, with what does not and the command that mends it;
+    OptionError where the bundle has no graphs of that precision.
+    """
+    conditions = _conditions(
+        bundle, library_flavour, library_version, capability, precision, max_batch
+    )
+    chosen = {}
+    for graph in bundle.precision(precision).graphs:
+        plans = [plan for plan in bundle.manifest.plans if plan.graph == graph]
+        for condition in conditions:
+            fitting = [plan for plan in plans if condition.holds(plan)]
+            if not fitting:
+                raise BackendError(f"{condition.problem(plans)}: {condition.remedy}")
+            plans = fitting
+        chosen[graph] = min(plans, key=lambda plan: (len(plan.devices), -plan.max_batch))
+    return chosen
+
+
+@dataclass(frozen=True)
+class _Condition:
+    """What plans must meet. problem: says of plans that none does.   remedy: a command."""
+
+    holds: Callable[[Plan], bool]
+    problem: Callable[[Sequence[Plan]], str]
+    remedy: str
+
+
+def _conditions(
+    bundle: Bundle,
+    flavour: Flavour,
+    version: str,
+    capability: str,
+    precision: str,
+    max_batch: int | None,
+) -> tuple[_Condition, ...]:
+    """In an order in which each one's problem makes sense of the plans that met those before."""
+    title, folder = TITLES[flavour], bundle.folder
+    words = ["ccam-deploy", "build", str(folder), "--backend", flavour, "--precision", precision]
+    if max_batch is not None and max_batch > DEFAULT_MAX_BATCH:
+        words += ["--max-batch", str(max_batch)]
+    build = build_for_device = shlex.join(words)
+    if flavour == "tensorrt-rtx":
+        build_for_device = shlex.join([*words, "--device", capability])
+    if capability == TURING:
+        build = build_for_device
+    return (
+        _Condition(
+            lambda plan: (plan.library, plan.precision) == (flavour, precision),
+            lambda plans: f"{folder} has no {precision} plans for {title}",
+            build,
+        ),
+        _Condition(
+            lambda plan: _sources(bundle, plan) == (plan.source, plan.weights),
+            lambda plans: _other_source(bundle, plans[0]),
+            build,
+        ),
+        _Condition(
+            lambda plan: plan.version == version,
+            lambda plans: (
+                f"the plans of {folder} are for {title} {_listed(p.version for p in plans)}, "
+                f"{version} is installed"
+            ),
+            build,
+        ),
+        _Condition(
+            lambda plan: capability in plan.devices,
+            lambda plans: (
+                f"the plans of {folder} are for compute capability "
+                f"{_listed(d for p in plans for d in p.devices)}, the GPU here has {capability}"
+            ),
+            build_for_device,
+        ),
+        _Condition(
+            lambda plan: max_batch is None or plan.max_batch >= max_batch,
+            lambda plans: (
+                f"the plans of {folder} take at most {max(p.max_batch for p in plans)} images, "
+                f"{max_batch} were asked for"
+            ),
+            build,
+        ),
+    )
+
+
+def _sources(bundle: Bundle, plan: Plan) -> tuple[str, str]:
+    """The SHA-256 of the graph that a plan stands for, and of the weights, as they are now."""
+    files = bundle.manifest.files
+    graph = bundle.precision(plan.precision).graphs[plan.graph]
+    return files[graph].sha256, files[WEIGHTS].sha256
+
+
+def _other_source(bundle: Bundle, plan: Plan) -> str:
+    source, weights = _sources(bundle, plan)
+    what, was, now = "graph", plan.source, source
+    if was == now:
+        what, was, now = "weights", plan.weights, weights
+    return (
+        f"the {plan.graph} plan of {bundle.folder} was built from the {what} {was[:8]}, "
+        f"the bundle has {now[:8]}"
+    )
+
+
+def _listed(values: Iterable[str]) -> str:
+    return ", ".join(dict.fromkeys(values))

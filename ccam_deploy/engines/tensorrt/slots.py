@@ -1,0 +1,57 @@
+"""Slots that run a bundle's TensorRT plans."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+from ccam_deploy.bundle.folder import Bundle
+from ccam_deploy.engines.cuda.pycuda import CudaDevice
+from ccam_deploy.engines.cuda.slots import Graphs, Slot, Slots, Use
+from ccam_deploy.engines.tensorrt.library import Flavour, load_library, present_device
+from ccam_deploy.engines.tensorrt.runtime import PlanGraph, SharedPlan
+from ccam_deploy.engines.tensorrt.select import fitting_plans
+
+
+def tensorrt_slots(bundle: Bundle, flavour: Flavour, precision: str, most: int) -> Slots:
+    """Slots on a bundle's plans, which all of them share.
+
+    most: how many slots there may be.
+    Raises BackendError where no plan fits the library or the GPU, saying which and how to mend it.
+    """
+    library = load_library(flavour)
+    chosen = fitting_plans(bundle, flavour, library.version, present_device(), precision)
+    first = CudaDevice()
+    try:
+        with first.current():
+            plans = {
+                graph: SharedPlan(library, bundle.path(plan.file)) for graph, plan in chosen.items()
+            }
+    finally:
+        first.close()
+
+    def close_plans() -> None:
+        for plan in plans.values():
+            plan.close()
+
+    return Slots(lambda: plan_slot(plans), most, close_plans)
+
+
+def plan_slot(plans: dict[str, SharedPlan]) -> Slot:
+    """A stream with one execution context for each plan and profile, on shared scratch memory."""
+    device = CudaDevice()
+    try:
+        with device.current():
+            names = [
+                use for use in get_args(Use) if all(use in plan.profiles for plan in plans.values())
+            ]
+            size = max(plan.scratch_bytes(use) for plan in plans.values() for use in names)
+            scratch = device.allocate(size)
+            graphs: dict[Use, Graphs] = {
+                use: {graph: PlanGraph(plan, device, scratch, use) for graph, plan in plans.items()}
+                for use in names
+            }
+    except BaseException:
+        device.close()
+        raise
+    graphs.setdefault("throughput", graphs["latency"])
+    return Slot(device, graphs)

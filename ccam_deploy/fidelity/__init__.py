@@ -1,0 +1,1 @@
+"""Do the graphs of a bundle compute what the model computed?"""

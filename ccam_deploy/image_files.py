@@ -1,0 +1,95 @@
+"""Image files: found in folders, and read safely."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+from ccam_deploy.errors import ImageError, brief
+
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm", ".pgm")
+MAX_BYTES = 256 * 2**20
+MAX_PIXELS = 100_000_000
+MIN_SIDE = 8
+
+
+def load_image(source: str | Path | bytes, name: str = "") -> Image.Image:
+    """Read an image file, or its bytes, as it is shown: turned as its EXIF data says.
+
+    Raises ImageError for what is no image, truncated, too large or of another format.
+    """
+    name = name or ("image" if isinstance(source, bytes) else str(source))
+    content = source if isinstance(source, bytes) else _read(Path(source))
+    if len(content) > MAX_BYTES:
+        raise ImageError(f"{name} has {len(content)} bytes, more than {MAX_BYTES}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            picture = Image.open(io.BytesIO(content), formats=IMAGE_FORMATS)
+            check_size(picture, name)
+            turned = as_shown(picture)
+    except UnidentifiedImageError as error:
+        known = ", ".join(IMAGE_FORMATS)
+        raise ImageError(f"{name} is not an image of a known format ({known})") from error
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"{name} has too many pixels: {brief(error)}") from error
+    except ImageError:
+        raise
+    except Exception as error:
+        raise ImageError(f"{name} cannot be decoded: {brief(error)}") from error
+    return turned
+
+
+def as_shown(picture: Image.Image) -> Image.Image:
+    """The picture with its pixels read, turned as its EXIF data says."""
+    picture.load()
+    turned = picture.getexif().get(ExifTags.Base.Orientation, 1) != 1
+    return ImageOps.exif_transpose(picture) if turned else picture
+
+
+def _read(path: Path) -> bytes:
+    try:
+        if path.exists() and not path.is_file():
+            raise ImageError(f"{path} is not a file")
+        if path.is_file() and path.stat().st_size > MAX_BYTES:
+            raise ImageError(f"{path} has more than {MAX_BYTES} bytes")
+        return path.read_bytes()
+    except OSError as error:
+        raise ImageError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def check_size(picture: Image.Image, name: str) -> None:
+    """Raise ImageError for a picture with too many pixels, or too few along a side."""
+    width, height = picture.size
+    if width * height > MAX_PIXELS:
+        raise ImageError(
+            f"{name} is {width}x{height}, more than {MAX_PIXELS} pixels; scale it down first"
+        )
+    if min(width, height) < MIN_SIDE:
+        raise ImageError(f"{name} is {width}x{height}; both sides must be at least {MIN_SIDE}")
+
+
+def find_images(paths: Sequence[str | Path]) -> list[Path]:
+    """The image files among some files and folders; folders are searched through and sorted.
+
+    Raises ImageError for a path that does not exist, or a folder without images.
+    """
+    found: list[Path] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            inside = sorted(
+                p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()
+            )
+            if not inside:
+                raise ImageError(f"{path} holds no images ({', '.join(IMAGE_SUFFIXES)})")
+            found += inside
+        elif path.exists():
+            found.append(path)
+        else:
+            raise ImageError(f"{path} does not exist")
+    return found

@@ -1,0 +1,1 @@
+"""What explanations cost: latency, cold start, and the conditions of a measurement."""

@@ -1,0 +1,179 @@
+"""Collection-CAM (Ha & Youn, IEEE Access 2022) with the kernels of the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ccam_deploy.arrays import Floats
+from ccam_deploy.engines import Classifier
+from ccam_deploy.kernels import cpu
+from ccam_deploy.methods.base import (
+    Batch,
+    LayerPartition,
+    MaskSequence,
+    Method,
+    MethodResult,
+    Stopwatch,
+    not_finite,
+)
+from ccam_deploy.methods.collection_cam.options import CollectionCAMOptions, chosen_layers
+from ccam_deploy.methods.scores import probabilities, score_of
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Some masks of one pair, none of them flat, on their way through the classifier."""
+
+    pair: int
+    places: NDArray[np.intp]
+    masks: Floats
+
+
+class CollectionCAM(Method[CollectionCAMOptions]):
+    """Clusters feature maps into collections, weighs each collection's mask by its score."""
+
+    name = "collection-cam"
+    options_type = CollectionCAMOptions
+
+    def explain(self, classifier: Classifier, batch: Batch, clock: Stopwatch) -> MethodResult:
+        """Explain every pair of a batch; see Method."""
+        chosen = chosen_layers(self.options, batch.layers)
+        with clock.stage("gradient"):
+            activations = batch.activations.take(batch.owner)
+            gradients = classifier.gradients(activations, self._output_gradient(batch))
+        layers, sums = [], []
+        for index in chosen:
+            features = activations.features[index]
+            final = index == chosen[-1]
+            partition, maps = self._partition(
+                batch.layers[index], features, gradients[index], final, clock
+            )
+            layers.append(partition)
+            sums.append(maps)
+        per_pair = list(zip(*sums, strict=True))
+        weighted = cpu.SoftmaxSum(len(per_pair), batch.size)
+        scores, counted = self._score(classifier, batch, per_pair, weighted, clock)
+        with clock.stage("combine"):
+            raw = weighted.result()
+            weights = tuple(map(cpu.softmax, scores, counted))
+            rows = np.broadcast_to(batch.baseline, (len(scores), len(batch.baseline)))
+            base = score_of(self.options.score, rows, batch.targets)
+            mic = tuple(
+                np.where(c, s - b, np.float32(0))
+                for s, c, b in zip(scores, counted, base, strict=True)
+            )
+            saliency = cpu.min_max(raw)
+        draws = [partial(draw_masks, sums, batch.size, self.options.theta) for sums in per_pair]
+        return MethodResult(raw, saliency, tuple(layers), MaskSequence(draws), weights, mic)
+
+    def check(self, classifier: Classifier, batch: Batch) -> None:
+        """See that the layers are there; see Method."""
+        chosen_layers(self.options, batch.layers)
+
+    def _output_gradient(self, batch: Batch) -> Floats:
+        """∂F_c/∂logits, [P, classes]."""
+        if self.options.score == "logit":
+            return batch.one_hot
+        shares = probabilities(batch.activations.logits[batch.owner])
+        own = shares[np.arange(len(shares)), batch.targets][:, None]
+        return own * (batch.one_hot - shares)
+
+    def _partition(
+        self, name: str, features: Floats, gradients: Floats, final: bool, clock: Stopwatch
+    ) -> tuple[LayerPartition, list[Floats]]:
+        """Cluster one layer's channels and add up the collections, pair by pair."""
+        with clock.stage("statistics"):
+            psi = cpu.channel_statistics(features, gradients)
+            if not np.isfinite(psi).all():
+                raise not_finite(name)
+            if self.options.standardise:
+                psi = cpu.standardise(psi)
+        with clock.stage("partition"):
+            parts = [cpu.partition(row, self.options.k_min, self.options.k_max) for row in psi]
+        with clock.stage("masks"):
+            maps = [
+                cpu.collection_sums(a, g, part.labels, part.count, final)
+                for a, g, part in zip(features, gradients, parts, strict=True)
+            ]
+        partition = LayerPartition(
+            name,
+            np.stack([part.labels for part in parts]),
+            np.array([part.count for part in parts], np.int32),
+            np.stack([part.quality for part in parts]),
+        )
+        return partition, maps
+
+    def _score(
+        self,
+        classifier: Classifier,
+        batch: Batch,
+        per_pair: Sequence[tuple[Floats, ...]],
+        weighted: cpu.SoftmaxSum,
+        clock: Stopwatch,
+    ) -> tuple[list[Floats], list[NDArray[np.bool_]]]:
+        """Send all masks through the classifier in full chunks; add them up as scores come.
+
+        Returns each pair's scores, and which of its masks were counted: those that are not flat.
+        """
+        counts = [sum(len(maps) for maps in sums) for sums in per_pair]
+        scores = [np.zeros(count, np.float32) for count in counts]
+        counted = [np.zeros(count, np.bool_) for count in counts]
+        for pieces in _packed(self._pieces(batch, per_pair, clock), batch.chunk):
+            with clock.stage("classifier"):
+                masks = np.concatenate([piece.masks for piece in pieces])
+                pairs = np.repeat([p.pair for p in pieces], [len(p.masks) for p in pieces])
+                logits = classifier.masked_logits(batch.images, masks, batch.owner[pairs])
+            with clock.stage("combine"):
+                got = score_of(self.options.score, logits, batch.targets[pairs])
+                start = 0
+                for piece in pieces:
+                    own = got[start : start + len(piece.masks)]
+                    start += len(piece.masks)
+                    scores[piece.pair][piece.places] = own
+                    counted[piece.pair][piece.places] = True
+                    weighted.add(piece.pair, own, piece.masks)
+        return scores, counted
+
+    def _pieces(
+        self, batch: Batch, per_pair: Sequence[tuple[Floats, ...]], clock: Stopwatch
+    ) -> Iterator[_Piece]:
+        for pair, sums in enumerate(per_pair):
+            place = 0
+            for maps in sums:
+                for start in range(0, len(maps), batch.chunk):
+                    with clock.stage("masks"):
+                        part = maps[start : start + batch.chunk]
+                        masks, flat = cpu.render_masks(part, batch.size, self.options.theta)
+                        kept = np.flatnonzero(~flat)
+                    place += len(part)
+                    if len(kept):
+                        places = place - len(part) + kept
+                        yield _Piece(
+                            pair, places, masks if kept.size == len(masks) else masks[kept]
+                        )
+
+
+def draw_masks(sums: Sequence[Floats], size: tuple[int, int], theta: float) -> Floats:
+    """All masks [n, H, W] of one pair, from the collection sums of its layers."""
+    return np.concatenate([cpu.render_masks(maps, size, theta)[0] for maps in sums])
+
+
+def _packed(pieces: Iterator[_Piece], size: int) -> Iterator[list[_Piece]]:
+    """Regroup pieces so that every group but the last holds exactly `size` masks."""
+    group: list[_Piece] = []
+    room = size
+    for piece in pieces:
+        while len(piece.masks) >= room:
+            yield [*group, _Piece(piece.pair, piece.places[:room], piece.masks[:room])]
+            piece = _Piece(piece.pair, piece.places[room:], piece.masks[room:])
+            group, room = [], size
+        if len(piece.masks):
+            group.append(piece)
+            room -= len(piece.masks)
+    if group:
+        yield group

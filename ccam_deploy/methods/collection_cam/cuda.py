@@ -1,0 +1,174 @@
+"""Collection-CAM on a GPU: batches go to whichever slot is free, results come as the CPU's do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from weakref import WeakKeyDictionary
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ccam_deploy.arrays import Floats
+from ccam_deploy.bundle.manifest import Manifest
+from ccam_deploy.engines.cuda.slots import Slot, Slots, Use
+from ccam_deploy.kernels.cuda.geometry import Geometry
+from ccam_deploy.methods.base import (
+    LayerPartition,
+    MaskSequence,
+    MethodResult,
+    Stopwatch,
+    not_finite,
+)
+from ccam_deploy.methods.collection_cam.cpu import draw_masks
+from ccam_deploy.methods.collection_cam.memory import Setup
+from ccam_deploy.methods.collection_cam.options import CollectionCAMOptions, chosen_layers
+from ccam_deploy.methods.collection_cam.pipeline import HostArrays, Pipeline
+from ccam_deploy.methods.scores import score_of
+
+
+class DeviceCollectionCAM:
+    """Explains batches on slots; safe to call from several threads.
+
+    gradient_scale: of the bundle's graphs.   baseline: [classes] float32, logits of an input of
+    zeros.   batch_size: the most images, and the most pairs, that a slot takes at a time.
+    cuda_graphs: replay what comes again at the same sizes; it gives the same result as launching
+    it piece by piece.   notes: what cannot be done here as asked, a line each.
+    """
+
+    def __init__(
+        self,
+        slots: Slots,
+        manifest: Manifest,
+        gradient_scale: float,
+        baseline: Floats,
+        batch_size: int,
+        cuda_graphs: bool = True,
+    ) -> None:
+        self._slots = slots
+        self._manifest = manifest
+        self._gradient_scale = gradient_scale
+        self._baseline = baseline
+        self._batch_size = batch_size
+        self._cuda_graphs = cuda_graphs
+        self.notes: tuple[str, ...] = ()
+
+    def explain(
+        self,
+        images: Floats,
+        owner: NDArray[np.int64],
+        wanted: NDArray[np.int64],
+        options: CollectionCAMOptions,
+        clock: Stopwatch,
+    ) -> tuple[Floats, NDArray[np.int64], list[MethodResult]]:
+        """Explain P (image, class) pairs of B images.
+
+        images: [B, C, H, W] float32.   owner: [P], the image of each pair, in ascending order.
+        wanted: [P], a class, or -1 - r for the image's class of rank r.
+        Returns logits [B, classes] float32, targets [P] int64, and results for parts of the pairs.
+        Raises BackendError for what the engine reports and for values that are not finite,
+        OptionError for sizes that the kernels do not take.
+        """
+        logits, parts = [], []
+        with self._slots.take() as slot:
+            single = len(images) == len(owner) == 1
+            pipeline = self._pipeline(slot, "latency" if single else "throughput", options)
+            for start in range(0, len(images), pipeline.batch):
+                own = (owner >= start) & (owner < start + pipeline.batch)
+                rows, found = pipeline.run(
+                    images[start : start + pipeline.batch], owner[own] - start, wanted[own], clock
+                )
+                logits.append(rows)
+                parts += found
+        targets = np.concatenate([part["targets"] for part in parts])
+        results = [self._result(pipeline.geometry, part, options) for part in parts]
+        return np.concatenate(logits), targets, results
+
+    def passes(self, images: Floats, options: CollectionCAMOptions) -> Callable[[], None]:
+        """A call that runs backbone, gradient and classifier alone, and waits for them.
+
+        images: [B, C, H, W] float32. Each is explained once on a slot, for its best class; the
+        call then runs on what that left in the slot's memory, and copies nothing.
+        """
+        sizes: WeakKeyDictionary[Pipeline, list[tuple[int, int]]] = WeakKeyDictionary()
+
+        def run() -> None:
+            with self._slots.take() as slot:
+                use: Use = "latency" if len(images) == 1 else "throughput"
+                pipeline = self._pipeline(slot, use, options)
+                if pipeline not in sizes:
+                    sizes[pipeline] = _sizes(pipeline, images)
+                for count, masks in sizes[pipeline]:
+                    pipeline.passes(count, masks)
+
+        return run
+
+    def _pipeline(self, slot: Slot, use: Use, options: CollectionCAMOptions) -> Pipeline:
+        """The slot's pipeline for some options, made when they are first asked for."""
+        key = self._batch_size, use, options, self._cuda_graphs
+        return slot.keep(key, lambda: self._make(slot, use, options))
+
+    def _make(self, slot: Slot, use: Use, options: CollectionCAMOptions) -> Pipeline:
+        setup = Setup(
+            self._manifest.layers,
+            tuple(chosen_layers(options, [layer.name for layer in self._manifest.layers])),
+            self._manifest.input,
+            self._manifest.classes,
+            1 if use == "latency" else self._batch_size,
+            self._gradient_scale,
+            options,
+            self._cuda_graphs,
+        )
+        return Pipeline(slot.device, slot.graphs[use], setup, self._note)
+
+    def _result(
+        self, geometry: Geometry, host: HostArrays, options: CollectionCAMOptions
+    ) -> MethodResult:
+        names = [layer.name for layer in self._manifest.layers]
+        chosen = [names[index] for index in chosen_layers(options, names)]
+        counts = host["counts"]
+        for index, name in enumerate(chosen):
+            if not counts[:, index].all():
+                raise not_finite(name)
+        ends = np.cumsum([layer.channels for layer in geometry.layers])
+        labels = np.split(host["labels"], ends[:-1], axis=1)
+        per_pair = np.cumsum(counts.sum(axis=1))[:-1]
+        scores, weights, flat = (
+            np.split(host[name], per_pair) for name in ("scores", "weights", "flat")
+        )
+        rows = np.broadcast_to(self._baseline, (len(counts), len(self._baseline)))
+        base = score_of(options.score, rows, host["targets"])
+        return MethodResult(
+            host["raw"].reshape(-1, *geometry.size),
+            host["saliency"].reshape(-1, *geometry.size),
+            tuple(
+                LayerPartition(name, own, counts[:, index], host["quality"][:, index])
+                for index, (name, own) in enumerate(zip(chosen, labels, strict=True))
+            ),
+            MaskSequence(
+                [
+                    partial(draw_masks, maps, geometry.size, options.theta)
+                    for maps in map(geometry.split_sums, host["sums"], counts)
+                ]
+            ),
+            tuple(weights),
+            tuple(
+                np.where(unused == 0, score - zero, np.float32(0))
+                for score, unused, zero in zip(scores, flat, base, strict=True)
+            ),
+        )
+
+    def _note(self, line: str) -> None:
+        if line not in self.notes:
+            self.notes = (*self.notes, line)
+
+
+def _sizes(pipeline: Pipeline, images: Floats) -> list[tuple[int, int]]:
+    """Explain some images, and tell how many went through at a time and how many masks they had."""
+    found = []
+    for start in range(0, len(images), pipeline.batch):
+        part = images[start : start + pipeline.batch]
+        best = np.full(len(part), -1, np.int64)
+        _, results = pipeline.run(part, np.arange(len(part)), best, Stopwatch())
+        found.append((len(part), sum(len(result["scores"]) for result in results)))
+    return found

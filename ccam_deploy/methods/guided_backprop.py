@@ -1,0 +1,49 @@
+"""Guided backpropagation (Springenberg et al. 2015)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import get_args
+
+import numpy as np
+
+from ccam_deploy.arrays import Floats
+from ccam_deploy.engines import Classifier
+from ccam_deploy.methods.base import Batch
+from ccam_deploy.methods.image_gradient import Channels, PixelAttribution, check_name
+
+
+@dataclass(frozen=True)
+class GuidedBackpropOptions:
+    """Options of guided backpropagation.
+
+    channels: see IntegratedGradientsOptions; Captum leaves all C values, with their signs.
+    """
+
+    channels: Channels = "absolute"
+
+    def __post_init__(self) -> None:
+        check_name("channels", self.channels, get_args(Channels))
+
+
+class GuidedBackprop(PixelAttribution[GuidedBackpropOptions]):
+    """The gradient through ReLUs that pass back its positive part (Springenberg et al. 2015).
+
+    Other activations keep their own derivative; a network without ReLU is refused.
+    """
+
+    name = "guided-backprop"
+    options_type = GuidedBackpropOptions
+    guided = True
+
+    def attribute(self, classifier: Classifier, batch: Batch) -> Floats:
+        """The guided gradient of each pair's pixels; see the class."""
+        parts = [
+            classifier.input_gradient(
+                batch.images[batch.owner[start : start + batch.chunk]],
+                batch.one_hot[start : start + batch.chunk],
+                self.guided,
+            )
+            for start in range(0, len(batch.owner), batch.chunk)
+        ]
+        return np.concatenate(parts)

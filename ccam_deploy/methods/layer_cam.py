@@ -1,0 +1,74 @@
+"""Layer-CAM (Jiang et al. 2021)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from ccam_deploy.arrays import Floats
+from ccam_deploy.engines import Classifier
+from ccam_deploy.errors import OptionError
+from ccam_deploy.methods.base import Batch, Method, MethodResult, Stopwatch, places_of
+from ccam_deploy.methods.channel_weights import layer_gradients, upsampled_result
+
+
+@dataclass(frozen=True)
+class LayerCAMOptions:
+    """Options of Layer-CAM.
+
+    layers: target layers, whose maps are fused by their maximum; empty for the final one alone.
+    relu: cut negative values off; needed where there are several layers.
+    scaling: where there are several layers, which maps pass through the tanh that lifts small
+        values, all but the deepest as published ("shallow"), "all" as in TorchCAM, or "none".
+    gamma: how much it lifts them.
+    """
+
+    layers: tuple[str, ...] = ()
+    relu: bool = True
+    scaling: Literal["shallow", "all", "none"] = "shallow"
+    gamma: float = 2.0
+
+    def __post_init__(self) -> None:
+        if self.scaling not in ("shallow", "all", "none"):
+            raise OptionError(f'scaling is "{self.scaling}"; it must be shallow, all or none')
+        if not 0 < self.gamma < np.inf:
+            raise OptionError(f"gamma is {self.gamma}; it must be finite and above 0")
+        if len(self.layers) > 1 and not self.relu:
+            raise OptionError("relu is false; the maps of several layers are fused without signs")
+
+
+class LayerCAM(Method[LayerCAMOptions]):
+    """Weighs each place of each channel by its positive gradient (Jiang et al. 2021, eq. 6-9)."""
+
+    name = "layer-cam"
+    options_type = LayerCAMOptions
+
+    def explain(self, classifier: Classifier, batch: Batch, clock: Stopwatch) -> MethodResult:
+        """Explain every pair of a batch; see Method."""
+        places = places_of(self.options.layers or batch.layers[-1:], batch.layers)
+        features, gradients = layer_gradients(classifier, batch, clock)
+        results = []
+        for place in places:
+            with clock.stage("combine"), np.errstate(over="ignore", invalid="ignore"):
+                slopes = np.maximum(gradients[place], 0)
+                maps = np.einsum("pcij,pcij->pij", slopes, features[place])
+            if len(places) > 1:
+                maps = self._scale(maps, place == places[-1])
+            results.append(
+                upsampled_result(maps, self.options.relu, batch, batch.layers[place], clock)
+            )
+        if len(results) == 1:
+            return results[0]
+        with clock.stage("combine"):
+            return MethodResult.of_maps(np.maximum.reduce([one.raw_saliency for one in results]))
+
+    def _scale(self, maps: Floats, deepest: bool) -> Floats:
+        """Bring a layer's maps [P, h, w] to the range that all layers share (eq. 9)."""
+        maps = np.maximum(maps, 0)
+        highest = maps.max(axis=(1, 2), keepdims=True)
+        maps = np.divide(maps, highest, where=highest > 0, out=np.zeros_like(maps))
+        if self.options.scaling == "all" or (self.options.scaling == "shallow" and not deepest):
+            maps = np.tanh(np.float32(self.options.gamma) * maps)
+        return maps

@@ -1,0 +1,146 @@
+"""RISE (Petsiuk et al. 2018)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ccam_deploy.arrays import Floats
+from ccam_deploy.engines import Classifier
+from ccam_deploy.errors import OptionError
+from ccam_deploy.kernels import cpu
+from ccam_deploy.methods.base import Batch, Method, MethodResult, Stopwatch
+from ccam_deploy.methods.scores import Score, check_score, score_of
+
+_MOST_MASKS = 1_000_000
+
+
+@dataclass(frozen=True)
+class RISEOptions:
+    """Options of RISE; the defaults are those that its authors use for ImageNet.
+
+    masks: how many random masks.   cells: how many cells a mask has along each side.
+    p: the probability that a cell is kept.   seed: of the random numbers.
+    score: what F_c is, the softmax probability of the class or its logit.
+    file: a .npy file of masks [N, H, W] in [0, 1] to use in place of random ones.
+    """
+
+    masks: int = 4000
+    cells: int = 8
+    p: float = 0.5
+    seed: int = 0
+    score: Score = "probability"
+    file: str = ""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.masks <= _MOST_MASKS:
+            raise OptionError(f"masks is {self.masks}; it must be 1 to {_MOST_MASKS}")
+        if self.cells < 1:
+            raise OptionError(f"cells is {self.cells}; it must be at least 1")
+        if not 0 < self.p <= 1:
+            raise OptionError(f"p is {self.p}; it must be above 0 and at most 1")
+        if self.seed < 0:
+            raise OptionError(f"seed is {self.seed}; it must be at least 0")
+        check_score(self.score)
+        random = (self.masks, self.cells, self.seed)
+        if self.file and random != (RISEOptions.masks, RISEOptions.cells, RISEOptions.seed):
+            raise OptionError("masks, cells and seed make random masks; leave them out with a file")
+
+
+class RISE(Method[RISEOptions]):
+    """Averages random masks, each weighted by the score under it (Petsiuk et al. 2018, eq. 6)."""
+
+    name = "rise"
+    options_type = RISEOptions
+
+    def explain(self, classifier: Classifier, batch: Batch, clock: Stopwatch) -> MethodResult:
+        """Explain every pair of a batch; see Method."""
+        total = np.zeros((len(batch.owner), math.prod(batch.size)), np.float64)
+        count = 0
+        chunks = self._chunks(batch)
+        while True:
+            with clock.stage("masks"):
+                masks = next(chunks, None)
+            if masks is None:
+                break
+            count += len(masks)
+            for image in np.unique(batch.owner):
+                pairs = np.flatnonzero(batch.owner == image)
+                owner = np.zeros(len(masks), np.int64)
+                with clock.stage("classifier"):
+                    logits = classifier.masked_logits(batch.images[image][None], masks, owner)
+                with clock.stage("combine"):
+                    for pair in pairs:
+                        classes = np.full(len(masks), batch.targets[pair])
+                        scores = score_of(self.options.score, logits, classes)
+                        total[pair] += np.einsum("n,np->p", scores, masks.reshape(len(masks), -1))
+        with clock.stage("combine"):
+            mean = (total / (count * self.options.p)).astype(np.float32)
+            return MethodResult.of_maps(mean.reshape(-1, *batch.size))
+
+    def check(self, classifier: Classifier, batch: Batch) -> None:
+        """See that masks can be had; see Method."""
+        next(self._chunks(batch))
+
+    def _chunks(self, batch: Batch) -> Iterator[Floats]:
+        """The masks, some at a time."""
+        if self.options.file:
+            given = read_masks(self.options.file, batch.size)
+            for start in range(0, len(given), batch.chunk):
+                masks = np.array(given[start : start + batch.chunk], np.float32)
+                if not (masks.min() >= 0 and masks.max() <= 1):
+                    raise OptionError(f"{self.options.file} has masks outside of [0, 1]")
+                yield masks
+            return
+        source = np.random.default_rng(self.options.seed)
+        for start in range(0, self.options.masks, batch.chunk):
+            count = min(batch.chunk, self.options.masks - start)
+            yield random_masks(source, count, self.options.cells, self.options.p, batch.size)
+
+
+def random_masks(
+    source: np.random.Generator, count: int, cells: int, p: float, size: tuple[int, int]
+) -> Floats:
+    """RISE's masks [count, H, W] float32 in [0, 1] (Petsiuk et al. 2018, section 3.2).
+
+    A grid of `cells` by `cells` zeros and ones is upsampled to one cell more than the image along
+    each side, and the mask cut out of it, beginning anywhere in the first cell.
+    Raises OptionError where there are more cells than pixels.
+    """
+    if cells > min(size):
+        raise OptionError(f"cells is {cells}; an input of {size[0]}x{size[1]} takes {min(size)}")
+    cell = [math.ceil(length / cells) for length in size]
+    grids, corners = np.empty((count, cells, cells), np.float32), []
+    for index in range(count):  # one after the other, so that chunks of any size give the same
+        grids[index] = source.random((cells, cells)) < p
+        corners.append(source.integers(0, cell))
+    wide = cpu.upsample(grids, ((cells + 1) * cell[0], (cells + 1) * cell[1]))
+    return np.stack(
+        [one[y : y + size[0], x : x + size[1]] for one, (y, x) in zip(wide, corners, strict=True)]
+    )
+
+
+def read_masks(file: str, size: tuple[int, int]) -> NDArray[np.floating]:
+    """Masks [N, H, W] of a .npy file, read from it as they are needed.
+
+    Raises OptionError for a file that cannot be read or whose array does not fit.
+    """
+    try:
+        masks = np.load(Path(file), mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise OptionError(f"{file} is not a .npy file that can be read: {error}") from error
+    if not isinstance(masks, np.ndarray):
+        masks.close()
+        raise OptionError(f"{file} holds several arrays; it must hold one, of masks")
+    kind = masks.dtype.kind
+    if masks.ndim != 3 or masks.shape[1:] != size or not len(masks) or kind not in "fb":
+        raise OptionError(
+            f"{file} holds {masks.dtype}{list(masks.shape)}; "
+            f"the bundle takes masks float32[N, {size[0]}, {size[1]}]"
+        )
+    return masks

@@ -1,0 +1,118 @@
+"""Score-CAM (Wang et al. 2020)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ccam_deploy.arrays import Floats
+from ccam_deploy.engines import Classifier
+from ccam_deploy.errors import OptionError
+from ccam_deploy.kernels import cpu
+from ccam_deploy.methods.base import Batch, Method, MethodResult, Stopwatch, not_finite
+from ccam_deploy.methods.scores import Score, score_of
+
+Weighting = Literal["increase", "probability", "softmax"]
+
+
+@dataclass(frozen=True)
+class ScoreCAMOptions:
+    """Options of Score-CAM.
+
+    layer: the target layer, empty for the final one.
+    weights: what weighs a channel. "increase": by how much the logit under its mask is above that
+        of an input of zeros (Ha & Youn 2022, eq. 1-3). "probability": the softmax probability
+        under its mask, as in the code of Score-CAM's authors. "softmax": the softmax of the
+        logits over all channels, as in TorchCAM and pytorch-grad-cam. Their masks differ a
+        little: TorchCAM scales them before it enlarges them, pytorch-grad-cam aligns corners.
+    channels: use only so many channels, those that vary most over the image; 0 for all.
+    """
+
+    layer: str = ""
+    weights: Weighting = "increase"
+    channels: int = 0
+
+    def __post_init__(self) -> None:
+        if self.weights not in ("increase", "probability", "softmax"):
+            raise OptionError(
+                f'weights is "{self.weights}"; it must be increase, probability or softmax'
+            )
+        if self.channels < 0:
+            raise OptionError(f"channels is {self.channels}; it must be at least 0")
+
+
+class ScoreCAM(Method[ScoreCAMOptions]):
+    """Weighs each channel by the score of the image under its mask (Wang et al. 2020)."""
+
+    name = "score-cam"
+    options_type = ScoreCAMOptions
+
+    def explain(self, classifier: Classifier, batch: Batch, clock: Stopwatch) -> MethodResult:
+        """Explain every pair of a batch; see Method."""
+        place = batch.place_of(self.options.layer)
+        features = batch.activations.features[place]
+        if not np.isfinite(features[batch.owner]).all():
+            raise not_finite(batch.layers[place])
+        scores, counted = self._score(classifier, batch, features, clock)
+        with clock.stage("combine"):
+            rows = np.broadcast_to(batch.baseline, (len(scores), len(batch.baseline)))
+            base = score_of(self._kind, rows, batch.targets)[:, None]
+            gains = np.where(counted, scores - base, np.float32(0))
+            if self.options.weights == "softmax":
+                weights = np.stack(list(map(cpu.softmax, scores, counted)))
+            else:
+                weights = gains if self.options.weights == "increase" else scores
+            pairs = zip(weights, batch.owner, strict=True)
+            maps = [np.einsum("c,cij->ij", row, features[image]) for row, image in pairs]
+            raw = cpu.upsample(np.maximum(np.stack(maps), 0), batch.size)
+            return MethodResult.of_maps(raw, list(weights), list(gains))
+
+    def check(self, classifier: Classifier, batch: Batch) -> None:
+        """See that the layer is there; see Method."""
+        batch.place_of(self.options.layer)
+
+    @property
+    def _kind(self) -> Score:
+        return "probability" if self.options.weights == "probability" else "logit"
+
+    def _score(
+        self, classifier: Classifier, batch: Batch, features: Floats, clock: Stopwatch
+    ) -> tuple[Floats, NDArray[np.bool_]]:
+        """The score under each channel's mask [P, C] float32, 0 where it was not asked for.
+
+        Also returns [P, C] bool, true where it was: not for flat channels, whose masks are empty,
+        nor for those beyond the number of channels to use.
+        """
+        scores = np.zeros((len(batch.owner), features.shape[1]), np.float32)
+        counted = np.zeros(scores.shape, np.bool_)
+        with clock.stage("masks"):
+            used = [(image, self._channels(features[image])) for image in np.unique(batch.owner)]
+            images = np.repeat([i for i, _ in used], [len(own) for _, own in used])
+            channels = np.concatenate([own for _, own in used])
+        for start in range(0, len(images), batch.chunk):
+            image, channel = images[start : start + batch.chunk], channels[start:][: batch.chunk]
+            with clock.stage("masks"):
+                masks = cpu.min_max(cpu.upsample(features[image, channel], batch.size))
+                shown, owner = np.unique(image, return_inverse=True)
+            with clock.stage("classifier"):
+                logits = classifier.masked_logits(batch.images[shown], masks, owner)
+            with clock.stage("combine"):
+                for pair in np.flatnonzero(np.isin(batch.owner, shown)):
+                    own = image == batch.owner[pair]
+                    classes = np.full(np.count_nonzero(own), batch.targets[pair])
+                    scores[pair, channel[own]] = score_of(self._kind, logits[own], classes)
+                    counted[pair, channel[own]] = True
+        return scores, counted
+
+    def _channels(self, features: Floats) -> NDArray[np.intp]:
+        """The channels of an image [C, h, w] to use, in ascending order."""
+        flat = features.reshape(len(features), -1)
+        varied = np.flatnonzero(flat.max(axis=1) > flat.min(axis=1))
+        most = self.options.channels
+        if not most or len(varied) <= most:
+            return varied
+        spread = flat[varied].std(axis=1, dtype=np.float64)
+        return np.sort(varied[np.argsort(-spread, kind="stable")[:most]])

@@ -1,0 +1,153 @@
+"""From pictures to the network's input, and from maps back to the pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ccam_deploy.arrays import Floats
+from ccam_deploy.bundle.manifest import Preprocessing
+from ccam_deploy.errors import ImageError, brief
+from ccam_deploy.image_files import MAX_PIXELS, as_shown, check_size
+
+_VIA = {"P": "RGBA", "PA": "RGBA", "La": "LA", "LAB": "RGB"}
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Where the network's input lies in the original image; all sizes are height, width.
+
+    original: the image as it is shown, turned as its EXIF data says.
+    scaled: its size after scaling.   corner: top, left of the input inside the scaled image.
+    size: the network's input.
+    """
+
+    original: tuple[int, int]
+    scaled: tuple[int, int]
+    corner: tuple[int, int]
+    size: tuple[int, int]
+
+    def to_original(self, saliency: Floats) -> Floats:
+        """Bring a map [H, W] of the input back to the original image; 0 where nothing was seen.
+
+        Returns [height, width] float32 of the original's size.
+        """
+        if saliency.shape != self.size:
+            raise ImageError(f"the map is {list(saliency.shape)}, the input {list(self.size)}")
+        height, width = self.scaled
+        top, left = (max(offset, 0) for offset in self.corner)
+        canvas = np.zeros((height, width), np.float32)
+        canvas[top : top + self.size[0], left : left + self.size[1]] = saliency
+        shown = Image.fromarray(canvas).resize(
+            (self.original[1], self.original[0]), Image.Resampling.BILINEAR
+        )
+        return np.asarray(shown, dtype=np.float32)
+
+    def to_input(self, boxes: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Bring boxes [K, 4] of the original image to the input, cut at its border.
+
+        A box is left, top, right, bottom in pixels, right and bottom exclusive. Those of which
+        nothing is left in the input are dropped.
+        """
+        scale = np.divide(self.scaled, self.original)
+        top, left = self.corner
+        moved = boxes * [*scale[::-1], *scale[::-1]] - [left, top, left, top]
+        height, width = self.size
+        cut = np.clip(moved, 0, [width, height, width, height])
+        kept: NDArray[np.float64] = cut[(cut[:, 2] > cut[:, 0]) & (cut[:, 3] > cut[:, 1])]
+        return kept
+
+
+def to_grey_or_rgb(picture: Image.Image, channels: int) -> Image.Image:
+    """An image of any mode as 8-bit grey (1 channel) or RGB (3); transparency is dropped.
+
+    16-bit values are scaled by their full range; floating-point ones are taken as [0, 1].
+    Raises ImageError for floating-point pixels that are not finite or outside [0, 1].
+    """
+    if picture.mode.startswith("I"):
+        wide = np.clip(np.asarray(picture, dtype=np.int64), 0, 65535)
+        picture = Image.fromarray((wide // 257).astype(np.uint8))
+    elif picture.mode == "F":
+        values = np.asarray(picture)
+        if not np.isfinite(values).all():
+            raise ImageError("the image has NaN or infinite pixels")
+        if values.min() < 0 or values.max() > 1:
+            raise ImageError("the image has floating-point pixels outside [0, 1]; scale them first")
+        picture = Image.fromarray((values * 255 + 0.5).astype(np.uint8))
+    elif picture.mode in _VIA:
+        picture = picture.convert(_VIA[picture.mode])
+    return picture.convert("L" if channels == 1 else "RGB")
+
+
+def prepare_images(
+    pictures: Sequence[Image.Image], size: tuple[int, int], how: Preprocessing
+) -> tuple[Floats, tuple[Geometry, ...]]:
+    """Make the network's input of some images, turned as their EXIF data says.
+
+    size: height, width of the input.
+    Returns [B, C, H, W] float32, scaled, cropped and normalised, and each image's geometry.
+    Raises ImageError for an image that is too small, too narrow, truncated or has unusable pixels.
+    """
+    if len(how.mean) not in (1, 3):
+        raise ImageError(
+            f"the network takes {len(how.mean)} channels, images have 1 or 3; give an array"
+        )
+    batch = np.empty((len(pictures), len(how.mean), *size), np.float32)
+    geometries = []
+    for row, picture in zip(batch, pictures, strict=True):
+        check_size(picture, "the image")
+        try:
+            turned = as_shown(picture)
+        except Exception as error:
+            raise ImageError(f"the image cannot be decoded: {brief(error)}") from error
+        place = input_geometry((turned.height, turned.width), size, how)
+        geometries.append(place)
+        coloured = to_grey_or_rgb(turned, len(how.mean))
+        scaled = coloured.resize(
+            (place.scaled[1], place.scaled[0]), Image.Resampling[how.interpolation.upper()]
+        )
+        top, left = place.corner
+        cropped = scaled.crop((left, top, left + size[1], top + size[0]))
+        pixels = np.asarray(cropped, dtype=np.float32).reshape(*size, -1).transpose(2, 0, 1)
+        mean = np.array(how.mean, np.float32)[:, None, None]
+        std = np.array(how.std, np.float32)[:, None, None]
+        row[:] = (pixels / np.float32(255) - mean) / std
+    return batch, tuple(geometries)
+
+
+def restore_image(image: Floats, mean: Sequence[float], std: Sequence[float]) -> Image.Image:
+    """The picture, grey or RGB, that a preprocessed image [C, H, W] float32 shows.
+
+    mean, std: per channel, of pixels in [0, 1], that it was normalised with.
+    """
+    offset, scale = (np.array(values, np.float32)[:, None, None] for values in (mean, std))
+    pixels = np.clip((image * scale + offset) * 255 + 0.5, 0, 255).astype(np.uint8)
+    return Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
+
+
+def input_geometry(
+    original: tuple[int, int], size: tuple[int, int], how: Preprocessing
+) -> Geometry:
+    """Where the network's input lies in an image; sizes are height, width.
+
+    Raises ImageError for an image that is too long and narrow to be scaled.
+    """
+    if how.resize == "stretch":
+        return Geometry(original, size, (0, 0), size)
+    height, width = original
+    cover = how.cover
+    if cover[0] * width >= cover[1] * height:
+        scaled = (cover[0], cover[0] * width // height)
+    else:
+        scaled = (cover[1] * height // width, cover[1])
+    if scaled[0] * scaled[1] > MAX_PIXELS:
+        raise ImageError(
+            f"the image is {width}x{height}, too long and narrow: "
+            f"scaled to {scaled[1]}x{scaled[0]} it has more than {MAX_PIXELS} pixels"
+        )
+    corner = (round((scaled[0] - size[0]) / 2), round((scaled[1] - size[1]) / 2))
+    return Geometry(original, scaled, corner, size)

@@ -1,0 +1,1 @@
+"""How good maps are: metrics, data sets, and the evaluation of methods on them."""

@@ -1,0 +1,182 @@
+"""What was measured of each image, in a file that an interrupted run goes on with."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ccam_deploy.arrays import Doubles
+from ccam_deploy.errors import OptionError, OutputError
+from ccam_deploy.files import write_file
+from ccam_deploy.quality.metrics import Kind
+from ccam_deploy.text import one_line
+
+SETTINGS = "settings.json"
+RESULTS = "results.csv"
+CURVES: tuple[Kind, Kind] = ("deletion", "insertion")
+_FACTS = ("index", "name", "method", "target", "probability")
+_CURVE = "_curve"
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured of one image's map by one method.
+
+    index, name: the image's place and name in the data set; in the file a name is one line, see
+        one_line.   target: the class explained, -1 where the image could not be read.
+    probability: its softmax probability for the whole image.
+    values: percent by metric; NaN where the image has no boxes to measure with, or was not read.
+    curves: probabilities [n] along the deletion and the insertion curve, where they were measured.
+    """
+
+    index: int
+    name: str
+    method: str
+    target: int
+    probability: float
+    values: dict[str, float]
+    curves: dict[str, Doubles] = field(default_factory=dict)
+
+    @property
+    def key(self) -> tuple[int, str]:
+        """The image and the method."""
+        return self.index, self.method
+
+    @property
+    def was_read(self) -> bool:
+        """Whether the image could be read; else the row only says that it could not."""
+        return self.target >= 0
+
+
+class Results:
+    """The rows of an evaluation, kept in a folder as they come.
+
+    The folder has the settings that made them; they are written with the first use, and other
+    settings are refused later. Rows are added as a whole for a group of images and a method, and
+    a group that a killed process left in part is dropped, so that groups stay as they are.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any], metrics: Sequence[str]) -> None:
+        """Open a folder, or begin one.
+
+        Raises OptionError where it holds an evaluation with other settings, OutputError where it
+        cannot be used.
+        """
+        self.folder = folder
+        self.metrics = tuple(metrics)
+        self.rows: dict[tuple[int, str], Row] = {}
+        self._path = folder / RESULTS
+        self._columns = (*_FACTS, *metrics, *(f"{kind}{_CURVE}" for kind in CURVES))
+        content = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+        known = _read(folder / SETTINGS)
+        if not known:
+            if _read(self._path):
+                raise OutputError(f"{self._path} exists without {SETTINGS}; give another --output")
+            if folder.is_dir() and any(folder.iterdir()):
+                raise OutputError(f"{folder} has files of something else; give another --output")
+            write_file(folder / SETTINGS, content.encode("utf-8", "backslashreplace"))
+        else:
+            _compare(folder, known, json.loads(content))
+            self.rows = {row.key: row for row in self._parse(_read(self._path))}
+
+    def keep(self, groups: Collection[Sequence[tuple[int, str]]]) -> None:
+        """Drop rows of groups that are not complete, and write what is left in the groups' order.
+
+        groups: the keys that are added together.
+        """
+        whole = [key for group in groups if all(k in self.rows for k in group) for key in group]
+        self.rows = {key: self.rows[key] for key in whole}
+        write_file(self._path, self._text(list(self.rows.values()), header=True))
+
+    def add(self, rows: Sequence[Row]) -> None:
+        """Add the rows of a group. Raises OutputError where they cannot be written."""
+        content = self._text(rows, header=False)
+        try:
+            with self._path.open("ab", buffering=0) as file:
+                if file.write(content) != len(content):
+                    raise OutputError(f"cannot write {self._path}: the disk is full")
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise OutputError(f"cannot write {self._path}: {error.strerror or error}") from error
+        self.rows.update((row.key, row) for row in rows)
+
+    def _text(self, rows: Sequence[Row], header: bool) -> bytes:
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        if header:
+            writer.writerow(self._columns)
+        for row in rows:
+            facts = (row.index, one_line(row.name), row.method, row.target, repr(row.probability))
+            values = (_number(row.values[name]) for name in self.metrics)
+            curves = (
+                " ".join(map(repr, row.curves.get(kind, np.zeros(0)).tolist())) for kind in CURVES
+            )
+            writer.writerow((*facts, *values, *curves))
+        return text.getvalue().encode()
+
+    def _parse(self, content: bytes) -> list[Row]:
+        """The rows up to the last whole line."""
+        text = content[: content.rfind(b"\n") + 1].decode("utf-8", "surrogateescape")
+        try:
+            lines = list(csv.reader(io.StringIO(text)))
+            if lines and tuple(lines[0]) != self._columns:
+                raise OutputError(f"{self._path} has other columns; give another --output")
+            return [self._row(dict(zip(self._columns, line, strict=True))) for line in lines[1:]]
+        except (csv.Error, ValueError) as error:
+            raise OutputError(
+                f"{self._path} was changed ({error}); give another --output"
+            ) from error
+
+    def _row(self, cells: Mapping[str, str]) -> Row:
+        curves = {kind: np.array(cells[f"{kind}{_CURVE}"].split(), np.float64) for kind in CURVES}
+        return Row(
+            int(cells["index"]),
+            cells["name"],
+            cells["method"],
+            int(cells["target"]),
+            float(cells["probability"]),
+            {name: float(cells[name] or "nan") for name in self.metrics},
+            {kind: curve for kind, curve in curves.items() if len(curve)},
+        )
+
+
+def _number(value: float) -> str:
+    """A number with all its digits; nothing for NaN."""
+    return "" if math.isnan(value) else repr(float(value))
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes() if path.exists() else b""
+    except OSError as error:
+        raise OutputError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _compare(folder: Path, content: bytes, wanted: Mapping[str, Any]) -> None:
+    """Raise OptionError for the first setting that is not what the folder has."""
+    try:
+        known = json.loads(content)
+    except ValueError as error:
+        raise OutputError(f"{folder / SETTINGS} is not readable: {error}") from error
+    if not isinstance(known, dict):
+        raise OutputError(f"{folder / SETTINGS} has no settings; give another --output")
+    if {**known, "digest": ""} == {**wanted, "digest": ""} and known != wanted:
+        raise OptionError(
+            f"{folder} holds an evaluation of the bundle as it was before it was exported again; "
+            "give another --output"
+        )
+    for name in {**known, **wanted}:
+        if known.get(name) != wanted.get(name):
+            raise OptionError(
+                f"{folder} holds an evaluation with {name} {json.dumps(known.get(name))}, "
+                f"not {json.dumps(wanted.get(name))}; give its settings or another --output"
+            )

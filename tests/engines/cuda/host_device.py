@@ -1,0 +1,218 @@
+"""The device pipeline without a GPU: numpy memory, Numba's simulator, ONNX Runtime on the CPU."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+import ccam_deploy as ccam
+from ccam_deploy.bundle.folder import read_bundle
+from ccam_deploy.engines import Networks, load_networks
+from ccam_deploy.engines.cuda.device import ALIGNMENT, DeviceTensor
+from ccam_deploy.engines.cuda.slots import Slot, Slots
+from ccam_deploy.engines.onnxruntime import OnnxRuntimeGraph
+from ccam_deploy.errors import BackendError
+from ccam_deploy.methods import CollectionCAMOptions
+
+Array = NDArray[Any]
+_THREADS = 32
+_GARBAGE = 0xFF
+"""NaN in every float, -1 in every integer: what was not written must not be read."""
+
+
+class HostDevice:
+    """A Device whose memory is the host's; kernels run in Numba's simulator, at once.
+
+    captured: how many times work was captured.
+    """
+
+    stream = 0
+
+    def __init__(self, captures: bool = True) -> None:
+        self.captured = 0
+        self.replayed = 0
+        self.blocks: dict[int, Array] = {}
+        self._captures = captures
+
+    @property
+    def kernel_stream(self) -> Any:
+        from numba import cuda
+
+        return cuda.stream()
+
+    def allocate(self, size: int) -> int:
+        block = np.full(size + ALIGNMENT, _GARBAGE, np.uint8)
+        address = -(-block.ctypes.data // ALIGNMENT) * ALIGNMENT
+        self.blocks[address] = block
+        return address
+
+    def free(self, address: int) -> None:
+        del self.blocks[address]
+
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        yield
+
+    def view(self, address: int, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
+        from numba.cuda.simulator.cudadrv.devicearray import FakeCUDAArray
+
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        return FakeCUDAArray(self._bytes(address, size).view(dtype).reshape(shape))
+
+    def pinned(self, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
+        return np.empty(shape, dtype)
+
+    def upload(self, address: int, values: Array) -> None:
+        self._bytes(address, values.nbytes)[:] = values.reshape(-1).view(np.uint8)
+
+    def download(self, values: Array, address: int) -> None:
+        values.reshape(-1).view(np.uint8)[:] = self._bytes(address, values.nbytes)
+
+    def copy(self, target: int, source: int, size: int) -> None:
+        self._bytes(target, size)[:] = self._bytes(source, size)
+
+    def wait(self) -> None:
+        pass
+
+    def mark(self) -> float:
+        return time.perf_counter()
+
+    def seconds(self, start: float, end: float) -> float:
+        return end - start
+
+    def hold(self, thing: object) -> None:
+        pass
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        if not self._captures:
+            raise BackendError("this device captures nothing")
+        self.captured += 1
+
+        def replay() -> None:
+            self.replayed += 1
+            work()
+
+        return replay
+
+    def close(self) -> None:
+        self.blocks.clear()
+
+    def _bytes(self, address: int, size: int) -> Array:
+        for start, block in self.blocks.items():
+            offset = address - block.ctypes.data
+            if start <= address and offset + size <= len(block):
+                return block[offset : offset + size]
+        raise AssertionError(f"{size} bytes at {address} are not in the device's memory")
+
+
+def slot_on(device: HostDevice, paths: Mapping[str, Path], limits: Mapping[str, int]) -> Slot:
+    """A slot whose graphs run on ONNX Runtime where the device's memory is, the host's."""
+    graphs = {name: OnnxRuntimeGraph(path, "cpu", 0) for name, path in paths.items()}
+    for graph in graphs.values():
+        graph.capturable = True
+        graph.limits = limits
+    return Slot(device, {"latency": graphs, "throughput": graphs})
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of an explainer. images: [B, C, H, W] float32."""
+
+    images: Array
+    targets: Any = None
+    options: CollectionCAMOptions = field(default_factory=CollectionCAMOptions)
+    top: int = 1
+    budget_ms: float | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to run in the simulator's process: the calls of one explainer, one after the other.
+
+    passes: how often to run the passes of the first call alone, in the end.
+    """
+
+    bundle: Path
+    calls: tuple[Call, ...]
+    precision: str = "fp32"
+    batch_size: int = 4
+    masks: int = 64
+    cuda_graphs: bool = True
+    captures: bool = True
+    passes: int = 0
+
+
+@dataclass(frozen=True)
+class Report:
+    """What came of a job. launches: each graph's rows, of the passes alone."""
+
+    results: list[ccam.Explanation]
+    launches: list[tuple[str, int]]
+    notes: tuple[str, ...]
+    captured: int
+    replayed: int
+
+
+def run(job: Job) -> Report:
+    """Run a job in this process, which must have been started by `simulator`."""
+    from ccam_deploy.kernels.cuda import launch
+
+    # The simulator takes a while for every thread.
+    launch.Threads.__init__.__defaults__ = (_THREADS,) * len(fields(launch.Threads))
+    bundle = read_bundle(job.bundle)
+    chosen = bundle.precision(job.precision)
+    paths = {name: bundle.path(file) for name, file in chosen.graphs.items()}
+    devices = []
+
+    def open_slot() -> Slot:
+        devices.append(HostDevice(job.captures))
+        return slot_on(devices[-1], paths, {"batch": 8, "masks": job.masks})
+
+    host = load_networks(paths, chosen.gradient_scale, "onnxruntime-cpu")
+    networks = Networks(host.engines, chosen.gradient_scale, "host", Slots(open_slot, 1))
+    with ccam.Explainer(
+        bundle, networks, job.precision, job.batch_size, job.cuda_graphs
+    ) as explainer:
+        results = [
+            explainer.explain(
+                call.images, call.targets, call.options, call.top, budget_ms=call.budget_ms
+            )
+            for call in job.calls
+        ]
+        notes = explainer.notes
+        launches: list[tuple[str, int]] = []
+        if job.passes and explainer.on_device is not None:
+            passes = explainer.on_device.passes(job.calls[0].images, job.calls[0].options)
+            passes()
+            with networks.slots.take() as slot:  # type: ignore[union-attr]
+                for name, graph in slot.graphs["throughput"].items():
+                    graph.launch = partial(_recorded, name, graph.launch, launches)  # type: ignore[method-assign]
+            for _ in range(job.passes):
+                passes()
+    assert not any(device.blocks for device in devices)
+    return Report(
+        results,
+        launches,
+        notes,
+        sum(device.captured for device in devices),
+        sum(device.replayed for device in devices),
+    )
+
+
+def _recorded(
+    name: str,
+    launch: Callable[[Mapping[str, DeviceTensor]], None],
+    launches: list[tuple[str, int]],
+    tensors: Mapping[str, DeviceTensor],
+) -> None:
+    output = next(tensors[name] for name in ("logits", "gradient_0") if name in tensors)
+    launches.append((name, output.shape[0]))
+    launch(tensors)

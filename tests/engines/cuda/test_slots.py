@@ -1,0 +1,151 @@
+"""Slots are lent to one caller at a time, opened as they are needed, closed in the end."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import pytest
+
+from ccam_deploy.engines.cuda.device import Device
+from ccam_deploy.engines.cuda.slots import Slot, Slots
+from ccam_deploy.errors import BackendError, OptionError
+
+
+class FakeDevice:
+    def __init__(self) -> None:
+        self.closed = 0
+        self.users = 0
+        self.waits = 0
+
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        self.users += 1
+        try:
+            yield
+        finally:
+            self.users -= 1
+
+    def wait(self) -> None:
+        assert self.users == 1
+        self.waits += 1
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+class Bench:
+    """Opens slots and remembers their devices."""
+
+    def __init__(self) -> None:
+        self.devices: list[FakeDevice] = []
+
+    def open(self) -> Slot:
+        self.devices.append(FakeDevice())
+        return Slot(cast(Device, self.devices[-1]), {})
+
+
+def device_of(slot: Slot) -> Any:
+    return slot.device
+
+
+def test_one_slot_serves_one_caller_after_the_other() -> None:
+    bench = Bench()
+    slots = Slots(bench.open, 3)
+    for _ in range(5):
+        with slots.take() as slot:
+            assert device_of(slot).users == 1
+    assert len(bench.devices) == 1
+    slots.close()
+    assert bench.devices[0].closed == 1
+
+
+def test_as_many_slots_as_callers_but_no_more() -> None:
+    bench = Bench()
+    slots = Slots(bench.open, 2)
+    both, done = threading.Barrier(3), threading.Event()
+
+    def use() -> None:
+        with slots.take():
+            both.wait(10)
+            done.wait(10)
+
+    late_in = threading.Event()
+
+    def late() -> None:
+        with slots.take():
+            late_in.set()
+
+    threads = [threading.Thread(target=use) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    both.wait(10)
+    third = threading.Thread(target=late)
+    third.start()
+    assert not late_in.wait(0.2)
+    done.set()
+    for thread in [*threads, third]:
+        thread.join(10)
+    assert late_in.is_set()
+    assert len(bench.devices) == 2
+    slots.close()
+
+
+def test_a_slot_whose_engine_failed_is_given_up() -> None:
+    bench = Bench()
+    slots = Slots(bench.open, 1)
+    with pytest.raises(BackendError), slots.take():
+        raise BackendError("an illegal address")
+    assert bench.devices[0].closed == 1
+    with slots.take() as slot:
+        assert device_of(slot) is bench.devices[1]
+
+
+def test_other_errors_leave_the_slot() -> None:
+    bench = Bench()
+    slots = Slots(bench.open, 1)
+    with pytest.raises(OptionError), slots.take():
+        raise OptionError("no such option")
+    assert bench.devices[0].waits == 1  # for what was on the stream already
+    with slots.take() as slot:
+        assert device_of(slot) is bench.devices[0]
+
+
+class Buffer:
+    def __init__(self) -> None:
+        self.closed = 0
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+def test_what_is_kept_is_closed_when_it_is_pushed_out_and_with_the_slot() -> None:
+    slot = Bench().open()
+    buffers = [slot.keep(key, Buffer) for key in range(4)]
+    assert slot.keep(0, Buffer) is buffers[0]
+    slot.keep("new", Buffer)
+    assert [buffer.closed for buffer in buffers] == [0, 1, 0, 0]
+    slot.close()
+    assert [buffer.closed for buffer in buffers] == [1, 1, 1, 1]
+
+
+def test_what_slots_share_is_closed_last_and_once() -> None:
+    bench, shared = Bench(), list[int]()
+    slots = Slots(bench.open, 2, lambda: shared.append(bench.devices[0].closed))
+    with slots.take():
+        slots.close()
+        assert shared == []
+    assert shared == [1]
+
+
+def test_closed_slots_are_not_lent() -> None:
+    bench = Bench()
+    slots = Slots(bench.open, 1)
+    with slots.take():
+        slots.close()
+        assert [device.closed for device in bench.devices] == [0]
+    assert [device.closed for device in bench.devices] == [1]
+    with pytest.raises(BackendError, match="closed"), slots.take():
+        pass

@@ -1,0 +1,72 @@
+"""The example classifier keeps what is said of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import ccam_deploy as ccam
+from ccam_deploy.examples.scenes import Scene, make_scenes
+from tests.helpers import RECIPES, Floats
+
+pytest.importorskip("sklearn")
+
+
+def test_accuracy_on_scenes_it_never_saw(digits: ccam.Explainer) -> None:
+    scenes = make_scenes("test", 300, seed=50_000)
+    images = prepared(scenes)
+    logits = np.concatenate([digits.networks.backbone(part).logits for part in _parts(images)])
+    truth = np.array([scene.digits[0] for scene in scenes])
+    assert (logits.argmax(1) == truth).mean() > 0.9
+
+
+def test_maps_lie_on_the_digit(digits: ccam.Explainer) -> None:
+    """The peak of the map is inside the digit's box far more often than its area would have it."""
+    scenes = make_scenes("test", 40, seed=60_000)
+    images = prepared(scenes)
+    result = digits.explain(images, [scene.digits[0] for scene in scenes])
+    hits, areas = [], []
+    for saliency, scene in zip(result.saliency, scenes, strict=True):
+        row, column = np.unravel_index(saliency.argmax(), saliency.shape)
+        left, top, right, bottom = scene.boxes[0]
+        hits.append(left <= column < right and top <= row < bottom)
+        areas.append((right - left) * (bottom - top) / saliency.size)
+    assert np.mean(hits) > 0.8 > 4 * np.mean(areas)
+
+
+def test_weights_are_small() -> None:
+    assert (RECIPES / "digits.pt").stat().st_size < 2_000_000
+
+
+def prepared(scenes: Sequence[Scene]) -> Floats:
+    """The scenes as the network's input, scaled by hand: [n, 3, 96, 96]."""
+    pixels = np.stack([scene.image for scene in scenes]).astype(np.float32) / 255
+    return np.asarray((pixels - 0.45) / 0.25, np.float32).transpose(0, 3, 1, 2).copy()
+
+
+def _parts(images: Floats) -> list[Floats]:
+    return [images[start : start + 50] for start in range(0, len(images), 50)]
+
+
+def test_readme_shows_the_measured_quality() -> None:
+    root = Path(__file__).parents[1]
+    found = json.loads((root / "bench" / "results" / "quality-digits.json").read_text())
+    text = (root / "README.md").read_text(encoding="utf-8")
+    table = text.partition("<!-- quality -->\n")[2].partition("<!-- end -->")[0].splitlines()
+    metrics = [word.strip(" ,%↓↑") for word in table[0].split("|")[2:-2]]
+    rows = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in table[2:]}
+    assert set(rows) == set(found["results"]["Methods"])
+    for method, cells in rows.items():
+        values = [found["results"]["Methods"][method][name]["mean"] for name in metrics]
+        expected = [*(f"{value:.1f}" for value in values), f"{found['ms'][method]['median']:.0f}"]
+        assert [cell.strip() for cell in cells] == expected
+
+
+def test_readme_shows_the_measured_overhead() -> None:
+    root = Path(__file__).parents[1]
+    table = (root / "bench" / "results" / "overhead-cpu.md").read_text(encoding="utf-8").strip()
+    assert table in (root / "README.md").read_text(encoding="utf-8")

@@ -1,0 +1,61 @@
+"""A cold start is a process of its own, and its parts fit into the whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ccam_deploy.errors import BackendError
+from ccam_deploy.latency import cold_start
+from tests.helpers import example_files
+
+HOW = {"backend": "onnxruntime-cpu", "precision": "fp32", "batch_size": 16, "threads": 1}
+
+
+def test_parts_of_a_cold_start(tiny_bundle: Path) -> None:
+    start = cold_start.measure(tiny_bundle, example_files()[:2], 3, HOW)
+    assert start.batch == 3
+    assert min(start.imports, start.load, start.first, start.second) > 0
+    assert start.imports + start.load + start.first < start.total
+    assert start.second < start.total
+    assert start.peak_memory is not None
+    assert 20 < start.peak_memory < 1000
+    assert start.device_memory is None
+    assert cold_start.as_json(start) == {
+        "batch": 3,
+        "total_ms": start.total,
+        "imports_ms": start.imports,
+        "load_ms": start.load,
+        "first_ms": start.first,
+        "second_ms": start.second,
+        "peak_memory_mib": start.peak_memory,
+        "device_memory_mib": None,
+    }
+
+
+def test_what_goes_wrong_in_the_process_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(BackendError) as caught:
+        cold_start.measure(tmp_path / "none", example_files()[:1], 1, HOW)
+    message = str(caught.value)
+    assert message.startswith("the cold start failed: ")
+    assert "there is no such folder" in message
+    assert "\n" not in message
+
+
+def test_a_process_that_says_much_is_not_blocked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A library that fills a pipe twice over before the first explanation."""
+    noisy = tmp_path / "noisy.py"
+    noisy.write_text(
+        "import sys\n"
+        "sys.stderr.write('x' * 2**17 + '\\nthe last words\\n')\n"
+        "print('ready', flush=True)\n"
+        "sys.exit(3)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(cold_start, "__name__", "noisy")
+    with pytest.raises(BackendError, match=r"^the cold start failed: the last words$"):
+        cold_start.measure(tmp_path, example_files()[:1], 1, HOW)

@@ -1,0 +1,355 @@
+"""The arithmetic of a latency measurement, on an explainer that takes the time it is told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import ccam_deploy as ccam
+from ccam_deploy.engines.cuda.device import Device
+from ccam_deploy.engines.cuda.slots import Slot, Slots
+from ccam_deploy.errors import OptionError
+from ccam_deploy.latency import measurement
+from ccam_deploy.latency import report as reports
+from ccam_deploy.latency.measurement import Case, LatencySettings
+from ccam_deploy.latency.report import DeviceTimes, LatencyReport
+from tests.clock import FakeClock
+from tests.helpers import example_pictures
+
+MASKS = 4
+FLAT = 1
+CLASSES = 5
+SLOWER_LAUNCHED = 1.5
+ONE_ROUND = LatencySettings(duration=1e-9, warmup=0)
+
+
+class FakeExplainer:
+    """Explains pictures and arrays on a clock of its own; counts what its engines are given.
+
+    Preprocessing takes 2 ms an image, the backbone 3, the gradient 5, and a masked forward 7 plus
+    the image's brightness; what lies between them 10 ms a call.
+    """
+
+    batch_size = 6
+
+    def __init__(self, clock: FakeClock) -> None:
+        self.clock = clock
+        self.networks = self
+        self.backend = "onnxruntime-cpu"
+        self.slots: Slots | None = None
+        self.on_device: Any = None
+        self.forwards: list[int] = []
+
+    def preprocess(self, pictures: list[Image.Image]) -> tuple[Any, tuple[()]]:
+        self.clock.time += 0.002 * len(pictures)
+        values = [picture.getpixel((0, 0)) for picture in pictures]
+        return np.array(values, np.float32)[:, None, None, None], ()
+
+    def explain(self, images: Any) -> Any:
+        started = self.clock.time
+        timings: dict[str, float] = {}
+        if not isinstance(images, np.ndarray):
+            images, _ = self.preprocess(images)
+            timings["preprocess"] = self.clock.time - started
+        count = len(images)
+        self.clock.time += 0.010 + 0.008 * count
+        timings["passes"] = 0.008 * count
+        before = self.clock.time
+        self.masked_logits(images, np.ones((MASKS * count, 2, 2)), np.arange(count).repeat(MASKS))
+        timings["classifier"] = self.clock.time - before
+        masks = np.ones((MASKS + FLAT, 2, 2), np.float32)
+        masks[0] = 0
+        return SimpleNamespace(
+            masks=[masks] * count,
+            targets=np.full(count, 3),
+            logits=np.zeros((count, CLASSES), np.float32),
+            layers=[SimpleNamespace(name="deep", count=np.full(count, MASKS + FLAT))],
+            timings=timings,
+        )
+
+    def backbone(self, images: Any) -> Any:
+        self.clock.time += 0.003 * len(images)
+        return images
+
+    def gradients(self, activations: Any, one_hot: Any) -> None:
+        assert one_hot.sum(axis=1).tolist() == [1] * len(activations)
+        assert one_hot.argmax(axis=1).tolist() == [3] * len(activations)
+        self.clock.time += 0.005 * len(activations)
+
+    def masked_logits(self, images: Any, masks: Any, owner: Any) -> None:
+        assert len(masks) == len(owner)
+        assert masks.any(axis=(1, 2)).all()
+        self.forwards.append(len(masks))
+        self.clock.time += 0.007 * len(masks) + 0.001 * float(images[owner].sum())
+
+
+def picture(brightness: int) -> Image.Image:
+    return Image.new("L", (2, 2), brightness)
+
+
+def measured(
+    pictures: list[Image.Image], settings: LatencySettings, **peers: Any
+) -> list[LatencyReport]:
+    clock = FakeClock()
+    explainer = cast(ccam.Explainer, FakeExplainer(clock))
+    return measurement.measure(explainer, pictures, settings, peers, now=clock)
+
+
+def test_figures_by_hand() -> None:
+    """One image: 10 + 3 + 5 + 4·7 = 46 ms from an array, 48 from an image, 36 of them the floor."""
+    (report,) = measured([picture(0)], ONE_ROUND)
+    assert report.latency.calls == 3
+    assert report.latency.median == report.from_images.median == pytest.approx(48)
+    assert report.from_array.median == pytest.approx(46)
+    assert report.floor.median == pytest.approx(36)
+    assert report.overhead == pytest.approx(46 / 36, abs=1e-4)
+    assert report.explanations == pytest.approx(1 / 0.048)
+    assert report.forwards == pytest.approx(MASKS / 0.048)
+    assert report.masks == [MASKS]
+    assert report.collections == {"deep": [MASKS + FLAT]}
+    assert report.stages == pytest.approx(
+        {"preprocess": 2, "passes": 8, "classifier": 28, "between": 10}
+    )
+    assert report.samples["latency"] == [48, 48, 48]
+    assert (report.gpu, report.gpu_clocks, report.device) == (None, [], None)
+
+
+def test_batches() -> None:
+    one, four = measured([picture(0)], LatencySettings((1, 4), duration=1e-9, warmup=0))
+    assert (one.batch, four.batch) == (1, 4)
+    assert four.latency.median == pytest.approx(10 + 4 * 38)
+    assert four.explanations == pytest.approx(4 / 0.162)
+    assert four.masks == [4 * MASKS]
+    assert four.floor.median == pytest.approx(4 * 36)
+
+
+def test_duration_and_warmup() -> None:
+    (report,) = measured([picture(0)], LatencySettings(duration=1.0, warmup=1.0))
+    assert report.latency.calls == 21  # of 48 ms; the last one starts before the second is over
+    rounds = -(-1000 // (48 + 46 + 36))
+    assert report.floor.calls == report.from_array.calls == rounds
+
+
+def test_every_image_is_measured() -> None:
+    """Images of 48 and 88 ms: the spread of the figures is theirs, not the machine's."""
+    (report,) = measured([picture(0), picture(10)], ONE_ROUND)
+    assert report.samples["latency"] == [48, 88] * 3
+    assert report.samples["floor"] == [36, 76] * 3
+    assert report.latency.spread > reports.WIDE
+    assert max(report.spreads.values()) < 1e-6
+    assert report.masks == [MASKS, MASKS]
+    assert report.collections == {"deep": [MASKS + FLAT] * 2}
+
+
+def test_the_last_batch_is_filled_up() -> None:
+    explainer = cast(ccam.Explainer, FakeExplainer(FakeClock()))
+    found = measurement.cases(explainer, [picture(value) for value in (1, 2, 3)], 2)
+    assert [case.images.ravel().tolist() for case in found] == [[1, 2], [3, 1]]
+
+
+def test_floor_of_many_images_is_cut_like_an_explanation() -> None:
+    """With 4 masks an image and 6 at a time; of one image alone all go at once."""
+    fake = FakeExplainer(FakeClock())
+    explainer = cast(ccam.Explainer, fake)
+    (case,) = measurement.cases(explainer, [picture(0)] * 4, 4)
+    fake.forwards.clear()
+    measurement.floor_of(explainer, case)()
+    assert fake.forwards == [6, 6, 4]
+    fake.batch_size = 3
+    (case,) = measurement.cases(explainer, [picture(0)], 1)
+    fake.forwards.clear()
+    measurement.floor_of(explainer, case)()
+    assert fake.forwards == [4]
+
+
+def test_peers_are_compared_in_turn() -> None:
+    clock = FakeClock()
+    explainer = cast(ccam.Explainer, FakeExplainer(clock))
+
+    def slow(case: Case) -> None:
+        assert case.targets.tolist() == [3]
+        clock.time += 0.092
+
+    (report,) = measurement.measure(explainer, [picture(0)], ONE_ROUND, {"slow": slow}, now=clock)
+    assert report.peers["slow"].ratio == pytest.approx(2)
+    assert report.peers["slow"].timing.median == pytest.approx(92)
+    assert report.samples["from_array_beside_slow"] == [46] * 3
+
+
+def test_threads_share_the_explainer() -> None:
+    """With the real clock: each of three threads makes its calls."""
+    explainer = cast(ccam.Explainer, FakeExplainer(FakeClock()))
+    settings = LatencySettings(concurrency=3, duration=1e-9, warmup=0)
+    (report,) = measurement.measure(explainer, [picture(0)], settings)
+    assert report.concurrency == 3
+    assert report.latency.calls == 9
+
+
+def fake_slots(most: int) -> tuple[Slots, list[Slot]]:
+    """Slots on no device, and those that were opened."""
+    opened: list[Slot] = []
+
+    def open_slot() -> Slot:
+        device = SimpleNamespace(current=nullcontext, wait=lambda: None, close=lambda: None)
+        opened.append(Slot(cast(Device, device), {}))
+        return opened[-1]
+
+    return Slots(open_slot, most), opened
+
+
+def test_every_slot_is_warmed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls one after the other would all take the same slot, and leave the others cold."""
+    fake = FakeExplainer(FakeClock())
+    explainer = cast(ccam.Explainer, fake)
+    found = measurement.cases(explainer, [picture(1), picture(2)], 1)
+    slots, opened = fake_slots(3)
+    fake.slots = slots
+    on: list[tuple[int, float]] = []
+
+    def explain(images: Any) -> None:
+        with slots.take() as slot:
+            on.append((opened.index(slot), float(images.sum())))
+
+    monkeypatch.setattr(fake, "explain", explain)
+    measurement._warm_slots(explainer, found, 3)
+    assert sorted(on) == sorted(3 * [(slot, value) for slot in range(3) for value in (1.0, 2.0)])
+    with slots.take(), slots.take(), slots.take():  # all are free again
+        assert len(opened) == 3
+
+
+def test_on_a_gpu_stages_come_from_a_run_without_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replayed graph is one stage: it tells what the device took, the other run tells on what."""
+    clock = FakeClock()
+    replaying, plain = FakeExplainer(clock), FakeExplainer(clock)
+    replaying.slots, _ = fake_slots(1)
+    replaying.backend = "tensorrt"
+    monkeypatch.setattr(measurement, "without_cuda_graphs", lambda explainer: plain)
+    floors: list[Any] = []
+
+    def passes(images: Any, options: object) -> Callable[[], None]:
+        floors.append(images)
+        return clock.taking([1] * 99)
+
+    replaying.on_device = SimpleNamespace(passes=passes)
+    one_stage, launched = replaying.explain, plain.explain
+
+    def explain(images: Any) -> Any:
+        result = one_stage(images)
+        timings = result.timings
+        on_device = (timings["passes"] + timings["classifier"]) / SLOWER_LAUNCHED
+        result.timings = {"preprocess": 0.0, "explain": on_device}
+        return result
+
+    def in_pieces(images: Any) -> Any:
+        result = launched(images)
+        passes = result.timings.pop("passes")
+        result.timings |= {"upload": passes / 4, "passes": passes / 2, "download": passes / 4}
+        return result
+
+    monkeypatch.setattr(replaying, "explain", explain)
+    monkeypatch.setattr(plain, "explain", in_pieces)
+    explainer = cast(ccam.Explainer, replaying)
+    monkeypatch.setattr(measurement, "gpu_clocks", lambda: nullcontext([1980.0, 1755.0, 1900.0]))
+    (report,) = measurement.measure(explainer, [picture(0)], ONE_ROUND, now=clock)
+    assert report.stages == pytest.approx(
+        {
+            "preprocess": 2,
+            "upload": 2,
+            "passes": 4,
+            "download": 2,
+            "classifier": 28,
+            "between": 10,
+        }
+    )
+    # Calls of 46 ms on arrays, 2 ms less than on images: preprocessing is not the host's part.
+    assert report.device is not None
+    assert vars(report.device) == pytest.approx(
+        {"total": 24, "without_transfers": 20, "launched": 36, "host": 22}
+    )
+    assert reports.doubts([report], None)[-1] == (
+        "batch 1: launched one by one the stages take 150% of the time that they take replayed, "
+        "so they measure launches"
+    )
+    found = reports.as_json(report)
+    assert found["gpu_clock_mhz"] == {"minimum": 1755, "median": 1900, "maximum": 1980}
+    assert (found["device_ms"], found["without_transfers_ms"], found["host_ms"]) == (24, 20, 22)
+    assert report.floor.median == pytest.approx(1000)
+    assert [images.shape for images in floors] == [(1, 1, 1, 1)]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"batches": (1, 0)}, "batch is [1, 0]; it must be at least 1"),
+        ({"batches": ()}, "batch is []; it must be at least 1"),
+        ({"batches": (2, 2)}, "batch is [2, 2]; give each size once"),
+        ({"concurrency": 0}, "concurrency is 0; it must be 1 to 64"),
+        ({"concurrency": 65}, "concurrency is 65; it must be 1 to 64"),
+        ({"duration": 0.0}, "duration is 0; it must be above 0 seconds"),
+        ({"duration": float("nan")}, "duration is nan; it must be above 0 seconds"),
+        ({"duration": float("inf")}, "duration is inf; it must be above 0 seconds"),
+        ({"warmup": -1.0}, "warmup is -1; it must be 0 seconds or more"),
+    ],
+)
+def test_settings_that_cannot_be_measured(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError) as caught:
+        LatencySettings(**wrong)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("count", [0, 65])
+def test_too_few_or_many_images(count: int) -> None:
+    explainer = cast(ccam.Explainer, FakeExplainer(FakeClock()))
+    with pytest.raises(OptionError, match=f"there are {count} images; give 1 to 64"):
+        measurement.cases(explainer, [picture(0)] * count, 1)
+
+
+def doubts_of(load: float | None = 0.0, **changes: Any) -> list[str]:
+    (report,) = measured([picture(0)], LatencySettings(duration=6.0, warmup=0))
+    return reports.doubts([replace(report, **changes)], load)
+
+
+def test_a_steady_measurement_is_not_doubted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    assert doubts_of() == doubts_of(2.0) == doubts_of(None) == []
+    assert doubts_of(spreads={"latency": 0.1}) == []
+    assert doubts_of(device=DeviceTimes(1.1, 0.9, 1.3, 1.0)) == []
+
+
+def test_doubts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    assert doubts_of(2.5) == [
+        "the machine was busy before: load average 2.5 on 4 cores; measure on an idle one"
+    ]
+    assert doubts_of(spreads={"latency": 0.2, "floor": 0.05, "torch": 0.11}) == [
+        "batch 1: the middle half is wider than 10% of the median: latency 20%, torch 11%"
+    ]
+    assert doubts_of(device=DeviceTimes(1.1, 0.9, 1.2, 1.5)) == [
+        "batch 1: the host takes 1.500 ms beside the device's 1.100 ms, "
+        "so the host is what was measured"
+    ]
+    (short,) = measured([picture(0)], ONE_ROUND)
+    assert reports.doubts([short], None) == [
+        "batch 1: p99 is of 3 calls, fewer than 100; give a longer --duration"
+    ]
+
+
+def test_floor_runs_the_passes_of_an_explanation(digits: ccam.Explainer) -> None:
+    """On real engines: the same masks give the same logits as the explanation weighed."""
+    (case,) = measurement.cases(digits, example_pictures()[:2], 2)
+    result = digits.explain(example_pictures()[:2])
+    assert case.targets.tolist() == result.targets.tolist()
+    scores = digits.networks.masked_logits(case.images, case.masks, case.owner)
+    for image in range(2):
+        own = scores[case.owner == image, case.targets[image]]
+        counted = result.weights[image] > 0
+        base = digits._baseline[case.targets[image]]
+        np.testing.assert_allclose(own - base, result.mic[image][counted], atol=1e-4)
+    measurement.floor_of(digits, case)()

@@ -1,0 +1,64 @@
+"""The peer of the benchmarks gives the paper's maps too, so that like is compared with like."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import ccam_deploy as ccam
+from ccam_deploy.errors import LayerError
+from ccam_deploy.export.architecture import Model
+from ccam_deploy.export.layers import find_layers
+from ccam_deploy.export.program import build_program, trace_model
+from ccam_deploy.export.sources import load_model
+from ccam_deploy.export.torchscript import ScriptedModel
+from ccam_deploy.latency import plain_pytorch
+from tests.helpers import DIGITS_LAYERS, digits_model, example_pictures, tiny
+
+MODELS = ("module", "program", "script")
+
+
+def digits_as(kind: str, folder: Path) -> Model:
+    """The example classifier, as each kind of model file gives it."""
+    if kind == "program":
+        return trace_model(digits_model(), (3, 96, 96))
+    if kind == "script":
+        example = torch.zeros(2, 3, 96, 96)
+        script = torch.jit.trace(digits_model(), example)  # type: ignore[no-untyped-call]
+        torch.jit.save(script, folder / "script.pt")
+        return load_model(folder / "script.pt")
+    return digits_model()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("index", [0, 3])
+def test_peer_agrees_with_the_explainer(
+    digits: ccam.Explainer, index: int, kind: str, tmp_path: Path
+) -> None:
+    images, _ = digits.preprocess([example_pictures()[index]])
+    result = digits.explain(images)
+    shape = digits.bundle.manifest.input
+    model = digits_as(kind, tmp_path)
+    peer = plain_pytorch.of_model(
+        model, DIGITS_LAYERS if kind != "script" else _found(model), shape
+    )
+    saliency, count = peer.explain(torch.from_numpy(images[0].copy()))
+    different = np.abs(saliency.numpy() - result.raw_saliency[0]) > 1e-4
+    assert np.count_nonzero(different) <= 9  # pixels whose mask value lies on the quantile
+    assert count == np.count_nonzero(result.weights[0])
+
+
+def _found(script: Model) -> list[str]:
+    """A script has no names of modules: its layers are nodes of its trace."""
+    assert isinstance(script, ScriptedModel)
+    program = build_program(trace_model(script, (3, 96, 96)))
+    return [layer.name for layer in find_layers(program)]
+
+
+def test_another_model_is_refused() -> None:
+    with pytest.raises(LayerError, match='layer "layer1" is not in the model'):
+        plain_pytorch.of_model(tiny(), DIGITS_LAYERS, (3, 32, 48))

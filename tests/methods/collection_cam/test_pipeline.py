@@ -1,0 +1,149 @@
+"""The whole of Collection-CAM on a device, in Numba's simulator, against the CPU's.
+
+The engines are ONNX Runtime's on both sides; the simulator is slow, so the network is small.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("numba.cuda")
+
+import ccam_deploy as ccam
+from ccam_deploy.errors import BackendError
+from ccam_deploy.export import export
+from ccam_deploy.methods import CollectionCAMOptions
+from tests.engines.cuda.host_device import Call, Job, Report, run
+from tests.helpers import noise, tiny
+from tests.kernels.simulated_device import simulator
+
+Run = Callable[[Job], Report]
+OPTIONS = CollectionCAMOptions(k_max=3)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pocket") / "bundle"
+    export(tiny(), folder, (16, 24), None, "fp16")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def device() -> Iterator[Run]:
+    with simulator() as pool:
+        yield lambda job: pool.submit(run, job).result()
+
+
+def assert_same(got: ccam.Explanation, expected: ccam.Explanation, tolerance: float) -> None:
+    assert got.targets.tolist() == expected.targets.tolist()
+    assert got.image_index.tolist() == expected.image_index.tolist()
+    np.testing.assert_allclose(got.logits, expected.logits, atol=tolerance)
+    for layer, other in zip(got.layers, expected.layers, strict=True):
+        assert layer.name == other.name
+        assert layer.labels.tolist() == other.labels.tolist()
+        assert layer.count.tolist() == other.count.tolist()
+        np.testing.assert_allclose(layer.quality, other.quality, atol=1e-5)
+    for pair in range(len(expected)):
+        np.testing.assert_allclose(got.masks[pair], expected.masks[pair], atol=1e-5)
+        np.testing.assert_allclose(got.weights[pair], expected.weights[pair], atol=tolerance)
+        np.testing.assert_allclose(got.mic[pair], expected.mic[pair], atol=10 * tolerance)
+    np.testing.assert_allclose(got.raw_saliency, expected.raw_saliency, atol=tolerance)
+    np.testing.assert_allclose(got.saliency, expected.saliency, atol=10 * tolerance)
+
+
+def test_matches_cpu(bundle: Path, device: Run) -> None:
+    """Several images; several classes an image; ranks; both scores; chosen layers."""
+    images = noise(3, 3, 16, 24)
+    calls = (
+        Call(images, None, OPTIONS),
+        Call(images[:2], [[3, 1], 2], OPTIONS, 1),
+        Call(images[:1], None, CollectionCAMOptions(k_max=2, score="probability", theta=0.4), 2),
+        Call(images[:1], 4, CollectionCAMOptions(k_max=3, standardise=True, layers=("relu2",))),
+    )
+    report = device(Job(bundle, calls))
+    with ccam.load(bundle, "onnxruntime-cpu") as explainer:
+        for call, got in zip(calls, report.results, strict=True):
+            expected = explainer.explain(call.images, call.targets, call.options, call.top)
+            assert_same(got, expected, 1e-5)
+            assert set(expected.timings) - {"preprocess"} <= set(got.timings) - {"upload"}
+    assert report.notes == ()
+
+
+def test_a_budget_is_kept_on_the_device(bundle: Path, device: Run) -> None:
+    """Its calls are measured there; an hour is enough for all masks."""
+    images = noise(1, 3, 16, 24)
+    options = CollectionCAMOptions(k_max=2)
+    got = device(Job(bundle, (Call(images, None, options, budget_ms=3.6e6),))).results[0]
+    with ccam.load(bundle, "onnxruntime-cpu") as explainer:
+        assert_same(got, explainer.explain(images, None, options), 1e-5)
+    told = got.settings["budget"]
+    assert (told["ms"], told["k_max"], told["k_max_asked"]) == (3.6e6, 2, 2)
+    assert 0 < told["predicted_ms"] < 3.6e6
+
+
+def test_half_precision_matches_cpu(bundle: Path, device: Run) -> None:
+    """The gradients are scaled, the images cast, and the masks written in half precision."""
+    call = Call(noise(2, 3, 16, 24), None, OPTIONS)
+    got = device(Job(bundle, (call,), "fp16")).results[0]
+    with ccam.load(bundle, "onnxruntime-cpu", "fp16") as explainer:
+        expected = explainer.explain(call.images, None, OPTIONS)
+    assert got.targets.tolist() == expected.targets.tolist()
+    for layer, other in zip(got.layers, expected.layers, strict=True):
+        assert layer.labels.tolist() == other.labels.tolist()
+    np.testing.assert_allclose(got.raw_saliency, expected.raw_saliency, atol=5e-3)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_small_batches_and_chunks_give_the_same(bundle: Path, device: Run, precision: str) -> None:
+    """More images and pairs than a run takes, and masks that start where no engine reads."""
+    call = Call(noise(3, 3, 16, 24), [[0, 1, 2], 3, [4, 0]], CollectionCAMOptions(k_max=2))
+    whole, split = (
+        device(Job(bundle, (call,), precision, batch_size, masks)).results[0]
+        for batch_size, masks in ((8, 64), (2, 3))
+    )
+    assert_same(split, whole, 1e-6 if precision == "fp32" else 1e-3)
+
+
+def test_cuda_graphs_give_the_same_bits(bundle: Path, device: Run) -> None:
+    images = noise(2, 3, 16, 24)
+    one, two = Call(images[:1], None, OPTIONS), Call(images[1:], 2, OPTIONS)
+    several = Call(images[:1], [[2, 0]], OPTIONS)
+    calls = (one, one, one, two, several, several)
+    report = device(Job(bundle, calls))
+    plain = device(Job(bundle, calls, cuda_graphs=False))
+    assert (plain.captured, plain.replayed) == (0, 0)
+    assert report.captured >= 4
+    assert report.replayed > report.captured
+    for got, expected in zip(report.results, plain.results, strict=True):
+        assert_same(got, expected, 0)
+    assert {"explain", "weigh"} <= set(report.results[2].timings)
+
+
+def test_graphs_that_cannot_be_captured_are_told_once(bundle: Path, device: Run) -> None:
+    call = Call(noise(1, 3, 16, 24), None, CollectionCAMOptions(k_max=2))
+    report = device(Job(bundle, (call, call, call), captures=False))
+    assert report.notes == ("no CUDA graphs: this device captures nothing",)
+    assert_same(report.results[2], report.results[0], 0)
+
+
+def test_values_that_overflow_are_refused(bundle: Path, device: Run) -> None:
+    huge = Call(np.full((1, 3, 16, 24), 1e5, np.float32), 0, OPTIONS)
+    with pytest.raises(BackendError, match="NaN or infinite"):
+        device(Job(bundle, (huge,), "fp16"))
+
+
+def test_passes_are_those_of_an_explanation(bundle: Path, device: Run) -> None:
+    """Backbone, gradient and classifier on the same rows, in chunks as the engine takes them."""
+    call = Call(noise(3, 3, 16, 24), None, CollectionCAMOptions(k_max=2))
+    report = device(Job(bundle, (call,), batch_size=2, masks=5, cuda_graphs=False, passes=2))
+    masks = [len(weights) for weights in report.results[0].weights]
+    expected: list[tuple[str, int]] = []
+    for images, count in ((2, masks[0] + masks[1]), (1, masks[2])):
+        expected += [("backbone", images), ("gradient", images)]
+        chunks = [min(5, count - start) for start in range(0, count, 5)]
+        expected += [("classifier", rows) for rows in chunks]
+    assert report.launches == expected * 2

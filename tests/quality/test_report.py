@@ -1,0 +1,188 @@
+"""Estimates against SciPy's bootstrap; tables and the page say what was measured."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy import stats
+
+import ccam_deploy as ccam
+from ccam_deploy.quality import charts, report
+from ccam_deploy.quality.datasets import open_dataset
+from ccam_deploy.quality.evaluation import Variant
+from ccam_deploy.quality.metrics import METRICS
+from ccam_deploy.quality.results import Row
+
+SETTINGS = {
+    "bundle": "b<1>",
+    "dataset": "scenes",
+    "precision": "fp32",
+    "backend": "onnxruntime-cpu",
+    "methods": {"one": {}, "two": {}},
+    "metrics": ["deletion", "proportion", "pointing"],
+    "protocol": "rise",
+    "target": "predicted",
+    "seed": 3,
+    "images": 4,
+}
+
+
+def rows() -> list[Row]:
+    """Deletion 10, 20, 30, 40 and ten more; one image without boxes; pointing never measured."""
+    nothing = float("nan")
+    return [
+        Row(
+            index,
+            f"image {index}",
+            method,
+            0,
+            0.5,
+            {
+                "deletion": 10.0 * index + 10 + extra,
+                "proportion": nothing if index == 0 else 50.0 + index,
+                "pointing": nothing,
+            },
+            {"deletion": np.array([1.0, index])},
+        )
+        for method, extra in (("one", 0), ("two", 10))
+        for index in range(4)
+    ]
+
+
+def test_bootstrap_is_scipys() -> None:
+    values = np.random.default_rng(0).gamma(2, 10, 300)
+    expected = stats.bootstrap(
+        (values,), np.mean, n_resamples=20_000, method="percentile", rng=np.random.default_rng(1)
+    ).confidence_interval
+    found = report.bootstrap(values, seed=0)
+    assert found.mean == pytest.approx(values.mean())
+    width = expected.high - expected.low
+    assert found.low == pytest.approx(expected.low, abs=0.06 * width)
+    assert found.high == pytest.approx(expected.high, abs=0.06 * width)
+    assert found == report.bootstrap(values, seed=0)
+    assert found != report.bootstrap(values, seed=1)
+
+
+def test_bootstrap_leaves_out_what_was_not_measured() -> None:
+    found = report.bootstrap(np.array([7.0, np.nan, 7.0]), seed=0)
+    assert (found.mean, found.low, found.high, found.images) == (7, 7, 7, 2)
+    with pytest.raises(ValueError, match="nothing to estimate"):
+        report.bootstrap(np.array([np.nan]), seed=0)
+
+
+def test_summary_by_hand() -> None:
+    summary = report.summarise(SETTINGS, rows())
+    one, two = summary.estimates["one"], summary.estimates["two"]
+    assert (one["deletion"].mean, two["deletion"].mean) == (25, 35)
+    assert (one["proportion"].mean, one["proportion"].images) == (52, 3)
+    assert "pointing" not in one
+    assert 10 <= one["deletion"].low < 25 < one["deletion"].high <= 40
+    np.testing.assert_array_equal(summary.curves["one"]["deletion"], [1, 1.5])
+    assert "insertion" not in summary.curves["one"]
+
+
+def test_table_marks_the_best() -> None:
+    lines = report.table(report.summarise(SETTINGS, rows())).splitlines()
+    assert lines[0] == "| method | deletion, % ↓ | proportion, % ↑ | pointing, % ↑ |"
+    assert lines[2].startswith("| one | **25.00** [")
+    assert lines[3].startswith("| two | 35.00 [")
+    assert all(line.endswith("| – |") and "| 52.00 [" in line for line in lines[2:])
+
+
+def test_every_file_names_its_definitions() -> None:
+    summary = report.summarise(SETTINGS, rows())
+    found = json.loads(json.dumps(report.as_json(summary), allow_nan=False))
+    assert found["definitions"]["deletion"] == METRICS["deletion"].definition
+    assert "blurred by an 11×11 Gaussian" in found["protocol"]
+    assert found["results"]["one"]["proportion"]["images"] == 3
+    assert found["settings"] == SETTINGS
+    text = report.markdown(summary)
+    for name in ("deletion", "proportion", "pointing"):
+        assert f"- {name}: {METRICS[name].definition}." in text
+    assert "- protocol rise: " in text
+    assert "over 4 images of scenes" in text
+
+
+def test_a_data_set_of_any_name_stays_on_its_line() -> None:
+    settings = {**SETTINGS, "dataset": "odd\nname\x1b"}
+    text = report.markdown(report.summarise(settings, rows()))
+    assert r"over 4 images of odd\nname\x1b; bundle" in text
+
+
+class Reader(HTMLParser):
+    """Checks that tags close, and collects addresses and text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.addresses: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.addresses += [str(value) for name, value in attrs if name in ("src", "href")]
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_page_needs_no_other_file() -> None:
+    page = report.page(report.summarise(SETTINGS, rows()), {"Maps & more": b"\x89PNG"})
+    reader = Reader()
+    reader.feed(page)
+    assert not reader.open
+    assert reader.addresses == ["data:image/png;base64,iVBORw=="]
+    assert not re.search(r"https?:|@import|url\(", page)
+    assert "b<1> on scenes" in reader.text
+    assert "Maps & more" in reader.text
+    assert METRICS["proportion"].definition in reader.text
+    assert page.count('class="best"') == 1  # the lower deletion; proportion is equal
+
+
+def test_curves_are_drawn_side_by_side() -> None:
+    """A deletion curve alone, in matplotlib's first colour, is on the left and nowhere else."""
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    curves = {"one": {"deletion": np.linspace(1, 0, 5)}, "two": {}}
+    with Image.open(io.BytesIO(charts.draw_curves(curves))) as picture:
+        assert picture.format == "PNG"
+        pixels = np.asarray(picture.convert("RGB"))
+    y, x = np.nonzero((pixels == (0x1F, 0x77, 0xB4)).all(axis=2))
+    assert len(x) > 500
+    assert x.max() < pixels.shape[1] / 2
+    assert y[x == x.min()].max() < y[x == x.max()].min() - 100  # it falls
+
+
+def test_boxes_are_outlined_by_their_own_pixels() -> None:
+    """Right and bottom are exclusive; inside, the picture stays."""
+    picture = Image.new("RGB", (8, 6))
+    framed = np.asarray(charts._framed(picture, np.array([[1.0, 2, 6, 5]])))[..., 0]
+    expected = np.zeros((6, 8), np.uint8)
+    expected[2:5, 1:6] = 255
+    expected[3, 2:5] = 0
+    np.testing.assert_array_equal(framed, expected)
+
+
+def test_maps_are_a_grid(digits: ccam.Explainer) -> None:
+    """A row for each of six images at most, a column for each method and one for the image."""
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+    data = open_dataset("scenes", digits.bundle.manifest)
+    one = Variant("one", "collection-cam")
+    sizes = {}
+    for shown, methods in ((1, 1), (1, 2), (9, 1)):
+        found = [Row(n, "", "one", n, 0.5, {}) for n in range(shown)]
+        content = charts.draw_maps(digits, data, [one] * methods, found)
+        with Image.open(io.BytesIO(content)) as picture:
+            sizes[shown, methods] = picture.size
+    width, height = sizes[1, 1]
+    assert sizes[1, 2][0] - width == pytest.approx(width / 2, abs=4)
+    assert sizes[9, 1] == (width, 6 * height)

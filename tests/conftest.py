@@ -14,7 +14,8 @@ from ccam_deploy.engines.cuda.pycuda import CudaDevice
 from ccam_deploy.errors import BackendError
 from ccam_deploy.export import ExportSettings, export
 from ccam_deploy.export.recipe import read_recipe, recipe_settings
-from tests.helpers import RECIPES, digits_model, tiny
+from tests.helpers import RECIPES
+from tests.networks import digits_model, tiny
 
 
 @cache

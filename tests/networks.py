@@ -1,4 +1,4 @@
-"""Networks with a place for the operator under test."""
+"""Small networks, some with a place for the operator under test."""
 
 from __future__ import annotations
 
@@ -7,6 +7,53 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from tests.helpers import RECIPES
+
+
+class TinyNet(nn.Module):
+    """images [B, 3, H, W] -> logits [B, 5]; two resolutions, normalisation and dropout."""
+
+    def __init__(self, channels: int = 3) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, 6, 3, 2, 1)
+        self.norm1 = nn.BatchNorm2d(6)
+        self.relu1 = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(6, 8, 3, 2, 1)
+        self.relu2 = nn.ReLU()
+        self.drop = nn.Dropout(0.5)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu1(self.norm1(self.conv1(x)))
+        x = self.relu2(self.conv2(x))
+        return self.head(self.drop(x.mean((2, 3))))  # type: ignore[no-any-return]
+
+
+def tiny(channels: int = 3) -> TinyNet:
+    """A seeded TinyNet in evaluation mode, with normalisation statistics that matter."""
+    torch.manual_seed(0)
+    model = TinyNet(channels)
+    with torch.no_grad():
+        for name, value in model.named_buffers():
+            if name.endswith(("running_mean", "running_var")):
+                value.uniform_(0.5, 1.5)
+    return model.eval()
+
+
+def make_tiny(classes: int = 5, channels: int = 3) -> nn.Module:
+    """A factory for `--arch` that takes arguments."""
+    model = tiny(channels)
+    model.head = nn.Linear(8, classes)
+    return model
+
+
+def digits_model() -> nn.Module:
+    """The trained example classifier."""
+    from ccam_deploy.export.recipe import read_recipe, recipe_model
+
+    path = RECIPES / "digits.toml"
+    return recipe_model(read_recipe(path), path.parent).eval()
 
 
 class Net(nn.Module):

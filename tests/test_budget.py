@@ -14,11 +14,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import ccam_deploy as ccam
+from ccam_deploy.arrays import Floats
 from ccam_deploy.engines import Activations, Networks
 from ccam_deploy.errors import OptionError
 from ccam_deploy.methods import CollectionCAMOptions, GradCAMOptions
 from tests.clock import FakeClock
-from tests.helpers import Floats, noise
+from tests.helpers import noise
 
 PER_CALL, PER_IMAGE, PER_PAIR, PER_MASK = 3.0, 2.0, 0.5, 1.0
 """Milliseconds of an engine."""

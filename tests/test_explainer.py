@@ -13,10 +13,11 @@ import pytest
 from numpy.typing import NDArray
 
 import ccam_deploy as ccam
+from ccam_deploy.arrays import Floats
 from ccam_deploy.engines import Activations, Networks
 from ccam_deploy.errors import BackendError, BundleError, ImageError, OptionError, TargetError
 from ccam_deploy.fidelity.similarity import spearman
-from tests.helpers import Floats, example_pictures, noise
+from tests.helpers import example_pictures, noise
 
 STAGES = {
     "preprocess",

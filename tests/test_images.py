@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from ccam_deploy import image_files
+from ccam_deploy.arrays import Floats
 from ccam_deploy.bundle.manifest import Interpolation, Preprocessing, Resize
 from ccam_deploy.errors import ImageError
 from ccam_deploy.image_files import find_images, load_image
@@ -23,7 +24,7 @@ from ccam_deploy.preprocess import (
     restore_image,
     to_grey_or_rgb,
 )
-from tests.helpers import EXAMPLES, Floats
+from tests.helpers import EXAMPLES
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.5)
 

@@ -14,6 +14,7 @@ from PIL import Image
 from scipy import ndimage
 
 from ccam_deploy import render
+from ccam_deploy.arrays import Floats
 from ccam_deploy.checks import sanity
 from ccam_deploy.engines import Classifier
 from ccam_deploy.errors import OptionError, SourceError
@@ -23,7 +24,8 @@ from ccam_deploy.export.recipe import read_recipe, recipe_settings
 from ccam_deploy.fidelity.similarity import hog_similarity
 from ccam_deploy.methods import Batch, CollectionCAM, Method, MethodResult, Stopwatch
 from ccam_deploy.render import Look
-from tests.helpers import DIGITS_LAYERS, RECIPES, Floats, digits_model, noise, tiny
+from tests.helpers import DIGITS_LAYERS, RECIPES, noise
+from tests.networks import digits_model, tiny
 from tests.pictures import places_of
 
 pytest.importorskip("skimage", reason="scikit-image is not installed")

@@ -14,7 +14,8 @@ from ccam_deploy import explainer, plotting
 from ccam_deploy.cli import bench_text
 from tests.command import failure, success
 from tests.damage import full_disk
-from tests.helpers import RECIPES, example_files, tiny
+from tests.helpers import RECIPES, example_files
+from tests.networks import tiny
 
 QUICK = ("--duration", "0.3", "--warmup", "0")
 STAGES = (
@@ -250,7 +251,7 @@ class TestBadInput:
         other = tiny()
         torch.nn.init.normal_(other.head.weight)
         torch.save(other.state_dict(), tmp_path / "other.pt")
-        words = ("--compare", "torch", "--arch", "tests.helpers:tiny")
+        words = ("--compare", "torch", "--arch", "tests.networks:tiny")
         message = failure("bench", tiny_bundle, *words, "--model", tmp_path / "other.pt")
         assert "the model's logits differ from the bundle's by" in message
         torch.save(tiny().state_dict(), tmp_path / "wide.pt")
@@ -267,7 +268,7 @@ def test_full_disk_leaves_nothing(tiny_bundle: Path, tmp_path: Path) -> None:
 
 def test_model_file_for_torch(tiny_bundle: Path, tmp_path: Path) -> None:
     torch.save(tiny().state_dict(), tmp_path / "tiny.pt")
-    words = ("--compare", "torch", "--arch", "tests.helpers:tiny", "--json", "-")
+    words = ("--compare", "torch", "--arch", "tests.networks:tiny", "--json", "-")
     done = success("bench", tiny_bundle, *QUICK, *words, "--model", tmp_path / "tiny.pt")
     assert json.loads(done.stdout)["batches"][0]["compare"]["torch"]["ratio"] > 0
 

@@ -20,7 +20,7 @@ from ccam_deploy.engines.tensorrt import library, plans
 from ccam_deploy.errors import BackendError
 from tests.cli.test_cli import SCRIPT, WEIGHTS
 from tests.command import failure, success
-from tests.helpers import tiny
+from tests.networks import tiny
 
 pytest.importorskip("tensorrt_rtx")
 

@@ -35,12 +35,12 @@ from ccam_deploy.explanation import Explanation
 from ccam_deploy.export.program import trace_model
 from tests.command import failure, refusal, run, success
 from tests.damage import contents, flip, full_disk
-from tests.helpers import RECIPES, ROOT, example_files, tiny
-from tests.networks import Detached
+from tests.helpers import RECIPES, ROOT, example_files
+from tests.networks import Detached, tiny
 
 SCRIPT = Path(sys.executable).with_name("ccam-deploy")
 DIGITS = RECIPES / "digits.toml"
-WEIGHTS = ["--arch", "tests.helpers:tiny", "--input-size", "32x48"]
+WEIGHTS = ["--arch", "tests.networks:tiny", "--input-size", "32x48"]
 
 
 @pytest.fixture(scope="module")

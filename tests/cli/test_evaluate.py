@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 import ccam_deploy as ccam
+from ccam_deploy.arrays import Floats
 from ccam_deploy.cli import evaluate as command
 from ccam_deploy.explanation import Explanation
 from ccam_deploy.quality import metrics
 from ccam_deploy.quality.evaluation import Variant
 from tests.command import failure, refusal, run, success
-from tests.helpers import Floats
 from tests.quality.layouts import image_folder, picture
 
 pytest.importorskip("sklearn", reason="scikit-learn is not installed")

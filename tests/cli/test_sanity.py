@@ -11,10 +11,11 @@ import torch
 
 from ccam_deploy.image_files import load_image
 from tests.command import failure, success
-from tests.helpers import EXAMPLES, tiny
+from tests.helpers import EXAMPLES
+from tests.networks import tiny
 
 pytest.importorskip("skimage", reason="scikit-image is not installed")
-ARCH = ("--arch", "tests.helpers:tiny", "--input-size", "32x48", "--threads", "1")
+ARCH = ("--arch", "tests.networks:tiny", "--input-size", "32x48", "--threads", "1")
 
 
 @pytest.fixture

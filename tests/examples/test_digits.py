@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 import ccam_deploy as ccam
+from ccam_deploy.arrays import Floats
 from ccam_deploy.examples.scenes import Scene, make_scenes
-from tests.helpers import RECIPES, Floats
+from tests.helpers import RECIPES
 
 pytest.importorskip("sklearn")
 

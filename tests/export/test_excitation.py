@@ -33,7 +33,8 @@ from ccam_deploy.fidelity.comparison import relative_error
 from ccam_deploy.fidelity.verification import verify_bundle
 from tests.command import success
 from tests.excitation import Concatenation, Mean, Sum, chain_of_digits, winning
-from tests.helpers import DIGITS_LAYERS, digits_model, example_pictures, noise, tiny
+from tests.helpers import DIGITS_LAYERS, example_pictures, noise
+from tests.networks import digits_model, tiny
 
 Graph = torch.fx.GraphModule
 

@@ -35,8 +35,9 @@ from ccam_deploy.export.architecture import Model
 from ccam_deploy.export.program import trace_model
 from ccam_deploy.export.recipe import random_model, read_recipe, recipe_model, recipe_settings
 from ccam_deploy.export.sources import load_model
-from tests.helpers import RECIPES, TinyNet, features_and_gradients, noise, tiny
-from tests.networks import Detached, Net
+from tests.helpers import RECIPES, noise
+from tests.networks import Detached, Net, TinyNet, tiny
+from tests.reference import features_and_gradients
 
 SIZE = (32, 48)
 
@@ -293,7 +294,7 @@ def test_arguments_that_do_not_fit(tmp_path: Path) -> None:
     assert steps == []
 
 
-RECIPE = 'name = "n"\narch = "tests.helpers:tiny"\n[input]\nsize = [32, 48]\n'
+RECIPE = 'name = "n"\narch = "tests.networks:tiny"\n[input]\nsize = [32, 48]\n'
 
 
 @pytest.mark.parametrize(
@@ -349,7 +350,7 @@ def test_recipes_say_what_is_exported(tmp_path: Path) -> None:
     path.write_text('labels = "names.txt"\n' + RECIPE + "mean = [0, 0.5, 1]\n")
     settings = recipe_settings(read_recipe(path), tmp_path)
     assert (settings.labels, settings.mean) == (("ant", "bee"), (0.0, 0.5, 1.0))
-    assert (settings.name, settings.source) == ("n", "tests.helpers:tiny")
+    assert (settings.name, settings.source) == ("n", "tests.networks:tiny")
     digits = read_recipe(RECIPES / "digits.toml")
     assert recipe_settings(digits, RECIPES).labels == tuple("0123456789")
     assert all(read_recipe(file).name == file.stem for file in RECIPES.glob("*.toml"))

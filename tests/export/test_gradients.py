@@ -14,7 +14,9 @@ from ccam_deploy.errors import LoweringError
 from ccam_deploy.export import autodiff
 from ccam_deploy.export.layers import find_layers
 from ccam_deploy.export.program import build_program, trace_model
-from tests.helpers import DIGITS_LAYERS, digits_model, example_pictures, features_and_gradients
+from tests.helpers import DIGITS_LAYERS, example_pictures
+from tests.networks import digits_model
+from tests.reference import features_and_gradients
 
 
 def test_gradients_of_the_trained_example(digits: ccam.Explainer) -> None:

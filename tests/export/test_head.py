@@ -28,8 +28,8 @@ from ccam_deploy.export.program import build_program, trace_model
 from ccam_deploy.export.reference import TorchClassifier
 from ccam_deploy.fidelity.verification import verify_bundle
 from tests.command import failure, success
-from tests.helpers import noise, tiny
-from tests.networks import Detached
+from tests.helpers import noise
+from tests.networks import Detached, tiny
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +141,7 @@ def test_a_head_has_its_fidelity(headed: Path, tmp_path: Path) -> None:
 def test_head_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save(tiny().state_dict(), "net.pt")
-    words = ["net.pt", "--arch", "tests.helpers:tiny", "--input-size", "32x48"]
+    words = ["net.pt", "--arch", "tests.networks:tiny", "--input-size", "32x48"]
     success("export", *words, "--head", "--output", "tiny")
     with ccam.load("tiny") as explainer:
         assert "head" in explainer.networks.engines

@@ -32,14 +32,9 @@ from ccam_deploy.export.recipe import random_model, read_recipe, recipe_settings
 from ccam_deploy.fidelity.comparison import relative_error
 from ccam_deploy.fidelity.verification import verify_bundle
 from tests.command import success
-from tests.helpers import (
-    RECIPES,
-    digits_model,
-    example_pictures,
-    input_gradient_by_hooks,
-    noise,
-    tiny,
-)
+from tests.helpers import RECIPES, example_pictures, noise
+from tests.networks import digits_model, tiny
+from tests.reference import input_gradient_by_hooks
 
 OPTIONAL = {"input_gradient", "guided_gradient", "excitation"}
 

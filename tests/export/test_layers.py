@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ccam_deploy.errors import LayerError
 from ccam_deploy.export.layers import find_layers
 from ccam_deploy.export.program import build_program, trace_model
-from tests.helpers import tiny
+from tests.networks import tiny
 
 
 def names_of(model: nn.Module, *, size: int = 32, named: list[str] | None = None) -> list[str]:

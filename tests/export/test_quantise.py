@@ -33,8 +33,8 @@ from ccam_deploy.fidelity.comparison import relative_error
 from ccam_deploy.fidelity.observation import observe
 from ccam_deploy.fidelity.similarity import spearman
 from ccam_deploy.fidelity.verification import verify_bundle
-from tests.helpers import DIGITS_LAYERS, RECIPES, TinyNet, digits_model, noise, tiny
-from tests.networks import Net
+from tests.helpers import DIGITS_LAYERS, RECIPES, noise
+from tests.networks import Net, TinyNet, digits_model, tiny
 
 SIZE = (32, 48)
 TYPES = {"int8": onnx.TensorProto.INT8, "fp8": onnx.TensorProto.FLOAT8E4M3FN}

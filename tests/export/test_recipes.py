@@ -25,7 +25,8 @@ from ccam_deploy.examples.photographs import photographs
 from ccam_deploy.export import export
 from ccam_deploy.export.architecture import import_module
 from ccam_deploy.export.recipe import Recipe, random_model, read_recipe, recipe_settings
-from tests.helpers import RECIPES, features_and_gradients
+from tests.helpers import RECIPES
+from tests.reference import features_and_gradients
 
 NETWORKS = sorted(path.stem for path in RECIPES.glob("*.toml") if path.stem != "digits")
 PROCESSES = 2

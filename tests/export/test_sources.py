@@ -23,9 +23,10 @@ from ccam_deploy.export.architecture import Model, build_model
 from ccam_deploy.export.program import build_program, quiet, trace_model
 from ccam_deploy.export.sources import load_model
 from ccam_deploy.export.torchscript import ScriptedModel
-from tests.helpers import ROOT, make_tiny, tiny
+from tests.helpers import ROOT
+from tests.networks import make_tiny, tiny
 
-TINY = "tests.helpers:tiny"
+TINY = "tests.networks:tiny"
 SIZE = (3, 32, 48)
 IMAGES = torch.randn(3, *SIZE, generator=torch.Generator().manual_seed(0))
 
@@ -109,9 +110,9 @@ def test_arguments_of_the_architecture(tmp_path: Path) -> None:
     torch.manual_seed(5)
     model = make_tiny(7)
     torch.save(model.state_dict(), tmp_path / "seven.pt")
-    loaded = load_model(tmp_path / "seven.pt", " tests.helpers:make_tiny(classes=7) ")
+    loaded = load_model(tmp_path / "seven.pt", " tests.networks:make_tiny(classes=7) ")
     assert same_weights(loaded, model)
-    plain = build_model("tests.helpers:make_tiny()")
+    plain = build_model("tests.networks:make_tiny()")
     assert plain.get_parameter("head.weight").shape == (5, 8)
 
 
@@ -385,20 +386,20 @@ def test_weights_of_another_network(folder: Path, tmp_path: Path) -> None:
     [
         ("", 'arch "" is not module:factory, such as torchvision.models:resnet18'),
         ("tests.helpers", 'arch "tests.helpers" is not module:factory, such as'),
-        ("tests.helpers:tiny[0]", "is not module:factory, such as"),
-        ("tests.helpers:nothing", 'module "tests.helpers" has no "nothing"'),
-        ("tests.helpers:tiny.a.b", 'module "tests.helpers" has no "tiny.a.b"'),
+        ("tests.networks:tiny[0]", "is not module:factory, such as"),
+        ("tests.networks:nothing", 'module "tests.networks" has no "nothing"'),
+        ("tests.networks:tiny.a.b", 'module "tests.networks" has no "tiny.a.b"'),
         ("no.such:net", "module \"no.such\" cannot be imported: No module named 'no'"),
         ("..:net", 'module ".." cannot be imported: '),
         ("tests.helpers:ROOT", "tests.helpers:ROOT cannot be built: 'PosixPath' object is not"),
         ("tests.helpers:example_files", "example_files gives a list, not a torch.nn.Module"),
-        ("tests.helpers:tiny(depth=3)", "cannot be built: tiny() got an unexpected keyword"),
-        ("tests.helpers:tiny(3)", "the arguments in arch"),
-        ("tests.helpers:tiny(channels=open('x'))", "are not name=value literals"),
-        ("tests.helpers:tiny(channels={[]: 1})", "are not name=value literals"),
-        ("tests.helpers:tiny(channels=)", "are not name=value literals"),
-        ("tests.helpers:tiny(channels=1)(channels=3)", "are not name=value literals"),
-        ("tests.helpers:tiny(channels=" + "(" * 500 + ")" * 501, "are not name=value literals"),
+        ("tests.networks:tiny(depth=3)", "cannot be built: tiny() got an unexpected keyword"),
+        ("tests.networks:tiny(3)", "the arguments in arch"),
+        ("tests.networks:tiny(channels=open('x'))", "are not name=value literals"),
+        ("tests.networks:tiny(channels={[]: 1})", "are not name=value literals"),
+        ("tests.networks:tiny(channels=)", "are not name=value literals"),
+        ("tests.networks:tiny(channels=1)(channels=3)", "are not name=value literals"),
+        ("tests.networks:tiny(channels=" + "(" * 500 + ")" * 501, "are not name=value literals"),
     ],
 )
 def test_bad_architectures(arch: str, message: str) -> None:
@@ -406,7 +407,7 @@ def test_bad_architectures(arch: str, message: str) -> None:
 
 
 def test_imports_from_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "my_nets_of_today.py").write_text("from tests.helpers import tiny as net\n")
+    (tmp_path / "my_nets_of_today.py").write_text("from tests.networks import tiny as net\n")
     (tmp_path / "my_broken_net.py").write_text("raise ValueError('boom\\nmore')\n")
     monkeypatch.chdir(tmp_path)
     before = list(sys.path)

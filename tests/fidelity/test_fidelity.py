@@ -14,6 +14,7 @@ import pytest
 from numpy.typing import NDArray
 
 import ccam_deploy as ccam
+from ccam_deploy.arrays import Floats
 from ccam_deploy.bundle.folder import Bundle, read_bundle
 from ccam_deploy.engines import Networks, open_networks
 from ccam_deploy.errors import IntegrityError, OptionError
@@ -27,7 +28,7 @@ from ccam_deploy.fidelity.observation import (
 )
 from ccam_deploy.fidelity.tolerance import TOLERANCE, broken_bounds
 from ccam_deploy.fidelity.verification import verify_bundle
-from tests.helpers import Floats, noise
+from tests.helpers import noise
 
 LAYERS = ("low", "high")
 FP32_TOLERANCE = TOLERANCE["fp32"]

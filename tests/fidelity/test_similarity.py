@@ -10,8 +10,8 @@ from hypothesis.extra.numpy import arrays
 from scipy.ndimage import gaussian_filter
 from scipy.stats import spearmanr
 
+from ccam_deploy.arrays import Floats
 from ccam_deploy.fidelity.similarity import spearman, ssim, top_overlap
-from tests.helpers import Floats
 
 metrics = pytest.importorskip("skimage.metrics", reason="scikit-image is not installed")
 

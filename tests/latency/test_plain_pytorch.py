@@ -16,7 +16,8 @@ from ccam_deploy.export.program import build_program, trace_model
 from ccam_deploy.export.sources import load_model
 from ccam_deploy.export.torchscript import ScriptedModel
 from ccam_deploy.latency import plain_pytorch
-from tests.helpers import DIGITS_LAYERS, digits_model, example_pictures, tiny
+from tests.helpers import DIGITS_LAYERS, example_pictures
+from tests.networks import digits_model, tiny
 
 MODELS = ("module", "program", "script")
 

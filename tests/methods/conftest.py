@@ -13,8 +13,9 @@ from ccam_deploy.examples.photographs import photographs
 from ccam_deploy.export import ExportSettings, export
 from ccam_deploy.export.architecture import import_module
 from ccam_deploy.export.recipe import random_model, read_recipe, recipe_settings
-from tests.helpers import RECIPES, digits_model, example_pictures, tiny
+from tests.helpers import RECIPES, example_pictures
 from tests.methods.peers import Case
+from tests.networks import digits_model, tiny
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import ccam_deploy as ccam
-from tests.helpers import Floats
+from ccam_deploy.arrays import Floats
 
 
 @dataclass(frozen=True)

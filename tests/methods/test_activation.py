@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torchcam import methods as torchcam
 
 import ccam_deploy as ccam
+from ccam_deploy.arrays import Floats
 from ccam_deploy.engines import Activations
 from ccam_deploy.errors import BackendError, OptionError
 from ccam_deploy.export import export
@@ -31,8 +32,10 @@ from ccam_deploy.methods import (
     Stopwatch,
     with_options,
 )
-from tests.helpers import Floats, features_and_gradients, noise, tiny
+from tests.helpers import noise
 from tests.methods.peers import Case, assert_same, enlarged
+from tests.networks import tiny
+from tests.reference import features_and_gradients
 
 ACTIVATION = ("cam", "grad-cam", "grad-cam++", "layer-cam")
 EXACT = 1e-4

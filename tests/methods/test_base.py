@@ -8,9 +8,10 @@ from functools import partial
 import numpy as np
 import pytest
 
+from ccam_deploy.arrays import Floats
 from ccam_deploy.engines import Activations
 from ccam_deploy.methods import Batch, MaskSequence, Stopwatch
-from tests.helpers import Floats, noise
+from tests.helpers import noise
 
 
 def ticking(*seconds: float) -> Callable[[], float]:

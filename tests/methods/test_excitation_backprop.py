@@ -12,8 +12,9 @@ import ccam_deploy as ccam
 from ccam_deploy.errors import BackendError, OptionError
 from ccam_deploy.methods import ExcitationBackpropOptions
 from tests.excitation import chain_of_digits, winning
-from tests.helpers import DIGITS_LAYERS, digits_model, example_pictures, noise
+from tests.helpers import DIGITS_LAYERS, example_pictures, noise
 from tests.methods.peers import Case, assert_correlated, enlarged
+from tests.networks import digits_model
 
 METHOD = "excitation-backprop"
 

@@ -20,14 +20,10 @@ from ccam_deploy.methods import (
     XRAIOptions,
 )
 from ccam_deploy.methods.image_gradient import reduce_channels
-from tests.helpers import (
-    digits_model,
-    example_pictures,
-    input_gradient_by_hooks,
-    noise,
-    tiny,
-)
+from tests.helpers import example_pictures, noise
 from tests.methods.peers import Case, assert_same
+from tests.networks import digits_model, tiny
+from tests.reference import input_gradient_by_hooks
 
 
 @pytest.fixture

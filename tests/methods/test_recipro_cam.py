@@ -12,8 +12,9 @@ import torch
 import ccam_deploy as ccam
 from ccam_deploy.errors import OptionError
 from ccam_deploy.methods import ReciproCAMOptions
-from tests.helpers import noise, tiny
+from tests.helpers import noise
 from tests.methods.peers import Case, assert_correlated, assert_same, enlarged
+from tests.networks import tiny
 
 
 @pytest.mark.parametrize("score", ["probability", "logit"])

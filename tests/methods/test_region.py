@@ -18,11 +18,12 @@ from numpy.typing import NDArray
 from torchcam.methods import ScoreCAM as TorchScoreCAM
 
 import ccam_deploy as ccam
+from ccam_deploy.arrays import Floats
 from ccam_deploy.engines import Activations
 from ccam_deploy.errors import BackendError, OptionError
 from ccam_deploy.methods import Batch, Method, RISEOptions, ScoreCAMOptions, Stopwatch, with_options
 from ccam_deploy.methods.rise import random_masks
-from tests.helpers import Floats, noise
+from tests.helpers import noise
 from tests.methods.peers import Case, assert_correlated, assert_same, enlarged
 
 

@@ -12,12 +12,14 @@ from captum.attr import IntegratedGradients
 from numpy.typing import NDArray
 
 import ccam_deploy as ccam
+from ccam_deploy.arrays import Floats
 from ccam_deploy.errors import BackendError
 from ccam_deploy.methods import IntegratedGradientsOptions, XRAIOptions
 from ccam_deploy.methods.integrated_gradients import Baseline
 from ccam_deploy.methods.xrai import rank
-from tests.helpers import Floats, digits_model, example_pictures, noise
+from tests.helpers import example_pictures, noise
 from tests.methods.peers import Case, assert_same
+from tests.networks import digits_model
 
 pytest.importorskip("skimage", reason="scikit-image is not installed")
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from tests.helpers import Floats, noise
+from ccam_deploy.arrays import Floats
+from tests.helpers import noise
 
 
 class LinearScorer:

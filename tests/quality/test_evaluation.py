@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 import ccam_deploy as ccam
+from ccam_deploy.arrays import Floats
 from ccam_deploy.bundle.folder import read_bundle
 from ccam_deploy.errors import ImageError, OptionError
 from ccam_deploy.quality import evaluation
@@ -22,7 +23,7 @@ from ccam_deploy.quality.datasets import Dataset, Item, open_dataset
 from ccam_deploy.quality.evaluation import Evaluation, EvaluationSettings, Variant, drawn
 from ccam_deploy.quality.metrics import METRICS
 from ccam_deploy.quality.results import RESULTS, Row
-from tests.helpers import Floats, digits_model
+from tests.networks import digits_model
 from tests.quality.scorers import LinearScorer
 
 pytest.importorskip("sklearn", reason="scikit-learn is not installed")

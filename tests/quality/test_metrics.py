@@ -9,11 +9,11 @@ import pytest
 import torch
 from scipy.ndimage import gaussian_filter
 
-from ccam_deploy.arrays import Doubles
+from ccam_deploy.arrays import Doubles, Floats
 from ccam_deploy.errors import OptionError
 from ccam_deploy.quality import metrics
 from ccam_deploy.quality.metrics import PROTOCOLS, Kind
-from tests.helpers import Floats, noise
+from tests.helpers import noise
 from tests.quality.scorers import LinearScorer, random_scorer
 
 KINDS: tuple[Kind, Kind] = ("deletion", "insertion")

@@ -12,13 +12,9 @@ import ccam_deploy as ccam
 from ccam_deploy.engines import Activations
 from ccam_deploy.errors import BackendError, OptionError
 from ccam_deploy.methods import CollectionCAMOptions
-from tests.helpers import (
-    DIGITS_LAYERS,
-    collection_cam_in_pytorch,
-    digits_model,
-    example_pictures,
-    tiny,
-)
+from tests.helpers import DIGITS_LAYERS, example_pictures
+from tests.networks import digits_model, tiny
+from tests.reference import collection_cam_in_pytorch
 
 
 def groups(labels: np.ndarray) -> set[frozenset[int]]:

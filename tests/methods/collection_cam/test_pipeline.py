@@ -18,8 +18,9 @@ from ccam_deploy.errors import BackendError
 from ccam_deploy.export import export
 from ccam_deploy.methods import CollectionCAMOptions
 from tests.engines.cuda.host_device import Call, Job, Report, run
-from tests.helpers import noise, tiny
+from tests.helpers import noise
 from tests.kernels.simulated_device import simulator
+from tests.networks import tiny
 
 Run = Callable[[Job], Report]
 OPTIONS = CollectionCAMOptions(k_max=3)

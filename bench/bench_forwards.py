@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from msgspec.structs import asdict
 from numpy.typing import NDArray
 
 import ccam_deploy as ccam
@@ -30,8 +31,8 @@ from bench.bench_table2 import COMMAND_LINE, run
 from ccam_deploy.engines import Engine, Networks, TensorSpec
 from ccam_deploy.explainer import DEFAULT_BATCH, Explainer
 from ccam_deploy.image_files import load_image
-from ccam_deploy.latency.conditions import CPU, conditions, load_average
-from ccam_deploy.latency.timing import as_dict, measure_in_turn, median_ratio, summarise
+from ccam_deploy.latency.conditions import CPU, load_average, machine
+from ccam_deploy.latency.timing import measure_in_turn, median_ratio, summarise
 from ccam_deploy.methods import METHODS, method_named
 
 Array = NDArray[Any]
@@ -90,8 +91,8 @@ def measure(explainer: Explainer, images: Array, method: str, rounds: int) -> di
     return {
         "runs": len(runs),
         "masked_images": sum(len(feeds["owner"]) for _, feeds in runs if "owner" in feeds),
-        "explain_ms": as_dict(summarise(seconds["explain"])),
-        "forwards_ms": as_dict(summarise(seconds["forwards"])),
+        "explain_ms": asdict(summarise(seconds["explain"])),
+        "forwards_ms": asdict(summarise(seconds["forwards"])),
         "overhead": median_ratio(seconds["explain"], seconds["forwards"]),
         "stages_ms": {
             name: round(1000 * float(np.median([times[name] for times in stages])), 2)
@@ -149,7 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         command = shlex.join(["python", "-m", "bench.bench_forwards", *map(str, words)])
         report = {
             "command": command,
-            "conditions": conditions(),
+            "conditions": asdict(machine()),
             "weights": "random",
             "results": results,
         }

@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from msgspec.structs import asdict
 
 from ccam_deploy.engines.cuda.device import Device, Region
 from ccam_deploy.errors import BackendError
 from ccam_deploy.kernels.cuda.geometry import Geometry, LayerPlace
-from ccam_deploy.latency.conditions import conditions, gpu
-from ccam_deploy.latency.timing import as_dict, summarise
+from ccam_deploy.latency.conditions import gpu, machine
+from ccam_deploy.latency.timing import summarise
 
 if TYPE_CHECKING:
     from ccam_deploy.engines.cuda.pycuda import CudaDevice
@@ -139,7 +140,7 @@ def measure(device: Device, network: str, batch: int, rounds: int) -> dict[str, 
 def distribution(seconds: Mapping[str, Sequence[float]]) -> dict[str, dict[str, float]]:
     """The milliseconds of each step, and of their sum round by round."""
     sums = [sum(spent) for spent in zip(*seconds.values(), strict=True)]
-    return {name: as_dict(summarise(spent)) for name, spent in {**seconds, "sum": sums}.items()}
+    return {name: asdict(summarise(spent)) for name, spent in {**seconds, "sum": sums}.items()}
 
 
 def table(results: Mapping[str, Any]) -> str:
@@ -186,8 +187,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         words = ["--rounds", str(given.rounds), "--output", str(given.output)]
         command = shlex.join(["python", "-m", "bench.bench_kernels", *words])
         card = gpu()
-        machine = {**conditions(), "gpu": card and vars(card)}
-        found = {"command": command, "conditions": machine, "results": results}
+        facts = {**asdict(machine()), "gpu": card and asdict(card)}
+        found = {"command": command, "conditions": facts, "results": results}
         given.output.mkdir(parents=True, exist_ok=True)
         file = given.output / "kernels.json"
         file.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")

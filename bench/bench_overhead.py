@@ -24,14 +24,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from msgspec.structs import asdict
 from numpy.typing import NDArray
 
 import ccam_deploy as ccam
 from ccam_deploy.explainer import Explainer
 from ccam_deploy.image_files import load_image
-from ccam_deploy.latency import measurement
-from ccam_deploy.latency.conditions import conditions, peak_memory
-from ccam_deploy.latency.timing import as_dict, measure_in_turn, median_ratio, summarise
+from ccam_deploy.latency.cases import floor_call, make_cases
+from ccam_deploy.latency.conditions import machine, peak_memory
+from ccam_deploy.latency.timing import measure_in_turn, median_ratio, summarise
 
 Floats = NDArray[np.float32]
 
@@ -43,20 +44,20 @@ _PHOTOGRAPH = ROOT / "ccam_deploy" / "examples" / "photographs" / "flower.jpg"
 def measure(folder: Path, recipe: Path, rounds: int) -> dict[str, Any]:
     """Time one network's bundle; called in a process of its own."""
     explainer = ccam.load(folder, "onnxruntime-cpu", batch_size=32)
-    (case,) = measurement.cases(explainer, [load_image(_PHOTOGRAPH)], batch=1)
+    (case,) = make_cases(explainer, [load_image(_PHOTOGRAPH)], batch=1)
     peak = peak_memory()
     explain_in_pytorch = _in_pytorch(explainer, case.images, int(case.targets[0]), recipe)
     stages: list[dict[str, float]] = []
     calls = {
         "explain": lambda: stages.append(explainer.explain(case.images).timings),
-        "floor": measurement.floor_of(explainer, case),
+        "floor": floor_call(explainer, case),
         "pytorch": explain_in_pytorch,
     }
     seconds = measure_in_turn(calls, rounds)
     return {
         "masks": sum(sum(counts) for counts in case.collections.values()),
         "masks_run": len(case.masks),
-        **{f"{name}_ms": as_dict(summarise(spent)) for name, spent in seconds.items()},
+        **{f"{name}_ms": asdict(summarise(spent)) for name, spent in seconds.items()},
         "overhead": median_ratio(seconds["explain"], seconds["floor"]),
         "speedup_over_pytorch": median_ratio(seconds["pytorch"], seconds["explain"]),
         "peak_memory_mib": peak,
@@ -121,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"python -m bench.bench_overhead --networks {given.networks} "
             f"--rounds {given.rounds} --output {given.output}"
         )
-        report = {"command": command, "conditions": conditions(), "results": results}
+        report = {"command": command, "conditions": asdict(machine()), "results": results}
         given.output.parent.mkdir(parents=True, exist_ok=True)
         given.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         given.output.with_suffix(".md").write_text(table(results) + "\n", encoding="utf-8")

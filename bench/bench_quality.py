@@ -29,11 +29,12 @@ from typing import Any
 
 import click
 import numpy as np
+from msgspec.structs import asdict
 
 import ccam_deploy as ccam
 from ccam_deploy.explainer import Explainer
-from ccam_deploy.latency.conditions import conditions, gpu, load_average
-from ccam_deploy.latency.timing import as_dict, measure_in_turn, summarise
+from ccam_deploy.latency.conditions import gpu, load_average, machine
+from ccam_deploy.latency.timing import measure_in_turn, summarise
 from ccam_deploy.methods import DEFAULT_METHOD, METHODS, RISE, CollectionCAMOptions, RISEOptions
 from ccam_deploy.quality import report
 from ccam_deploy.quality.datasets import open_dataset
@@ -169,7 +170,7 @@ def times(explainer: Explainer, variants: Sequence[Variant], rounds: int) -> dic
     target = [int(explainer.explain(images).targets[0])]
     calls = {one.name: partial(one.explain, explainer, images, target) for one in variants}
     seconds = measure_in_turn(calls, rounds)
-    return {name: as_dict(summarise(spent)) for name, spent in seconds.items()}
+    return {name: asdict(summarise(spent)) for name, spent in seconds.items()}
 
 
 def markdown(found: Mapping[str, Any], summaries: Mapping[str, report.Summary]) -> str:
@@ -262,7 +263,7 @@ def run(
     plain = {title: report.as_json(summary) for title, summary in summaries.items()}
     found = {
         "command": shlex.join(["python", "-m", "bench.bench_quality", *words]),
-        "conditions": {**conditions(), "gpu": card and vars(card)},
+        "conditions": {**asdict(machine()), "gpu": card and asdict(card)},
         "limit": given.limit,
         "test_images": TEST_IMAGES,
         "settings": plain["Methods"]["settings"],

@@ -24,6 +24,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
+from msgspec.structs import asdict
+
 import ccam_deploy as ccam
 from ccam_deploy import methods
 from ccam_deploy.bundle.manifest import PrecisionName
@@ -31,9 +33,9 @@ from ccam_deploy.engines import Backend
 from ccam_deploy.engines.tensorrt.library import FLAVOURS
 from ccam_deploy.errors import OptionError
 from ccam_deploy.image_files import load_image
-from ccam_deploy.latency import measurement
-from ccam_deploy.latency.conditions import conditions, gpu, load_average
-from ccam_deploy.latency.timing import as_dict, measure_in_turn, median_ratio, summarise
+from ccam_deploy.latency.cases import make_cases
+from ccam_deploy.latency.conditions import gpu, load_average, machine
+from ccam_deploy.latency.timing import measure_in_turn, median_ratio, summarise
 
 ROOT = Path(__file__).parents[1]
 NETWORKS = ("resnet18", "resnet101", "vgg19")
@@ -85,7 +87,7 @@ def measure(
 ) -> dict[str, Any]:
     """Time methods, by default every one, on one bundle; called in a process of its own."""
     with ccam.load(folder, backend, precision, batch_size=32) as explainer:
-        (case,) = measurement.cases(explainer, [load_image(_PHOTOGRAPH)], batch=1)
+        (case,) = make_cases(explainer, [load_image(_PHOTOGRAPH)], batch=1)
         working, refused = possible(names or method_names(), explainer.check)
         calls = {name: partial(explainer.explain, case.images, method=name) for name in working}
         before = load_average()
@@ -97,7 +99,7 @@ def measure(
             "masks": len(case.masks),
             "methods": {
                 name: {
-                    "ms": as_dict(summarise(seconds[name])),
+                    "ms": asdict(summarise(seconds[name])),
                     "ratio": median_ratio(seconds[name], seconds[DEFAULT]),
                 }
                 for name in calls
@@ -132,7 +134,7 @@ def report(results: Mapping[str, Any], command: str) -> dict[str, Any]:
     card = gpu()
     return {
         "command": command,
-        "conditions": {**conditions(), "gpu": card and vars(card)},
+        "conditions": {**asdict(machine()), "gpu": card and asdict(card)},
         "weights": "random",
         "results": results,
     }

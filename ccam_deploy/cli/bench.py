@@ -25,9 +25,9 @@ from ccam_deploy.cli.options import (
 from ccam_deploy.errors import OptionError
 
 if TYPE_CHECKING:
-    from ccam_deploy.bundle.manifest import Manifest
     from ccam_deploy.explainer import Explainer
-    from ccam_deploy.latency.measurement import LatencySettings, Peer
+    from ccam_deploy.latency.cases import Peer
+    from ccam_deploy.latency.measurement import LatencySettings
     from ccam_deploy.latency.report import LatencyReport
 
 TORCH = "torch"
@@ -116,6 +116,8 @@ def bench(
     classifier's passes alone (the floor), cold start and memory. Without IMAGES a photograph is
     explained.
     """
+    from msgspec.structs import replace
+
     from ccam_deploy.image_files import find_images
     from ccam_deploy.latency import measurement
 
@@ -128,10 +130,12 @@ def bench(
     compare = _compare(options)
     _check_outputs(options["json_path"], options["plot_path"])
     found = find_images(images) if images else [_photograph()]
-    result, reports = _measure(bundle, found, settings, compare, options)
-    result = {"command": _command(context), **result}
-    result["settings"]["images"] = [str(file) for file in images] or ["a photograph of the package"]
-    _write(result, reports, options["json_path"], options["plot_path"])
+    report = _measure(bundle, found, settings, compare, options)
+    names = [str(file) for file in images] or ["a photograph of the package"]
+    report = replace(
+        report, command=_command(context), settings=replace(report.settings, images=names)
+    )
+    _write(report, options["json_path"], options["plot_path"])
 
 
 def _measure(
@@ -140,18 +144,21 @@ def _measure(
     settings: LatencySettings,
     compare: Sequence[str],
     options: Mapping[str, Any],
-) -> tuple[dict[str, Any], list[LatencyReport]]:
-    """Measure everything; the result as it is written, but for how the command was called."""
+) -> LatencyReport:
+    """Measure everything; the command and the images' names are filled in later."""
+    from msgspec.structs import asdict
+
     from ccam_deploy.explainer import load
     from ccam_deploy.image_files import load_image
-    from ccam_deploy.latency import cold_start, measurement
-    from ccam_deploy.latency import conditions as surroundings
     from ccam_deploy.latency import report as latency_report
+    from ccam_deploy.latency.cold_start import measure_cold_start
+    from ccam_deploy.latency.conditions import load_average, machine
+    from ccam_deploy.latency.measurement import measure_latency
 
     pictures = [load_image(file) for file in files]
     how = {key: options[key] for key in ("backend", "precision", "batch_size", "threads")}
     how["slots"] = settings.concurrency
-    before = surroundings.load_average()
+    before = load_average()
     notes: list[str] = []
     with ExitStack() as stack:
         explainer = stack.enter_context(load(bundle, **how))
@@ -169,67 +176,60 @@ def _measure(
         starts = []
         for batch in settings.batches:
             say(f"batch {batch}: cold start", err=True)
-            starts.append(cold_start.measure(bundle, files, batch, how))
-        reports = measurement.measure(explainer, pictures, settings, peers, partial(say, err=True))
+            starts.append(measure_cold_start(bundle, files, batch, how))
+        batches = measure_latency(explainer, pictures, settings, peers, partial(say, err=True))
         notes += [note for note in explainer.notes if note not in explainer.networks.notes]
-    notes += latency_report.doubts(reports, before)
-    return {
-        "conditions": {
-            **surroundings.conditions(),
-            "load_average_before": before,
-            "load_average_after": surroundings.load_average(),
-        },
-        "settings": {
-            **facts,
-            "threads": options["threads"],
-            "concurrency": settings.concurrency,
-            "slots": how["slots"] if explainer.networks.slots else None,
-            "duration_s": settings.duration,
-            "warmup_s": settings.warmup,
-            "compare": compare,
-        },
-        "bundle": _bundle_facts(explainer.bundle.manifest),
-        "cold_start": [cold_start.as_json(start) for start in starts],
-        "batches": [latency_report.as_json(report) for report in reports],
-        "warnings": notes,
-    }, reports
+    notes += latency_report.doubts(batches, before)
+    return latency_report.LatencyReport(
+        command="",
+        conditions=latency_report.Conditions(
+            **asdict(machine()), load_average_before=before, load_average_after=load_average()
+        ),
+        settings=latency_report.MeasuredSettings(
+            method=facts["method"],
+            options=facts["options"],
+            bundle=facts["bundle"],
+            backend=facts["backend"],
+            precision=facts["precision"],
+            batch_size=facts["batch_size"],
+            threads=options["threads"],
+            concurrency=settings.concurrency,
+            slots=how["slots"] if explainer.networks.slots else None,
+            duration_s=settings.duration,
+            warmup_s=settings.warmup,
+            compare=list(compare),
+            images=[],
+        ),
+        bundle=latency_report.MeasuredBundle.of(explainer.bundle.manifest),
+        cold_start=starts,
+        batches=batches,
+        warnings=notes,
+    )
 
 
-def _write(
-    result: dict[str, Any],
-    reports: Sequence[LatencyReport],
-    json_path: Path | None,
-    plot_path: Path | None,
-) -> None:
+def _write(report: LatencyReport, json_path: Path | None, plot_path: Path | None) -> None:
     """Print warnings and the table or JSON, then write the files: what was measured is not lost."""
+    import msgspec
+
     from ccam_deploy import plotting
-    from ccam_deploy.cli import bench_text
     from ccam_deploy.files import write_file
     from ccam_deploy.latency import charts
+    from ccam_deploy.latency.tables import report_text
 
-    for note in result["warnings"]:
+    for note in report.warnings:
         say(f"warning: {note}", err=True)
     if str(json_path) == _STDOUT:
-        print_json(result)
+        print_json(msgspec.to_builtins(report))
     else:
-        click.echo(bench_text.text(result))
+        click.echo(report_text(report))
         if json_path:
-            content = json.dumps(result, indent=2, ensure_ascii=False) + "\n"
+            content = json.dumps(msgspec.to_builtins(report), indent=2, ensure_ascii=False) + "\n"
             write_file(json_path, content.encode())
     if plot_path:
-        facts = result["settings"]
-        title = f"{facts['bundle']}, {facts['precision']} on {facts['backend']}"
-        write_file(plot_path, charts.draw_latency(reports, title, plotting.plot_format(plot_path)))
-
-
-def _bundle_facts(manifest: Manifest) -> dict[str, Any]:
-    return {
-        "name": manifest.name,
-        "input": list(manifest.input),
-        "layers": [layer.name for layer in manifest.layers],
-        "random_weights": manifest.random_weights,
-        "digest": manifest.digest,
-    }
+        settings = report.settings
+        title = f"{settings.bundle}, {settings.precision} on {settings.backend}"
+        plot_format = plotting.plot_format(plot_path)
+        write_file(plot_path, charts.draw_latency(report.batches, title, plot_format))
 
 
 def _numbers(words: str) -> tuple[int, ...]:

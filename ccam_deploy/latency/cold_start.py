@@ -1,6 +1,6 @@
 """A cold start: how long a fresh process takes until it has explained its first batch.
 
-Run as `python -m ccam_deploy.latency.cold_start`, it is that process.
+`python -m ccam_deploy.latency.cold_start` is that process.
 """
 
 from __future__ import annotations
@@ -11,48 +11,78 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from itertools import cycle, islice
 from pathlib import Path
 from typing import IO, Any
 
+import msgspec
+
 from ccam_deploy.errors import BackendError
-from ccam_deploy.latency.conditions import CPU, gpu, peak_memory
+from ccam_deploy.latency.conditions import CPU, Gpu, gpu, peak_memory
 
 
-@dataclass(frozen=True)
-class ColdStart:
-    """One cold start. total, imports, load, first, second: milliseconds.
+class _Spans(msgspec.Struct, frozen=True):
+    """What the fresh process measures of itself; see ColdStart."""
 
-    total: from the start of the process to the end of its first explanation, images read from
-        files that the system has at hand.
-    imports, load: importing the package; opening bundle and engines.
-    first, second: the first explanation, and the second, which finds everything in place.
-    peak_memory: the most that the process held, in MiB; None where the system does not say.
-    device_memory: what it took of the GPU's memory, in MiB; None on a CPU.
+    imports_ms: float
+    load_ms: float
+    first_ms: float
+    second_ms: float
+    peak_memory_mib: float | None
+
+
+class ColdStart(msgspec.Struct, frozen=True, kw_only=True):
+    """One cold start.
+
+    Attributes:
+        batch: Images that were explained.
+        total_ms: From the start of the process to the end of its first explanation, with the image
+            files in the system's cache.
+        imports_ms: Importing the package.
+        load_ms: Opening the bundle and its engines.
+        first_ms: The first explanation.
+        second_ms: The second, which finds everything in place.
+        peak_memory_mib: The most memory that the process held; None where unknown.
+        device_memory_mib: The memory that it took on the GPU; None on a CPU.
     """
 
     batch: int
-    total: float
-    imports: float
-    load: float
-    first: float
-    second: float
-    peak_memory: float | None
-    device_memory: float | None
+    total_ms: float
+    imports_ms: float
+    load_ms: float
+    first_ms: float
+    second_ms: float
+    peak_memory_mib: float | None
+    device_memory_mib: float | None
 
 
-def measure(bundle: Path, images: Sequence[Path], batch: int, how: Mapping[str, Any]) -> ColdStart:
-    """Start a process, load the bundle in it and explain `batch` images, over and over the same.
+def measure_cold_start(
+    bundle: Path, images: Sequence[Path], batch: int, load_options: Mapping[str, Any]
+) -> ColdStart:
+    """Start a process that loads a bundle and explains `batch` images.
 
-    how: backend, precision, batch_size and threads, as `ccam_deploy.load` takes them.
-    Raises BackendError with what went wrong in that process.
+    Args:
+        bundle: The bundle's folder.
+        images: Image files; they are repeated where the batch is larger.
+        batch: How many images are explained in one call.
+        load_options: Options of `ccam_deploy.load`, with the backend.
+
+    Returns:
+        The times and the memory of that process.
+
+    Raises:
+        BackendError: The process failed; the message is its last line.
     """
-    before = gpu() if how["backend"] != CPU else None
-    job = {"bundle": str(bundle), "images": list(map(str, images)), "batch": batch, "how": how}
+    before = gpu() if load_options["backend"] != CPU else None
+    job = {
+        "bundle": str(bundle),
+        "images": list(map(str, images)),
+        "batch": batch,
+        "load_options": dict(load_options),
+    }
     command = [sys.executable, "-m", __name__, json.dumps(job)]
     started = time.perf_counter()
-    # Its errors go to a file: a pipe that is only read in the end would block it when full.
+    # Its errors go to a file: a pipe that is only read at the end would block it when full.
     with (
         tempfile.TemporaryFile("w+", errors="replace") as errors,
         subprocess.Popen(
@@ -69,15 +99,20 @@ def measure(bundle: Path, images: Sequence[Path], batch: int, how: Mapping[str, 
             process.kill()
             raise
         errors.seek(0)
-        said = errors.read().strip().splitlines()
+        error_lines = errors.read().strip().splitlines()
     if process.returncode or not line:
-        last = said[-1:] or [f"it ended with {process.returncode}"]
+        last = error_lines[-1:] or [f"it ended with {process.returncode}"]
         raise BackendError(f"the cold start failed: {last[0]}")
-    taken = None
-    if before and after and before.memory is not None and after.memory is not None:
-        taken = after.memory - before.memory
+    spans = msgspec.json.decode(line, type=_Spans)
     return ColdStart(
-        batch=batch, total=round(total * 1000, 3), device_memory=taken, **json.loads(line)
+        batch=batch,
+        total_ms=_milliseconds(total),
+        imports_ms=spans.imports_ms,
+        load_ms=spans.load_ms,
+        first_ms=spans.first_ms,
+        second_ms=spans.second_ms,
+        peak_memory_mib=spans.peak_memory_mib,
+        device_memory_mib=_memory_taken(before, after),
     )
 
 
@@ -85,14 +120,19 @@ def _line(stream: IO[str] | None) -> str:
     return stream.readline().strip() if stream else ""
 
 
-def as_json(start: ColdStart) -> dict[str, float | None]:
-    """A cold start as plain numbers, with units in the names."""
-    units = {"peak_memory": "_mib", "device_memory": "_mib", "batch": ""}
-    return {f"{name}{units.get(name, '_ms')}": value for name, value in asdict(start).items()}
+def _memory_taken(before: Gpu | None, after: Gpu | None) -> float | None:
+    """The growth of a GPU's used memory in MiB; None where it is unknown."""
+    if before is None or after is None or before.memory_mib is None or after.memory_mib is None:
+        return None
+    return after.memory_mib - before.memory_mib
+
+
+def _milliseconds(seconds: float) -> float:
+    return round(1000 * seconds, 3)
 
 
 def main() -> None:
-    """Explain twice, saying so after the first time; print the times, and wait to be let go."""
+    """Explain twice, print "ready" between, then the times, and wait until stdin is closed."""
     begun = time.perf_counter()
     from ccam_deploy.explainer import load
     from ccam_deploy.image_files import load_image
@@ -101,7 +141,7 @@ def main() -> None:
     job = json.loads(sys.argv[1])
     pictures = list(islice(cycle([load_image(file) for file in job["images"]]), job["batch"]))
     opening = time.perf_counter()
-    with load(job["bundle"], **job["how"]) as explainer:
+    with load(job["bundle"], **job["load_options"]) as explainer:
         opened = time.perf_counter()
         explainer.explain(pictures)
         first = time.perf_counter()
@@ -109,14 +149,14 @@ def main() -> None:
         again = time.perf_counter()
         explainer.explain(pictures)
         second = time.perf_counter()
-        spans = {
-            "imports": imported - begun,
-            "load": opened - opening,
-            "first": first - opened,
-            "second": second - again,
-        }
-        found: dict[str, float | None] = {k: round(1000 * spent, 3) for k, spent in spans.items()}
-        print(json.dumps({**found, "peak_memory": peak_memory()}), flush=True)
+        spans = _Spans(
+            imports_ms=_milliseconds(imported - begun),
+            load_ms=_milliseconds(opened - opening),
+            first_ms=_milliseconds(first - opened),
+            second_ms=_milliseconds(second - again),
+            peak_memory_mib=peak_memory(),
+        )
+        print(msgspec.json.encode(spans).decode(), flush=True)
         sys.stdin.read()
 
 

@@ -1,4 +1,4 @@
-"""What a measurement was made with: versions, machine, load, memory."""
+"""The conditions of a measurement: versions, machine, load, memory."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ import subprocess
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
+import msgspec
 import numpy as np
 
 _PACKAGES = (
@@ -48,42 +47,67 @@ CPU = "onnxruntime-cpu"
 """The backend that needs no GPU."""
 
 
-@dataclass(frozen=True)
-class Gpu:
-    """The first GPU at a moment. clocks in MHz, memory in MiB, °C, watts; None where not readable.
+class Gpu(msgspec.Struct, frozen=True):
+    """The state of the first GPU at one moment; None for what the driver cannot read.
 
-    memory: what is in use, by all of its processes.
+    Attributes:
+        name: The product's name.
+        driver: The driver's version.
+        max_clock_mhz: The highest clock of the multiprocessors.
+        memory_clock_mhz: The memory's clock now.
+        memory_mib: Memory in use, by all processes together.
+        total_memory_mib: Memory in all.
+        temperature_celsius: Temperature of the chip.
+        power_watts: Power drawn now.
     """
 
     name: str
     driver: str
-    max_clock: float | None
-    memory_clock: float | None
-    memory: float | None
-    total_memory: float | None
-    temperature: float | None
-    power: float | None
+    max_clock_mhz: float | None
+    memory_clock_mhz: float | None
+    memory_mib: float | None
+    total_memory_mib: float | None
+    temperature_celsius: float | None
+    power_watts: float | None
 
 
-def conditions() -> dict[str, Any]:
-    """Versions and machine that a result was measured with."""
+class Machine(msgspec.Struct, frozen=True, kw_only=True):
+    """Versions and machine of a measurement.
+
+    Attributes:
+        python: Python's version.
+        system: Operating system and architecture.
+        processor: The processor's name.
+        cores: How many logical cores there are; None where unknown.
+        versions: Installed versions of the packages that figures depend on, by package.
+    """
+
+    python: str
+    system: str
+    processor: str
+    cores: int | None
+    versions: dict[str, str]
+
+
+def machine() -> Machine:
+    """Describe the machine and the installed versions."""
     versions = {}
     for name in _PACKAGES:
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return {
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "versions": versions,
-    }
+    return Machine(
+        python=platform.python_version(),
+        system=f"{platform.system()} {platform.machine()}",
+        processor=_processor(),
+        cores=os.cpu_count(),
+        versions=versions,
+    )
 
 
 def load_average() -> float | None:
-    """How many processes ran or waited for a core over the last minute; None where unknown."""
+    """Return how many processes ran or waited over the last minute; None where unknown."""
     try:
         return round(os.getloadavg()[0], 2)
     except (AttributeError, OSError):
@@ -91,15 +115,15 @@ def load_average() -> float | None:
 
 
 def clock_mhz() -> float | None:
-    """The cores' mean clock now, in MHz; None where the system does not say."""
+    """Return the cores' mean clock now, in MHz; None where unknown."""
     clocks = [float(value) for value in _values(Path("/proc/cpuinfo"), "cpu MHz")]
     return round(float(np.mean(clocks)), 1) if clocks else None
 
 
 def peak_memory() -> float | None:
-    """The most memory that this process has held so far, in MiB; None where unknown.
+    """Return the most memory that this process has held so far, in MiB; None where unknown.
 
-    Unlike getrusage's figure it does not begin with that of the process that started this one.
+    Unlike getrusage's figure, it does not include what the parent process held when it forked.
     """
     for value in _values(Path("/proc/self/status"), "VmHWM"):
         return round(int(value.split()[0]) / 1024, 1)
@@ -112,16 +136,20 @@ def peak_memory() -> float | None:
 
 
 def gpu() -> Gpu | None:
-    """The first GPU, as nvidia-smi describes it; None without a GPU or without that program."""
+    """Describe the first GPU with nvidia-smi; None without a GPU or without that program."""
     words = _ask(_GPU_FIELDS)
     return Gpu(words[0], words[1], *map(_number, words[2:])) if words else None
 
 
 @contextmanager
 def gpu_clocks(period: float = _CLOCK_PERIOD) -> Iterator[list[float]]:
-    """Sample the first GPU's clock while a block runs, into the list that the block gets.
+    """Sample the first GPU's clock while a block runs.
 
-    period: seconds between samples. In MHz; none where it cannot be read.
+    Args:
+        period: Seconds between two samples.
+
+    Yields:
+        The list that samples in MHz are added to; it stays empty where the clock is unreadable.
     """
     clocks: list[float] = []
     ended = threading.Event()
@@ -142,7 +170,7 @@ def gpu_clocks(period: float = _CLOCK_PERIOD) -> Iterator[list[float]]:
 
 
 def _ask(fields: Sequence[str]) -> list[str]:
-    """What nvidia-smi says of the GPU that is CUDA's first; nothing where it cannot say."""
+    """Query fields of CUDA's first GPU with nvidia-smi; an empty list where that fails."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
     if not visible:
         return []
@@ -162,7 +190,7 @@ def _ask(fields: Sequence[str]) -> list[str]:
 
 
 def _number(word: str) -> float | None:
-    """A figure of nvidia-smi, which writes [N/A] for what it cannot read."""
+    """Read a figure of nvidia-smi; None for its [N/A] and the like."""
     try:
         return float(word)
     except ValueError:
@@ -174,7 +202,7 @@ def _processor() -> str:
 
 
 def _values(path: Path, key: str) -> list[str]:
-    """The values of a key in one of the kernel's files of "key: value" lines."""
+    """List the values of a key in a file of "key: value" lines; empty where it is unreadable."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -13,44 +13,54 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
+from statistics import median
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
-from ccam_deploy.arrays import Floats
 from ccam_deploy.engines.open import MOST_SLOTS
 from ccam_deploy.errors import OptionError
-from ccam_deploy.explainer import Explainer, Images
+from ccam_deploy.explainer import Explainer
+from ccam_deploy.latency.cases import Case, Peer, floor_call, make_cases
 from ccam_deploy.latency.conditions import CPU, clock_mhz, gpu, gpu_clocks
-from ccam_deploy.latency.report import Comparison, DeviceTimes, LatencyReport
+from ccam_deploy.latency.report import BatchLatency, ClockRange, Comparison
+from ccam_deploy.latency.stages import (
+    StageTimes,
+    device_times,
+    measure_stages,
+    median_stages,
+    seconds_by_stage,
+    without_cuda_graphs,
+)
 from ccam_deploy.latency.timing import (
     FEWEST_CALLS,
+    WARM_CALLS,
     Call,
     Clock,
     Load,
     measure_in_turn,
     measure_load,
     median_ratio,
-    spread_of_kinds,
+    spread_within_inputs,
     summarise,
 )
-from ccam_deploy.methods import CollectionCAMOptions
 
-MOST_IMAGES = 64
 _STAGES_SHARE = 0.25
-_WARM_CALLS = 3
-_TRANSFERS = ("upload", "download")
 
 
 @dataclass(frozen=True)
 class LatencySettings:
     """What is measured.
 
-    batches: how many images a call takes, one measurement each.   concurrency: how many threads
-        call the one explainer; on a GPU it needs as many slots.
-    duration: seconds of steady load for each batch size, as many of taking turns with the floor,
-        and as many with each peer.   warmup: seconds before.
+    Attributes:
+        batches: Images a call; each batch size is measured by itself.
+        concurrency: Threads that call the one explainer; on a GPU it needs as many slots.
+        duration: Seconds of steady load for each batch size, as many of taking turns with the
+            floor, and as many with each peer.
+        warmup: Seconds before each batch size is measured.
+
+    Raises:
+        OptionError: A value is outside its range.
     """
 
     batches: tuple[int, ...] = (1,)
@@ -71,253 +81,171 @@ class LatencySettings:
             raise OptionError(f"warmup is {self.warmup:g}; it must be 0 seconds or more")
 
 
-@dataclass(frozen=True)
-class Case:
-    """A batch that is explained, and what its explanation needs of the engines.
-
-    pictures: B images.   images: [B, C, H, W] float32, the same preprocessed.
-    targets: [B] int64, the classes that are explained.   logits: [B, classes] float32.
-    masks: [N, H, W] float32, none of them flat.   owner: [N] int64, each one's image.
-    collections: for each layer, how many it has in each image.
-    """
-
-    pictures: Sequence[Image.Image]
-    images: Floats
-    targets: NDArray[np.int64]
-    logits: Floats
-    masks: Floats
-    owner: NDArray[np.int64]
-    collections: Mapping[str, list[int]]
-
-
-Peer = Callable[[Case], object]
-"""Explains a case's preprocessed images in another way."""
-
-
-@dataclass(frozen=True)
-class StageTimes:
-    """One call's seconds in each stage, and in all."""
-
-    seconds: dict[str, float]
-    total: float
-
-    @property
-    def device(self) -> float:
-        """Of a call on a GPU: what its work took there."""
-        return sum(spent for name, spent in self.seconds.items() if name != "preprocess")
-
-
-def cases(explainer: Explainer, pictures: Sequence[Image.Image], batch: int) -> list[Case]:
-    """Batches that together hold every picture, the last one filled up from the start.
-
-    Raises OptionError for no or too many pictures, ImageError for one that cannot be used.
-    """
-    if not 1 <= len(pictures) <= MOST_IMAGES:
-        raise OptionError(f"there are {len(pictures)} images; give 1 to {MOST_IMAGES}")
-    endless = cycle(pictures)
-    count = -(-len(pictures) // batch)
-    return [_case(explainer, [next(endless) for _ in range(batch)]) for _ in range(count)]
-
-
-def _case(explainer: Explainer, pictures: Sequence[Image.Image]) -> Case:
-    images, _ = explainer.preprocess(pictures)
-    result = explainer.explain(images)
-    masks = [drawn[drawn.any(axis=(1, 2))] for drawn in result.masks]
-    return Case(
-        pictures,
-        images,
-        result.targets,
-        result.logits,
-        np.concatenate(masks),
-        np.repeat(np.arange(len(images)), [len(kept) for kept in masks]),
-        {layer.name: [int(count) for count in layer.count] for layer in result.layers},
-    )
-
-
-def floor_of(explainer: Explainer, case: Case) -> Call:
-    """Run what no explanation of the case can do without; the masks are given.
-
-    The classifier takes one image's masks at a time, or as many as the explainer's batch if that
-    is more. On a GPU it takes them as an explanation does, and nothing is copied to or from it.
-    """
-    if explainer.on_device is not None:
-        return explainer.on_device.passes(case.images, CollectionCAMOptions())
-    networks = explainer.networks
-    one_hot = np.zeros_like(case.logits)
-    one_hot[np.arange(len(case.images)), case.targets] = 1
-    size = max(explainer.batch_size, *np.bincount(case.owner, minlength=2).tolist())
-    chunks = [slice(start, start + size) for start in range(0, len(case.masks), size)]
-
-    def run() -> None:
-        networks.gradients(networks.backbone(case.images), one_hot)
-        for chunk in chunks:
-            networks.masked_logits(case.images, case.masks[chunk], case.owner[chunk])
-
-    return run
-
-
-def stage_times(explainer: Explainer, images: Images, now: Clock = time.perf_counter) -> StageTimes:
-    """Explain once, and time the stages.
-
-    On a GPU the stages are the device's own, from event to event; where CUDA graphs replay the
-    work, a graph is one stage.
-    """
-    started = now()
-    result = explainer.explain(images)
-    return StageTimes(dict(result.timings), now() - started)
-
-
-def without_cuda_graphs(explainer: Explainer) -> Explainer:
-    """The same engines, all work launched piece by piece, so that every stage can be timed."""
-    if explainer.networks.slots is None:
-        return explainer
-    return Explainer(
-        explainer.bundle,
-        explainer.networks,
-        explainer.precision,
-        explainer.batch_size,
-        cuda_graphs=False,
-    )
-
-
-def measure(
+def measure_latency(
     explainer: Explainer,
     pictures: Sequence[Image.Image],
     settings: LatencySettings,
     peers: Mapping[str, Peer] | None = None,
     progress: Callable[[str], None] = lambda line: None,
     now: Clock = time.perf_counter,
-) -> list[LatencyReport]:
+) -> list[BatchLatency]:
     """Measure every batch size.
 
-    peers: other ways to explain, compared in turn.   progress: called with a line for each step.
+    Args:
+        explainer: What is measured.
+        pictures: 1 to cases.MOST_IMAGES images.
+        settings: Batch sizes and durations.
+        peers: Other ways to explain, timed in turn with the explainer, by name.
+        progress: Called with a line before each step.
+        now: A clock in seconds.
 
-    Raises OptionError or ImageError for images that cannot be used, BackendError where an engine
-    fails.
+    Returns:
+        The figures of each batch size.
+
+    Raises:
+        OptionError: There are no or too many pictures.
+        ImageError: A picture cannot be preprocessed.
+        BackendError: An engine fails.
     """
-    return [
-        _measure(explainer, cases(explainer, pictures, batch), settings, peers or {}, progress, now)
-        for batch in settings.batches
-    ]
+    reports = []
+    for batch in settings.batches:
+
+        def say(line: str, batch: int = batch) -> None:
+            progress(f"batch {batch}: {line}")
+
+        cases = make_cases(explainer, pictures, batch)
+        measuring = _Measuring(explainer, cases, settings, peers or {}, say, now)
+        reports.append(measuring.run())
+    return reports
 
 
-def _measure(
-    explainer: Explainer,
-    measured: Sequence[Case],
-    settings: LatencySettings,
-    peers: Mapping[str, Peer],
-    progress: Callable[[str], None],
-    now: Clock,
-) -> LatencyReport:
-    batch = len(measured[0].images)
+@dataclass(frozen=True)
+class _Measuring:
+    """The measurement of one batch size; the attributes are as in measure_latency."""
 
-    def say(line: str) -> None:
-        progress(f"batch {batch}: {line}")
+    explainer: Explainer
+    cases: Sequence[Case]
+    settings: LatencySettings
+    peers: Mapping[str, Peer]
+    say: Callable[[str], None]
+    now: Clock
 
-    load, clocks = _load(explainer, measured, settings, say, now)
-    cpu_clock = clock_mhz()
-    card = gpu() if explainer.networks.backend != CPU else None
-    say("stages")
-    share = settings.duration * _STAGES_SHARE
-    plain = without_cuda_graphs(explainer)
-    stages = _stages(plain, [case.pictures for case in measured], share, now)
-    device = None
-    if explainer.networks.slots:
-        replayed = _stages(explainer, [case.images for case in measured], share, now)
-        device = _device_times(replayed, stages)
-    turns, compared = _turns(explainer, measured, settings, peers, say, now)
-    masks = [len(case.masks) for case in measured]
-    return LatencyReport(
-        batch=batch,
-        concurrency=settings.concurrency,
-        latency=summarise(load.seconds),
-        explanations=load.rate * batch,
-        forwards=load.rate * float(np.mean(masks)),
-        from_images=summarise(turns["from_images"]),
-        from_array=summarise(turns["from_array"]),
-        floor=summarise(turns["floor"]),
-        overhead=median_ratio(turns["from_array"], turns["floor"]),
-        peers=compared,
-        stages=_medians(stages),
-        device=device,
-        masks=masks,
-        collections={
-            name: [count for case in measured for count in case.collections[name]]
-            for name in measured[0].collections
-        },
-        cpu_clock=cpu_clock,
-        gpu=card,
-        gpu_clocks=clocks,
-        spreads={
-            "latency": spread_of_kinds(load.threads, len(measured)),
-            **{name: spread_of_kinds([spent], len(measured)) for name, spent in turns.items()},
-        },
-        samples={
-            "latency": _milliseconds(load.seconds),
-            **{name: _milliseconds(values) for name, values in turns.items()},
-            "stages_total": _milliseconds([times.total for times in stages]),
-            **{f"stage_{name}": _milliseconds(spent) for name, spent in _by_name(stages).items()},
-        },
-    )
+    def run(self) -> BatchLatency:
+        on_gpu = self.explainer.networks.backend != CPU
+        load, clocks = self._load()
+        cpu_clock = clock_mhz()
+        card = gpu() if on_gpu else None
+        launched, replayed = self._stages()
+        device = device_times(replayed, launched) if replayed else None
+        turns, compared = self._turns()
+        batch = len(self.cases[0].images)
+        masks = [len(case.masks) for case in self.cases]
+        return BatchLatency(
+            batch=batch,
+            concurrency=self.settings.concurrency,
+            latency_ms=summarise(load.seconds),
+            explanations_per_second=round(load.rate * batch, 3),
+            masked_forwards_per_second=round(load.rate * float(np.mean(masks)), 3),
+            from_images_ms=summarise(turns["from_images"]),
+            from_array_ms=summarise(turns["from_array"]),
+            floor_ms=summarise(turns["floor"]),
+            overhead=median_ratio(turns["from_array"], turns["floor"]),
+            compare=compared,
+            stages_ms=median_stages(launched),
+            device_ms=device.total if device else None,
+            without_transfers_ms=device.without_transfers if device else None,
+            device_launched_ms=device.launched if device else None,
+            host_ms=device.host if device else None,
+            masks=masks,
+            collections=self._collections(),
+            cpu_clock_mhz=cpu_clock,
+            gpu=card,
+            gpu_clock_mhz=_clock_range(clocks),
+            spreads=self._spreads(load, turns),
+            samples_ms=_samples(load, turns, launched),
+        )
+
+    def _load(self) -> tuple[Load, list[float]]:
+        """Measure the steady load of all threads, and a GPU's clock meanwhile, in MHz."""
+        settings, count = self.settings, len(self.cases)
+        self.say(f"warming up for {settings.warmup:g} s")
+        _warm_slots(self.explainer, self.cases, settings.concurrency)
+        calls = [
+            self._each_in_turn(lambda case: self.explainer.explain(case.pictures))
+            for _ in range(settings.concurrency)
+        ]
+        measure_load(calls, settings.warmup, WARM_CALLS * count, self.now)
+        plural = "s" if settings.concurrency > 1 else ""
+        self.say(f"{settings.concurrency} thread{plural} for {settings.duration:g} s")
+        on_cpu = self.explainer.networks.backend == CPU
+        no_clocks: list[float] = []
+        with nullcontext(no_clocks) if on_cpu else gpu_clocks() as clocks:
+            load = measure_load(calls, settings.duration, FEWEST_CALLS * count, self.now)
+        return load, clocks
+
+    def _stages(self) -> tuple[list[StageTimes], list[StageTimes]]:
+        """Time the stages of calls on pictures; on a GPU those of replayed calls on arrays too."""
+        self.say("stages")
+        duration = self.settings.duration * _STAGES_SHARE
+        plain = without_cuda_graphs(self.explainer)
+        pictures = [case.pictures for case in self.cases]
+        launched = measure_stages(plain, pictures, duration, self.now)
+        if not self.explainer.networks.slots:
+            return launched, []
+        images = [case.images for case in self.cases]
+        return launched, measure_stages(self.explainer, images, duration, self.now)
+
+    def _turns(self) -> tuple[dict[str, list[float]], dict[str, Comparison]]:
+        """Time calls in turn: the seconds of each by name, and each peer's comparison."""
+        floors = cycle([floor_call(self.explainer, case) for case in self.cases])
+        from_array = self._each_in_turn(lambda case: self.explainer.explain(case.images))
+        calls: dict[str, Call] = {
+            "from_images": self._each_in_turn(lambda case: self.explainer.explain(case.pictures)),
+            "from_array": from_array,
+            "floor": lambda: next(floors)(),
+        }
+        duration = self.settings.duration
+        self.say(f"from images, from array and floor in turn for {duration:g} s")
+        seconds = self._in_turn(calls)
+        compared = {}
+        for name, peer in self.peers.items():
+            self.say(f"from array and {name} in turn for {duration:g} s")
+            beside = f"from_array_beside_{name}"
+            both = self._in_turn({beside: from_array, name: self._each_in_turn(peer)})
+            ratio = median_ratio(both[name], both[beside])
+            compared[name] = Comparison(summarise(both[name]), ratio)
+            seconds |= both
+        return seconds, compared
+
+    def _in_turn(self, calls: Mapping[str, Call]) -> dict[str, list[float]]:
+        count = len(self.cases)
+        return measure_in_turn(
+            calls,
+            rounds=FEWEST_CALLS * count,
+            warmup=WARM_CALLS * count,
+            duration=self.settings.duration,
+            now=self.now,
+        )
+
+    def _each_in_turn(self, function: Callable[[Case], object]) -> Call:
+        """Make a call that takes the next case each time, over and over."""
+        endless = cycle(self.cases)
+        return lambda: function(next(endless))
+
+    def _collections(self) -> dict[str, list[int]]:
+        return {
+            name: [count for case in self.cases for count in case.collections[name]]
+            for name in self.cases[0].collections
+        }
+
+    def _spreads(self, load: Load, turns: Mapping[str, list[float]]) -> dict[str, float]:
+        runs = {"latency": load.threads, **{name: (values,) for name, values in turns.items()}}
+        spread = partial(spread_within_inputs, inputs=len(self.cases))
+        return {name: spread(threads) for name, threads in runs.items()}
 
 
-def _load(
-    explainer: Explainer,
-    measured: Sequence[Case],
-    settings: LatencySettings,
-    say: Callable[[str], None],
-    now: Clock,
-) -> tuple[Load, list[float]]:
-    """The steady load of all threads, warmed up; and a GPU's clock meanwhile, in MHz."""
-    threads = settings.concurrency
-    say(f"warming up for {settings.warmup:g} s")
-    _warm_slots(explainer, measured, threads)
-    calls = [_over(measured, lambda case: explainer.explain(case.pictures)) for _ in range(threads)]
-    measure_load(calls, settings.warmup, _WARM_CALLS * len(measured), now)
-    say(f"{threads} thread{'s'[: threads > 1]} for {settings.duration:g} s")
-    clocks: list[float] = []
-    with nullcontext(clocks) if explainer.networks.backend == CPU else gpu_clocks() as clocks:
-        load = measure_load(calls, settings.duration, FEWEST_CALLS * len(measured), now)
-    return load, clocks
-
-
-def _turns(
-    explainer: Explainer,
-    measured: Sequence[Case],
-    settings: LatencySettings,
-    peers: Mapping[str, Peer],
-    say: Callable[[str], None],
-    now: Clock,
-) -> tuple[dict[str, list[float]], dict[str, Comparison]]:
-    """Seconds of what takes turns, by name, and each peer's comparison."""
-    turns = partial(
-        measure_in_turn,
-        rounds=FEWEST_CALLS * len(measured),
-        warmup=_WARM_CALLS * len(measured),
-        duration=settings.duration,
-        now=now,
-    )
-    floors = cycle([floor_of(explainer, case) for case in measured])
-    from_array = _over(measured, lambda case: explainer.explain(case.images))
-    calls: dict[str, Call] = {
-        "from_images": _over(measured, lambda case: explainer.explain(case.pictures)),
-        "from_array": from_array,
-        "floor": lambda: next(floors)(),
-    }
-    say(f"from images, from array and floor in turn for {settings.duration:g} s")
-    seconds = turns(calls)
-    compared = {}
-    for name, peer in peers.items():
-        say(f"from array and {name} in turn for {settings.duration:g} s")
-        beside = f"from_array_beside_{name}"
-        both = turns({beside: from_array, name: _over(measured, peer)})
-        compared[name] = Comparison(summarise(both[name]), median_ratio(both[name], both[beside]))
-        seconds |= both
-    return seconds, compared
-
-
-def _warm_slots(explainer: Explainer, measured: Sequence[Case], count: int) -> None:
-    """On a GPU, let each of some slots explain every case until its graphs are captured.
+def _warm_slots(explainer: Explainer, cases: Sequence[Case], count: int) -> None:
+    """On a GPU, explain every case in each of some slots until their graphs are captured.
 
     The slot that was given back last is lent first: it is kept away from the next calls, so that
     they open another one, which calls at the same time would do only by chance.
@@ -327,64 +255,21 @@ def _warm_slots(explainer: Explainer, measured: Sequence[Case], count: int) -> N
         return
     with ExitStack() as kept:
         for left in reversed(range(count)):
-            for case in measured:
-                for _ in range(_WARM_CALLS):
+            for case in cases:
+                for _ in range(WARM_CALLS):
                     explainer.explain(case.images)
             if left:
                 kept.enter_context(slots.take())
 
 
-def _over(measured: Sequence[Case], function: Callable[[Case], object]) -> Call:
-    """A call that goes through the cases, one after the other, over and over."""
-    endless = cycle(measured)
-    return lambda: function(next(endless))
+def _clock_range(clocks: Sequence[float]) -> ClockRange | None:
+    return ClockRange(min(clocks), median(clocks), max(clocks)) if clocks else None
 
 
-def _stages(
-    explainer: Explainer, inputs: Sequence[Images], duration: float, now: Clock
-) -> list[StageTimes]:
-    """Every call's stages over some seconds; those that warm up are left out."""
-    found: list[StageTimes] = []
-    endless = cycle(inputs)
-
-    def call() -> None:
-        found.append(stage_times(explainer, next(endless), now))
-
-    measure_load([call], 0, _WARM_CALLS * len(inputs), now)
-    found.clear()
-    measure_load([call], duration, FEWEST_CALLS * len(inputs), now)
-    return found
-
-
-def _device_times(replayed: Sequence[StageTimes], stages: Sequence[StageTimes]) -> DeviceTimes:
-    """replayed: of calls as they are under load.   stages: of calls launched piece by piece."""
-    device = _median([times.device for times in replayed])
-    transfers = _median(
-        [sum(times.seconds.get(name, 0.0) for name in _TRANSFERS) for times in stages]
-    )
-    return DeviceTimes(
-        total=device,
-        without_transfers=device - transfers,
-        launched=_median([times.device for times in stages]),
-        host=_median([times.total - times.device for times in replayed]),
-    )
-
-
-def _by_name(stages: Sequence[StageTimes]) -> dict[str, list[float]]:
-    """Each stage's seconds, call by call."""
-    names = dict.fromkeys(name for times in stages for name in times.seconds)
-    return {name: [times.seconds.get(name, 0.0) for times in stages] for name in names}
-
-
-def _medians(stages: Sequence[StageTimes]) -> dict[str, float]:
-    between = [times.total - sum(times.seconds.values()) for times in stages]
-    spent = {**_by_name(stages), "between": between}
-    return {name: _median(values) for name, values in spent.items()}
-
-
-def _median(seconds: Sequence[float]) -> float:
-    return 1000 * float(np.median(seconds))
-
-
-def _milliseconds(seconds: Sequence[float]) -> list[float]:
-    return [round(1000 * value, 3) for value in seconds]
+def _samples(
+    load: Load, turns: Mapping[str, list[float]], stages: Sequence[StageTimes]
+) -> dict[str, list[float]]:
+    """Every duration in milliseconds, rounded to microseconds, by figure."""
+    seconds = {"latency": load.seconds, **turns, "stages_total": [call.total for call in stages]}
+    seconds |= {f"stage_{name}": values for name, values in seconds_by_stage(stages).items()}
+    return {name: [round(1000 * value, 3) for value in values] for name, values in seconds.items()}

@@ -1,170 +1,242 @@
-"""What a measurement of latency found, what to doubt of it, and its form as JSON."""
+"""The result of a latency measurement, as it is written to JSON, and reasons to doubt it."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from statistics import median
 from typing import Any
 
-from ccam_deploy.latency.conditions import Gpu
-from ccam_deploy.latency.timing import Timing, as_dict
+import msgspec
+
+from ccam_deploy.bundle.manifest import Manifest
+from ccam_deploy.latency.cold_start import ColdStart
+from ccam_deploy.latency.conditions import Gpu, Machine
+from ccam_deploy.latency.timing import Timing
 
 WIDE = 0.1
-"""A middle half wider than this share of the median makes a figure unreliable."""
+"""An interquartile range wider than this share of the median makes a figure unreliable."""
 
 ENOUGH_FOR_P99 = 100
 BUSY = 0.5
 """Other work makes figures unreliable from a load average of this share of the cores."""
 
 LAUNCHES = 1.2
-"""Stages that are launched one by one, and take so many times as long as when they are replayed,
-measure the launches."""
+"""Stages launched one by one that take this many times as long as the same stages replayed measure
+the launches."""
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """A peer's timing, and how many times as long it takes as the explainer on the same arrays."""
+class Conditions(Machine, frozen=True, kw_only=True):
+    """The machine of a measurement, and how busy it was.
 
-    timing: Timing
+    Attributes:
+        load_average_before: Of the last minute, before the measurement; None where unknown.
+        load_average_after: The same, after it.
+    """
+
+    load_average_before: float | None
+    load_average_after: float | None
+
+
+class MeasuredSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """The settings of a measurement.
+
+    Attributes:
+        method: The explanation method.
+        options: The method's options by name, all of them.
+        bundle: The bundle's name.
+        backend: The engine that ran.
+        precision: The graphs that ran.
+        batch_size: Images, and masked images, that go through an engine at a time.
+        threads: Threads inside an operator on a CPU; 0 where the engine chooses.
+        concurrency: Threads that call the explainer at the same time.
+        slots: Streams on a GPU; None on a CPU.
+        duration_s: Seconds of each measurement.
+        warmup_s: Seconds before each batch size is measured.
+        compare: Names of the peers that were measured too.
+        images: Paths of the images, or a note on where they come from.
+    """
+
+    method: str
+    options: dict[str, Any]
+    bundle: str
+    backend: str
+    precision: str
+    batch_size: int
+    threads: int
+    concurrency: int
+    slots: int | None
+    duration_s: float
+    warmup_s: float
+    compare: list[str]
+    images: list[str]
+
+
+class MeasuredBundle(msgspec.Struct, frozen=True, kw_only=True):
+    """The bundle that was measured.
+
+    Attributes:
+        name: Its name.
+        input: Channels, height and width.
+        layers: Names of the target layers, the shallowest first.
+        random_weights: Whether the network has random weights.
+        digest: SHA-256 over the hashes of its files.
+    """
+
+    name: str
+    input: tuple[int, int, int]
+    layers: list[str]
+    random_weights: bool
+    digest: str
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> MeasuredBundle:
+        """Take the facts from a bundle's manifest."""
+        return cls(
+            name=manifest.name,
+            input=manifest.input,
+            layers=[layer.name for layer in manifest.layers],
+            random_weights=manifest.random_weights,
+            digest=manifest.digest,
+        )
+
+
+class Comparison(msgspec.Struct, frozen=True):
+    """A peer, timed in turn with the explainer on the same arrays.
+
+    Attributes:
+        ms: The peer's timing.
+        ratio: How many times as long as the explainer it takes.
+    """
+
+    ms: Timing
     ratio: float
 
 
-@dataclass(frozen=True)
-class DeviceTimes:
-    """What a call on preprocessed images takes of a GPU, and of the host beside it; milliseconds.
+class ClockRange(msgspec.Struct, frozen=True):
+    """A GPU's clock under load, in MHz."""
 
-    total: of a call as it is under load, replayed where CUDA graphs can be had.
-    without_transfers: total less upload and download.
-    launched: the sum of the stages where each is launched by itself.
-    host: the rest of the call's time.
-    """
-
-    total: float
-    without_transfers: float
-    launched: float
-    host: float
+    minimum: float
+    median: float
+    maximum: float
 
 
-@dataclass(frozen=True)
-class LatencyReport:
-    """What was measured for one batch size.
+class BatchLatency(msgspec.Struct, frozen=True, kw_only=True):
+    """The figures of one batch size.
 
-    latency: of a call from PIL images to the result, under a steady load of all threads.
-    explanations, forwards: explanations and masked forwards a second under that load.
-    from_images, from_array, floor: one thread in turn; from_array leaves preprocessing out.
-    overhead: from_array over floor.   peers: by name, against from_array.
-    stages: milliseconds, the median over calls; "between" is what lies outside of them.
-    device: on a GPU, what a call takes of it.
-    masks: masked forwards a call, of each batch that was measured.   collections: of each layer.
-    cpu_clock, gpu: right after the load.   gpu_clocks: during it, in MHz.
-    spreads: by name, the middle half's width as a share of the median, images apart.
-    samples: every duration, in milliseconds.
+    Attributes:
+        batch: Images a call.
+        concurrency: Threads that called at the same time under load.
+        latency_ms: Of a call from PIL images to the result, under a steady load of all threads.
+        explanations_per_second: Explanations of all threads under that load.
+        masked_forwards_per_second: Masked images through the classifier under that load.
+        from_images_ms: Of a call from PIL images, one thread, in turn with the next two.
+        from_array_ms: Of a call from the preprocessed array.
+        floor_ms: Of the engines' passes alone, which no explanation can do without.
+        overhead: Median over the rounds of from_array / floor.
+        compare: Peers by name.
+        stages_ms: Median of each stage; "between" is the time outside of all stages.
+        device_ms: Time on a GPU of a call as it is under load, replayed where CUDA graphs can be
+            had. None on a CPU, like the next three.
+        without_transfers_ms: device_ms less upload and download.
+        device_launched_ms: Sum of the stages on the GPU where each is launched by itself.
+        host_ms: The rest of the call's time.
+        masks: Masked forwards of each batch that was measured.
+        collections: How many collections each layer has, image by image, by layer.
+        cpu_clock_mhz: The cores' mean clock right after the load; None where unknown.
+        gpu: The GPU right after the load; None on a CPU.
+        gpu_clock_mhz: Its clock during the load; None where it could not be read.
+        spreads: The interquartile range as a share of the median, by figure, where differences
+            between images are left out.
+        samples_ms: Every duration, by figure.
     """
 
     batch: int
     concurrency: int
-    latency: Timing
-    explanations: float
-    forwards: float
-    from_images: Timing
-    from_array: Timing
-    floor: Timing
+    latency_ms: Timing
+    explanations_per_second: float
+    masked_forwards_per_second: float
+    from_images_ms: Timing
+    from_array_ms: Timing
+    floor_ms: Timing
     overhead: float
-    peers: dict[str, Comparison]
-    stages: dict[str, float]
-    device: DeviceTimes | None
+    compare: dict[str, Comparison]
+    stages_ms: dict[str, float]
+    device_ms: float | None
+    without_transfers_ms: float | None
+    device_launched_ms: float | None
+    host_ms: float | None
     masks: list[int]
     collections: dict[str, list[int]]
-    cpu_clock: float | None
+    cpu_clock_mhz: float | None
     gpu: Gpu | None
-    gpu_clocks: list[float]
+    gpu_clock_mhz: ClockRange | None
     spreads: dict[str, float]
-    samples: dict[str, list[float]] = field(repr=False)
+    samples_ms: dict[str, list[float]]
 
 
-def doubts(reports: Sequence[LatencyReport], load: float | None) -> list[str]:
-    """Why the figures may be unreliable, one line each.
+class LatencyReport(msgspec.Struct, frozen=True, kw_only=True):
+    """The result of `ccam-deploy bench`; its fields are the keys of the JSON file.
 
-    load: the machine's load average before the measurement.
+    Attributes:
+        command: The command line that makes it again.
+        conditions: Versions, machine and load.
+        settings: The settings that were measured with.
+        bundle: The bundle that was measured.
+        cold_start: One for each batch size.
+        batches: The figures of each batch size.
+        warnings: Reasons to doubt the figures, one line each.
     """
-    found = []
+
+    command: str
+    conditions: Conditions
+    settings: MeasuredSettings
+    bundle: MeasuredBundle
+    cold_start: list[ColdStart]
+    batches: list[BatchLatency]
+    warnings: list[str]
+
+
+def doubts(batches: Sequence[BatchLatency], load: float | None) -> list[str]:
+    """List reasons why figures may be unreliable, one line each.
+
+    Args:
+        batches: The figures of each batch size.
+        load: The machine's load average before the measurement; None where unknown.
+
+    Returns:
+        The reasons; empty where there are none.
+    """
+    lines = []
     cores = os.cpu_count() or 1
     if load is not None and load > BUSY * cores:
-        found.append(
+        lines.append(
             f"the machine was busy before: load average {load:g} on {cores} cores; "
             "measure on an idle one"
         )
-    for report in reports:
-        what = f"batch {report.batch}"
-        wide = [f"{name} {x:.0%}" for name, x in report.spreads.items() if x > WIDE]
-        if wide:
-            found.append(
-                f"{what}: the middle half is wider than {WIDE:.0%} of the median: {', '.join(wide)}"
-            )
-        if report.latency.calls < ENOUGH_FOR_P99:
-            found.append(
-                f"{what}: p99 is of {report.latency.calls} calls, fewer than {ENOUGH_FOR_P99}; "
-                "give a longer --duration"
-            )
-        if report.device:
-            found += [f"{what}: {line}" for line in _doubts_of_device(report.device)]
-    return found
+    for figures in batches:
+        lines += [f"batch {figures.batch}: {reason}" for reason in _doubts_of_batch(figures)]
+    return lines
 
 
-def _doubts_of_device(device: DeviceTimes) -> list[str]:
-    found = []
-    if device.host > device.total:
-        found.append(
-            f"the host takes {device.host:.3f} ms beside the device's {device.total:.3f} ms, "
+def _doubts_of_batch(figures: BatchLatency) -> list[str]:
+    reasons = []
+    wide = [f"{name} {spread:.0%}" for name, spread in figures.spreads.items() if spread > WIDE]
+    if wide:
+        reasons.append(f"the middle half is wider than {WIDE:.0%} of the median: {', '.join(wide)}")
+    calls = figures.latency_ms.calls
+    if calls < ENOUGH_FOR_P99:
+        reasons.append(
+            f"p99 is of {calls} calls, fewer than {ENOUGH_FOR_P99}; give a longer --duration"
+        )
+    device, launched, host = figures.device_ms, figures.device_launched_ms, figures.host_ms
+    if device is not None and host is not None and host > device:
+        reasons.append(
+            f"the host takes {host:.3f} ms beside the device's {device:.3f} ms, "
             "so the host is what was measured"
         )
-    if device.launched > LAUNCHES * device.total:
-        found.append(
-            f"launched one by one the stages take {device.launched / device.total:.0%} of the "
+    if device is not None and launched is not None and launched > LAUNCHES * device:
+        reasons.append(
+            f"launched one by one the stages take {launched / device:.0%} of the "
             "time that they take replayed, so they measure launches"
         )
-    return found
-
-
-def as_json(report: LatencyReport) -> dict[str, Any]:
-    """A report as plain numbers, with units in the names."""
-
-    def rounded(value: float | None) -> float | None:
-        return None if value is None else round(value, 3)
-
-    device = report.device
-    return {
-        "batch": report.batch,
-        "concurrency": report.concurrency,
-        "latency_ms": as_dict(report.latency),
-        "explanations_per_second": rounded(report.explanations),
-        "masked_forwards_per_second": rounded(report.forwards),
-        "from_images_ms": as_dict(report.from_images),
-        "from_array_ms": as_dict(report.from_array),
-        "floor_ms": as_dict(report.floor),
-        "overhead": report.overhead,
-        "compare": {
-            name: {"ms": as_dict(peer.timing), "ratio": peer.ratio}
-            for name, peer in report.peers.items()
-        },
-        "stages_ms": {name: rounded(value) for name, value in report.stages.items()},
-        "device_ms": rounded(device.total if device else None),
-        "without_transfers_ms": rounded(device.without_transfers if device else None),
-        "device_launched_ms": rounded(device.launched if device else None),
-        "host_ms": rounded(device.host if device else None),
-        "masks": report.masks,
-        "collections": report.collections,
-        "cpu_clock_mhz": report.cpu_clock,
-        "gpu": asdict(report.gpu) if report.gpu else None,
-        "gpu_clock_mhz": _range(report.gpu_clocks),
-        "spreads": {name: rounded(value) for name, value in report.spreads.items()},
-        "samples_ms": report.samples,
-    }
-
-
-def _range(clocks: Sequence[float]) -> dict[str, float] | None:
-    if not clocks:
-        return None
-    return {"minimum": min(clocks), "median": median(clocks), "maximum": max(clocks)}
+    return reasons

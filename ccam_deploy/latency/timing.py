@@ -6,22 +6,34 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 
 FEWEST_CALLS = 3
-"""However long one takes, so many calls are timed."""
+"""The least number of timed calls, however long a call takes."""
+
+WARM_CALLS = 3
+"""Calls that warm up each input before it is timed."""
 
 Call = Callable[[], object]
 Clock = Callable[[], float]
 
 
-@dataclass(frozen=True)
-class Timing:
-    """The distribution of a call's duration, in milliseconds.
+class Timing(msgspec.Struct, frozen=True):
+    """The distribution of a call's duration, in milliseconds rounded to microseconds.
 
-    spread: the middle half's width as a share of the median.
+    Attributes:
+        calls: How many calls were timed.
+        median: The median, as linear interpolation gives it; so are the percentiles.
+        mean: The arithmetic mean.
+        minimum: The shortest call.
+        maximum: The longest call.
+        p90: The 90th percentile.
+        p95: The 95th percentile.
+        p99: The 99th percentile.
+        spread: The interquartile range as a share of the median, no unit.
     """
 
     calls: int
@@ -36,47 +48,67 @@ class Timing:
 
 
 def summarise(seconds: Sequence[float]) -> Timing:
-    """Summarise durations. Raises ValueError for none."""
+    """Summarise durations.
+
+    Args:
+        seconds: The duration of each call.
+
+    Returns:
+        Their distribution in milliseconds.
+
+    Raises:
+        ValueError: There are no durations.
+    """
     if not seconds:
         raise ValueError("there is nothing to summarise")
     values = np.asarray(seconds, np.float64) * 1000
     low, median, high, p90, p95, p99 = np.percentile(values, [25, 50, 75, 90, 95, 99])
     return Timing(
         calls=len(values),
-        median=float(median),
-        mean=float(values.mean()),
-        minimum=float(values.min()),
-        maximum=float(values.max()),
-        p90=float(p90),
-        p95=float(p95),
-        p99=float(p99),
-        spread=float((high - low) / median) if median else 0.0,
+        median=_rounded(median),
+        mean=_rounded(values.mean()),
+        minimum=_rounded(values.min()),
+        maximum=_rounded(values.max()),
+        p90=_rounded(p90),
+        p95=_rounded(p95),
+        p99=_rounded(p99),
+        spread=_rounded((high - low) / median) if median else 0.0,
     )
 
 
-def spread_of_kinds(runs: Iterable[Sequence[float]], kinds: int) -> float:
-    """Like Timing.spread, where the calls of each run go through some kinds over and over.
+def spread_within_inputs(runs: Iterable[Sequence[float]], inputs: int) -> float:
+    """Compute Timing.spread of calls that cycle through inputs, without the inputs' differences.
 
-    Each duration counts by its share of the median of its kind, so that kinds that take longer by
-    nature do not make it.
+    Each duration counts as a share of the median for its input, so inputs that take longer by
+    nature do not widen the spread.
+
+    Args:
+        runs: Durations of each thread's calls, in the order of the calls.
+        inputs: How many inputs the calls cycle through.
+
+    Returns:
+        The interquartile range as a share of the median; 0 without calls.
     """
-    lists = [list(seconds) for seconds in runs]
+    threads = [list(durations) for durations in runs]
     shares: list[float] = []
-    for kind in range(kinds):
-        own = [value for seconds in lists for value in seconds[kind::kinds]]
-        middle = float(np.median(own)) if own else 0.0
-        shares += [value / middle for value in own] if middle else []
+    for place in range(inputs):
+        durations = [value for thread in threads for value in thread[place::inputs]]
+        middle = float(np.median(durations)) if durations else 0.0
+        shares += [value / middle for value in durations] if middle else []
     return summarise(shares).spread if shares else 0.0
 
 
-def as_dict(timing: Timing) -> dict[str, float]:
-    """A timing as plain numbers, rounded to microseconds."""
-    return {name: round(value, 3) for name, value in asdict(timing).items()}
+def median_ratio(durations: Sequence[float], references: Sequence[float]) -> float:
+    """Compute the median over rounds of duration / reference, for calls timed in turn.
 
+    Args:
+        durations: One value a round.
+        references: One value a round, in the same unit.
 
-def median_ratio(one: Sequence[float], other: Sequence[float]) -> float:
-    """The median of the ratios of two calls that were timed in turn, round by round."""
-    return round(float(np.median(np.divide(one, other))), 4)
+    Returns:
+        The median of the ratios, rounded to four decimals.
+    """
+    return round(float(np.median(np.divide(durations, references))), 4)
 
 
 def measure_in_turn(
@@ -88,8 +120,15 @@ def measure_in_turn(
 ) -> dict[str, list[float]]:
     """Time several calls in turn, A B C A B C ..., so that a slow moment meets all alike.
 
-    rounds: how many at least; more follow until `duration` seconds have passed since the warm-up.
-    Returns the seconds of every call but the warm-up's, by name.
+    Args:
+        calls: What is timed, by name.
+        rounds: The least number of rounds; more follow until `duration` has passed.
+        warmup: Rounds that are run first and not timed.
+        duration: Seconds since the end of the warm-up after which no round starts.
+        now: A clock in seconds.
+
+    Returns:
+        The seconds of every timed call, by name.
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(warmup):
@@ -108,19 +147,24 @@ def measure_in_turn(
 
 @dataclass(frozen=True)
 class Load:
-    """A steady load. threads: the seconds of each one's calls.   wall: from first to last."""
+    """Durations of calls under a steady load.
+
+    Attributes:
+        threads: For each thread the seconds of its calls.
+        wall: Seconds from the start of the first call to the end of the last.
+    """
 
     threads: tuple[list[float], ...]
     wall: float
 
     @property
     def seconds(self) -> list[float]:
-        """Every call's, thread by thread."""
+        """The seconds of every call, thread by thread."""
         return [value for seconds in self.threads for value in seconds]
 
     @property
     def rate(self) -> float:
-        """Calls a second, of all threads together."""
+        """Calls per second, of all threads together."""
         return len(self.seconds) / self.wall
 
 
@@ -130,10 +174,18 @@ def measure_load(
     fewest: int = FEWEST_CALLS,
     now: Clock = time.perf_counter,
 ) -> Load:
-    """Repeat each call in a thread of its own, all at the same time, without a pause.
+    """Repeat each call in its own thread, all at the same time and without a pause.
 
-    duration: seconds after which no call starts any more, once each thread has made `fewest`.
-    What a call raises ends all threads and is raised here.
+    An exception of a call ends all threads and is raised here.
+
+    Args:
+        calls: One for each thread.
+        duration: Seconds after which no call starts, once each thread has made `fewest` calls.
+        fewest: The least number of calls of each thread.
+        now: A clock in seconds.
+
+    Returns:
+        The durations of all calls.
     """
     gate = threading.Barrier(len(calls))
     stop = threading.Event()
@@ -165,3 +217,8 @@ def measure_load(
     begun = min(run[0] for run in runs)
     ended = max(run[1] for run in runs)
     return Load(tuple(run[2] for run in runs), ended - begun)
+
+
+def _rounded(value: float) -> float:
+    """Round to three decimals, as microseconds are of milliseconds."""
+    return round(float(value), 3)

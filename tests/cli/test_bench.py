@@ -7,11 +7,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
 from ccam_deploy import explainer, plotting
-from ccam_deploy.cli import bench_text
+from ccam_deploy.latency import measurement
+from ccam_deploy.latency.report import LatencyReport
+from ccam_deploy.latency.tables import report_text
 from tests.command import failure, success
 from tests.damage import full_disk
 from tests.helpers import RECIPES, example_files
@@ -142,11 +145,16 @@ def test_table_for_a_person(digits_result: dict[str, Any]) -> None:
 
 def test_table_of_a_gpu(digits_result: dict[str, Any]) -> None:
     assert "without transfers" not in digits_result["stdout"]
-    card = {"gpu": {"name": "NVIDIA H100", "driver": "580.95.05"}}
+    sizes = dict.fromkeys(
+        ("max_clock_mhz", "memory_clock_mhz", "memory_mib", "total_memory_mib"), None
+    )
+    heat = {"temperature_celsius": None, "power_watts": None}
+    card = {"gpu": {"name": "NVIDIA H100", "driver": "580.95.05", **sizes, **heat}}
     clock = {"gpu_clock_mhz": {"minimum": 1755.0, "median": 1900.0, "maximum": 1980.0}}
     times = {"device_ms": 1.5, "without_transfers_ms": 1.25, "host_ms": 0.5}
     batches = [{**found, **times, **card, **clock} for found in digits_result["batches"]]
-    text = bench_text.text({**digits_result, "batches": batches})
+    report = msgspec.convert({**digits_result, "batches": batches}, LatencyReport)
+    text = report_text(report)
     assert "1755 to 1980 under load" in text
     assert ["batch", "3", "1.5", "1.25", "0.5"] in [line.split() for line in text.splitlines()]
 
@@ -179,10 +187,10 @@ class MeasuringError(Exception):
 
 @pytest.fixture
 def no_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
-    def measure(*arguments: object) -> None:
+    def measure_nothing(*arguments: object) -> None:
         raise MeasuringError
 
-    monkeypatch.setattr(measure, "measure", measure)
+    monkeypatch.setattr(measurement, "measure_latency", measure_nothing)
 
 
 @pytest.mark.usefixtures("no_measuring")

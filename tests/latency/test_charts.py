@@ -13,39 +13,42 @@ from PIL import Image
 from ccam_deploy import plotting
 from ccam_deploy.errors import OptionError
 from ccam_deploy.latency import charts
-from ccam_deploy.latency.report import LatencyReport
+from ccam_deploy.latency.report import BatchLatency
 from ccam_deploy.latency.timing import summarise
 
 
-def report(batch: int, concurrency: int = 1) -> LatencyReport:
+def figures(batch: int, concurrency: int = 1) -> BatchLatency:
     seconds = [0.01 * batch * (1 + step / 100) for step in range(50)]
     timing = summarise(seconds)
-    return LatencyReport(
+    return BatchLatency(
         batch=batch,
         concurrency=concurrency,
-        latency=timing,
-        explanations=100.0,
-        forwards=1700.0,
-        from_images=timing,
-        from_array=timing,
-        floor=timing,
+        latency_ms=timing,
+        explanations_per_second=100.0,
+        masked_forwards_per_second=1700.0,
+        from_images_ms=timing,
+        from_array_ms=timing,
+        floor_ms=timing,
         overhead=1.0,
-        peers={},
-        stages={"backbone": 2.0 * batch, "classifier": 7.0 * batch, "between": 1.0 * batch},
-        device=None,
+        compare={},
+        stages_ms={"backbone": 2.0 * batch, "classifier": 7.0 * batch, "between": 1.0 * batch},
+        device_ms=None,
+        without_transfers_ms=None,
+        device_launched_ms=None,
+        host_ms=None,
         masks=[17],
         collections={"layer4": [17]},
-        cpu_clock=None,
+        cpu_clock_mhz=None,
         gpu=None,
-        gpu_clocks=[],
+        gpu_clock_mhz=None,
         spreads={},
-        samples={"latency": [1000 * value for value in seconds]},
+        samples_ms={"latency": [1000 * value for value in seconds]},
     )
 
 
 @pytest.mark.parametrize("batches", [(1,), (1, 8)])
 def test_picture(batches: tuple[int, ...]) -> None:
-    content = charts.draw_latency([report(batch) for batch in batches], "digits", "png")
+    content = charts.draw_latency([figures(batch) for batch in batches], "digits", "png")
     with Image.open(io.BytesIO(content)) as picture:
         assert picture.format == "PNG"
         pixels = np.asarray(picture.convert("RGB")).reshape(-1, 3)
@@ -56,13 +59,13 @@ def test_drawing_names_batches_stages_and_floor() -> None:
     from matplotlib import rc_context
 
     with rc_context({"svg.fonttype": "none"}):
-        text = charts.draw_latency([report(1), report(8, 2)], "digits, fp32", "svg").decode()
+        text = charts.draw_latency([figures(1), figures(8, 2)], "digits, fp32", "svg").decode()
     for word in ("digits, fp32", "batch 1", "batch 8, 2 threads", "backbone", "between", "floor"):
         assert f">{word}</text>" in text
 
 
 def test_document() -> None:
-    assert charts.draw_latency([report(1)], "digits", "pdf").startswith(b"%PDF")
+    assert charts.draw_latency([figures(1)], "digits", "pdf").startswith(b"%PDF")
 
 
 def test_names() -> None:

@@ -8,35 +8,25 @@ import pytest
 
 from ccam_deploy.errors import BackendError
 from ccam_deploy.latency import cold_start
+from ccam_deploy.latency.cold_start import measure_cold_start
 from tests.helpers import example_files
 
 HOW = {"backend": "onnxruntime-cpu", "precision": "fp32", "batch_size": 16, "threads": 1}
 
 
 def test_parts_of_a_cold_start(tiny_bundle: Path) -> None:
-    start = cold_start.measure(tiny_bundle, example_files()[:2], 3, HOW)
+    start = measure_cold_start(tiny_bundle, example_files()[:2], 3, HOW)
     assert start.batch == 3
-    assert min(start.imports, start.load, start.first, start.second) > 0
-    assert start.imports + start.load + start.first < start.total
-    assert start.second < start.total
-    assert start.peak_memory is not None
-    assert 20 < start.peak_memory < 1000
-    assert start.device_memory is None
-    assert cold_start.as_json(start) == {
-        "batch": 3,
-        "total_ms": start.total,
-        "imports_ms": start.imports,
-        "load_ms": start.load,
-        "first_ms": start.first,
-        "second_ms": start.second,
-        "peak_memory_mib": start.peak_memory,
-        "device_memory_mib": None,
-    }
+    assert min(start.imports_ms, start.load_ms, start.first_ms, start.second_ms) > 0
+    assert start.imports_ms + start.load_ms + start.first_ms < start.total_ms
+    assert start.peak_memory_mib is not None
+    assert 20 < start.peak_memory_mib < 1000
+    assert start.device_memory_mib is None
 
 
 def test_what_goes_wrong_in_the_process_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(BackendError) as caught:
-        cold_start.measure(tmp_path / "none", example_files()[:1], 1, HOW)
+        measure_cold_start(tmp_path / "none", example_files()[:1], 1, HOW)
     message = str(caught.value)
     assert message.startswith("the cold start failed: ")
     assert "there is no such folder" in message
@@ -58,4 +48,4 @@ def test_a_process_that_says_much_is_not_blocked(
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setattr(cold_start, "__name__", "noisy")
     with pytest.raises(BackendError, match=r"^the cold start failed: the last words$"):
-        cold_start.measure(tmp_path, example_files()[:1], 1, HOW)
+        measure_cold_start(tmp_path, example_files()[:1], 1, HOW)

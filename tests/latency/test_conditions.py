@@ -17,10 +17,11 @@ H100 = "NVIDIA H100 80GB HBM3, 580.95.05, 1980, 2619, 1234, 81559, 34, 71.52"
 
 
 def test_conditions_name_versions_and_machine() -> None:
-    found = conditions.conditions()
-    assert {"numpy", "onnxruntime", "torch"} <= set(found["versions"])
-    assert found["processor"]
-    assert found["cores"] >= 1
+    machine = conditions.machine()
+    assert {"numpy", "onnxruntime", "torch"} <= set(machine.versions)
+    assert machine.processor
+    assert machine.cores is not None
+    assert machine.cores >= 1
 
 
 def test_peak_memory_is_this_process_s() -> None:

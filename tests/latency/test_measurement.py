@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 from PIL import Image
 
 import ccam_deploy as ccam
@@ -17,9 +17,9 @@ from ccam_deploy.engines.cuda.device import Device
 from ccam_deploy.engines.cuda.slots import Slot, Slots
 from ccam_deploy.errors import OptionError
 from ccam_deploy.latency import measurement
-from ccam_deploy.latency import report as reports
-from ccam_deploy.latency.measurement import Case, LatencySettings
-from ccam_deploy.latency.report import DeviceTimes, LatencyReport
+from ccam_deploy.latency.cases import Case, floor_call, make_cases
+from ccam_deploy.latency.measurement import LatencySettings, measure_latency
+from ccam_deploy.latency.report import WIDE, BatchLatency, ClockRange, doubts
 from tests.clock import FakeClock
 from tests.helpers import example_pictures
 
@@ -96,53 +96,54 @@ def picture(brightness: int) -> Image.Image:
 
 def measured(
     pictures: list[Image.Image], settings: LatencySettings, **peers: Any
-) -> list[LatencyReport]:
+) -> list[BatchLatency]:
     clock = FakeClock()
     explainer = cast(ccam.Explainer, FakeExplainer(clock))
-    return measurement.measure(explainer, pictures, settings, peers, now=clock)
+    return measure_latency(explainer, pictures, settings, peers, now=clock)
 
 
 def test_figures_by_hand() -> None:
     """One image: 10 + 3 + 5 + 4·7 = 46 ms from an array, 48 from an image, 36 of them the floor."""
     (report,) = measured([picture(0)], ONE_ROUND)
-    assert report.latency.calls == 3
-    assert report.latency.median == report.from_images.median == pytest.approx(48)
-    assert report.from_array.median == pytest.approx(46)
-    assert report.floor.median == pytest.approx(36)
+    assert report.latency_ms.calls == 3
+    assert report.latency_ms.median == report.from_images_ms.median == pytest.approx(48)
+    assert report.from_array_ms.median == pytest.approx(46)
+    assert report.floor_ms.median == pytest.approx(36)
     assert report.overhead == pytest.approx(46 / 36, abs=1e-4)
-    assert report.explanations == pytest.approx(1 / 0.048)
-    assert report.forwards == pytest.approx(MASKS / 0.048)
+    assert report.explanations_per_second == round(1 / 0.048, 3)
+    assert report.masked_forwards_per_second == round(MASKS / 0.048, 3)
     assert report.masks == [MASKS]
     assert report.collections == {"deep": [MASKS + FLAT]}
-    assert report.stages == pytest.approx(
+    assert report.stages_ms == pytest.approx(
         {"preprocess": 2, "passes": 8, "classifier": 28, "between": 10}
     )
-    assert report.samples["latency"] == [48, 48, 48]
-    assert (report.gpu, report.gpu_clocks, report.device) == (None, [], None)
+    assert report.samples_ms["latency"] == [48, 48, 48]
+    assert (report.gpu, report.gpu_clock_mhz) == (None, None)
+    assert (report.device_ms, report.device_launched_ms, report.host_ms) == (None, None, None)
 
 
 def test_batches() -> None:
     one, four = measured([picture(0)], LatencySettings((1, 4), duration=1e-9, warmup=0))
     assert (one.batch, four.batch) == (1, 4)
-    assert four.latency.median == pytest.approx(10 + 4 * 38)
-    assert four.explanations == pytest.approx(4 / 0.162)
+    assert four.latency_ms.median == pytest.approx(10 + 4 * 38)
+    assert four.explanations_per_second == round(4 / 0.162, 3)
     assert four.masks == [4 * MASKS]
-    assert four.floor.median == pytest.approx(4 * 36)
+    assert four.floor_ms.median == pytest.approx(4 * 36)
 
 
 def test_duration_and_warmup() -> None:
     (report,) = measured([picture(0)], LatencySettings(duration=1.0, warmup=1.0))
-    assert report.latency.calls == 21  # of 48 ms; the last one starts before the second is over
+    assert report.latency_ms.calls == 21  # of 48 ms; the last one starts before the second is over
     rounds = -(-1000 // (48 + 46 + 36))
-    assert report.floor.calls == report.from_array.calls == rounds
+    assert report.floor_ms.calls == report.from_array_ms.calls == rounds
 
 
 def test_every_image_is_measured() -> None:
     """Images of 48 and 88 ms: the spread of the figures is theirs, not the machine's."""
     (report,) = measured([picture(0), picture(10)], ONE_ROUND)
-    assert report.samples["latency"] == [48, 88] * 3
-    assert report.samples["floor"] == [36, 76] * 3
-    assert report.latency.spread > reports.WIDE
+    assert report.samples_ms["latency"] == [48, 88] * 3
+    assert report.samples_ms["floor"] == [36, 76] * 3
+    assert report.latency_ms.spread > WIDE
     assert max(report.spreads.values()) < 1e-6
     assert report.masks == [MASKS, MASKS]
     assert report.collections == {"deep": [MASKS + FLAT] * 2}
@@ -150,7 +151,7 @@ def test_every_image_is_measured() -> None:
 
 def test_the_last_batch_is_filled_up() -> None:
     explainer = cast(ccam.Explainer, FakeExplainer(FakeClock()))
-    found = measurement.cases(explainer, [picture(value) for value in (1, 2, 3)], 2)
+    found = make_cases(explainer, [picture(value) for value in (1, 2, 3)], 2)
     assert [case.images.ravel().tolist() for case in found] == [[1, 2], [3, 1]]
 
 
@@ -158,14 +159,14 @@ def test_floor_of_many_images_is_cut_like_an_explanation() -> None:
     """With 4 masks an image and 6 at a time; of one image alone all go at once."""
     fake = FakeExplainer(FakeClock())
     explainer = cast(ccam.Explainer, fake)
-    (case,) = measurement.cases(explainer, [picture(0)] * 4, 4)
+    (case,) = make_cases(explainer, [picture(0)] * 4, 4)
     fake.forwards.clear()
-    measurement.floor_of(explainer, case)()
+    floor_call(explainer, case)()
     assert fake.forwards == [6, 6, 4]
     fake.batch_size = 3
-    (case,) = measurement.cases(explainer, [picture(0)], 1)
+    (case,) = make_cases(explainer, [picture(0)], 1)
     fake.forwards.clear()
-    measurement.floor_of(explainer, case)()
+    floor_call(explainer, case)()
     assert fake.forwards == [4]
 
 
@@ -177,19 +178,19 @@ def test_peers_are_compared_in_turn() -> None:
         assert case.targets.tolist() == [3]
         clock.time += 0.092
 
-    (report,) = measurement.measure(explainer, [picture(0)], ONE_ROUND, {"slow": slow}, now=clock)
-    assert report.peers["slow"].ratio == pytest.approx(2)
-    assert report.peers["slow"].timing.median == pytest.approx(92)
-    assert report.samples["from_array_beside_slow"] == [46] * 3
+    (report,) = measure_latency(explainer, [picture(0)], ONE_ROUND, {"slow": slow}, now=clock)
+    assert report.compare["slow"].ratio == pytest.approx(2)
+    assert report.compare["slow"].ms.median == pytest.approx(92)
+    assert report.samples_ms["from_array_beside_slow"] == [46] * 3
 
 
 def test_threads_share_the_explainer() -> None:
     """With the real clock: each of three threads makes its calls."""
     explainer = cast(ccam.Explainer, FakeExplainer(FakeClock()))
     settings = LatencySettings(concurrency=3, duration=1e-9, warmup=0)
-    (report,) = measurement.measure(explainer, [picture(0)], settings)
+    (report,) = measure_latency(explainer, [picture(0)], settings)
     assert report.concurrency == 3
-    assert report.latency.calls == 9
+    assert report.latency_ms.calls == 9
 
 
 def fake_slots(most: int) -> tuple[Slots, list[Slot]]:
@@ -208,7 +209,7 @@ def test_every_slot_is_warmed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Calls one after the other would all take the same slot, and leave the others cold."""
     fake = FakeExplainer(FakeClock())
     explainer = cast(ccam.Explainer, fake)
-    found = measurement.cases(explainer, [picture(1), picture(2)], 1)
+    found = make_cases(explainer, [picture(1), picture(2)], 1)
     slots, opened = fake_slots(3)
     fake.slots = slots
     on: list[tuple[int, float]] = []
@@ -257,8 +258,8 @@ def test_on_a_gpu_stages_come_from_a_run_without_graphs(monkeypatch: pytest.Monk
     monkeypatch.setattr(plain, "explain", in_pieces)
     explainer = cast(ccam.Explainer, replaying)
     monkeypatch.setattr(measurement, "gpu_clocks", lambda: nullcontext([1980.0, 1755.0, 1900.0]))
-    (report,) = measurement.measure(explainer, [picture(0)], ONE_ROUND, now=clock)
-    assert report.stages == pytest.approx(
+    (report,) = measure_latency(explainer, [picture(0)], ONE_ROUND, now=clock)
+    assert report.stages_ms == pytest.approx(
         {
             "preprocess": 2,
             "upload": 2,
@@ -269,18 +270,14 @@ def test_on_a_gpu_stages_come_from_a_run_without_graphs(monkeypatch: pytest.Monk
         }
     )
     # Calls of 46 ms on arrays, 2 ms less than on images: preprocessing is not the host's part.
-    assert report.device is not None
-    assert vars(report.device) == pytest.approx(
-        {"total": 24, "without_transfers": 20, "launched": 36, "host": 22}
-    )
-    assert reports.doubts([report], None)[-1] == (
+    assert (report.device_ms, report.without_transfers_ms) == (24, 20)
+    assert (report.device_launched_ms, report.host_ms) == (36, 22)
+    assert doubts([report], None)[-1] == (
         "batch 1: launched one by one the stages take 150% of the time that they take replayed, "
         "so they measure launches"
     )
-    found = reports.as_json(report)
-    assert found["gpu_clock_mhz"] == {"minimum": 1755, "median": 1900, "maximum": 1980}
-    assert (found["device_ms"], found["without_transfers_ms"], found["host_ms"]) == (24, 20, 22)
-    assert report.floor.median == pytest.approx(1000)
+    assert report.gpu_clock_mhz == ClockRange(1755, 1900, 1980)
+    assert report.floor_ms.median == pytest.approx(1000)
     assert [images.shape for images in floors] == [(1, 1, 1, 1)]
 
 
@@ -308,19 +305,19 @@ def test_settings_that_cannot_be_measured(wrong: dict[str, Any], message: str) -
 def test_too_few_or_many_images(count: int) -> None:
     explainer = cast(ccam.Explainer, FakeExplainer(FakeClock()))
     with pytest.raises(OptionError, match=f"there are {count} images; give 1 to 64"):
-        measurement.cases(explainer, [picture(0)] * count, 1)
+        make_cases(explainer, [picture(0)] * count, 1)
 
 
 def doubts_of(load: float | None = 0.0, **changes: Any) -> list[str]:
     (report,) = measured([picture(0)], LatencySettings(duration=6.0, warmup=0))
-    return reports.doubts([replace(report, **changes)], load)
+    return doubts([replace(report, **changes)], load)
 
 
 def test_a_steady_measurement_is_not_doubted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.cpu_count", lambda: 4)
     assert doubts_of() == doubts_of(2.0) == doubts_of(None) == []
     assert doubts_of(spreads={"latency": 0.1}) == []
-    assert doubts_of(device=DeviceTimes(1.1, 0.9, 1.3, 1.0)) == []
+    assert doubts_of(device_ms=1.1, device_launched_ms=1.3, host_ms=1.0) == []
 
 
 def test_doubts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -331,19 +328,19 @@ def test_doubts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert doubts_of(spreads={"latency": 0.2, "floor": 0.05, "torch": 0.11}) == [
         "batch 1: the middle half is wider than 10% of the median: latency 20%, torch 11%"
     ]
-    assert doubts_of(device=DeviceTimes(1.1, 0.9, 1.2, 1.5)) == [
+    assert doubts_of(device_ms=1.1, device_launched_ms=1.2, host_ms=1.5) == [
         "batch 1: the host takes 1.500 ms beside the device's 1.100 ms, "
         "so the host is what was measured"
     ]
     (short,) = measured([picture(0)], ONE_ROUND)
-    assert reports.doubts([short], None) == [
+    assert doubts([short], None) == [
         "batch 1: p99 is of 3 calls, fewer than 100; give a longer --duration"
     ]
 
 
 def test_floor_runs_the_passes_of_an_explanation(digits: ccam.Explainer) -> None:
     """On real engines: the same masks give the same logits as the explanation weighed."""
-    (case,) = measurement.cases(digits, example_pictures()[:2], 2)
+    (case,) = make_cases(digits, example_pictures()[:2], 2)
     result = digits.explain(example_pictures()[:2])
     assert case.targets.tolist() == result.targets.tolist()
     scores = digits.networks.masked_logits(case.images, case.masks, case.owner)
@@ -352,4 +349,4 @@ def test_floor_runs_the_passes_of_an_explanation(digits: ccam.Explainer) -> None
         counted = result.weights[image] > 0
         base = digits._baseline[case.targets[image]]
         np.testing.assert_allclose(own - base, result.mic[image][counted], atol=1e-4)
-    measurement.floor_of(digits, case)()
+    floor_call(digits, case)()

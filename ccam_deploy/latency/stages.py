@@ -1,0 +1,125 @@
+"""The stages of an explanation, and a GPU's share of its time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import cycle
+
+import numpy as np
+
+from ccam_deploy.explainer import Explainer, Images
+from ccam_deploy.latency.timing import FEWEST_CALLS, WARM_CALLS, Clock, measure_load
+
+_TRANSFERS = ("upload", "download")
+
+
+@dataclass(frozen=True)
+class StageTimes:
+    """The durations of one call.
+
+    Attributes:
+        seconds: Of each stage, by name. On a GPU the stages are the device's own, from event to
+            event; where CUDA graphs replay the work, a graph is one stage.
+        total: Seconds of the whole call.
+    """
+
+    seconds: dict[str, float]
+    total: float
+
+    @property
+    def device(self) -> float:
+        """The seconds on the device, of a call on a GPU."""
+        return sum(spent for name, spent in self.seconds.items() if name != "preprocess")
+
+
+@dataclass(frozen=True)
+class DeviceTimes:
+    """Median milliseconds of calls on preprocessed images on a GPU; see BatchLatency."""
+
+    total: float
+    without_transfers: float
+    launched: float
+    host: float
+
+
+def measure_stages(
+    explainer: Explainer,
+    inputs: Sequence[Images],
+    duration: float,
+    now: Clock = time.perf_counter,
+) -> list[StageTimes]:
+    """Explain inputs over and over and time the stages, after a warm-up.
+
+    Args:
+        explainer: What is measured.
+        inputs: Batches, explained one after the other.
+        duration: Seconds to go on for; every input is explained FEWEST_CALLS times at least.
+        now: A clock in seconds.
+
+    Returns:
+        The durations of each call.
+    """
+    calls: list[StageTimes] = []
+    endless = cycle(inputs)
+
+    def call() -> None:
+        started = now()
+        result = explainer.explain(next(endless))
+        calls.append(StageTimes(dict(result.timings), now() - started))
+
+    measure_load([call], 0, WARM_CALLS * len(inputs), now)
+    calls.clear()
+    measure_load([call], duration, FEWEST_CALLS * len(inputs), now)
+    return calls
+
+
+def without_cuda_graphs(explainer: Explainer) -> Explainer:
+    """Share an explainer's engines, but launch work piece by piece so each stage can be timed."""
+    if explainer.networks.slots is None:
+        return explainer
+    return Explainer(
+        explainer.bundle,
+        explainer.networks,
+        explainer.precision,
+        explainer.batch_size,
+        cuda_graphs=False,
+    )
+
+
+def device_times(replayed: Sequence[StageTimes], launched: Sequence[StageTimes]) -> DeviceTimes:
+    """Compute a GPU's share of calls.
+
+    Args:
+        replayed: Calls as they are under load.
+        launched: Calls whose work was launched piece by piece.
+
+    Returns:
+        Medians over the calls.
+    """
+    device = _median_ms([call.device for call in replayed])
+    transfers = [sum(call.seconds.get(name, 0.0) for name in _TRANSFERS) for call in launched]
+    return DeviceTimes(
+        total=device,
+        without_transfers=round(device - _median_ms(transfers), 3),
+        launched=_median_ms([call.device for call in launched]),
+        host=_median_ms([call.total - call.device for call in replayed]),
+    )
+
+
+def seconds_by_stage(calls: Sequence[StageTimes]) -> dict[str, list[float]]:
+    """Collect the seconds of each stage, call by call; 0 where a call lacks the stage."""
+    names = dict.fromkeys(name for call in calls for name in call.seconds)
+    return {name: [call.seconds.get(name, 0.0) for call in calls] for name in names}
+
+
+def median_stages(calls: Sequence[StageTimes]) -> dict[str, float]:
+    """Compute the median milliseconds of each stage, and of "between", the time outside of all."""
+    between = [call.total - sum(call.seconds.values()) for call in calls]
+    seconds = {**seconds_by_stage(calls), "between": between}
+    return {name: _median_ms(values) for name, values in seconds.items()}
+
+
+def _median_ms(seconds: Sequence[float]) -> float:
+    return round(1000 * float(np.median(seconds)), 3)

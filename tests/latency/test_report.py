@@ -1,0 +1,37 @@
+"""The result of `ccam-deploy bench` is one structure: its JSON file reads back as it."""
+
+from __future__ import annotations
+
+import json
+
+import msgspec
+
+from ccam_deploy.latency.report import LatencyReport
+from ccam_deploy.latency.tables import report_text
+from tests.helpers import ROOT
+
+COMMITTED = ROOT / "bench" / "results" / "bench-resnet18-cpu.json"
+
+
+class StrictReport(LatencyReport, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A report that has no other keys."""
+
+
+def test_committed_result_has_the_form_of_the_report() -> None:
+    """Key by key in the same order, and value by value."""
+    content = COMMITTED.read_text(encoding="utf-8")
+    report = msgspec.json.decode(content, type=StrictReport)
+    again = json.dumps(msgspec.to_builtins(report), indent=2, ensure_ascii=False) + "\n"
+    assert again == content
+
+
+def test_text_of_the_committed_result() -> None:
+    report = msgspec.json.decode(COMMITTED.read_bytes(), type=LatencyReport)
+    lines = [line.split("  ") for line in report_text(report).splitlines()]
+    rows = [[cell.strip() for cell in line if cell] for line in lines]
+    assert ["bundle", "resnet18, 224x224, random weights"] in rows
+    assert ["collections", "layer1 9; layer2 3; layer3 2; layer4 2"] in rows
+    latency = ["314", "313", "320", "321", "330", "305", "334", "48", "3.19", "51"]
+    assert ["batch 1", "1", *latency] in rows
+    assert ["batch 1", "313", "314", "296", "1.060", "16"] in rows
+    assert ["batch 1", "1030", "258", "282", "367", "352", "427"] in rows

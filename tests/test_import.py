@@ -32,6 +32,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"export"}),
     frozenset({"checks", "latency", "quality", "serve"}),
     frozenset({"cli"}),
+    frozenset({"__main__"}),
 )
 """A part of the package imports only itself and parts of lower floors."""
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ccam_deploy.text import one_line
+from ccam_deploy.text import markdown_table, one_line, text_table
 
 
 @pytest.mark.parametrize(
@@ -33,3 +33,20 @@ def test_any_text_is_one_line_that_can_be_encoded(text: str) -> None:
     assert len(line.splitlines()) <= 1
     assert one_line(line) == line
     line.encode("utf-8")
+
+
+def test_text_tables_are_aligned_and_their_rows_one_line() -> None:
+    assert text_table([["a\nb", "c"], ["d", "e"]]).splitlines() == [r"a\nb  c", "d     e"]
+    assert text_table([]) == ""
+
+
+def test_markdown_tables() -> None:
+    rows = [("a|b", "1"), ("c\nd", "2")]
+    assert markdown_table(("name", "n"), rows).splitlines() == [
+        "| name | n |",
+        "|---|---|",
+        r"| a\|b | 1 |",
+        r"| c\nd | 2 |",
+    ]
+    with pytest.raises(ValueError, match="a row has 1 cells, the header 2"):
+        markdown_table(("name", "n"), [("a",)])

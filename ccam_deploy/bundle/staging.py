@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import secrets
 import shutil
-import signal
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
-from typing import NoReturn
 
 from ccam_deploy.bundle.folder import MANIFEST
 from ccam_deploy.errors import BundleError
@@ -27,8 +24,8 @@ def require_replaceable(target: str | Path) -> None:
 def staged_folder(target: str | Path) -> Iterator[Path]:
     """A temporary folder that takes the target's place when the block ends well.
 
-    Whatever ends the block early, a full disk, an interrupt or a termination signal included,
-    leaves the target as it was and nothing beside it.
+    Whatever ends the block early, a full disk or an interrupt included, leaves the target as it
+    was and nothing beside it.
     Raises BundleError where the target is something other than a bundle or an empty folder.
     """
     require_replaceable(target)
@@ -36,10 +33,9 @@ def staged_folder(target: str | Path) -> Iterator[Path]:
     missing = [parent for parent in place.parents if not parent.exists()]
     work = place.with_name(f".{place.name}-{secrets.token_hex(4)}")
     try:
-        with _termination_as_exit():
-            work.mkdir(parents=True)
-            yield work
-            _swap(work, place)
+        work.mkdir(parents=True)
+        yield work
+        _swap(work, place)
     except OSError as error:
         raise BundleError(f"cannot write {target}: {error.strerror or error}") from error
     finally:
@@ -72,21 +68,3 @@ def _swap(work: Path, place: Path) -> None:
         if not place.exists() and (retired / "old").exists():
             (retired / "old").rename(place)
         shutil.rmtree(retired, ignore_errors=True)
-
-
-@contextmanager
-def _termination_as_exit() -> Iterator[None]:
-    """Let SIGTERM unwind the stack, so that clean-up runs; only where a handler can be set."""
-
-    def leave(signum: int, frame: FrameType | None) -> NoReturn:
-        raise SystemExit(128 + signum)
-
-    try:
-        previous = signal.signal(signal.SIGTERM, leave)
-    except ValueError:
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL if previous is None else previous)

@@ -7,7 +7,8 @@ from dataclasses import asdict
 
 import click
 
-from ccam_deploy.cli.options import json_option, print_json, table
+from ccam_deploy.cli.options import json_option, print_json
+from ccam_deploy.text import text_table
 
 
 @click.command()
@@ -30,6 +31,6 @@ def doctor(as_json: bool) -> None:
                 rows.append((one.name, "yes" if one.works else "no", one.found))
                 if one.remedy:
                     rows.append(("", "", f"do first: {one.remedy}"))
-            click.echo(table(rows) + ("\n" if title == "backend" else ""))
+            click.echo(text_table(rows) + ("\n" if title == "backend" else ""))
     if not any(one.works for one in backends):
         sys.exit(1)

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ccam_deploy.cli.options import bundle_argument, json_option, print_json, table
+from ccam_deploy.cli.options import bundle_argument, json_option, print_json
+from ccam_deploy.text import text_table
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -90,4 +91,4 @@ def _text(bundle: Bundle) -> str:
             devices = ", ".join(plan.devices)
             plans.append((plan.graph, plan.precision, library, devices, str(plan.max_batch)))
         parts.append(plans)
-    return "\n\n".join(table(rows) for rows in parts)
+    return "\n\n".join(text_table(rows) for rows in parts)

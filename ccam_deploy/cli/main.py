@@ -22,6 +22,7 @@ from ccam_deploy.cli.info import info
 from ccam_deploy.cli.options import say
 from ccam_deploy.cli.propose import propose
 from ccam_deploy.cli.sanity import sanity
+from ccam_deploy.cli.signals import Terminated, termination_as_exit
 from ccam_deploy.cli.verify import verify
 from ccam_deploy.errors import CcamError
 
@@ -44,10 +45,14 @@ class _Group(click.Group):
             sys.stdout.reconfigure(errors="backslashreplace")
         debug = "--debug" in takewhile(lambda word: word.startswith("-"), words)
         try:
-            code = super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
+            with termination_as_exit():
+                code = super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
         except click.exceptions.NoArgsIsHelpError as error:
             error.show()
             sys.exit(error.exit_code)
+        except Terminated:
+            say("error: terminated; nothing was left half-written", err=True)
+            raise
         except (CcamError, OSError, click.ClickException, click.Abort) as error:
             if debug or not standalone_mode:
                 raise

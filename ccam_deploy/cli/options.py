@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -198,13 +198,3 @@ def say(text: str, err: bool = False) -> None:
 def print_json(value: Any) -> None:
     """Print a value as indented JSON on stdout."""
     click.echo(json.dumps(value, indent=2, ensure_ascii=False))
-
-
-def table(rows: Iterable[Sequence[str]]) -> str:
-    """Rows of words as aligned columns, each row one line."""
-    lines = [[one_line(word) for word in row] for row in rows]
-    widths = [max(len(row[column]) for row in lines) for column in range(len(lines[0]))]
-    return "\n".join(
-        "  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip()
-        for row in lines
-    )

@@ -12,6 +12,7 @@ import click
 import msgspec
 
 from ccam_deploy.cli.options import say
+from ccam_deploy.cli.signals import held_signals
 from ccam_deploy.engines.tensorrt import library
 from ccam_deploy.engines.tensorrt.build import BuildSettings, Built
 from ccam_deploy.engines.tensorrt.build import build as run
@@ -45,7 +46,12 @@ class Planner:
 
     def build(self, bundle: Bundle, precision: PrecisionName) -> Built:
         """Build one precision, with its progress on stderr."""
-        with _progress() as progress:
+        with held_signals() as release, _progress() as bars:
+
+            def progress(graph: str, share: float, phase: str) -> None:
+                release()
+                bars(graph, share, phase)
+
             return run(bundle, self.library, precision, self.settings, progress)
 
     def report(self, built: Built) -> None:

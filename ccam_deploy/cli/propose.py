@@ -21,9 +21,9 @@ from ccam_deploy.cli.options import (
     precision_option,
     print_json,
     say,
-    table,
 )
 from ccam_deploy.errors import ImageError, OptionError
+from ccam_deploy.text import text_table
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -134,7 +134,7 @@ def _write(content: dict[str, Any], as_json: bool, path: Path) -> None:
         print_json(content)
         return
     if content["results"]:
-        click.echo(table(_rows(content["results"])))
+        click.echo(text_table(_rows(content["results"])))
         say(f"  {content['picture']}")
     for entry in content["images"]:
         say(

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ccam_deploy.cli.network import Prepared, model_options, need_torch, prepare
-from ccam_deploy.cli.options import json_option, look_options, method_choice, print_json, say, table
+from ccam_deploy.cli.options import json_option, look_options, method_choice, print_json, say
 from ccam_deploy.errors import OptionError
+from ccam_deploy.text import text_table
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -121,7 +122,7 @@ def sanity(model: Path | None, as_json: bool, **options: Any) -> None:
     if as_json:
         print_json(content)
         return
-    click.echo(table(_rows(result)))
+    click.echo(text_table(_rows(result)))
     say(f"  {content['picture']}")
     say(f"  {options['output'] / 'sanity.json'}")
 

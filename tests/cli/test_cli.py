@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import statistics
 import struct
 import subprocess
@@ -35,7 +34,7 @@ from ccam_deploy.explanation import Explanation
 from ccam_deploy.export.program import trace_model
 from tests.command import failure, refusal, run, success
 from tests.damage import contents, flip, full_disk
-from tests.helpers import RECIPES, ROOT, example_files
+from tests.helpers import RECIPES, example_files
 from tests.networks import Detached, tiny
 
 SCRIPT = Path(sys.executable).with_name("ccam-deploy")
@@ -515,6 +514,17 @@ def test_the_command_alone_shows_its_help() -> None:
     assert result.stderr.startswith("Usage: ccam-deploy [OPTIONS] COMMAND [ARGS]...")
 
 
+def test_the_module_is_the_command(here: Path) -> None:
+    """It calls itself by the command's name, and answers with its exit codes."""
+    for words, code, expected in (
+        (["--version"], 0, f"ccam-deploy, version {__version__}\n"),
+        (["--nope"], 2, "error: No such option '--nope'. See ccam-deploy --help\n"),
+    ):
+        command = [sys.executable, "-m", "ccam_deploy", *words]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert (done.returncode, done.stdout + done.stderr) == (code, expected)
+
+
 def test_version_and_completion(monkeypatch: pytest.MonkeyPatch) -> None:
     assert success("--version").stdout == f"ccam-deploy, version {__version__}\n"
     monkeypatch.setenv("_CCAM_DEPLOY_COMPLETE", "bash_complete")
@@ -562,27 +572,6 @@ def test_full_disk_while_explaining(tiny_bundle: Path, here: Path) -> None:
         r"cannot write explanations/one-[\w-]+\.overlay\.png: File too large", refusal(result)
     )
     assert tree(here) == ["explanations", "one.png"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("step", ["converting", "writing"])
-def test_ctrl_c_in_the_middle_of_an_export(models: Path, here: Path, step: str) -> None:
-    code = (
-        "import signal; from ccam_deploy.cli.main import main\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler); main()\n"
-    )
-    command: list[Any] = [sys.executable, "-c", code, "export", models / "net.pt2"]
-    command += ["--output", here / "out" / "net"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
-        assert process.stderr is not None
-        while not (line := process.stderr.readline()).startswith(step):
-            assert line, "the export ended too early"
-        process.send_signal(signal.SIGINT)
-        rest = process.stderr.read()
-        assert process.wait(60) == 2
-    assert rest.splitlines()[-1] == "error: interrupted; nothing was left half-written"
-    assert "Traceback" not in rest
-    assert not [path for path in here.rglob("*") if path.is_file() or path.name != "out"]
 
 
 def test_the_examples_in_one_process(digits_bundle: Path, here: Path) -> None:

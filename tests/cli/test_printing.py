@@ -10,7 +10,6 @@ import pytest
 from click.testing import CliRunner
 
 from ccam_deploy.cli.main import main
-from ccam_deploy.cli.options import table
 from tests.command import failure
 from tests.helpers import example_files
 
@@ -52,7 +51,3 @@ def test_an_error_is_one_line(digits_bundle: Path) -> None:
     line = failure("compare", digits_bundle, "no\x1b\u2028ne.png")
     assert line.startswith(r"no\x1b")
     assert len(line.splitlines()) == 1
-
-
-def test_a_row_of_a_table_is_one_line() -> None:
-    assert table([["a\nb", "c"], ["d", "e"]]).splitlines() == [r"a\nb  c", "d     e"]

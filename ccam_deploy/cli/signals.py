@@ -1,0 +1,71 @@
+"""How commands answer Ctrl-C and SIGTERM: the stack unwinds, so that clean-up runs."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, NoReturn
+
+
+class Terminated(SystemExit):
+    """Raised where SIGTERM arrives; the exit code is the shell's, 143."""
+
+    def __init__(self) -> None:
+        super().__init__(128 + signal.SIGTERM)
+
+
+@contextmanager
+def termination_as_exit() -> Iterator[None]:
+    """Raise Terminated at the first SIGTERM, and ignore later ones while clean-up runs.
+
+    Does nothing outside of the main thread, where no handler can be set.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(signum: int, frame: FrameType | None) -> NoReturn:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise Terminated
+
+    previous = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if previous is None else previous)
+
+
+@contextmanager
+def held_signals() -> Iterator[Callable[[], None]]:
+    """Hold Ctrl-C and SIGTERM back around a library that would swallow their exceptions.
+
+    Signals that are ignored, or end the process at once, stay so.
+
+    Yields:
+        A function to call wherever an exception can pass: it raises what a held signal raises,
+        KeyboardInterrupt or Terminated. The end of the block does the same.
+
+    """
+    held: list[int] = []
+    handlers: dict[int, Any] = {}
+
+    def hold(signum: int, frame: FrameType | None) -> None:
+        held.append(signum)
+
+    def release() -> None:
+        if held:
+            handlers[held[0]](held[0], None)
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if callable(signal.getsignal(number)):
+                handlers[number] = signal.signal(number, hold)
+    try:
+        yield release
+    finally:
+        for held_number, handler in handlers.items():
+            signal.signal(held_number, handler)
+    release()

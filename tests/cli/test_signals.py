@@ -1,0 +1,151 @@
+"""Ctrl-C and SIGTERM end a command in one line and leave nothing half-written."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ccam_deploy.cli.signals import Terminated, held_signals, termination_as_exit
+from tests.damage import contents
+from tests.helpers import RECIPES, ROOT
+
+STAGING = """
+import signal, sys, time, click
+from ccam_deploy.bundle.staging import staged_folder
+from ccam_deploy.cli.main import main
+
+@main.command()
+@click.argument("target")
+def stage(target):
+    with staged_folder(target) as work:
+        (work / "new").touch()
+        print("ready", flush=True)
+        time.sleep(60)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+main(prog_name="ccam-deploy")
+"""
+ENDINGS = [
+    (signal.SIGINT, 2, "error: interrupted; nothing was left half-written"),
+    (signal.SIGTERM, 143, "error: terminated; nothing was left half-written"),
+]
+
+
+@pytest.fixture
+def interrupts() -> Any:
+    """Ctrl-C raises KeyboardInterrupt, as in a terminal."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize(("number", "code", "line"), ENDINGS)
+def test_a_staged_folder_is_removed(
+    tmp_path: Path, number: signal.Signals, code: int, line: str
+) -> None:
+    """The folder that was there before stays as it was."""
+    bundle = tmp_path / "tiny"
+    bundle.mkdir()
+    (bundle / "manifest.json").write_text("{}")
+    before = contents(tmp_path)
+    command = [sys.executable, "-c", STAGING, "stage", str(bundle)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == "ready\n"
+        assert len(list(tmp_path.iterdir())) == 2
+        process.send_signal(number)
+        assert process.stderr.read().strip() == line  # click ends the line that ^C began
+        assert process.wait(60) == code
+    assert contents(tmp_path) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("step", "ending"), [("converting", ENDINGS[0]), ("writing", ENDINGS[1])])
+def test_in_the_middle_of_an_export(
+    tmp_path: Path, step: str, ending: tuple[signal.Signals, int, str]
+) -> None:
+    number, exit_code, line = ending
+    code = (
+        "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "runpy.run_module('ccam_deploy', run_name='__main__')\n"
+    )
+    command: list[Any] = [sys.executable, "-c", code, "export"]
+    command += ["--recipe", RECIPES / "digits.toml", "--output", tmp_path / "out" / "net"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        assert process.stderr is not None
+        while not (told := process.stderr.readline()).startswith(step):
+            assert told, "the export ended too early"
+        process.send_signal(number)
+        rest = process.stderr.read()
+        assert process.wait(60) == exit_code
+    assert rest.splitlines()[-1] == line
+    assert "Traceback" not in rest
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() or path.name != "out"]
+
+
+def test_sigterm_is_an_exit_once() -> None:
+    """A second one does not cut the clean-up short; the handler before comes back."""
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Terminated) as ended, termination_as_exit():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            signal.raise_signal(signal.SIGTERM)
+    assert ended.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_other_threads_run_without_handlers() -> None:
+    reached = []
+
+    def work() -> None:
+        with termination_as_exit(), held_signals():
+            reached.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert reached == [signal.getsignal(signal.SIGTERM)]
+
+
+@pytest.mark.usefixtures("interrupts")
+def test_a_held_interrupt_is_raised_where_asked() -> None:
+    """Also where the exceptions of a handler would be swallowed."""
+    with pytest.raises(KeyboardInterrupt), held_signals() as release:
+        release()
+        signal.raise_signal(signal.SIGINT)
+        reached = True
+        release()
+        reached = False
+    assert reached
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.usefixtures("interrupts")
+def test_a_held_signal_is_raised_at_the_end_of_the_block() -> None:
+    reached = []
+    with pytest.raises(Terminated), termination_as_exit(), held_signals():
+        signal.raise_signal(signal.SIGTERM)
+        reached.append("end")
+    assert reached == ["end"]
+
+
+def test_an_ignored_interrupt_stays_ignored() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with held_signals() as release:
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+            signal.raise_signal(signal.SIGINT)
+            release()
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint types format bench clean
+.PHONY: demo test lint types format docs bench clean
 
 demo: .venv/.cpu
 	$(BIN)/ccam-deploy export --recipe export/digits.toml --output engines/digits
@@ -11,7 +11,7 @@ demo: .venv/.cpu
 test: lint types
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term
 
-lint: .venv/.all
+lint: .venv/.all docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
@@ -22,13 +22,16 @@ format: .venv/.all
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: .venv/.all
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
 bench: .venv/.all
 	$(BIN)/python -m bench.bench_overhead --output bench/results/overhead-cpu.json
 	$(BIN)/python -m bench.bench_forwards --output bench/results
 	$(BIN)/python -m bench.bench_table2 --output bench/results
 
 clean:
-	rm -rf .venv demo engines/digits .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf .venv demo site engines/digits .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -38,5 +41,5 @@ clean:
 	touch $@
 
 .venv/.all: pyproject.toml constraints.txt | .venv/bin/python
-	$(PIP) --editable '.[export,cpu,cuda,rtx,plot,scenes,proposals,zoo,test,lint]'
+	$(PIP) --editable '.[export,cpu,cuda,rtx,plot,scenes,proposals,zoo,test,lint,docs]'
 	touch $@ .venv/.cpu

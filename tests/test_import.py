@@ -107,15 +107,6 @@ def test_explaining_needs_no_export_library() -> None:
     assert not loaded & {"torch", "onnx", "onnx_ir", "onnxscript", "tensorrt"}
 
 
-def test_public_names_are_the_documented_ones() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    table = re.search(r"<!-- public names -->(.*?)<!-- end -->", text, re.DOTALL)
-    assert table, "README.md lists the public names between <!-- public names --> and <!-- end -->"
-    documented = re.findall(r"`(\w+)`", table[1])
-    assert documented == sorted(documented)
-    assert documented == ccam.__all__
-
-
 @pytest.mark.parametrize("name", ccam.__all__)
 def test_public_names_resolve(name: str) -> None:
     assert getattr(ccam, name).__name__ == name

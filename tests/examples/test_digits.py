@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -51,23 +49,3 @@ def prepared(scenes: Sequence[Scene]) -> Floats:
 
 def _parts(images: Floats) -> list[Floats]:
     return [images[start : start + 50] for start in range(0, len(images), 50)]
-
-
-def test_readme_shows_the_measured_quality() -> None:
-    root = Path(__file__).parents[1]
-    found = json.loads((root / "bench" / "results" / "quality-digits.json").read_text())
-    text = (root / "README.md").read_text(encoding="utf-8")
-    table = text.partition("<!-- quality -->\n")[2].partition("<!-- end -->")[0].splitlines()
-    metrics = [word.strip(" ,%↓↑") for word in table[0].split("|")[2:-2]]
-    rows = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in table[2:]}
-    assert set(rows) == set(found["results"]["Methods"])
-    for method, cells in rows.items():
-        values = [found["results"]["Methods"][method][name]["mean"] for name in metrics]
-        expected = [*(f"{value:.1f}" for value in values), f"{found['ms'][method]['median']:.0f}"]
-        assert [cell.strip() for cell in cells] == expected
-
-
-def test_readme_shows_the_measured_overhead() -> None:
-    root = Path(__file__).parents[1]
-    table = (root / "bench" / "results" / "overhead-cpu.md").read_text(encoding="utf-8").strip()
-    assert table in (root / "README.md").read_text(encoding="utf-8")

@@ -1,8 +1,8 @@
-"""Which backends work here, and what to do first about each that does not.
+"""Find out which backends work here, and what to do first about each that does not.
 
-Nothing is guessed: every check imports the library and runs something small with it, in a process
-of its own, so that even a library that crashes gives one line. Run as
-`python -m ccam_deploy.checks.doctor NAME`, this module is that process.
+Every check imports the library and runs something small with it, in a process of its own, so that
+even a library that crashes the process yields one line. `python -m ccam_deploy.checks.doctor NAME`
+is that process.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from typing import Any
 
 import numpy as np
 
+from ccam_deploy.checks.compiling import missing_to_compile
 from ccam_deploy.checks.probe_graph import tiny_graph
 from ccam_deploy.engines import onnxruntime
 from ccam_deploy.engines.onnxruntime import Device
 from ccam_deploy.engines.tensorrt import library
-from ccam_deploy.engines.tensorrt.library import Flavour
+from ccam_deploy.engines.tensorrt.library import Flavour, Library
 from ccam_deploy.errors import BackendError, brief
 
 PARTS = ("driver", "pycuda", "numba-cuda")
@@ -35,7 +36,7 @@ NEEDS: Mapping[str, tuple[str, ...]] = {
     "tensorrt": PARTS,
     "tensorrt-rtx": PARTS,
 }
-"""The backends, and what each needs beside its own library."""
+"""The backends, and the parts that each needs besides its own library."""
 
 _OLDEST = (7, 5)
 _MAJOR, _MINOR = 75, 76
@@ -46,42 +47,80 @@ _PATIENCE = 300
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check found. found: one line.   remedy: what to do first; empty where it works."""
+    """The outcome of one check.
+
+    Attributes:
+        name: The backend or part.
+        works: Whether it can be used.
+        detail: One line that describes it, or says what is wrong with it.
+        remedy: What to do first; empty where it works.
+    """
 
     name: str
     works: bool
-    found: str
+    detail: str
     remedy: str = ""
 
 
-class TroubleError(Exception):
-    """A check failed. found: what is wrong.   remedy: the one thing to do first."""
+@dataclass(frozen=True)
+class Gpu:
+    """The first GPU and its driver.
 
-    def __init__(self, found: str, remedy: str) -> None:
-        super().__init__(found)
-        self.found = found
+    Attributes:
+        name: As the driver calls it.
+        capability: Its compute capability, major and minor.
+        cuda: The CUDA version that the driver supports, major and minor.
+    """
+
+    name: str
+    capability: tuple[int, int]
+    cuda: tuple[int, int]
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name}, compute capability {_dotted(self.capability)}, "
+            f"driver for CUDA {_dotted(self.cuda)}"
+        )
+
+
+class TroubleError(Exception):
+    """A check failed.
+
+    Attributes:
+        detail: What is wrong.
+        remedy: The one thing to do first.
+    """
+
+    def __init__(self, detail: str, remedy: str) -> None:
+        super().__init__(detail)
+        self.detail = detail
         self.remedy = remedy
 
 
 def examine(
     check: Callable[[str], Finding] | None = None,
 ) -> tuple[list[Finding], list[Finding]]:
-    """Try everything. Returns the backends' findings and those of the parts they need.
+    """Try all backends and the parts that they need.
 
-    check: how one name is tried; in a process of its own by default.
+    Args:
+        check: Tries one name; by default in a process of its own.
+
+    Returns:
+        The findings of the backends and those of the parts.
     """
-    tried = check or in_own_process
-    parts = {name: tried(name) for name in PARTS}
-    return [_with_needs(tried(name), parts) for name in NEEDS], list(parts.values())
+    try_name = check or in_own_process
+    parts = {name: try_name(name) for name in PARTS}
+    return [_with_needs(try_name(name), parts) for name in NEEDS], list(parts.values())
 
 
-def _with_needs(own: Finding, parts: Mapping[str, Finding]) -> Finding:
-    """A backend's finding, where what it needs is missing too: the driver is the first of all."""
-    broken = [parts[need] for need in NEEDS[own.name] if not parts[need].works]
-    if not broken or (not own.works and broken[0].name != "driver"):
-        return own
+def _with_needs(backend: Finding, parts: Mapping[str, Finding]) -> Finding:
+    """A backend's finding, or that of a broken part it needs; the driver comes before all else."""
+    broken = [parts[need] for need in NEEDS[backend.name] if not parts[need].works]
+    if not broken or (not backend.works and broken[0].name != "driver"):
+        return backend
     first = broken[0]
-    return Finding(own.name, False, f"{own.found}; {first.name}: {first.found}", first.remedy)
+    detail = f"{backend.detail}; {first.name}: {first.detail}"
+    return Finding(backend.name, False, detail, first.remedy)
 
 
 def in_own_process(name: str) -> Finding:
@@ -101,12 +140,12 @@ def in_own_process(name: str) -> Finding:
         return Finding(name, False, last[0], again)
 
 
-def try_one(name: str) -> Finding:
-    """Try one backend or part in this process. Whatever is raised becomes the finding."""
+def try_name(name: str) -> Finding:
+    """Try one backend or part in this process; any exception becomes the finding."""
     try:
         return Finding(name, True, _CHECKS[name]())
     except TroubleError as trouble:
-        return Finding(name, False, trouble.found, trouble.remedy)
+        return Finding(name, False, trouble.detail, trouble.remedy)
     except Exception as error:
         words = f"{type(error).__name__}: {brief(error)}"
         again = f"reinstall it: pip install --force-reinstall {_package(name)}"
@@ -126,52 +165,67 @@ def _import(module: str, name: str, extra: str) -> Any:
     except (ImportError, OSError) as error:
         missing = getattr(error, "name", None)
         if isinstance(error, ModuleNotFoundError) and missing == module.split(".")[0]:
-            raise TroubleError(
-                "it is not installed", f"pip install 'ccam-deploy[{extra}]'"
-            ) from error
-        library = re.search(r"[\w.+-]+\.so[.\d]*|[\w.+-]+\.dll", str(error))
-        if library and "cannot open shared object" in str(error):
-            remedy = f"install {library[0]}, or name its folder in LD_LIBRARY_PATH"
+            raise TroubleError("it is not installed", _install(extra)) from error
+        missing_file = re.search(r"[\w.+-]+\.so[.\d]*|[\w.+-]+\.dll", str(error))
+        if missing_file and "cannot open shared object" in str(error):
+            remedy = f"install {missing_file[0]}, or add its folder to LD_LIBRARY_PATH"
         else:
             remedy = f"reinstall it: pip install --force-reinstall {_package(name)}"
         raise TroubleError(f"it cannot be imported: {brief(error)}", remedy) from error
 
 
 def _version(*distributions: str) -> str:
-    """Names and versions of those that are installed."""
-    found = []
+    """Names and versions of the distributions that are installed."""
+    versions = []
     for name in distributions:
         try:
-            found.append(f"{name} {metadata.version(name)}")
+            versions.append(f"{name} {metadata.version(name)}")
         except metadata.PackageNotFoundError:
             continue
-    return ", ".join(found)
+    return ", ".join(versions)
+
+
+def _install(extra: str) -> str:
+    return f"pip install 'ccam-deploy[{extra}]'"
+
+
+def _dotted(version: tuple[int, int]) -> str:
+    return f"{version[0]}.{version[1]}"
 
 
 def _driver() -> str:
-    """The driver and the first GPU, through the driver's own library."""
-    library = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+    """Describe the first GPU, which must be one that the kernels run on."""
+    gpu = _gpu()
+    if gpu.capability < _OLDEST:
+        raise TroubleError(str(gpu), f"use a GPU of compute capability {_dotted(_OLDEST)} or newer")
+    return str(gpu)
+
+
+def _gpu() -> Gpu:
+    """Ask the driver's own library for the first GPU. Raises TroubleError where there is none."""
+    file = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
     try:
-        cuda = ctypes.CDLL(library)
+        cuda = ctypes.CDLL(file)
     except OSError as error:
         raise TroubleError(
-            f"there is no NVIDIA driver ({library})",
+            f"there is no NVIDIA driver ({file})",
             "install the NVIDIA driver, on a machine with an NVIDIA GPU",
         ) from error
     status = cuda.cuInit(0)
     if status == _NO_DEVICE:
         raise TroubleError(
             "the driver sees no GPU",
-            "let this process see one: CUDA_VISIBLE_DEVICES, or the container's --gpus option",
+            "check CUDA_VISIBLE_DEVICES, or the --gpus option of the container",
         )
     if status == _MISMATCH:
         raise TroubleError(
-            "the driver's library is not of the version of its kernel module",
+            "the driver's library and its kernel module differ in version",
             "restart the machine, or give the container the host's driver",
         )
     if status:
         raise TroubleError(
-            f"cuInit failed with error {status}", "see what nvidia-smi says; reinstall the driver"
+            f"cuInit failed with error {status}",
+            "run nvidia-smi, which may say more; reinstall the driver",
         )
     version, device, major, minor = (ctypes.c_int() for _ in range(4))
     name = ctypes.create_string_buffer(256)
@@ -180,30 +234,37 @@ def _driver() -> str:
     cuda.cuDeviceGetName(name, len(name), device)
     cuda.cuDeviceGetAttribute(ctypes.byref(major), _MAJOR, device)
     cuda.cuDeviceGetAttribute(ctypes.byref(minor), _MINOR, device)
-    capability = major.value, minor.value
-    found = (
-        f"{name.value.decode(errors='replace')}, compute capability {major.value}.{minor.value}, "
-        f"driver for CUDA {version.value // 1000}.{version.value % 1000 // 10}"
+    return Gpu(
+        name.value.decode(errors="replace"),
+        (major.value, minor.value),
+        (version.value // 1000, version.value % 1000 // 10),
     )
-    if capability < _OLDEST:
-        raise TroubleError(found, "use a GPU of compute capability 7.5 or newer")
-    return found
 
 
-def _has_gpu() -> bool:
+def _usable_gpu() -> Gpu | None:
+    """The first GPU, or None where no kernel can run here."""
     try:
-        _driver()
+        gpu = _gpu()
     except TroubleError:
-        return False
-    return True
+        return None
+    return gpu if gpu.capability >= _OLDEST else None
 
 
 def _pycuda() -> str:
     """Take the primary context through PyCUDA, and some memory."""
-    driver = _import("pycuda.driver", "pycuda", "gpu")
-    found = _version("pycuda")
-    if not _has_gpu():
-        return f"{found}; no GPU to try it on"
+    try:
+        driver = _import("pycuda.driver", "pycuda", "gpu")
+    except TroubleError as trouble:
+        missing = missing_to_compile()
+        if trouble.remedy != _install("gpu") or not missing:
+            raise
+        raise TroubleError(
+            f"{trouble.detail}, and pip cannot compile it without {', '.join(missing)}",
+            f"apt-get install {' '.join(missing.values())}, then {trouble.remedy}",
+        ) from trouble
+    version = _version("pycuda")
+    if _usable_gpu() is None:
+        return f"{version}; no GPU to try it on"
     driver.init()
     context = driver.Device(0).retain_primary_context()
     context.push()
@@ -211,65 +272,72 @@ def _pycuda() -> str:
         driver.mem_alloc(256).free()
     finally:
         driver.Context.pop()
-    return found
+    return version
 
 
 def _numba_cuda() -> str:
     """Compile a kernel, and run it where there is a GPU."""
     _import("numba_cuda", "numba-cuda", "cuda")
     cuda = _import("numba.cuda", "numba-cuda", "cuda")
-    found = _version("numba-cuda")
+    version = _version("numba-cuda")
     if importlib.import_module("numba.core.config").ENABLE_CUDASIM:
-        raise TroubleError(f"{found}, but it simulates GPUs", "unset NUMBA_ENABLE_CUDASIM")
+        raise TroubleError(f"{version}, but it simulates GPUs", "unset NUMBA_ENABLE_CUDASIM")
 
     def double(values: Any) -> None:
         place = cuda.grid(1)
         if place < values.size:
             values[place] *= 2
 
-    if not _has_gpu():
+    if _usable_gpu() is None:
         cuda.compile_ptx(double, "void(float32[:])", cc=_COMPILED_FOR)
-        return f"{found} compiles kernels; no GPU to run them on"
+        return f"{version} compiles kernels; no GPU to run them on"
     values = cuda.to_device(np.arange(4, dtype=np.float32))
     cuda.jit(double)[1, 32](values)
     if values.copy_to_host().tolist() != [0, 2, 4, 6]:
-        raise TroubleError(f"{found} computes nonsense", "update the NVIDIA driver")
-    return found
+        raise TroubleError(f"{version} computes wrong values", "update the NVIDIA driver")
+    return version
 
 
 def _onnxruntime(backend: str) -> str:
-    """Run a graph of one operator on the provider, and see that it was that provider."""
+    """Run a graph of one operator on the provider that was asked for."""
     device: Device = "cpu" if backend == "onnxruntime-cpu" else "cuda"
     again = f"reinstall it: pip install --force-reinstall {_package(backend)}"
     runtime = _import("onnxruntime", backend, "cpu" if device == "cpu" else "gpu")
-    found = _version("onnxruntime", "onnxruntime-gpu") or f"onnxruntime {runtime.__version__}"
+    version = _version("onnxruntime", "onnxruntime-gpu") or f"onnxruntime {runtime.__version__}"
     if device not in onnxruntime.devices():
         raise TroubleError(
-            f"{found} was built without {onnxruntime.PROVIDERS[device]}",
-            "pip uninstall onnxruntime onnxruntime-gpu, then pip install onnxruntime-gpu",
+            f"{version} was built without {onnxruntime.PROVIDERS[device]}",
+            "pip uninstall onnxruntime onnxruntime-gpu, "
+            "then pip install 'onnxruntime-gpu[cuda,cudnn]'",
         )
     try:
         session = onnxruntime.open_session(tiny_graph(), device)
     except BackendError as error:
-        libraries = "install the CUDA and cuDNN that it was built for, where the loader finds them"
-        raise TroubleError(f"{found}: {error}", again if device == "cpu" else libraries) from error
+        libraries = (
+            "install the CUDA and cuDNN that it was built for: "
+            "pip install 'onnxruntime-gpu[cuda,cudnn]'"
+        )
+        remedy = again if device == "cpu" else libraries
+        raise TroubleError(f"{version}: {error}", remedy) from error
     (values,) = session.run(None, {"x": np.array([-1, 2], np.float32)})
     if values.tolist() != [0, 2]:
-        raise TroubleError(f"{found} computes nonsense", again)
-    return found
+        raise TroubleError(f"{version} computes wrong values", again)
+    return version
 
 
 def _tensorrt(flavour: Flavour) -> str:
     """Make a builder; where there is a GPU, build a plan of one operator and open it."""
     extra = "rtx" if flavour == "tensorrt-rtx" else "gpu"
     trt = _import(library.FLAVOURS[flavour], flavour, extra)
-    found = f"{flavour} {trt.__version__}"
+    version = f"{flavour} {trt.__version__}"
     log = trt.Logger(trt.Logger.INTERNAL_ERROR)
     builder = trt.Builder(log)
     if builder is None or not builder:
-        raise TroubleError(f"{found} cannot make a builder", "update the NVIDIA driver")
-    if not _has_gpu():
-        return f"{found} builds plans; no GPU to run them on"
+        raise TroubleError(f"{version} cannot make a builder", "update the NVIDIA driver")
+    gpu = _usable_gpu()
+    if gpu is None:
+        return f"{version} builds plans; no GPU to run them on"
+    _require_supported(Library(flavour, trt), gpu)
     network = builder.create_network(0)
     parser = trt.OnnxParser(network, log)
     plan = None
@@ -277,13 +345,35 @@ def _tensorrt(flavour: Flavour) -> str:
         plan = builder.build_serialized_network(network, builder.create_builder_config())
     if plan is None:
         raise TroubleError(
-            f"{found} cannot build for this GPU",
+            f"{version} cannot build for this GPU",
             f"use a GPU and a driver that {flavour} {trt.__version__} supports",
         )
     engine = trt.Runtime(log).deserialize_cuda_engine(plan)
     if engine is None or engine.create_execution_context() is None:
-        raise TroubleError(f"{found} cannot open a plan that it built", "update the NVIDIA driver")
-    return found
+        raise TroubleError(
+            f"{version} cannot open a plan that it built", "update the NVIDIA driver"
+        )
+    return version
+
+
+def _require_supported(tensorrt: Library, gpu: Gpu) -> None:
+    """Refuse a GPU that TensorRT-RTX builds plans on but does not run on.
+
+    Newer GPUs than the newest it knows are supported; TensorRT names none, it builds for the GPU
+    that is here.
+    """
+    capabilities = list(tensorrt.capabilities)
+    capability = _dotted(gpu.capability)
+    if not capabilities or capability in capabilities:
+        return
+    newest = max(tuple(map(int, name.split("."))) for name in capabilities)
+    if gpu.capability > newest:
+        return
+    raise TroubleError(
+        f"{tensorrt.flavour} {tensorrt.version} does not run on compute capability {capability}, "
+        f"only on {', '.join(capabilities)} and newer",
+        "use another backend on this GPU: onnxruntime-cuda or tensorrt",
+    )
 
 
 _CHECKS: Mapping[str, Callable[[], str]] = {
@@ -299,8 +389,7 @@ _CHECKS: Mapping[str, Callable[[], str]] = {
 
 def main() -> None:
     """Try the name that is the process's argument; print the finding as JSON."""
-    found = try_one(sys.argv[1])
-    print(json.dumps(vars(found)), flush=True)
+    print(json.dumps(vars(try_name(sys.argv[1]))), flush=True)
 
 
 if __name__ == "__main__":

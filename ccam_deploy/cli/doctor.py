@@ -28,7 +28,7 @@ def doctor(as_json: bool) -> None:
         for title, findings in (("backend", backends), ("what GPU backends need", parts)):
             rows: list[tuple[str, ...]] = [(title, "works", "found")]
             for one in findings:
-                rows.append((one.name, "yes" if one.works else "no", one.found))
+                rows.append((one.name, "yes" if one.works else "no", one.detail))
                 if one.remedy:
                     rows.append(("", "", f"do first: {one.remedy}"))
             click.echo(text_table(rows) + ("\n" if title == "backend" else ""))

@@ -17,6 +17,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from ccam_deploy.checks import doctor, probe_graph
+from ccam_deploy.checks.compiling import missing_to_compile
 from ccam_deploy.checks.doctor import Finding
 from ccam_deploy.engines import Backend
 
@@ -96,7 +97,7 @@ def test_every_backend_is_tried() -> None:
 
 @pytest.mark.usefixtures("driver")
 def test_no_driver() -> None:
-    found = doctor.try_one("driver")
+    found = doctor.try_name("driver")
     assert found == Finding(
         "driver", False, NO_DRIVER, "install the NVIDIA driver, on a machine with an NVIDIA GPU"
     )
@@ -104,7 +105,7 @@ def test_no_driver() -> None:
 
 def test_driver_describes_the_gpu(driver: Callable[..., None]) -> None:
     driver(FakeDriver())
-    assert doctor.try_one("driver") == Finding(
+    assert doctor.try_name("driver") == Finding(
         "driver", True, "NVIDIA H100, compute capability 9.0, driver for CUDA 13.0"
     )
 
@@ -113,7 +114,7 @@ def test_driver_describes_the_gpu(driver: Callable[..., None]) -> None:
     ("fake", "found", "remedy"),
     [
         (FakeDriver(100), "the driver sees no GPU", "CUDA_VISIBLE_DEVICES"),
-        (FakeDriver(803), "not of the version of its kernel module", "restart the machine"),
+        (FakeDriver(803), "kernel module differ in version", "restart the machine"),
         (FakeDriver(999), "cuInit failed with error 999", "nvidia-smi"),
         (FakeDriver(0, (6, 1)), "compute capability 6.1", "compute capability 7.5 or newer"),
     ],
@@ -122,9 +123,9 @@ def test_broken_driver(
     driver: Callable[..., None], fake: FakeDriver, found: str, remedy: str
 ) -> None:
     driver(fake)
-    finding = doctor.try_one("driver")
+    finding = doctor.try_name("driver")
     assert not finding.works
-    assert found in finding.found
+    assert found in finding.detail
     assert remedy in finding.remedy
 
 
@@ -164,9 +165,44 @@ def test_nothing_installed(
     monkeypatch: pytest.MonkeyPatch, name: str, module: str, extra: str
 ) -> None:
     missing(monkeypatch, module)
-    assert doctor.try_one(name) == Finding(
+    monkeypatch.setattr(doctor, "missing_to_compile", dict)
+    assert doctor.try_name(name) == Finding(
         name, False, "it is not installed", f"pip install 'ccam-deploy[{extra}]'"
     )
+
+
+@pytest.mark.usefixtures("driver")
+def test_pycuda_needs_a_compiler_and_headers_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    missing(monkeypatch, "pycuda")
+    absent = {"nvcc on the PATH": "cuda-nvcc-13-0", "curand.h": "libcurand-dev-13-0"}
+    monkeypatch.setattr(doctor, "missing_to_compile", lambda: absent)
+    assert doctor.try_name("pycuda") == Finding(
+        "pycuda",
+        False,
+        "it is not installed, and pip cannot compile it without nvcc on the PATH, curand.h",
+        "apt-get install cuda-nvcc-13-0 libcurand-dev-13-0, then pip install 'ccam-deploy[gpu]'",
+    )
+
+
+def test_what_is_missing_to_compile_pycuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is there, then a compiler, then all of CUDA but one header, then all."""
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path / "python"))
+    everything = {
+        *("build-essential", "python3-dev", "cuda-nvcc-13-0", "cuda-cudart-dev-13-0"),
+        *("cuda-profiler-api-13-0", "libcurand-dev-13-0"),
+    }
+    assert set(missing_to_compile().values()) == everything
+
+    def put(*names: str) -> set[str]:
+        for name in names:
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).touch(0o755)
+        return set(missing_to_compile().values())
+
+    assert put("bin/g++", "python/Python.h") == everything - {"build-essential", "python3-dev"}
+    assert put("bin/nvcc", "include/cuda.h", "include/cudaProfiler.h") == {"libcurand-dev-13-0"}
+    assert put("include/curand.h") == set()
 
 
 class Broken:
@@ -187,11 +223,11 @@ class Broken:
     [
         (
             OSError("libcudnn.so.9: cannot open shared object file: No such file or directory"),
-            "install libcudnn.so.9, or name its folder in LD_LIBRARY_PATH",
+            "install libcudnn.so.9, or add its folder to LD_LIBRARY_PATH",
         ),
         (
             ImportError("libcublasLt.so.13: cannot open shared object file"),
-            "install libcublasLt.so.13, or name its folder in LD_LIBRARY_PATH",
+            "install libcublasLt.so.13, or add its folder to LD_LIBRARY_PATH",
         ),
         (
             ImportError("cannot import name 'InferenceSession' from 'onnxruntime'"),
@@ -210,10 +246,10 @@ class Broken:
 def test_broken_install(monkeypatch: pytest.MonkeyPatch, error: Exception, remedy: str) -> None:
     monkeypatch.delitem(sys.modules, "onnxruntime")
     monkeypatch.setattr(sys, "meta_path", [Broken("onnxruntime", error), *sys.meta_path])
-    finding = doctor.try_one("onnxruntime-cuda")
+    finding = doctor.try_name("onnxruntime-cuda")
     assert not finding.works
-    assert str(error).splitlines()[0] in finding.found
-    assert "\n" not in finding.found
+    assert str(error).splitlines()[0] in finding.detail
+    assert "\n" not in finding.detail
     assert finding.remedy == remedy
 
 
@@ -251,24 +287,29 @@ def fake_runtime(got: str, answer: list[float], available: str = "CUDA") -> Modu
     [
         (fake_runtime("CUDA", [0, 2]), "onnxruntime", ""),
         (fake_runtime("CPU", [0, 2]), "ONNX Runtime gave CPUEx", "install the CUDA and cuDNN"),
-        (fake_runtime("CUDA", [9, 9]), "computes nonsense", "reinstall it: pip"),
-        (fake_runtime("CPU", [0, 2], "CPU"), "was built without CUDAEx", "pip uninstall"),
+        (fake_runtime("CUDA", [9, 9]), "computes wrong values", "reinstall it: pip"),
+        (
+            fake_runtime("CPU", [0, 2], "CPU"),
+            "was built without CUDAEx",
+            "pip uninstall onnxruntime onnxruntime-gpu, then pip install "
+            "'onnxruntime-gpu[cuda,cudnn]'",
+        ),
     ],
 )
 def test_provider_must_be_the_one_that_was_asked_for(
     monkeypatch: pytest.MonkeyPatch, runtime: ModuleType, found: str, remedy: str
 ) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", runtime)
-    finding = doctor.try_one("onnxruntime-cuda")
+    finding = doctor.try_name("onnxruntime-cuda")
     assert finding.works == (remedy == "")
-    assert found in finding.found
+    assert found in finding.detail
     assert finding.remedy.startswith(remedy)
 
 
 @pytest.mark.usefixtures("driver")
 def test_tensorrt_rtx_makes_a_builder_without_a_gpu() -> None:
     library = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is missing")
-    assert doctor.try_one("tensorrt-rtx") == Finding(
+    assert doctor.try_name("tensorrt-rtx") == Finding(
         "tensorrt-rtx",
         True,
         f"tensorrt-rtx {library.__version__} builds plans; no GPU to run them on",
@@ -318,9 +359,38 @@ def test_tensorrt_on_a_gpu(
 ) -> None:
     driver(FakeDriver())
     monkeypatch.setitem(sys.modules, "tensorrt", fake_tensorrt(broken))
-    finding = doctor.try_one("tensorrt")
-    assert (finding.works, finding.found) == (not remedy, found)
+    finding = doctor.try_name("tensorrt")
+    assert (finding.works, finding.detail) == (not remedy, found)
     assert finding.remedy.startswith(remedy)
+
+
+@pytest.mark.parametrize(
+    ("capability", "remedy"),
+    [
+        ((8, 9), ""),
+        ((13, 0), ""),
+        ((9, 0), "use another backend on this GPU: onnxruntime-cuda or tensorrt"),
+        ((10, 0), "use another backend on this GPU: onnxruntime-cuda or tensorrt"),
+    ],
+)
+def test_tensorrt_rtx_refuses_some_gpus(
+    driver: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int],
+    remedy: str,
+) -> None:
+    """It builds plans on them too, but does not run there."""
+    rtx = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is missing")
+    driver(FakeDriver(capability=capability))
+    fake: Any = fake_tensorrt()
+    fake.ComputeCapability = rtx.ComputeCapability
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", fake)
+    finding = doctor.try_name("tensorrt-rtx")
+    assert (finding.works, finding.remedy) == (not remedy, remedy)
+    if remedy:
+        refused = f"does not run on compute capability {capability[0]}.{capability[1]}, only on"
+        assert refused in finding.detail
+        assert "8.0, 8.6, 8.9, 12.0, 12.1 and newer" in finding.detail
 
 
 def test_calls_of_tensorrt_exist_in_the_real_one() -> None:
@@ -344,9 +414,9 @@ def test_kernels_compile_without_a_gpu() -> None:
 
     if config.ENABLE_CUDASIM:
         pytest.skip("NUMBA_ENABLE_CUDASIM is set")
-    finding = doctor.try_one("numba-cuda")
+    finding = doctor.try_name("numba-cuda")
     assert finding.works
-    assert finding.found.endswith("compiles kernels; no GPU to run them on")
+    assert finding.detail.endswith("compiles kernels; no GPU to run them on")
 
 
 def test_simulated_gpu_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -354,7 +424,7 @@ def test_simulated_gpu_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     from numba.core import config
 
     monkeypatch.setattr(config, "ENABLE_CUDASIM", 1)
-    finding = doctor.try_one("numba-cuda")
+    finding = doctor.try_name("numba-cuda")
     assert (finding.works, finding.remedy) == (False, "unset NUMBA_ENABLE_CUDASIM")
 
 
@@ -380,7 +450,7 @@ def test_pycuda_takes_the_primary_context(
     monkeypatch.setitem(sys.modules, "pycuda", ModuleType("pycuda"))
     monkeypatch.setitem(sys.modules, "pycuda.driver", fake)
     driver(FakeDriver())
-    assert doctor.try_one("pycuda").works
+    assert doctor.try_name("pycuda").works
     assert calls == ["init", "device", "retain", "push", "allocate", "free", "pop"]
 
 
@@ -446,11 +516,11 @@ def test_library_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("PYTHONPATH", ":".join(path))
     monkeypatch.setattr(doctor, "_PATIENCE", 3)
     finding = doctor.in_own_process("onnxruntime-cpu")
-    assert (finding.works, finding.found) == (False, "it did not answer in 3 s")
+    assert (finding.works, finding.detail) == (False, "it did not answer in 3 s")
 
 
 @pytest.mark.gpu
 def test_on_a_gpu() -> None:
     finding = doctor.in_own_process("driver")
     assert finding.works
-    assert "compute capability" in finding.found
+    assert "compute capability" in finding.detail

@@ -59,4 +59,4 @@ def test_this_machine() -> None:
     assert backends[0]["works"]
     for one in backends:
         assert bool(one["remedy"]) != one["works"]
-        assert "Traceback" not in one["found"]
+        assert "Traceback" not in one["detail"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -214,3 +215,12 @@ def test_engines_are_closed_where_one_fails(
     with pytest.raises(BackendError, match=r"none\.onnx"):
         load_networks({"one": graph, "other": tmp_path / "none.onnx"}, 1.0, "onnxruntime-cpu")
     assert closed == [graph]
+
+
+def test_gpu_extras_bring_the_libraries_of_cuda() -> None:
+    """Without these extras of its own, onnxruntime-gpu finds neither cuDNN nor cuFFT."""
+    project = Path(__file__).parents[2] / "pyproject.toml"
+    extras = tomllib.loads(project.read_text("utf-8"))["project"]["optional-dependencies"]
+    for extra in ("gpu", "gpu-onnxruntime"):
+        (requirement,) = (line for line in extras[extra] if line.startswith("onnxruntime-gpu"))
+        assert requirement.startswith("onnxruntime-gpu[cuda,cudnn]>=")

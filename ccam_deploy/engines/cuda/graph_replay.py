@@ -1,4 +1,4 @@
-"""Work that is put on a stream again and again: replayed as CUDA graphs, and timed."""
+"""Runs work on a stream again and again: replays it as CUDA graphs and times its stages."""
 
 from __future__ import annotations
 
@@ -9,16 +9,19 @@ from typing import Any
 from ccam_deploy.engines.cuda.device import Device
 from ccam_deploy.errors import BackendError
 
-_GRAPHS_AT_MOST = 64
+RETRY_AFTER = 100
+"""How often work is launched piece by piece after a failed capture, before the next attempt."""
+_MOST_GRAPHS = 64
+_MOST_REFUSALS = 3
 
 
-class Turns:
-    """Puts work on a device's stream, and times its stages with events.
+class StreamRunner:
+    """Puts work on a device's stream and times its stages with events.
 
-    replay: capture work that comes a second time with the same key in a CUDA graph, and launch
-        that from then on.   capturable: whether the engines can be captured; asked once all have
-        run.   note: called with a line where work cannot be captured; it is then
-        launched piece by piece, with the same result.
+    Work that comes a second time with the same key is captured in a CUDA graph, which is launched
+    from then on. Where a capture fails, that work is launched piece by piece, with the same
+    result, and captured again after a while. Where the engine refuses several keys in a row,
+    nothing is captured any more.
     """
 
     def __init__(
@@ -28,11 +31,21 @@ class Turns:
         capturable: Callable[[], bool],
         note: Callable[[str], None],
     ) -> None:
+        """Prepare to run work.
+
+        Args:
+            device: Whose stream to use.
+            replay: Whether to capture work at all.
+            capturable: Whether the engines can be captured; called once all of them have run.
+            note: Called with a line the first time that work cannot be captured.
+        """
         self._device = device
         self._replay = replay
         self._capturable = capturable
         self._note = note
-        self._seen: set[Hashable] = set()
+        self._noted = False
+        self._runs_before_capture: dict[Hashable, int] = {}
+        self._refused: set[Hashable] = set()
         self._graphs: dict[Hashable, Callable[[], None]] = {}
         self._marks: list[tuple[str, Any]] = []
         self._capturing = False
@@ -40,8 +53,11 @@ class Turns:
     def run(self, key: Hashable, stage: str, work: Callable[[], None]) -> None:
         """Put work on the stream.
 
-        key: what else `work` depends on, beside the contents of memory.   stage: the name of the
-        whole where it is replayed; where it is not, `work` marks its own.
+        Args:
+            key: Everything that `work` depends on, except for the contents of memory.
+            stage: The name of the whole where a graph is replayed; otherwise `work` marks its own
+                stages.
+            work: Launches kernels and engines on the stream. It must not wait.
         """
         graph = self._graph(key, work) if self._replay else None
         if graph is None:
@@ -51,7 +67,7 @@ class Turns:
         graph()
 
     def forget(self) -> None:
-        """Drop marks that an interrupted run left."""
+        """Drop the marks that an interrupted run left."""
         self._marks.clear()
 
     def mark(self, stage: str) -> None:
@@ -60,7 +76,7 @@ class Turns:
             self._marks.append((stage, self._device.mark()))
 
     def stages(self) -> list[tuple[str, float]]:
-        """The stages since the last call and their seconds, once the stream was waited for."""
+        """Return the stages since the last call and their seconds; wait for the stream first."""
         marks, self._marks = self._marks, []
         return [
             (stage, self._device.seconds(start, end))
@@ -69,27 +85,45 @@ class Turns:
         ]
 
     def _graph(self, key: Hashable, work: Callable[[], None]) -> Callable[[], None] | None:
-        """The graph for some work; none the first time, when kernels are still compiled."""
+        """The graph for some work; None where it must be launched piece by piece this time."""
         if key in self._graphs:
             self._graphs[key] = self._graphs.pop(key)
             return self._graphs[key]
-        if key not in self._seen:
-            self._seen.add(key)
+        # Kernels are compiled in the first run, which cannot be captured.
+        runs = self._runs_before_capture.setdefault(key, 1)
+        if runs > 0:
+            self._runs_before_capture[key] = runs - 1
             return None
+        if not self._capturable():
+            self._refuse(key)
+            return None
+        self._refused.clear()
         try:
             graph = self._capture(work)
         except BackendError as error:
-            self._replay = False
-            self._note(f"no CUDA graphs: {error}")
+            # This run, which launches the work piece by piece, is the first of them.
+            self._runs_before_capture[key] = RETRY_AFTER - 1
+            self._note_once(f"a CUDA graph was not captured: {error}")
             return None
-        if len(self._graphs) >= _GRAPHS_AT_MOST:
+        if len(self._graphs) >= _MOST_GRAPHS:
             self._graphs.pop(next(iter(self._graphs)))
         self._graphs[key] = graph
         return graph
 
+    def _refuse(self, key: Hashable) -> None:
+        """Launch a key's work piece by piece because the engine cannot be captured."""
+        self._runs_before_capture[key] = RETRY_AFTER - 1
+        self._refused.add(key)
+        if len(self._refused) >= _MOST_REFUSALS:
+            self._replay = False
+        self._note_once("no CUDA graphs: the engine cannot be captured in one")
+
+    def _note_once(self, line: str) -> None:
+        if not self._noted:
+            self._noted = True
+            self._note(line)
+
     def _capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        if not self._capturable():
-            raise BackendError("the engine cannot be captured in one")
         self._capturing = True
         try:
             return self._device.capture(work)

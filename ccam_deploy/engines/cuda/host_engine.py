@@ -94,5 +94,5 @@ class HostedGraph(Engine):
     def _place(self, slot: Slot, spec: TensorSpec, sizes: Mapping[str, int]) -> DeviceTensor:
         shape = tuple(sizes[size] if isinstance(size, str) else size for size in spec.shape)
         tensor = DeviceTensor(0, shape, spec.dtype)
-        address = slot.room(f"{self._name}.{spec.name}", tensor.bytes)
+        address = slot.scratch(f"{self._name}.{spec.name}", tensor.bytes)
         return DeviceTensor(address, shape, spec.dtype)

@@ -21,6 +21,7 @@ from ccam_deploy.engines.base import Array
 from ccam_deploy.errors import BackendError, brief
 
 _INSTALL = "pip install 'ccam-deploy[gpu]'"
+_NVIDIA_PACKAGES = ("cuda.core.", "cuda.bindings.")
 
 
 class _Memory:
@@ -51,7 +52,7 @@ class _Replay:
         self._executable, self._stream, self._held = executable, stream, held
 
     def __call__(self) -> None:
-        _check(_bindings().cuGraphLaunch(self._executable, self._stream))
+        _require_success(_bindings().cuGraphLaunch(self._executable, self._stream))
 
 
 class CudaDevice:
@@ -81,7 +82,7 @@ class CudaDevice:
     @contextmanager
     def current(self) -> Iterator[None]:
         """See Device. Raises BackendError for errors of the driver and of kernels' launches."""
-        with _told():
+        with _backend_errors():
             self._context.push()
             try:
                 yield
@@ -90,20 +91,20 @@ class CudaDevice:
 
     def allocate(self, size: int) -> int:
         """See Device."""
-        with _told(f" for {size} bytes"):
+        with _backend_errors(f" to allocate {size} bytes"):
             block = self._driver.mem_alloc(max(size, 1))
         self._memory[int(block)] = block
         return int(block)
 
     def free(self, address: int) -> None:
         """See Device."""
-        with _told():
+        with _backend_errors():
             self._stream.synchronize()
             self._memory.pop(address).free()
 
     def view(self, address: int, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
         """See Device."""
-        with _told():
+        with _backend_errors():
             return _numba().as_cuda_array(_Memory(address, shape, np.dtype(dtype)), sync=False)
 
     def pinned(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
@@ -111,41 +112,41 @@ class CudaDevice:
         self._dropped_pinned.clear()
         if not math.prod(shape):
             return np.empty(shape, dtype)
-        with _told():
+        with _backend_errors():
             array: NDArray[Any] = self._driver.pagelocked_empty(shape, np.dtype(dtype))
         weakref.finalize(array, self._dropped_pinned.append, array.base)
         return array
 
     def upload(self, address: int, values: Array) -> None:
         """See Device."""
-        with _told():
+        with _backend_errors():
             self._driver.memcpy_htod_async(address, values, self._stream)
 
     def download(self, values: Array, address: int) -> None:
         """See Device."""
-        with _told():
+        with _backend_errors():
             self._driver.memcpy_dtoh_async(values, address, self._stream)
 
     def copy(self, target: int, source: int, size: int) -> None:
         """See Device."""
-        with _told():
+        with _backend_errors():
             self._driver.memcpy_dtod_async(target, source, size, self._stream)
 
     def wait(self) -> None:
         """See Device."""
-        with _told():
+        with _backend_errors():
             self._stream.synchronize()
 
     def mark(self) -> Any:
         """See Device."""
-        with _told():
+        with _backend_errors():
             event = self._spare_events.pop() if self._spare_events else self._driver.Event()
             event.record(self._stream)
         return _Mark(event, self._spare_events)
 
     def seconds(self, start: Any, end: Any) -> float:
         """See Device."""
-        with _told():
+        with _backend_errors():
             return float(end.event.time_since(start.event)) / 1e3
 
     def hold(self, thing: object) -> None:
@@ -160,8 +161,8 @@ class CudaDevice:
         mode = bindings.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
         self._destroy_dropped_graphs()
         # Memory that Numba would free meanwhile cannot be freed during a capture.
-        with _told(), _numba().defer_cleanup():
-            _check(bindings.cuStreamBeginCapture(stream, mode))
+        with _backend_errors(), _numba().defer_cleanup():
+            _require_success(bindings.cuStreamBeginCapture(stream, mode))
             self._capturing, self._held = True, []
             try:
                 work()
@@ -172,11 +173,11 @@ class CudaDevice:
                 raise
             finally:
                 self._capturing = False
-            graph = _check(bindings.cuStreamEndCapture(stream))
+            graph = _require_success(bindings.cuStreamEndCapture(stream))
             try:
-                executable = _check(bindings.cuGraphInstantiate(graph, 0))
+                executable = _require_success(bindings.cuGraphInstantiate(graph, 0))
             finally:
-                _check(bindings.cuGraphDestroy(graph))
+                _require_success(bindings.cuGraphDestroy(graph))
 
         replay = _Replay(executable, stream, self._held)
         self._graphs.append(weakref.finalize(replay, self._dropped_graphs.append, executable))
@@ -208,16 +209,31 @@ class CudaDevice:
 
 
 @contextmanager
-def _told(what: str = "") -> Iterator[None]:
-    """Raise BackendError for errors of the driver, and of kernels' launches."""
+def _backend_errors(action: str = "") -> Iterator[None]:
+    """Turn errors of the driver and of kernel launches into BackendError."""
     try:
         yield
-    except _driver_errors() as error:
-        words = brief(error)
-        raise BackendError(f"the GPU failed{what}: {words}{_advice(words)}") from error
+    except Exception as error:
+        if not _is_driver_error(error):
+            raise
+        reason = brief(error)
+        raise BackendError(f"the GPU failed{action}: {reason}{_advice(reason)}") from error
 
 
-def _check(answer: tuple[Any, ...]) -> Any:
+def _is_driver_error(error: Exception) -> bool:
+    """Whether PyCUDA, Numba or NVIDIA's cuda packages raised an error.
+
+    Numba launches kernels through cuda.core, whose CUDAError has no public name.
+    """
+    from numba.cuda.cudadrv.error import CudaDriverError
+
+    driver, _ = _primary_context()
+    if isinstance(error, (driver.Error, CudaDriverError)):
+        return True
+    return any(base.__module__.startswith(_NVIDIA_PACKAGES) for base in type(error).__mro__)
+
+
+def _require_success(answer: tuple[Any, ...]) -> Any:
     """What a call of cuda.bindings gave. Raises BackendError where it failed."""
     bindings = _bindings()
     result, *values = answer
@@ -271,10 +287,3 @@ def _numba() -> Any:
     # One image is a small grid; a warning about each would say nothing new.
     dispatcher.config.CUDA_LOW_OCCUPANCY_WARNINGS = 0
     return cuda
-
-
-def _driver_errors() -> tuple[type[Exception], ...]:
-    from numba.cuda.cudadrv.error import CudaDriverError
-
-    driver, _ = _primary_context()
-    return driver.Error, CudaDriverError

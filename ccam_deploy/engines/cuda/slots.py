@@ -1,4 +1,4 @@
-"""Slots: each a stream with its buffers and contexts, lent to one caller at a time."""
+"""Slots: each is a stream with its buffers and contexts, lent to one caller at a time."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from ccam_deploy.errors import BackendError
 Use = Literal["latency", "throughput"]
 Graphs = Mapping[str, DeviceGraph]
 
-_KEPT_AT_MOST = 4
+_MOST_KEPT = 4
 
 
 class Closable(Protocol):
-    """Holds memory of a slot."""
+    """An object that holds memory of a slot."""
 
     def close(self) -> None:
-        """Give it back."""
+        """Free the memory."""
         ...
 
 
@@ -30,42 +30,47 @@ Kept = TypeVar("Kept", bound=Closable)
 
 @dataclass
 class Slot:
-    """A device's stream and a bundle's graphs on it.
+    """A device's stream and a bundle's graphs on it, for one caller at a time.
 
-    graphs: by what they are tuned for, a single image or a batch.
+    Attributes:
+        device: The stream and its memory.
+        graphs: The graphs by name, tuned for a single image or for a batch.
     """
 
     device: Device
     graphs: Mapping[Use, Graphs]
     _kept: dict[Hashable, Closable] = field(default_factory=dict)
-    _rooms: dict[str, tuple[int, int]] = field(default_factory=dict)
+    _scratch: dict[str, tuple[int, int]] = field(default_factory=dict)
 
-    def room(self, name: str, size: int) -> int:
-        """Memory for one purpose, kept from turn to turn; replaced when more is needed."""
-        address, had = self._rooms.get(name, (0, -1))
-        if size > had:
-            if had >= 0:
-                del self._rooms[name]
+    def scratch(self, name: str, size: int) -> int:
+        """Return the address of `size` bytes for one purpose.
+
+        The memory stays allocated; it is replaced when more is needed. Its contents are undefined.
+        """
+        address, allocated = self._scratch.get(name, (0, -1))
+        if size > allocated:
+            if allocated >= 0:
+                del self._scratch[name]
                 self.device.free(address)
             address = self.device.allocate(size)
-            self._rooms[name] = address, size
+            self._scratch[name] = address, size
         return address
 
     def keep(self, key: Hashable, make: Callable[[], Kept]) -> Kept:
-        """What was made for a key, from turn to turn; only what was used last is kept."""
+        """Return the object for a key, made the first time; the least recently used are closed."""
         if key not in self._kept:
-            while len(self._kept) >= _KEPT_AT_MOST:
+            while len(self._kept) >= _MOST_KEPT:
                 self._kept.pop(next(iter(self._kept))).close()
             self._kept[key] = make()
-        found = self._kept[key] = self._kept.pop(key)
-        return cast(Kept, found)
+        kept = self._kept[key] = self._kept.pop(key)
+        return cast(Kept, kept)
 
     def close(self) -> None:
-        """Wait, and free what is kept, the graphs, then the device's stream and memory."""
+        """Wait for the stream, then free what is kept, the graphs and the device's memory."""
         graphs = {id(g): g for gs in self.graphs.values() for g in gs.values()}
         try:
             with self.device.current():
-                with suppress(BackendError):  # what went wrong was raised where it was waited for
+                with suppress(BackendError):  # errors were raised where the work was waited for
                     self.device.wait()
                 for kept in self._kept.values():
                     kept.close()
@@ -77,11 +82,7 @@ class Slot:
 
 
 class Slots:
-    """Opens slots as callers need them, up to a number; safe to use from several threads.
-
-    open_slot: makes a new slot.   most: how many there may be; more callers wait for their turn.
-    close_shared: frees what all slots share, once the last one is closed.
-    """
+    """Opens slots as callers need them, up to a number; safe to use from several threads."""
 
     def __init__(
         self,
@@ -89,18 +90,35 @@ class Slots:
         most: int,
         close_shared: Callable[[], None] = lambda: None,
     ) -> None:
+        """Open the first slot.
+
+        Args:
+            open_slot: Opens a new slot; several threads may call it at a time.
+            most: How many slots there may be at a time; more callers wait for their turn.
+            close_shared: Frees what all slots share. Called once, after the last slot is closed.
+        """
         self._open = open_slot
         self._close_shared = close_shared
         self._lent = 0
         self._free: list[Slot] = [open_slot()]
-        self._room = threading.Semaphore(most)
+        self._permits = threading.Semaphore(most)
         self._lock = threading.Lock()
         self._closed = False
 
+    @property
+    def lent(self) -> int:
+        """How many slots are being opened, used or closed."""
+        with self._lock:
+            return self._lent
+
     @contextmanager
     def take(self) -> Iterator[Slot]:
-        """Borrow a slot, its device made current. After an error of the engine it is given up."""
-        with self._room:
+        """Borrow a slot whose device is current; after an engine's error the slot is closed.
+
+        Raises:
+            BackendError: The slots were closed, or a new slot cannot be opened.
+        """
+        with self._permits:
             slot = self._get()
             failed = True
             try:
@@ -111,7 +129,7 @@ class Slots:
                 raise
             except BaseException:
                 with slot.device.current():
-                    slot.device.wait()  # for what was put on the stream before
+                    slot.device.wait()  # for the work that is already on the stream
                 failed = False
                 raise
             finally:
@@ -120,13 +138,17 @@ class Slots:
     def close(self) -> None:
         """Close all slots; those that are lent close when they come back."""
         with self._lock:
-            self._closed = True
+            first, self._closed = not self._closed, True
             idle, self._free = self._free, []
-            last = not self._lent
+            # Count this call too: it is the last one where no slot is lent.
+            self._lent += len(idle) + first
         for slot in idle:
-            slot.close()
-        if last:
-            self._close_shared()
+            try:
+                slot.close()
+            finally:
+                self._count_down()
+        if first:
+            self._count_down()
 
     def _get(self) -> Slot:
         with self._lock:
@@ -134,21 +156,31 @@ class Slots:
                 raise BackendError("the engine was closed")
             slot = self._free.pop() if self._free else None
             self._lent += 1
+        if slot is not None:
+            return slot
         try:
-            return slot or self._open()
+            return self._open()
         except BaseException:
-            self._lent -= 1
+            self._count_down()
             raise
 
     def _give_back(self, slot: Slot, failed: bool) -> None:
         with self._lock:
-            self._lent -= 1
             keep = not self._closed and not failed
-            last = self._closed and not self._lent
             if keep:
+                self._lent -= 1
                 self._free.append(slot)
         if not keep:
-            with suppress(BackendError):  # a device that failed may fail again
-                slot.close()
+            try:
+                with suppress(BackendError):  # a device that failed may fail again
+                    slot.close()
+            finally:
+                self._count_down()
+
+    def _count_down(self) -> None:
+        """Note that a slot is gone; after the last one, free what all of them shared."""
+        with self._lock:
+            self._lent -= 1
+            last = self._closed and not self._lent
         if last:
             self._close_shared()

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from ccam_deploy.arrays import Floats
 from ccam_deploy.engines.cuda.device import ALIGNMENT, Device, DeviceTensor
-from ccam_deploy.engines.cuda.graph_replay import Turns
+from ccam_deploy.engines.cuda.graph_replay import StreamRunner
 from ccam_deploy.engines.cuda.slots import Graphs
 from ccam_deploy.methods.base import Stopwatch
 from ccam_deploy.methods.collection_cam.memory import (
@@ -48,7 +48,7 @@ class Pipeline:
         self, device: Device, graphs: Graphs, setup: Setup, note: Callable[[str], None]
     ) -> None:
         self._device, self._graphs, self._setup = device, graphs, setup
-        self._turns = Turns(
+        self._runner = StreamRunner(
             device,
             setup.cuda_graphs,
             lambda: all(graph.capturable for graph in graphs.values()),
@@ -69,7 +69,7 @@ class Pipeline:
         kernels by name; see launch.Buffers. A layer whose statistics are not finite has a count
         of 0; the pairs' other results mean nothing then.
         """
-        self._turns.forget()
+        self._runner.forget()
         self._memory.images.host["images"][: len(images)] = images
         results = []
         for start in range(0, len(owner), self.batch):
@@ -78,7 +78,7 @@ class Pipeline:
             self._memory.pairs.host["owner"][:pairs] = owner[part]
             self._memory.pairs.host["wanted"][:pairs] = wanted[part]
             results.append(self._run_pairs(len(images), pairs, start == 0))
-            clock.add(self._turns.stages())
+            clock.add(self._runner.stages())
         return self._memory.results.host["logits"][: len(images)].astype(np.float32), results
 
     def passes(self, images: int, masks: int) -> None:
@@ -86,10 +86,10 @@ class Pipeline:
 
         images, masks: as many as that run had, with one class for each image.
         """
-        self._turns.forget()
+        self._runner.forget()
         work = partial(self._passes, images, masks)
-        self._turns.run(("passes", images, masks), "passes", work)
-        self._turns.mark("")
+        self._runner.run(("passes", images, masks), "passes", work)
+        self._runner.mark("")
         self._device.wait()
 
     def close(self) -> None:
@@ -103,21 +103,21 @@ class Pipeline:
             self._classify(images, start, min(self._memory.chunk, masks - start))
 
     def _run_pairs(self, images: int, pairs: int, first: bool) -> HostArrays:
-        turns = self._turns
+        runner = self._runner
         owner = self._memory.pairs.host["owner"][:pairs]
         direct = np.array_equal(owner, np.arange(images))
         if not direct:
             self._memory.gathered()
         work = partial(self._explain, images, pairs, direct, first)
-        turns.run(("explain", images, pairs, direct, first), "explain", work)
-        turns.mark("")
+        runner.run(("explain", images, pairs, direct, first), "explain", work)
+        runner.mark("")
         self._device.wait()
         masks = int(self._memory.counted.host["starts"][pairs * len(self._setup.chosen)])
         # Where no layer has finite statistics there are none; an engine runs on one at least.
         rows = min(max(_rounded(masks), 1), self.geometry.masks)
         work = partial(self._weigh, images, pairs, rows)
-        turns.run(("weigh", images, pairs, rows), "weigh", work)
-        turns.mark("")
+        runner.run(("weigh", images, pairs, rows), "weigh", work)
+        runner.mark("")
         self._device.wait()
         host = self._memory.results.host
         return {
@@ -131,44 +131,44 @@ class Pipeline:
 
         direct: pairs and images are the same, in order.   first: the backbone has not run yet.
         """
-        turns, kernels, stream = self._turns, self._kernels, self._device.kernel_stream
+        runner, kernels, stream = self._runner, self._kernels, self._device.kernel_stream
         scale, options = self._setup.gradient_scale, self._setup.options
         inputs = self._inputs(pairs)
-        turns.mark("upload")
+        runner.mark("upload")
         self._memory.pairs.upload()
         if first:
             self._device.upload(
                 self._memory.images.address, self._memory.images.host["images"][:images]
             )
-            turns.mark("backbone")
+            runner.mark("backbone")
             for name in self._memory.typed_images:
                 kernels.cast(self._memory.flat("images"), self._memory.flat(name), stream)
             self._launch("backbone", images)
-        turns.mark("gradient")
+        runner.mark("gradient")
         probability = options.score == "probability"
         kernels.output_gradient(inputs, self._head, scale, probability, stream)
         self._launch("gradient", pairs, {} if direct else self._gather(images, pairs, inputs))
-        turns.mark("statistics")
+        runner.mark("statistics")
         kernels.statistics(inputs, scale, stream)
-        turns.mark("partition")
+        runner.mark("partition")
         kernels.partition(inputs, options.standardise, stream)
-        turns.mark("masks")
+        runner.mark("masks")
         kernels.sums(inputs, stream)
         kernels.masks(inputs, stream)
         self._memory.counted.download()
 
     def _weigh(self, images: int, pairs: int, rows: int) -> None:
         """Put the classifier on `rows` masks, the weighted sum and the download on the stream."""
-        turns, stream, inputs = self._turns, self._device.kernel_stream, self._inputs(pairs)
-        turns.mark("classifier")
+        runner, stream, inputs = self._runner, self._device.kernel_stream, self._inputs(pairs)
+        runner.mark("classifier")
         for start in range(0, rows, self._memory.chunk):
             self._classify(images, start, min(self._memory.chunk, rows - start))
-        turns.mark("combine")
+        runner.mark("combine")
         probability = self._setup.options.score == "probability"
         logits = self._memory.view(rows_of(self._memory.tensors["mask_logits"], 0, rows))
         self._kernels.scores(inputs, logits, probability, stream)
         self._kernels.combine(inputs, stream)
-        turns.mark("download")
+        runner.mark("download")
         self._download(pairs, rows)
 
     def _launch(

@@ -8,7 +8,7 @@ from typing import cast
 import pytest
 
 from ccam_deploy.engines.cuda.device import Device
-from ccam_deploy.engines.cuda.graph_replay import Turns
+from ccam_deploy.engines.cuda.graph_replay import RETRY_AFTER, StreamRunner
 from ccam_deploy.errors import BackendError
 
 
@@ -17,6 +17,7 @@ class Clock:
 
     def __init__(self, fails: bool = False) -> None:
         self.now = 0
+        self.attempts = 0
         self.captures = 0
         self.fails = fails
 
@@ -28,6 +29,7 @@ class Clock:
         return float(end - start)
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        self.attempts += 1
         if self.fails:
             raise BackendError("it cannot be")
         self.captures += 1
@@ -39,13 +41,13 @@ class Log:
     def __init__(self) -> None:
         self.lines: list[str] = []
 
-    def turns(self, device: Clock, replay: bool = True, capturable: bool = True) -> Turns:
-        return Turns(cast(Device, device), replay, lambda: capturable, self.lines.append)
+    def runner(self, device: Clock, replay: bool = True, capturable: bool = True) -> StreamRunner:
+        return StreamRunner(cast(Device, device), replay, lambda: capturable, self.lines.append)
 
 
-def work_of(turns: Turns, done: list[str]) -> Callable[[], None]:
+def work_of(runner: StreamRunner, done: list[str]) -> Callable[[], None]:
     def work() -> None:
-        turns.mark("inner")
+        runner.mark("inner")
         done.append("work")
 
     return work
@@ -53,13 +55,13 @@ def work_of(turns: Turns, done: list[str]) -> Callable[[], None]:
 
 def test_captures_the_second_time_and_replays_from_then_on() -> None:
     device, done, log = Clock(), list[str](), Log()
-    turns = log.turns(device)
-    work = work_of(turns, done)
+    runner = log.runner(device)
+    work = work_of(runner, done)
     stages: list[list[str]] = []
     for _ in range(4):
-        turns.run("key", "outer", work)
-        turns.mark("")
-        stages.append([name for name, _ in turns.stages()])
+        runner.run("key", "outer", work)
+        runner.mark("")
+        stages.append([name for name, _ in runner.stages()])
     assert stages == [["inner"], ["outer"], ["outer"], ["outer"]]
     assert device.captures == 1
     assert done == ["work", "work"]  # at once, and while it was captured
@@ -68,60 +70,109 @@ def test_captures_the_second_time_and_replays_from_then_on() -> None:
 
 def test_other_keys_are_other_work() -> None:
     device, done = Clock(), list[str]()
-    turns = Log().turns(device)
+    runner = Log().runner(device)
     for key in ("a", "b", "a"):
-        turns.run(key, "outer", work_of(turns, done))
+        runner.run(key, "outer", work_of(runner, done))
     assert device.captures == 1
 
 
 def test_nothing_is_captured_unless_asked_for() -> None:
     device, done = Clock(), list[str]()
-    turns = Log().turns(device, replay=False)
+    runner = Log().runner(device, replay=False)
     for _ in range(3):
-        turns.run("key", "outer", work_of(turns, done))
+        runner.run("key", "outer", work_of(runner, done))
     assert (device.captures, len(done)) == (0, 3)
 
 
 @pytest.mark.parametrize(
-    ("fails", "capturable", "reason"),
-    [(True, True, "it cannot be"), (False, False, "the engine cannot be captured in one")],
+    ("fails", "capturable", "line"),
+    [
+        (True, True, "a CUDA graph was not captured: it cannot be"),
+        (False, False, "no CUDA graphs: the engine cannot be captured in one"),
+    ],
 )
-def test_says_once_what_cannot_be_captured(fails: bool, capturable: bool, reason: str) -> None:
+def test_says_once_what_cannot_be_captured(fails: bool, capturable: bool, line: str) -> None:
     device, done, log = Clock(fails), list[str](), Log()
-    turns = log.turns(device, capturable=capturable)
-    for _ in range(4):
-        turns.run("key", "outer", work_of(turns, done))
-    assert len(done) == 4
-    assert log.lines == [f"no CUDA graphs: {reason}"]
-    assert [name for name, _ in turns.stages()] == ["inner"] * 3
+    runner = log.runner(device, capturable=capturable)
+    for key in ("key", "key", "key", "key", "other", "other"):
+        runner.run(key, "outer", work_of(runner, done))
+    assert len(done) == 6
+    assert log.lines == [line]
+    assert [name for name, _ in runner.stages()] == ["inner"] * 5
+
+
+def test_a_failed_capture_is_tried_again_after_a_while() -> None:
+    """Only the key that failed is launched piece by piece until then."""
+    device, done, log = Clock(fails=True), list[str](), Log()
+    runner = log.runner(device)
+    for _ in range(2):
+        runner.run("key", "outer", work_of(runner, done))
+    device.fails = False
+    for _ in range(2):
+        runner.run("other", "outer", work_of(runner, done))
+    assert (device.attempts, device.captures) == (2, 1)
+    for _ in range(RETRY_AFTER - 1):
+        runner.run("key", "outer", work_of(runner, done))
+    assert device.attempts == 2
+    for _ in range(3):
+        runner.run("key", "outer", work_of(runner, done))
+    assert (device.attempts, device.captures) == (3, 2)
+    assert len(log.lines) == 1
+
+
+def test_an_engine_that_refuses_several_keys_is_asked_no_more() -> None:
+    device, done, asked = Clock(), list[str](), list[int]()
+
+    def capturable() -> bool:
+        asked.append(1)
+        return False
+
+    runner = StreamRunner(cast(Device, device), True, capturable, lambda _: None)
+    for key in range(5):
+        for _ in range(2 * RETRY_AFTER):
+            runner.run(key, "outer", work_of(runner, done))
+    # The first two keys are retried; the third refusal is the last.
+    assert len(asked) == 2 * 2 + 1
+    assert device.attempts == 0
+    assert len(done) == 5 * 2 * RETRY_AFTER
+
+
+def test_an_engine_that_becomes_capturable_is_captured() -> None:
+    """Refusals count only in a row: one success starts the count anew."""
+    device, answers = Clock(), iter([False, False, True, False, False, True])
+    runner = StreamRunner(cast(Device, device), True, lambda: next(answers), lambda _: None)
+    for key in range(6):
+        for _ in range(2):
+            runner.run(key, "outer", work_of(runner, []))
+    assert device.captures == 2
 
 
 def test_keeps_a_limited_number_of_graphs() -> None:
     """What was not used for the longest is captured again when it comes back."""
     device, done = Clock(), list[str]()
-    turns = Log().turns(device)
+    runner = Log().runner(device)
     for _ in range(2):
         for key in range(65):
-            turns.run(key, "outer", work_of(turns, done))
+            runner.run(key, "outer", work_of(runner, done))
     assert device.captures == 65
-    turns.run(64, "outer", work_of(turns, done))
+    runner.run(64, "outer", work_of(runner, done))
     assert device.captures == 65
-    turns.run(0, "outer", work_of(turns, done))
+    runner.run(0, "outer", work_of(runner, done))
     assert device.captures == 66
 
 
 def test_stages_end_where_the_next_begins() -> None:
-    turns = Log().turns(Clock())
+    runner = Log().runner(Clock())
     for stage in ("one", "two", "", "three", ""):
-        turns.mark(stage)
-    assert turns.stages() == [("one", 1.0), ("two", 1.0), ("three", 1.0)]
-    assert turns.stages() == []
+        runner.mark(stage)
+    assert runner.stages() == [("one", 1.0), ("two", 1.0), ("three", 1.0)]
+    assert runner.stages() == []
 
 
 def test_marks_of_an_interrupted_run_are_forgotten() -> None:
-    turns = Log().turns(Clock())
-    turns.mark("interrupted")
-    turns.forget()
+    runner = Log().runner(Clock())
+    runner.mark("interrupted")
+    runner.forget()
     for stage in ("one", ""):
-        turns.mark(stage)
-    assert turns.stages() == [("one", 1.0)]
+        runner.mark(stage)
+    assert runner.stages() == [("one", 1.0)]

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from ccam_deploy.engines.cuda import pycuda
+from ccam_deploy.engines.cuda.graph_replay import StreamRunner
 from ccam_deploy.engines.cuda.pycuda import CudaDevice
 from ccam_deploy.errors import BackendError
 
@@ -167,11 +168,11 @@ def test_context_is_current_only_inside(driver: FakeDriver, bindings: FakeBindin
     assert driver.depth.value == 0
 
 
-def test_driver_errors_are_told(driver: FakeDriver, bindings: FakeBindings) -> None:
+def test_driver_errors_are_backend_errors(driver: FakeDriver, bindings: FakeBindings) -> None:
     device = CudaDevice()
     driver.fault = DriverError("cuMemAlloc failed: out of memory")
     with (
-        pytest.raises(BackendError, match="failed for 64 bytes: cuMemAlloc failed: out of"),
+        pytest.raises(BackendError, match="failed to allocate 64 bytes: cuMemAlloc failed: out of"),
         device.current(),
     ):
         device.allocate(64)
@@ -248,7 +249,9 @@ def test_dropped_graphs_are_destroyed_at_the_next_capture(
 
 
 @pytest.mark.parametrize("call", ["cuStreamEndCapture", "cuGraphInstantiate", "cuGraphLaunch"])
-def test_failed_captures_are_told(driver: FakeDriver, bindings: FakeBindings, call: str) -> None:
+def test_failed_captures_are_backend_errors(
+    driver: FakeDriver, bindings: FakeBindings, call: str
+) -> None:
     device = CudaDevice()
     bindings.fails = call
     with (
@@ -267,6 +270,54 @@ def test_capture_ends_where_its_work_fails(driver: FakeDriver, bindings: FakeBin
 
     with device.current(), pytest.raises(BackendError, match="the plan cannot run"):
         device.capture(work)
+    assert bindings.calls == ["cuStreamBeginCapture", "cuStreamEndCapture", "cuGraphDestroy"]
+
+
+def cuda_error(reason: str) -> Exception:
+    """What numba-cuda's kernel launches raise where the driver refuses them."""
+    module = pytest.importorskip("cuda.core._utils.cuda_utils")
+    error: Exception = module.CUDAError(reason)
+    return error
+
+
+def test_failed_kernel_launches_are_backend_errors(
+    driver: FakeDriver, bindings: FakeBindings
+) -> None:
+    device = CudaDevice()
+    reason = "CUDA_ERROR_OUT_OF_MEMORY: out of memory"
+    with (
+        pytest.raises(BackendError, match=f"the GPU failed: {reason}; use a smaller batch_size"),
+        device.current(),
+    ):
+        raise cuda_error(reason)
+    assert driver.depth.value == 0
+
+
+def test_errors_of_python_code_stay_what_they_are(
+    driver: FakeDriver, bindings: FakeBindings
+) -> None:
+    device = CudaDevice()
+    with pytest.raises(ZeroDivisionError), device.current():
+        raise ZeroDivisionError
+
+
+def test_a_launch_that_fails_while_it_is_captured_is_done_piece_by_piece(
+    driver: FakeDriver, bindings: FakeBindings
+) -> None:
+    device, notes, launched = CudaDevice(), list[str](), list[int]()
+    runner = StreamRunner(device, True, lambda: True, notes.append)
+
+    def work() -> None:
+        if device._capturing:
+            raise cuda_error("CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED: not permitted")
+        launched.append(1)
+
+    with device.current():
+        for _ in range(3):
+            runner.run("key", "all", work)
+    assert len(launched) == 3
+    (note,) = notes
+    assert "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED" in note
     assert bindings.calls == ["cuStreamBeginCapture", "cuStreamEndCapture", "cuGraphDestroy"]
 
 

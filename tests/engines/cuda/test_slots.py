@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -149,3 +151,60 @@ def test_closed_slots_are_not_lent() -> None:
     assert [device.closed for device in bench.devices] == [1]
     with pytest.raises(BackendError, match="closed"), slots.take():
         pass
+
+
+def test_slots_that_do_not_open_are_not_counted() -> None:
+    """Eight threads at a time, half of which find that no slot can be opened."""
+    bench, shared, numbers = Bench(), list[int](), itertools.count()
+
+    def open_slot() -> Slot:
+        if next(numbers) % 2:
+            raise BackendError("no memory is left")
+        return bench.open()
+
+    slots = Slots(open_slot, 8, lambda: shared.append(1))
+    errors: list[BackendError] = []
+
+    def use() -> None:
+        for _ in range(200):
+            try:
+                with slots.take():
+                    raise BackendError("an illegal address")
+            except BackendError as error:
+                errors.append(error)
+
+    threads = [threading.Thread(target=use) for _ in range(8)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+    finally:
+        sys.setswitchinterval(interval)
+    assert {str(error) for error in errors} == {"no memory is left", "an illegal address"}
+    assert slots.lent == 0
+    slots.close()
+    assert shared == [1]
+
+
+def test_what_slots_share_is_closed_where_the_last_slot_does_not_open() -> None:
+    """The slots are closed while a slot is being opened, which then fails."""
+    bench, shared = Bench(), list[int]()
+    slots = Slots(bench.open, 2, lambda: shared.append(1))
+
+    def open_slot() -> Slot:
+        slots.close()
+        assert shared == []
+        raise BackendError("no memory is left")
+
+    with pytest.raises(BackendError, match="illegal"), slots.take():
+        raise BackendError("an illegal address")
+    slots._open = open_slot
+    with pytest.raises(BackendError, match="no memory"), slots.take():
+        pass
+    assert slots.lent == 0
+    assert shared == [1]
+    slots.close()
+    assert shared == [1]

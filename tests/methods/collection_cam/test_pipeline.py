@@ -124,10 +124,10 @@ def test_cuda_graphs_give_the_same_bits(bundle: Path, device: Run) -> None:
     assert {"explain", "weigh"} <= set(report.results[2].timings)
 
 
-def test_graphs_that_cannot_be_captured_are_told_once(bundle: Path, device: Run) -> None:
+def test_graphs_that_cannot_be_captured_are_noted_once(bundle: Path, device: Run) -> None:
     call = Call(noise(1, 3, 16, 24), None, CollectionCAMOptions(k_max=2))
     report = device(Job(bundle, (call, call, call), captures=False))
-    assert report.notes == ("no CUDA graphs: this device captures nothing",)
+    assert report.notes == ("a CUDA graph was not captured: this device captures nothing",)
     assert_same(report.results[2], report.results[0], 0)
 
 

@@ -135,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             bundle = Path(folder) / network
             _export(network, bundle)
             with ccam.load(
-                bundle, CPU, batch_size=given.batch_size, threads=given.threads
+                bundle, backend=CPU, batch_size=given.batch_size, threads=given.threads
             ) as explainer:
                 images, _ = explainer.preprocess([load_image(_PHOTOGRAPH)])
                 results[network] = {}

@@ -43,7 +43,7 @@ _PHOTOGRAPH = ROOT / "ccam_deploy" / "examples" / "photographs" / "flower.jpg"
 
 def measure(folder: Path, recipe: Path, rounds: int) -> dict[str, Any]:
     """Time one network's bundle; called in a process of its own."""
-    explainer = ccam.load(folder, "onnxruntime-cpu", batch_size=32)
+    explainer = ccam.load(folder, backend="onnxruntime-cpu", batch_size=32)
     (case,) = make_cases(explainer, [load_image(_PHOTOGRAPH)], batch=1)
     peak = peak_memory()
     explain_in_pytorch = _in_pytorch(explainer, case.images, int(case.targets[0]), recipe)

@@ -35,7 +35,7 @@ import ccam_deploy as ccam
 from ccam_deploy.explainer import Explainer
 from ccam_deploy.latency.conditions import gpu, load_average, machine
 from ccam_deploy.latency.timing import measure_in_turn, summarise
-from ccam_deploy.methods import DEFAULT_METHOD, METHODS, RISE, CollectionCAMOptions, RISEOptions
+from ccam_deploy.methods import DEFAULT_METHOD, METHODS, RISE, CollectionCAM, Method, make_method
 from ccam_deploy.quality import report
 from ccam_deploy.quality.datasets import open_dataset
 from ccam_deploy.quality.evaluation import Evaluation, EvaluationSettings, Variant, drawn, refused
@@ -45,7 +45,7 @@ ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "export" / "digits.toml"
 DATASET = "scenes"
 TEST_IMAGES = 500
-DEFAULT = Variant(DEFAULT_METHOD, DEFAULT_METHOD)
+DEFAULT = Variant(DEFAULT_METHOD, CollectionCAM())
 
 _ABLATED: dict[str, tuple[dict[str, Any], ...]] = {
     "theta": tuple({"theta": value} for value in (0.0, 0.2, 0.3, 0.5, 0.7)),
@@ -62,11 +62,10 @@ def contenders(names: Sequence[str], rise_masks: int) -> list[Variant]:
     """Methods with their defaults, but for RISE's number of masks, which is in its name then."""
     found = []
     for name in names:
-        if name == RISE.name and rise_masks != RISEOptions.masks:
-            options = RISEOptions(masks=rise_masks)
-            found.append(Variant(f"{name}, masks={rise_masks}", name, options))
+        if name == RISE.name and rise_masks != RISE.masks:
+            found.append(Variant(f"{name}, masks={rise_masks}", RISE(masks=rise_masks)))
         else:
-            found.append(Variant(name, name))
+            found.append(Variant(name, make_method(name)))
     return found
 
 
@@ -88,9 +87,7 @@ def ablations(layers: Sequence[str], names: Sequence[str]) -> dict[str, list[Var
         for title, cases in _ABLATED.items()
     }
     groups["layers"] = [
-        Variant(
-            f"{name}, {count} of {len(layers)} layers", name, kind(layers=tuple(layers[-count:]))
-        )
+        Variant(f"{name}, {count} of {len(layers)} layers", kind(layers=tuple(layers[-count:])))
         for name, kind in _with_layers(names).items()
         for count in range(1, len(layers) + 1)
     ]
@@ -99,16 +96,15 @@ def ablations(layers: Sequence[str], names: Sequence[str]) -> dict[str, list[Var
 
 def _collection_cam(given: Mapping[str, Any]) -> Variant:
     words = ", ".join(f"{key}={value}" for key, value in given.items())
-    return Variant(words, DEFAULT_METHOD, CollectionCAMOptions(**given))
+    return Variant(words, CollectionCAM(**given))
 
 
-def _with_layers(names: Sequence[str]) -> dict[str, Callable[..., Any]]:
-    """The options of methods that take several layers, by method."""
-    kinds = {name: METHODS[name].options_type for name in names}
+def _with_layers(names: Sequence[str]) -> dict[str, Callable[..., Method]]:
+    """The methods that take several layers, by method."""
     return {
-        name: kind
-        for name, kind in kinds.items()
-        if "layers" in (field.name for field in dataclasses.fields(kind))
+        name: METHODS[name]
+        for name in names
+        if "layers" in (field.name for field in dataclasses.fields(METHODS[name]))
     }
 
 
@@ -221,7 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--bundle", type=Path, help="of the example classifier; else exported")
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--limit", type=int, default=TEST_IMAGES, help="images")
-    parser.add_argument("--rise-masks", type=int, default=RISEOptions.masks, help="of RISE")
+    parser.add_argument("--rise-masks", type=int, default=RISE.masks, help="of RISE")
     parser.add_argument("--protocol", default="paper")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=5, help="of the times")
@@ -249,14 +245,14 @@ def run(
         wanted = contenders(given.methods.split(","), given.rise_masks)
         variants, not_run = runnable(explainer, wanted)
         layers = [layer.name for layer in explainer.bundle.manifest.layers]
-        groups = {"Methods": variants, **ablations(layers, [one.method for one in variants])}
+        groups = {"Methods": variants, **ablations(layers, [one.method.name for one in variants])}
         before = load_average()
         spent = times(explainer, variants, given.rounds)
         summaries = measure(explainer, groups, settings, work)
         parts = origins(explainer, given.limit, given.seed)
     card = gpu()
     words = [] if given.methods == ",".join(METHODS) else ["--methods", given.methods]
-    if given.rise_masks != RISEOptions.masks:
+    if given.rise_masks != RISE.masks:
         words += ["--rise-masks", str(given.rise_masks)]
     words += ["--limit", str(given.limit), "--protocol", given.protocol, "--seed", str(given.seed)]
     words += ["--output", str(given.output)] if given.output else []

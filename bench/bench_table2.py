@@ -86,9 +86,9 @@ def measure(
     names: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Time methods, by default every one, on one bundle; called in a process of its own."""
-    with ccam.load(folder, backend, precision, batch_size=32) as explainer:
+    with ccam.load(folder, backend=backend, precision=precision, batch_size=32) as explainer:
         (case,) = make_cases(explainer, [load_image(_PHOTOGRAPH)], batch=1)
-        working, refused = possible(names or method_names(), explainer.check)
+        working, refused = possible(names or method_names(), explainer.require_method)
         calls = {name: partial(explainer.explain, case.images, method=name) for name in working}
         before = load_average()
         seconds = measure_in_turn(calls, rounds, _WARM_ROUNDS, duration)

@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from ccam_deploy.errors import CcamError
     from ccam_deploy.explainer import Explainer, load
     from ccam_deploy.explanation import Explanation
-    from ccam_deploy.methods import CollectionCAMOptions
+    from ccam_deploy.methods import CollectionCAM
 
 __version__ = "0.1.0"
 __all__ = [
     "Bundle",
     "CcamError",
-    "CollectionCAMOptions",
+    "CollectionCAM",
     "Explainer",
     "Explanation",
     "Manifest",
@@ -32,7 +32,7 @@ __all__ = [
 _HOMES = {
     "Bundle": "bundle.folder",
     "CcamError": "errors",
-    "CollectionCAMOptions": "methods",
+    "CollectionCAM": "methods",
     "Explainer": "explainer",
     "Explanation": "explanation",
     "Manifest": "bundle.manifest",

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,14 +22,13 @@ from ccam_deploy.methods import (
     DEFAULT_METHOD,
     Batch,
     CollectionCAM,
-    CollectionCAMOptions,
     LayerPartition,
     Method,
     MethodResult,
     Stopwatch,
-    with_options,
+    make_method,
 )
-from ccam_deploy.methods.collection_cam.cost import Budget, Costs, Run, check_budget
+from ccam_deploy.methods.collection_cam.cost import Budget, Costs, Run, budgeted, validate_budget
 from ccam_deploy.methods.collection_cam.cuda import DeviceCollectionCAM
 from ccam_deploy.preprocess import Geometry, prepare_images
 from ccam_deploy.targets import Targets, classes_of, pairs_of, per_image
@@ -86,9 +84,9 @@ class Explainer:
         self,
         images: Images,
         targets: Targets = None,
-        options: object = None,
+        *,
+        method: str | Method = DEFAULT_METHOD,
         top: int = 1,
-        method: str | None = None,
         budget_ms: float | None = None,
     ) -> Explanation:
         """Explain the classifier's decisions on some images.
@@ -97,9 +95,9 @@ class Explainer:
             and mode.
         targets: None for each image's best classes; a class for all images; or for each image a
             class or several, as numbers or names. Several classes share the image's backbone pass.
-        options: the method's options, such as CollectionCAMOptions; None for its defaults.
+        method: a method with its options, such as GradCAM(layer="layer3"), or a name among
+            ccam_deploy.methods.METHODS for its defaults.
         top: how many of the best classes to explain where targets is None.
-        method: a name among ccam_deploy.methods.METHODS; None for Collection-CAM.
         budget_ms: milliseconds that this call may take, PIL images to result; None for no bound.
             Collection-CAM's k_max is lowered, never raised, to the largest with which as many masks
             as there can be fit nine times out of ten, by what such calls cost; see `calibrate`.
@@ -108,8 +106,8 @@ class Explainer:
         budget in which not even k_min fits, before an engine runs.
         """
         clock = Stopwatch(self._now)
-        chosen = with_options(DEFAULT_METHOD if method is None else method, options)
-        check_budget(budget_ms, chosen.name)
+        chosen = make_method(method)
+        validate_budget(budget_ms, chosen)
         if isinstance(images, np.ndarray) and images.ndim == 0:
             raise ImageError("a single number is no image")
         pictures = images if isinstance(images, np.ndarray | Sequence) else [images]
@@ -125,33 +123,37 @@ class Explainer:
             inputs = list(inputs)
             sizes = [(len(one[0]), len(own[0])) for one, own in zip(inputs, pairs, strict=True)]
             spent = clock.seconds["preprocess"]
-            within, budget = self._costs.within(budget_ms, spent, sizes, chosen.options)
-            chosen = CollectionCAM(within)
+            chosen, budget = self._costs.within(budget_ms, spent, sizes, budgeted(chosen))
         parts = [
             self._explain_batch(chosen, one, own, clock)
             for one, own in zip(inputs, pairs, strict=True)
         ]
         return self._assemble(chosen, parts, clock, budget)
 
-    def check(self, method: str | None = None, options: object = None) -> None:
-        """See that a method can run on this bundle, in a pass or two of its graphs.
+    def require_method(self, method: str | Method) -> None:
+        """Make sure that a method can run on this bundle, in a pass or two of its graphs.
 
-        method, options: as for `explain`.
-        Raises OptionError or BackendError with what is missing, and how to get it.
+        Args:
+            method: As for `explain`.
+
+        Raises:
+            OptionError: The bundle lacks what the method needs; the message says how to get it.
+            BackendError: A package that the method needs is missing.
+
         """
-        chosen = with_options(DEFAULT_METHOD if method is None else method, options)
+        chosen = make_method(method)
         image = self._noise(1)
         first = np.zeros(1, np.int64)
         batch = self._batch(image, self.networks.backbone(image), first, first)
-        chosen.check(self.networks, batch)
+        chosen.require_support(self.networks, batch)
 
     def calibrate(
-        self, images: int = 1, classes: int = 1, options: CollectionCAMOptions | None = None
+        self, images: int = 1, classes: int = 1, method: str | Method | None = None
     ) -> None:
         """Measure what calls on so many images, with so many classes each, cost here.
 
         A call with `budget_ms` does so where it was not done before, for its own numbers and its
-        options' layers, k_min and k_max. It takes as long as about twenty explanations, outside of
+        method's layers, k_min and k_max. It takes as long as about twenty explanations, outside of
         the budget; where it is done ahead, no call waits for it. Later calls are taken to cost the
         same: where a machine has become busier, or less, calibrate again, with the load on it that
         calls will meet.
@@ -162,7 +164,7 @@ class Explainer:
         if not 1 <= classes <= self.bundle.manifest.classes:
             known = self.bundle.manifest.classes
             raise OptionError(f"classes is {classes}; it must be 1 to {known}")
-        chosen = with_options(DEFAULT_METHOD, options).options
+        chosen = budgeted(make_method(method))
         starts = range(0, images, self.batch_size)
         for count in {min(self.batch_size, images - start) for start in starts}:
             self._costs.of(count, count * classes, chosen, anew=True)
@@ -216,24 +218,22 @@ class Explainer:
         owned = np.bincount(np.arange(pairs) % images)
         targets = [[n % classes for n in range(count)] for count in owned]
 
-        def run(options: CollectionCAMOptions) -> int:
-            result = self.explain(noise, targets, options)
+        def run(method: CollectionCAM) -> int:
+            result = self.explain(noise, targets, method=method)
             return sum(int(np.count_nonzero(weights)) for weights in result.weights)
 
         return run
 
     def _explain_batch(
         self,
-        method: Method[Any],
+        method: Method,
         inputs: _Input,
         pairs: tuple[NDArray[np.int64], NDArray[np.int64]],
         clock: Stopwatch,
     ) -> _Part:
         (images, geometries), (owner, codes) = inputs, pairs
         if self.on_device is not None and isinstance(method, CollectionCAM):
-            logits, classes, results = self.on_device.explain(
-                images, owner, codes, method.options, clock
-            )
+            logits, classes, results = self.on_device.explain(images, owner, codes, method, clock)
             _check_logits(logits)
             return _Part(logits, geometries, owner, classes, results)
         with clock.stage("backbone"):
@@ -269,7 +269,7 @@ class Explainer:
 
     def _assemble(
         self,
-        method: Method[Any],
+        method: Method,
         parts: Sequence[_Part],
         clock: Stopwatch,
         budget: Budget | None,
@@ -293,7 +293,7 @@ class Explainer:
             timings=dict(clock.seconds),
             settings={
                 "method": method.name,
-                "options": dataclasses.asdict(method.options),
+                "options": dataclasses.asdict(method),
                 "bundle": self.bundle.manifest.name,
                 "backend": self.networks.backend,
                 "precision": self.precision,
@@ -331,6 +331,7 @@ def _check_logits(logits: Floats) -> None:
 
 def load(
     bundle: str | Path | Bundle,
+    *,
     backend: str = "auto",
     precision: str = "fp32",
     batch_size: int = DEFAULT_BATCH,

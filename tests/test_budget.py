@@ -17,7 +17,7 @@ import ccam_deploy as ccam
 from ccam_deploy.arrays import Floats
 from ccam_deploy.engines import Activations, Networks
 from ccam_deploy.errors import OptionError
-from ccam_deploy.methods import CollectionCAMOptions, GradCAMOptions
+from ccam_deploy.methods import CollectionCAM, GradCAM
 from tests.clock import FakeClock
 from tests.helpers import noise
 
@@ -100,7 +100,7 @@ def test_the_largest_k_max_that_fits(plain: ccam.Explainer) -> None:
         assert 1000 * (networks.clock() - started) <= budget_ms
         k_max = largest(budget_ms, (1, 1))
         chosen.append(k_max)
-        options = CollectionCAMOptions(k_max=k_max)
+        options = CollectionCAM(k_max=k_max)
         assert result.settings["options"] == dataclasses.asdict(options)
         told = result.settings["budget"]
         assert told == {
@@ -109,7 +109,7 @@ def test_the_largest_k_max_that_fits(plain: ccam.Explainer) -> None:
             "k_max": k_max,
             "k_max_asked": 10,
         }
-        expected = plain.explain(images, 2, options)
+        expected = plain.explain(images, 2, method=options)
         np.testing.assert_array_equal(result.raw_saliency, expected.raw_saliency)
         np.testing.assert_array_equal(result.weights[0], expected.weights[0])
         assert result.layers[0].quality.shape == (1, k_max - 1)
@@ -120,8 +120,8 @@ def test_the_largest_k_max_that_fits(plain: ccam.Explainer) -> None:
 
 def test_k_max_is_never_raised(plain: ccam.Explainer) -> None:
     explainer, _ = timed(plain)
-    options = CollectionCAMOptions(theta=0.3, k_min=3, k_max=4, layers=("relu2",))
-    result = explainer.explain(noise(1, 3, 32, 48), options=options, budget_ms=1000)
+    options = CollectionCAM(theta=0.3, k_min=3, k_max=4, layers=("relu2",))
+    result = explainer.explain(noise(1, 3, 32, 48), method=options, budget_ms=1000)
     assert result.settings["options"] == dataclasses.asdict(options)
     assert result.settings["budget"]["k_max"] == result.settings["budget"]["k_max_asked"] == 4
 
@@ -139,7 +139,7 @@ def test_a_budget_is_the_whole_calls(plain: ccam.Explainer) -> None:
     assert 1000 * (networks.clock() - started) <= budget_ms
     assert result.settings["budget"]["k_max"] == largest(budget_ms, *parts) == 4
     assert len(result) == 10
-    expected = plain.explain(images, top=2, options=CollectionCAMOptions(k_max=4))
+    expected = plain.explain(images, top=2, method=CollectionCAM(k_max=4))
     np.testing.assert_allclose(result.saliency, expected.saliency, atol=1e-5)
 
 
@@ -169,8 +169,8 @@ def test_a_budget_that_cannot_be_kept_is_refused(plain: ccam.Explainer) -> None:
     refusing(explainer, message, 2.5)
     refusing(explainer, "above 0 and finite", -1)
     refusing(explainer, "alone; the method is grad-cam", 5, method="grad-cam")
-    options = GradCAMOptions()
-    refusing(explainer, "alone; the method is", 5, method="grad-cam", options=options)
+    options = GradCAM()
+    refusing(explainer, "alone; the method is", 5, method=options)
     assert len(networks.backbones) == done
 
 

@@ -217,8 +217,8 @@ def test_masks_are_drawn_anew_and_alike(digits: ccam.Explainer) -> None:
 
 def test_masks_of_different_options_can_be_joined(digits: ccam.Explainer) -> None:
     picture = example_pictures()[0]
-    options = ccam.CollectionCAMOptions(theta=0.9)
-    one, other = digits.explain(picture), digits.explain(picture, options=options)
+    options = ccam.CollectionCAM(theta=0.9)
+    one, other = digits.explain(picture), digits.explain(picture, method=options)
     np.testing.assert_array_equal((one.masks + other.masks)[1], other.masks[0])
     assert not np.array_equal(one.masks[0], other.masks[0])
 
@@ -226,10 +226,10 @@ def test_masks_of_different_options_can_be_joined(digits: ccam.Explainer) -> Non
 def test_threads_give_what_one_thread_gives(digits: ccam.Explainer) -> None:
     """Eight threads at once on one explainer, each with its own image and options."""
     pictures = example_pictures()
-    options = [ccam.CollectionCAMOptions(theta=0.1 * (i % 3), k_max=3 + i) for i in range(8)]
+    methods = [ccam.CollectionCAM(theta=0.1 * (i % 3), k_max=3 + i) for i in range(8)]
 
     def explain(index: int) -> ccam.Explanation:
-        return digits.explain(pictures[index], options=options[index])
+        return digits.explain(pictures[index], method=methods[index])
 
     serial = [explain(index) for index in range(8)]
     with ThreadPoolExecutor(8) as pool:
@@ -249,8 +249,8 @@ def test_two_explainers_live_side_by_side(digits: ccam.Explainer, tiny: ccam.Exp
 
 
 def test_results_tell_how_they_were_made(digits: ccam.Explainer) -> None:
-    options = ccam.CollectionCAMOptions(theta=0.2, layers=("layer2",))
-    result = digits.explain(example_pictures()[:1], options=options)
+    options = ccam.CollectionCAM(theta=0.2, layers=("layer2",))
+    result = digits.explain(example_pictures()[:1], method=options)
     assert result.settings == {
         "method": "collection-cam",
         "options": dataclasses.asdict(options),
@@ -280,9 +280,9 @@ def test_half_precision_is_near_and_not_the_same(
 
 def test_batch_size_bounds_what_is_in_flight(digits: ccam.Explainer) -> None:
     """Memory follows batch_size, not the number of images, of classes or of collections."""
-    options = ccam.CollectionCAMOptions(k_min=40, k_max=40, layers=("layer3", "layer4"))
+    options = ccam.CollectionCAM(k_min=40, k_max=40, layers=("layer3", "layer4"))
     explainer, networks = counting(digits, 7)
-    result = explainer.explain(noise(40, 3, 96, 96), options=options)
+    result = explainer.explain(noise(40, 3, 96, 96), method=options)
     assert sum(networks.images) == sum(networks.pairs) == 40
     assert sum(networks.masks) >= 40 * 40
     assert max(networks.images) == max(networks.pairs) == max(networks.masks) == 7

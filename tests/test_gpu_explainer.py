@@ -41,7 +41,7 @@ def bundle(backend: str, digits_bundle: Path, tmp_path_factory: pytest.TempPathF
             library = load_library(flavour)
             for precision in PRECISIONS:
                 build(read_bundle(folder), library, precision)
-        ccam.load(folder, backend).close()
+        ccam.load(folder, backend=backend).close()
     except BackendError as error:
         pytest.skip(str(error))
     return folder
@@ -49,7 +49,7 @@ def bundle(backend: str, digits_bundle: Path, tmp_path_factory: pytest.TempPathF
 
 @pytest.fixture
 def explainer(bundle: Path, backend: str) -> Iterator[ccam.Explainer]:
-    with ccam.load(bundle, backend, slots=2) as explainer:
+    with ccam.load(bundle, backend=backend, slots=2) as explainer:
         yield explainer
 
 
@@ -67,7 +67,7 @@ def test_half_precision_gives_nearly_what_the_cpu_gives(
 ) -> None:
     pictures = example_pictures()
     expected = digits.explain(pictures)
-    with ccam.load(bundle, backend, "fp16") as explainer:
+    with ccam.load(bundle, backend=backend, precision="fp16") as explainer:
         got = explainer.explain(pictures)
     assert got.targets.tolist() == expected.targets.tolist()
     ranks = [spearman(*maps) for maps in zip(got.saliency, expected.saliency, strict=True)]
@@ -78,8 +78,8 @@ def test_cuda_graphs_give_the_same_bits(bundle: Path, backend: str) -> None:
     pictures = example_pictures()
     calls = [pictures[:1], pictures, pictures[:1], pictures, pictures[1:2], pictures]
     with (
-        ccam.load(bundle, backend) as replayed,
-        ccam.load(bundle, backend, cuda_graphs=False) as plain,
+        ccam.load(bundle, backend=backend) as replayed,
+        ccam.load(bundle, backend=backend, cuda_graphs=False) as plain,
     ):
         for call in calls:
             got, expected = replayed.explain(call), plain.explain(call)

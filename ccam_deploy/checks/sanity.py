@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -100,7 +100,7 @@ class SanityCheck:
 def check(
     classifier: Randomisable,
     images: Floats,
-    method: Method[Any],
+    method: Method,
     limit: int | None = None,
     progress: Callable[[], None] = lambda: None,
     *,

@@ -20,19 +20,20 @@ if TYPE_CHECKING:
 
     from ccam_deploy.bundle.manifest import Manifest
     from ccam_deploy.explainer import Explainer
+    from ccam_deploy.methods import Method
 
 _WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false"}
 
 
-def method_options(names: Sequence[str], pairs: Sequence[str]) -> dict[str, Any]:
-    """The options of each named method, a frozen dataclass.
+def make_methods(names: Sequence[str], pairs: Sequence[str]) -> dict[str, Method]:
+    """Each named method with its options.
 
     pairs: METHOD:KEY=VALUE for one method, KEY=VALUE for each that has the option.
     Raises OptionError for an unknown method, option or value.
     """
     from ccam_deploy.methods import method_named
 
-    kinds = {name: method_named(name).options_type for name in names}
+    kinds = {name: method_named(name) for name in names}
     given: dict[str, dict[str, str]] = {name: {} for name in kinds}
     for word, value in parse_assignments(pairs).items():
         method, colon, key = word.rpartition(":")
@@ -87,7 +88,11 @@ def explainer_of(
     from ccam_deploy.explainer import load
 
     with load(
-        bundle, options["backend"], options["precision"], batch_size, options["threads"]
+        bundle,
+        backend=options["backend"],
+        precision=options["precision"],
+        batch_size=batch_size,
+        threads=options["threads"],
     ) as explainer:
         for note in explainer.networks.notes:
             say(f"passed over {note}", err=True)
@@ -123,7 +128,7 @@ def _keys(kind: type[Any]) -> list[str]:
     return [field.name for field in dataclasses.fields(kind)]
 
 
-def _converted(kind: type[Any], given: Mapping[str, str]) -> Any:
+def _converted(kind: type[Method], given: Mapping[str, str]) -> Method:
     import msgspec
 
     values: dict[str, Any] = dict(given)

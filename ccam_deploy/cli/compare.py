@@ -78,7 +78,7 @@ def compare(bundle: Path, image: Path, **options: Any) -> None:
     from ccam_deploy.quality.evaluation import Variant, check_methods
 
     names = list(dict.fromkeys(word.strip() for word in options["methods"].split(",")))
-    chosen = choices.method_options(names, options["pairs"])
+    methods = choices.make_methods(names, options["pairs"])
     render.check_colormap(options["colormap"])
     output = options["output"] or Path("explanations") / f"{image.stem}-compare.png"
     if output.suffix.lower() != ".png":
@@ -89,11 +89,11 @@ def compare(bundle: Path, image: Path, **options: Any) -> None:
         manifest = explainer.bundle.manifest
         picture = choices.read_picture(image, manifest)
         wanted = choices.classes(explainer, picture, options["targets"])
-        check_methods(explainer, [Variant(name, name, own) for name, own in chosen.items()])
+        check_methods(explainer, [Variant(name, method) for name, method in methods.items()])
         results = {}
-        for name, given in chosen.items():
+        for name, method in methods.items():
             started = time.perf_counter()
-            results[name] = explainer.explain([picture], [wanted], given, method=name)
+            results[name] = explainer.explain([picture], [wanted], method=method)
             spent = (time.perf_counter() - started) * 1000
             say(f"{name}: {spent:.1f} ms, {_words(results[name])}")
     shown = render.thumbnail(picture)

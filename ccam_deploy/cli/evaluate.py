@@ -136,8 +136,8 @@ def evaluate(bundle: Path, dataset: str, as_json: bool, **options: Any) -> None:
 
     names = _words(options["method_words"])
     plain = evaluation.variants(names)
-    given = choices.method_options(names, options["pairs"])
-    contenders = [replace(one, options=given[one.method]) for one in plain]
+    methods = choices.make_methods(names, options["pairs"])
+    contenders = [replace(one, method=methods[one.name]) for one in plain]
     wanted = () if options["metric_words"].strip() == "all" else _words(options["metric_words"])
     metrics.check_metrics(wanted, options["protocol"])
     if options["plots"]:

@@ -89,12 +89,12 @@ def explain(bundle: Path, images: tuple[Path, ...], as_json: bool, **options: An
     from ccam_deploy.cli import choices
     from ccam_deploy.cli.writer import Writer
     from ccam_deploy.image_files import find_images
-    from ccam_deploy.methods.collection_cam.cost import check_budget
+    from ccam_deploy.methods.collection_cam.cost import validate_budget
 
     kinds = _kinds(options["save"])
-    (method_options,) = choices.method_options([options["method"]], options["pairs"]).values()
+    (method,) = choices.make_methods([options["method"]], options["pairs"]).values()
     budget = options["budget_ms"]
-    check_budget(budget, options["method"])
+    validate_budget(budget, method)
     words = options["targets"]
     render.check_colormap(options["colormap"])
     files = find_images(images)
@@ -108,7 +108,7 @@ def explain(bundle: Path, images: tuple[Path, ...], as_json: bool, **options: An
         if budget is not None:
             together = 1
             say("measuring what an explanation costs here", err=True)
-            explainer.calibrate(1, count, method_options)
+            explainer.calibrate(1, count, method)
         with choices.progress("explaining", len(files)) as bar:
             for start in range(0, len(files), together):
                 chunk = files[start : start + together]
@@ -121,7 +121,7 @@ def explain(bundle: Path, images: tuple[Path, ...], as_json: bool, **options: An
                     top, targets = _targets(explainer, pictures, words)
                     started = time.perf_counter()
                     result = explainer.explain(
-                        pictures, targets, method_options, top, options["method"], budget
+                        pictures, targets, method=method, top=top, budget_ms=budget
                     )
                     spent = (time.perf_counter() - started) * 1000
                     lines = _lines(explainer, result, [f for f, _ in read], spent)

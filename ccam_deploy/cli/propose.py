@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from ccam_deploy.checks.proposals import Box, Peak
     from ccam_deploy.explainer import Explainer
+    from ccam_deploy.methods import Method
     from ccam_deploy.render import Tile
 
 SCENES = "scenes"
@@ -109,11 +110,11 @@ def propose(bundle: Path, images: tuple[Path, ...], as_json: bool, **options: An
     on_scenes = images == (Path(SCENES),)
     _check(on_scenes, options)
     found = [] if on_scenes else find_images(images)
-    (given,) = choices.method_options([options["method"]], options["pairs"]).values()
+    (method,) = choices.make_methods([options["method"]], options["pairs"]).values()
     proposals.check()
     require_writable(options["output"] / "proposals.json")
     with choices.explainer_of(bundle, options) as explainer:
-        proposer = _Proposer(explainer, given, options)
+        proposer = _Proposer(explainer, method, options)
         content = (
             _on_scenes(proposer, options) if on_scenes else _on_images(proposer, found, options)
         )
@@ -159,27 +160,25 @@ class _Proposal:
 class _Proposer:
     """Proposes boxes with one explainer and fixed options."""
 
-    def __init__(self, explainer: Explainer, method_options: Any, options: dict[str, Any]) -> None:
+    def __init__(self, explainer: Explainer, method: Method, options: dict[str, Any]) -> None:
         self.explainer = explainer
-        self._method_options = method_options
+        self._method = method
         self._options = options
 
     @property
     def settings(self) -> dict[str, Any]:
         """All that the boxes depend on, and what the words stand for."""
         from ccam_deploy.checks import proposals
-        from ccam_deploy.methods import with_options
 
         options = self._options
         manifest = self.explainer.bundle.manifest
-        method = with_options(options["method"], self._method_options)
         return {
             "bundle": manifest.name,
             "digest": manifest.digest,
             "backend": self.explainer.networks.backend,
             "precision": self.explainer.precision,
-            "method": method.name,
-            "options": dataclasses.asdict(method.options),
+            "method": self._method.name,
+            "options": dataclasses.asdict(self._method),
             **{name: options[name] for name in ("boxes", "peak_threshold", "mode", "seed")},
             "definitions": proposals.DEFINITIONS,
         }
@@ -192,9 +191,7 @@ class _Proposer:
         from ccam_deploy.checks import proposals
 
         options = self._options
-        result = self.explainer.explain(
-            [picture], [list(classes)], self._method_options, method=options["method"]
-        )
+        result = self.explainer.explain([picture], [list(classes)], method=self._method)
         maps = [result.on_original(row) for row in range(len(classes))]
         peaks = [
             (target, peak)

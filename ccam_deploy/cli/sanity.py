@@ -89,10 +89,8 @@ def sanity(model: Path | None, as_json: bool, **options: Any) -> None:
     from ccam_deploy.export.randomise import limited_threads
     from ccam_deploy.fidelity.similarity import require_scikit_image
     from ccam_deploy.files import require_writable, write_file
-    from ccam_deploy.methods import with_options
 
-    ((name, given),) = choices.method_options([options["method"]], options["pairs"]).items()
-    method = with_options(name, given)
+    (method,) = choices.make_methods([options["method"]], options["pairs"]).values()
     render.check_colormap(options["colormap"])
     require_scikit_image()
     require_writable(options["output"] / "sanity.json")
@@ -104,8 +102,8 @@ def sanity(model: Path | None, as_json: bool, **options: Any) -> None:
     content = {
         "settings": {
             "model": settings.name or settings.source,
-            "method": name,
-            "options": asdict(method.options),
+            "method": method.name,
+            "options": asdict(method),
             "images": len(images),
             "seed": options["seed"],
             "target_layers": list(classifier.layers),
@@ -140,7 +138,7 @@ def _with_images(settings: ExportSettings, on_scenes: bool, count: int) -> Expor
 
 
 def _run(
-    prepared: Prepared, settings: ExportSettings, method: Method[Any], options: dict[str, Any]
+    prepared: Prepared, settings: ExportSettings, method: Method, options: dict[str, Any]
 ) -> tuple[RandomisedClassifier, Floats, SanityCheck]:
     """Open the network and check it; the images are those that were explained [B, C, H, W]."""
     from ccam_deploy.checks import sanity as checks

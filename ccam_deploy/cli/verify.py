@@ -33,7 +33,7 @@ def verify(bundle: Path, backend: str, threads: int, as_json: bool) -> None:
     reports: dict[str, Any] = {}
     problems = []
     for kind in opened.manifest.precisions:
-        with load(opened, backend, kind, threads=threads) as explainer:
+        with load(opened, backend=backend, precision=kind, threads=threads) as explainer:
             networks = explainer.networks
             for note in networks.notes:
                 say(f"passed over {note}", err=True)

@@ -26,7 +26,7 @@ from ccam_deploy.engines.base import Array
 from ccam_deploy.errors import BackendError, LoweringError
 from ccam_deploy.fidelity.observation import Observation
 from ccam_deploy.kernels import cpu
-from ccam_deploy.methods import CollectionCAMOptions
+from ccam_deploy.methods import CollectionCAM
 
 EightBitType = Literal["int8", "fp8"]
 EIGHT_BIT_TYPES: tuple[EightBitType, ...] = get_args(EightBitType)
@@ -66,7 +66,7 @@ def _masks(observed: Observation, row: int) -> NDArray[np.float32]:
             int(labels[row].max()) + 1,
             final=index == len(observed.labels) - 1,
         )
-        masks, flat = cpu.render_masks(sums, (height, width), CollectionCAMOptions().theta)
+        masks, flat = cpu.render_masks(sums, (height, width), CollectionCAM().theta)
         found.append(masks[~flat])
     return np.concatenate(found)
 

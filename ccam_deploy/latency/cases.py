@@ -13,7 +13,7 @@ from ccam_deploy.arrays import Classes, Floats
 from ccam_deploy.errors import OptionError
 from ccam_deploy.explainer import Explainer
 from ccam_deploy.latency.timing import Call
-from ccam_deploy.methods import CollectionCAMOptions
+from ccam_deploy.methods import CollectionCAM
 
 MOST_IMAGES = 64
 
@@ -90,7 +90,7 @@ def floor_call(explainer: Explainer, case: Case) -> Call:
     device.
     """
     if explainer.on_device is not None:
-        return explainer.on_device.passes(case.images, CollectionCAMOptions())
+        return explainer.on_device.passes(case.images, CollectionCAM())
     networks = explainer.networks
     one_hot = np.zeros_like(case.logits)
     one_hot[np.arange(len(case.images)), case.targets] = 1

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from ccam_deploy.errors import OptionError
 from ccam_deploy.methods.base import (
     Batch,
@@ -13,22 +11,21 @@ from ccam_deploy.methods.base import (
     MethodResult,
     Stopwatch,
 )
-from ccam_deploy.methods.cam import CAM, CAMOptions
+from ccam_deploy.methods.cam import CAM
 from ccam_deploy.methods.collection_cam.cpu import CollectionCAM
-from ccam_deploy.methods.collection_cam.options import CollectionCAMOptions
-from ccam_deploy.methods.excitation_backprop import ExcitationBackprop, ExcitationBackpropOptions
-from ccam_deploy.methods.grad_cam import GradCAM, GradCAMOptions
-from ccam_deploy.methods.grad_cam_plus_plus import GradCAMPlusPlus, GradCAMPlusPlusOptions
-from ccam_deploy.methods.guided_backprop import GuidedBackprop, GuidedBackpropOptions
-from ccam_deploy.methods.integrated_gradients import IntegratedGradients, IntegratedGradientsOptions
-from ccam_deploy.methods.layer_cam import LayerCAM, LayerCAMOptions
-from ccam_deploy.methods.recipro_cam import ReciproCAM, ReciproCAMOptions
-from ccam_deploy.methods.rise import RISE, RISEOptions
-from ccam_deploy.methods.score_cam import ScoreCAM, ScoreCAMOptions
-from ccam_deploy.methods.smoothgrad import SmoothGrad, SmoothGradOptions
-from ccam_deploy.methods.xrai import XRAI, XRAIOptions
+from ccam_deploy.methods.excitation_backprop import ExcitationBackprop
+from ccam_deploy.methods.grad_cam import GradCAM
+from ccam_deploy.methods.grad_cam_plus_plus import GradCAMPlusPlus
+from ccam_deploy.methods.guided_backprop import GuidedBackprop
+from ccam_deploy.methods.integrated_gradients import IntegratedGradients
+from ccam_deploy.methods.layer_cam import LayerCAM
+from ccam_deploy.methods.recipro_cam import ReciproCAM
+from ccam_deploy.methods.rise import RISE
+from ccam_deploy.methods.score_cam import ScoreCAM
+from ccam_deploy.methods.smoothgrad import SmoothGrad
+from ccam_deploy.methods.xrai import XRAI
 
-_ALL: tuple[type[Method[Any]], ...] = (
+_ALL: tuple[type[Method], ...] = (
     CollectionCAM,
     GradCAM,
     GradCAMPlusPlus,
@@ -53,53 +50,53 @@ __all__ = [
     "RISE",
     "XRAI",
     "Batch",
-    "CAMOptions",
     "CollectionCAM",
-    "CollectionCAMOptions",
     "ExcitationBackprop",
-    "ExcitationBackpropOptions",
     "GradCAM",
-    "GradCAMOptions",
     "GradCAMPlusPlus",
-    "GradCAMPlusPlusOptions",
     "GuidedBackprop",
-    "GuidedBackpropOptions",
     "IntegratedGradients",
-    "IntegratedGradientsOptions",
     "LayerCAM",
-    "LayerCAMOptions",
     "LayerPartition",
     "MaskSequence",
     "Method",
     "MethodResult",
-    "RISEOptions",
     "ReciproCAM",
-    "ReciproCAMOptions",
     "ScoreCAM",
-    "ScoreCAMOptions",
     "SmoothGrad",
-    "SmoothGradOptions",
     "Stopwatch",
-    "XRAIOptions",
+    "make_method",
     "method_named",
-    "with_options",
 ]
 
 
-def method_named(name: str) -> type[Method[Any]]:
-    """A method's class. Raises OptionError for an unknown name."""
+def method_named(name: str) -> type[Method]:
+    """Look up a method's class by its name.
+
+    Raises:
+        OptionError: No method has the name.
+
+    """
     if name not in METHODS:
         raise OptionError(f'method "{name}" is unknown; there are {", ".join(METHODS)}')
     return METHODS[name]
 
 
-def with_options(name: str, options: object = None) -> Method[Any]:
-    """A method by name, with its own options or its defaults.
+def make_method(method: str | Method | None = None) -> Method:
+    """Turn what a caller names as a method into the method.
 
-    Raises OptionError for an unknown name and for options of another method.
+    Args:
+        method: A method with its options, a name among METHODS for its defaults, or None for
+            Collection-CAM.
+
+    Raises:
+        OptionError: The name is unknown, or the value is neither a name nor a method.
+
     """
-    method = method_named(name)
-    if options is not None and not isinstance(options, method.options_type):
-        given, wanted = type(options).__name__, method.options_type.__name__
-        raise OptionError(f"the options are {given}; {name} takes {wanted}")
-    return method(options)
+    if method is None:
+        return CollectionCAM()
+    if isinstance(method, Method):
+        return method
+    if not isinstance(method, str):  # for callers without a type checker
+        raise OptionError(f"the method is {method!r}; give a name, or a method like GradCAM()")
+    return method_named(method)()

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, TypeVar, overload
+from typing import ClassVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,8 +16,6 @@ from ccam_deploy.arrays import Floats
 from ccam_deploy.engines import Activations, Classifier
 from ccam_deploy.errors import BackendError, OptionError
 from ccam_deploy.kernels import cpu
-
-Options = TypeVar("Options")
 
 
 @dataclass(frozen=True)
@@ -151,18 +149,16 @@ class MethodResult:
         return cls(raw, cpu.min_max(raw), (), masks, tuple(weights or none), tuple(mic or none))
 
 
-class Method(ABC, Generic[Options]):
-    """An explanation method with its options.
+@dataclass(frozen=True)
+class Method(ABC):
+    """An explanation method; its fields are its options, all of which have defaults.
 
-    name: what the command line and results call it.
-    options_type: the frozen dataclass of its options, all of which have defaults.
+    Attributes:
+        name: What the command line and results call it.
+
     """
 
     name: ClassVar[str]
-    options_type: ClassVar[type[Any]]
-
-    def __init__(self, options: Options | None = None) -> None:
-        self.options: Options = self.options_type() if options is None else options
 
     @abstractmethod
     def explain(self, classifier: Classifier, batch: Batch, clock: Stopwatch) -> MethodResult:
@@ -172,7 +168,7 @@ class Method(ABC, Generic[Options]):
         gradients that are not finite.
         """
 
-    def check(self, classifier: Classifier, batch: Batch) -> None:
+    def require_support(self, classifier: Classifier, batch: Batch) -> None:
         """See that a bundle has all that `explain` needs; a pass or two of its graphs.
 
         Methods that explain in more than that see it in another way.   batch: of a single pair.

@@ -18,26 +18,20 @@ rounds, while a head that is not linear changes them by much more."""
 
 
 @dataclass(frozen=True)
-class CAMOptions:
-    """Options of CAM.
-
-    layer: the target layer, empty for the final one; the classifier must be linear after it.
-    relu: cut negative values off, which the paper does not.
-    """
-
-    layer: str = ""
-    relu: bool = False
-
-
-class CAM(ChannelWeights[CAMOptions]):
+class CAM(ChannelWeights):
     """Weighs each channel by its weight in the classifier's last layer (Zhou et al. 2016, eq. 2).
 
     The weights are read off the gradient: where the logits are linear in the pooled feature maps,
     each channel's gradient is its weight, shared evenly among the places. That is checked.
+
+    Attributes:
+        layer: The target layer; empty for the final one. The network must be linear after it.
+        relu: Cut negative values off, which the paper does not.
+
     """
 
     name = "cam"
-    options_type = CAMOptions
+    relu: bool = False
 
     def _weights(self, features: Floats, gradients: Floats) -> Floats:
         totals: Floats = gradients.sum(axis=(2, 3), dtype=np.float64).astype(np.float32)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Protocol, TypeVar
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -14,34 +14,28 @@ from ccam_deploy.kernels import cpu
 from ccam_deploy.methods.base import Batch, Method, MethodResult, Stopwatch, not_finite
 
 
-class LayerOptions(Protocol):
-    """Options of a method on one layer.
+@dataclass(frozen=True)
+class ChannelWeights(Method):
+    """A sum over the channels of one layer, each with its weight.
 
-    layer: the target layer, empty for the final one.   relu: cut negative values off.
+    Attributes:
+        layer: The target layer; empty for the final one.
+        relu: Cut negative values off.
+
     """
 
-    @property
-    def layer(self) -> str: ...  # noqa: D102
-
-    @property
-    def relu(self) -> bool: ...  # noqa: D102
-
-
-Options = TypeVar("Options", bound=LayerOptions)
-
-
-class ChannelWeights(Method[Options]):
-    """A sum over the channels of one layer, each with a weight of its own."""
+    layer: str = ""
+    relu: bool = True
 
     def explain(self, classifier: Classifier, batch: Batch, clock: Stopwatch) -> MethodResult:
         """Explain every pair of a batch; see Method."""
-        place = batch.place_of(self.options.layer)
+        place = batch.place_of(self.layer)
         features, gradients = layer_gradients(classifier, batch, clock)
         self._check(classifier, batch, place, gradients[place], clock)
         with clock.stage("combine"), np.errstate(over="ignore", invalid="ignore"):
             weights = self._weights(features[place], gradients[place])
             maps = np.einsum("pc,pcij->pij", weights, features[place])
-        return upsampled_result(maps, self.options.relu, batch, batch.layers[place], clock)
+        return upsampled_result(maps, self.relu, batch, batch.layers[place], clock)
 
     @abstractmethod
     def _weights(self, features: Floats, gradients: Floats) -> Floats:

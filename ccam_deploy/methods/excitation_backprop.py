@@ -15,35 +15,30 @@ from ccam_deploy.methods.base import Batch, Method, MethodResult, Stopwatch, not
 
 
 @dataclass(frozen=True)
-class ExcitationBackpropOptions:
-    """Options of excitation backpropagation.
-
-    layer: the target layer, empty for the last but one, which is where TorchRay's benchmark takes
-        it: a ResNet's layer3, VGG's before pool4.
-    contrastive: subtract what a class with the opposite weights would get, and cut negative values
-        off (the contrastive winning probability, c-MWP).
-    """
-
-    layer: str = ""
-    contrastive: bool = False
-
-
-class ExcitationBackprop(Method[ExcitationBackpropOptions]):
+class ExcitationBackprop(Method):
     """Passes the class's probability of winning down to a layer, as shares of what excites it.
 
     A map before it is enlarged is the winning probability of each place, summed over channels; it
     adds up to 1, less what is lost at units that a bias alone makes positive.
+
+    Attributes:
+        layer: The target layer; empty for the last but one, where TorchRay's benchmark takes it
+            (a ResNet's layer3, VGG's before pool4).
+        contrastive: Subtract what a class with the opposite weights would get, and cut negative
+            values off (contrastive marginal winning probability, c-MWP).
+
     """
 
     name = "excitation-backprop"
-    options_type = ExcitationBackpropOptions
+    layer: str = ""
+    contrastive: bool = False
 
     def explain(self, classifier: Classifier, batch: Batch, clock: Stopwatch) -> MethodResult:
         """Explain every pair of a batch; see Method."""
         usual = batch.layers[max(len(batch.layers) - 2, 0)]
-        place = batch.place_of(self.options.layer or usual)
+        place = batch.place_of(self.layer or usual)
         winners = batch.one_hot
-        duals = -winners if self.options.contrastive else np.zeros_like(winners)
+        duals = -winners if self.contrastive else np.zeros_like(winners)
         with clock.stage("gradient"):
             parts = [
                 classifier.excitation(batch.images[batch.owner[rows]], winners[rows], duals[rows])
@@ -53,7 +48,7 @@ class ExcitationBackprop(Method[ExcitationBackpropOptions]):
         if not np.isfinite(maps).all():
             raise not_finite(batch.layers[place])
         with clock.stage("combine"):
-            if self.options.contrastive:
+            if self.contrastive:
                 maps = np.maximum(maps, 0)
             return MethodResult.of_maps(cpu.upsample(maps, batch.size))
 

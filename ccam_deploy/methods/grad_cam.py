@@ -11,21 +11,16 @@ from ccam_deploy.methods.channel_weights import ChannelWeights
 
 
 @dataclass(frozen=True)
-class GradCAMOptions:
-    """Options of Grad-CAM.
+class GradCAM(ChannelWeights):
+    """Weighs each channel by the mean of its gradient (Selvaraju et al. 2017, eq. 1, 2).
 
-    layer: the target layer, empty for the final one.   relu: cut negative values off.
+    Attributes:
+        layer: The target layer; empty for the final one.
+        relu: Cut negative values off.
+
     """
 
-    layer: str = ""
-    relu: bool = True
-
-
-class GradCAM(ChannelWeights[GradCAMOptions]):
-    """Weighs each channel by the mean of its gradient (Selvaraju et al. 2017, eq. 1, 2)."""
-
     name = "grad-cam"
-    options_type = GradCAMOptions
 
     def _weights(self, features: Floats, gradients: Floats) -> Floats:
         means: Floats = gradients.mean(axis=(2, 3), dtype=np.float64).astype(np.float32)

@@ -12,39 +12,33 @@ from ccam_deploy.methods.channel_weights import ChannelWeights
 
 
 @dataclass(frozen=True)
-class GradCAMPlusPlusOptions:
-    """Options of Grad-CAM++.
+class GradCAMPlusPlus(ChannelWeights):
+    """Weighs each place's positive gradient by its alpha (Chattopadhay et al. 2018, eq. 6, 19).
 
-    layer: the target layer, empty for the final one.   relu: cut negative values off.
-    epsilon: added to the denominator of alpha, as some programs do against a division by zero;
-        here zero denominators are left out instead. It matters: gradients of 1e-3 have squares
-        of 1e-6. pytorch-grad-cam adds 1e-6.
+    Alpha is that of the exponential of the logit, whose second and third derivatives follow from
+    the first where the network is piecewise linear.
+
+    Attributes:
+        layer: The target layer; empty for the final one.
+        relu: Cut negative values off.
+        epsilon: Added to the denominator of alpha, as some programs do to avoid a division by
+            zero; here zero denominators are left out instead. It matters: gradients of 1e-3 have
+            squares of 1e-6. pytorch-grad-cam adds 1e-6.
+
     """
 
-    layer: str = ""
-    relu: bool = True
+    name = "grad-cam++"
     epsilon: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.epsilon < np.inf:
             raise OptionError(f"epsilon is {self.epsilon}; it must be finite and at least 0")
 
-
-class GradCAMPlusPlus(ChannelWeights[GradCAMPlusPlusOptions]):
-    """Weighs each place's positive gradient by its alpha (Chattopadhay et al. 2018, eq. 6, 19).
-
-    Alpha is that of the exponential of the logit, whose second and third derivatives follow from
-    the first where the network is piecewise linear.
-    """
-
-    name = "grad-cam++"
-    options_type = GradCAMPlusPlusOptions
-
     def _weights(self, features: Floats, gradients: Floats) -> Floats:
         slopes = gradients.astype(np.float64)
         total = features.sum(axis=(2, 3), keepdims=True, dtype=np.float64)
         square = slopes**2
-        denominator = 2 * square + total * square * slopes + self.options.epsilon
+        denominator = 2 * square + total * square * slopes + self.epsilon
         alpha = np.divide(square, denominator, where=denominator != 0, out=np.zeros_like(square))
         weights: Floats = np.einsum("pcij,pcij->pc", alpha, np.maximum(slopes, 0))
         return weights.astype(np.float32)

@@ -10,30 +10,26 @@ import numpy as np
 from ccam_deploy.arrays import Floats
 from ccam_deploy.engines import Classifier
 from ccam_deploy.methods.base import Batch
-from ccam_deploy.methods.image_gradient import Channels, PixelAttribution, check_name
+from ccam_deploy.methods.image_gradient import Channels, PixelAttribution, require_choice
 
 
 @dataclass(frozen=True)
-class GuidedBackpropOptions:
-    """Options of guided backpropagation.
-
-    channels: see IntegratedGradientsOptions; Captum leaves all C values, with their signs.
-    """
-
-    channels: Channels = "absolute"
-
-    def __post_init__(self) -> None:
-        check_name("channels", self.channels, get_args(Channels))
-
-
-class GuidedBackprop(PixelAttribution[GuidedBackpropOptions]):
+class GuidedBackprop(PixelAttribution):
     """The gradient through ReLUs that pass back its positive part (Springenberg et al. 2015).
 
     Other activations keep their own derivative; a network without ReLU is refused.
+
+    Attributes:
+        channels: See IntegratedGradients; Captum leaves all C values, with their signs.
+
     """
 
     name = "guided-backprop"
-    options_type = GuidedBackpropOptions
+    channels: Channels = "absolute"
+
+    def __post_init__(self) -> None:
+        require_choice("channels", self.channels, get_args(Channels))
+
     guided = True
 
     def attribute(self, classifier: Classifier, batch: Batch) -> Floats:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import ClassVar, Literal, Protocol, TypeVar
+from typing import ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,35 +23,23 @@ Channels = Literal["absolute", "maximum", "positive", "sum"]
 MOST_STEPS = 100_000
 
 
-class PixelOptions(Protocol):
-    """Options of a method that gives a value for each channel of each pixel.
-
-    channels: how the values of a pixel's channels become one; see `reduce_channels`.
-    """
-
-    @property
-    def channels(self) -> Channels: ...  # noqa: D102
-
-
-Options = TypeVar("Options", bound=PixelOptions)
-
-
-class PixelAttribution(Method[Options]):
+class PixelAttribution(Method):
     """A value for each channel of each pixel, and of these one for the pixel.
 
     guided: whether it is the gradient through ReLUs that pass back its positive part.
     """
 
     guided: ClassVar[bool] = False
+    channels: Channels
 
     def explain(self, classifier: Classifier, batch: Batch, clock: Stopwatch) -> MethodResult:
         """Explain every pair of a batch; see Method."""
         with clock.stage("gradient"), np.errstate(over="ignore", invalid="ignore"):
             attributions = self.attribute(classifier, batch)
         with clock.stage("combine"):
-            return MethodResult.of_maps(reduce_channels(attributions, self.options.channels))
+            return MethodResult.of_maps(reduce_channels(attributions, self.channels))
 
-    def check(self, classifier: Classifier, batch: Batch) -> None:
+    def require_support(self, classifier: Classifier, batch: Batch) -> None:
         """See that there is a gradient of the image; see Method."""
         classifier.input_gradient(batch.images, batch.one_hot, self.guided)
 
@@ -60,7 +48,7 @@ class PixelAttribution(Method[Options]):
         """The value of each pair's pixels [P, C, H, W] float32."""
 
 
-def check_name(option: str, value: str, known: tuple[str, ...]) -> None:
+def require_choice(option: str, value: str, known: tuple[str, ...]) -> None:
     """Raise OptionError for a value that is not among those of an option."""
     if value not in known:
         raise OptionError(f'{option} is "{value}"; it must be {", ".join(known)}')

@@ -16,8 +16,8 @@ from ccam_deploy.methods.image_gradient import (
     MOST_STEPS,
     Channels,
     PixelAttribution,
-    check_name,
     mean_gradient,
+    require_choice,
 )
 
 Rule = Literal["midpoint", "trapezoid", "gauss-legendre"]
@@ -27,48 +27,44 @@ _LEVELS: dict[Baseline, float] = {"black": 0.0, "grey": 0.5, "white": 1.0}
 
 
 @dataclass(frozen=True)
-class IntegratedGradientsOptions:
-    """Options of integrated gradients.
+class IntegratedGradients(PixelAttribution):
+    """The gradient's mean on the way from a baseline, times the way (Sundararajan et al. 2017).
 
-    steps: how many gradients are taken between baseline and image.
-    rule: where: "midpoint" in the middle of equal parts, "trapezoid" at their ends,
-        "gauss-legendre" at the nodes of Gauss's quadrature, as in Captum.
-    baseline: where the path starts: "zero" in the network's own input, as in Captum, which is
-        the mean colour of most networks' training images; or "black", "grey" or "white" pixels.
-    channels: one value of each pixel's C: the sum of "absolute" values as in PAIR's saliency
-        library, their "maximum", the sum of the "positive" ones, or the "sum", with its sign.
+    The values of an image add up to the logit's increase over the baseline, but for the error of
+    the sum that stands for the integral.
+
+    Attributes:
+        steps: How many gradients are taken between baseline and image.
+        rule: Where they are taken: "midpoint" in the middle of equal parts, "trapezoid" at their
+            ends, "gauss-legendre" at the nodes of Gauss's quadrature, as in Captum.
+        baseline: Where the path starts: "zero" in the network's own input, as in Captum, which is
+            the mean colour of most networks' training images; or "black", "grey" or "white" pixels.
+        channels: How a pixel's C values become one: the sum of "absolute" values as in PAIR's
+            saliency library, their "maximum", the sum of the "positive" ones, or the "sum", with
+            its sign.
+
     """
 
+    name = "integrated-gradients"
     steps: int = 50
     rule: Rule = "midpoint"
     baseline: Baseline = "zero"
     channels: Channels = "absolute"
 
     def __post_init__(self) -> None:
-        check_steps(self.steps, self.rule)
-        check_name("baseline", self.baseline, get_args(Baseline))
-        check_name("channels", self.channels, get_args(Channels))
-
-
-class IntegratedGradients(PixelAttribution[IntegratedGradientsOptions]):
-    """The gradient's mean on the way from a baseline, times the way (Sundararajan et al. 2017).
-
-    The values of an image add up to the logit's increase over the baseline, but for the error of
-    the sum that stands for the integral.
-    """
-
-    name = "integrated-gradients"
-    options_type = IntegratedGradientsOptions
+        require_steps(self.steps, self.rule)
+        require_choice("baseline", self.baseline, get_args(Baseline))
+        require_choice("channels", self.channels, get_args(Channels))
 
     def attribute(self, classifier: Classifier, batch: Batch) -> Floats:
         """The value of each pair's pixels; see the class."""
-        start = baseline_of(batch, self.options.baseline)
-        return integrate(classifier, batch, start, self.options.steps, self.options.rule)
+        start = baseline_of(batch, self.baseline)
+        return integrate(classifier, batch, start, self.steps, self.rule)
 
 
-def check_steps(steps: int, rule: str) -> None:
+def require_steps(steps: int, rule: str) -> None:
     """Raise OptionError for a number of steps or a rule that there is not."""
-    check_name("rule", rule, get_args(Rule))
+    require_choice("rule", rule, get_args(Rule))
     least = 2 if rule == "trapezoid" else 1
     most = _MOST_NODES if rule == "gauss-legendre" else MOST_STEPS
     if not least <= steps <= most:

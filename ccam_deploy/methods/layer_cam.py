@@ -15,16 +15,19 @@ from ccam_deploy.methods.channel_weights import layer_gradients, upsampled_resul
 
 
 @dataclass(frozen=True)
-class LayerCAMOptions:
-    """Options of Layer-CAM.
+class LayerCAM(Method):
+    """Weighs each place of each channel by its positive gradient (Jiang et al. 2021, eq. 6-9).
 
-    layers: target layers, whose maps are fused by their maximum; empty for the final one alone.
-    relu: cut negative values off; needed where there are several layers.
-    scaling: where there are several layers, which maps pass through the tanh that lifts small
-        values, all but the deepest as published ("shallow"), "all" as in TorchCAM, or "none".
-    gamma: how much it lifts them.
+    Attributes:
+        layers: The target layers, whose maps are fused by their maximum; empty for the final one.
+        relu: Cut negative values off; required where there are several layers.
+        scaling: Which maps pass through the tanh that lifts small values, where there are several
+            layers: all but the deepest as published ("shallow"), "all" as in TorchCAM, or "none".
+        gamma: How strongly the tanh lifts them.
+
     """
 
+    name = "layer-cam"
     layers: tuple[str, ...] = ()
     relu: bool = True
     scaling: Literal["shallow", "all", "none"] = "shallow"
@@ -38,16 +41,9 @@ class LayerCAMOptions:
         if len(self.layers) > 1 and not self.relu:
             raise OptionError("relu is false; the maps of several layers are fused without signs")
 
-
-class LayerCAM(Method[LayerCAMOptions]):
-    """Weighs each place of each channel by its positive gradient (Jiang et al. 2021, eq. 6-9)."""
-
-    name = "layer-cam"
-    options_type = LayerCAMOptions
-
     def explain(self, classifier: Classifier, batch: Batch, clock: Stopwatch) -> MethodResult:
         """Explain every pair of a batch; see Method."""
-        places = places_of(self.options.layers or batch.layers[-1:], batch.layers)
+        places = places_of(self.layers or batch.layers[-1:], batch.layers)
         features, gradients = layer_gradients(classifier, batch, clock)
         results = []
         for place in places:
@@ -56,9 +52,7 @@ class LayerCAM(Method[LayerCAMOptions]):
                 maps = np.einsum("pcij,pcij->pij", slopes, features[place])
             if len(places) > 1:
                 maps = self._scale(maps, place == places[-1])
-            results.append(
-                upsampled_result(maps, self.options.relu, batch, batch.layers[place], clock)
-            )
+            results.append(upsampled_result(maps, self.relu, batch, batch.layers[place], clock))
         if len(results) == 1:
             return results[0]
         with clock.stage("combine"):
@@ -69,6 +63,6 @@ class LayerCAM(Method[LayerCAMOptions]):
         maps = np.maximum(maps, 0)
         highest = maps.max(axis=(1, 2), keepdims=True)
         maps = np.divide(maps, highest, where=highest > 0, out=np.zeros_like(maps))
-        if self.options.scaling == "all" or (self.options.scaling == "shallow" and not deepest):
-            maps = np.tanh(np.float32(self.options.gamma) * maps)
+        if self.scaling == "all" or (self.scaling == "shallow" and not deepest):
+            maps = np.tanh(np.float32(self.gamma) * maps)
         return maps

@@ -9,31 +9,26 @@ import numpy as np
 from ccam_deploy.engines import Classifier
 from ccam_deploy.kernels import cpu
 from ccam_deploy.methods.base import Batch, Method, MethodResult, Stopwatch, not_finite
-from ccam_deploy.methods.scores import Score, check_score, score_of
+from ccam_deploy.methods.scores import Score, require_score, score_of
 
 
 @dataclass(frozen=True)
-class ReciproCAMOptions:
-    """Options of Recipro-CAM.
-
-    score: what a place is worth, the softmax probability of the class, as in its authors' code,
-        or its logit, as in OpenVINO XAI.
-    """
-
-    score: Score = "probability"
-
-    def __post_init__(self) -> None:
-        check_score(self.score)
-
-
-class ReciproCAM(Method[ReciproCAMOptions]):
+class ReciproCAM(Method):
     """Each place of the last feature map is worth the score of the head on that place alone.
 
     It takes no gradient, and all classes of an image share its forwards through the head.
+
+    Attributes:
+        score: What a place is worth: the softmax probability of the class, as in the authors'
+            code, or its logit, as in OpenVINO XAI.
+
     """
 
     name = "recipro-cam"
-    options_type = ReciproCAMOptions
+    score: Score = "probability"
+
+    def __post_init__(self) -> None:
+        require_score(self.score)
 
     def explain(self, classifier: Classifier, batch: Batch, clock: Stopwatch) -> MethodResult:
         """Explain every pair of a batch; see Method."""
@@ -55,11 +50,11 @@ class ReciproCAM(Method[ReciproCAMOptions]):
                 with clock.stage("combine"):
                     for pair in pairs:
                         classes = np.full(len(places), batch.targets[pair])
-                        maps[pair, places] = score_of(self.options.score, logits, classes)
+                        maps[pair, places] = score_of(self.score, logits, classes)
         with clock.stage("combine"):
             raw = cpu.upsample(maps.reshape(-1, height, width), batch.size)
             return MethodResult.of_maps(raw)
 
-    def check(self, classifier: Classifier, batch: Batch) -> None:
+    def require_support(self, classifier: Classifier, batch: Batch) -> None:
         """See that there is a head; see Method."""
         classifier.head_logits(batch.activations.features[-1])

@@ -15,21 +15,26 @@ from ccam_deploy.engines import Classifier
 from ccam_deploy.errors import OptionError
 from ccam_deploy.kernels import cpu
 from ccam_deploy.methods.base import Batch, Method, MethodResult, Stopwatch
-from ccam_deploy.methods.scores import Score, check_score, score_of
+from ccam_deploy.methods.scores import Score, require_score, score_of
 
 _MOST_MASKS = 1_000_000
 
 
 @dataclass(frozen=True)
-class RISEOptions:
-    """Options of RISE; the defaults are those that its authors use for ImageNet.
+class RISE(Method):
+    """Averages random masks, each weighted by the score under it (Petsiuk et al. 2018, eq. 6).
 
-    masks: how many random masks.   cells: how many cells a mask has along each side.
-    p: the probability that a cell is kept.   seed: of the random numbers.
-    score: what F_c is, the softmax probability of the class or its logit.
-    file: a .npy file of masks [N, H, W] in [0, 1] to use in place of random ones.
+    Attributes:
+        masks: How many random masks are drawn.
+        cells: How many cells a mask has along each side.
+        p: The probability that a cell is kept, in (0, 1].
+        seed: Seed of the random numbers.
+        score: What F_c is: the softmax probability of the class, or its logit.
+        file: A .npy file of masks [N, H, W] in [0, 1] to use in place of random ones.
+
     """
 
+    name = "rise"
     masks: int = 4000
     cells: int = 8
     p: float = 0.5
@@ -46,17 +51,10 @@ class RISEOptions:
             raise OptionError(f"p is {self.p}; it must be above 0 and at most 1")
         if self.seed < 0:
             raise OptionError(f"seed is {self.seed}; it must be at least 0")
-        check_score(self.score)
+        require_score(self.score)
         random = (self.masks, self.cells, self.seed)
-        if self.file and random != (RISEOptions.masks, RISEOptions.cells, RISEOptions.seed):
+        if self.file and random != (RISE.masks, RISE.cells, RISE.seed):
             raise OptionError("masks, cells and seed make random masks; leave them out with a file")
-
-
-class RISE(Method[RISEOptions]):
-    """Averages random masks, each weighted by the score under it (Petsiuk et al. 2018, eq. 6)."""
-
-    name = "rise"
-    options_type = RISEOptions
 
     def explain(self, classifier: Classifier, batch: Batch, clock: Stopwatch) -> MethodResult:
         """Explain every pair of a batch; see Method."""
@@ -77,30 +75,30 @@ class RISE(Method[RISEOptions]):
                 with clock.stage("combine"):
                     for pair in pairs:
                         classes = np.full(len(masks), batch.targets[pair])
-                        scores = score_of(self.options.score, logits, classes)
+                        scores = score_of(self.score, logits, classes)
                         total[pair] += np.einsum("n,np->p", scores, masks.reshape(len(masks), -1))
         with clock.stage("combine"):
-            mean = (total / (count * self.options.p)).astype(np.float32)
+            mean = (total / (count * self.p)).astype(np.float32)
             return MethodResult.of_maps(mean.reshape(-1, *batch.size))
 
-    def check(self, classifier: Classifier, batch: Batch) -> None:
+    def require_support(self, classifier: Classifier, batch: Batch) -> None:
         """See that masks can be had; see Method."""
         next(self._chunks(batch))
 
     def _chunks(self, batch: Batch) -> Iterator[Floats]:
         """The masks, some at a time."""
-        if self.options.file:
-            given = read_masks(self.options.file, batch.size)
+        if self.file:
+            given = read_masks(self.file, batch.size)
             for start in range(0, len(given), batch.chunk):
                 masks = np.array(given[start : start + batch.chunk], np.float32)
                 if not (masks.min() >= 0 and masks.max() <= 1):
-                    raise OptionError(f"{self.options.file} has masks outside of [0, 1]")
+                    raise OptionError(f"{self.file} has masks outside of [0, 1]")
                 yield masks
             return
-        source = np.random.default_rng(self.options.seed)
-        for start in range(0, self.options.masks, batch.chunk):
-            count = min(batch.chunk, self.options.masks - start)
-            yield random_masks(source, count, self.options.cells, self.options.p, batch.size)
+        source = np.random.default_rng(self.seed)
+        for start in range(0, self.masks, batch.chunk):
+            count = min(batch.chunk, self.masks - start)
+            yield random_masks(source, count, self.cells, self.p, batch.size)
 
 
 def random_masks(

@@ -19,18 +19,22 @@ Weighting = Literal["increase", "probability", "softmax"]
 
 
 @dataclass(frozen=True)
-class ScoreCAMOptions:
-    """Options of Score-CAM.
+class ScoreCAM(Method):
+    """Weighs each channel by the score of the image under its mask (Wang et al. 2020).
 
-    layer: the target layer, empty for the final one.
-    weights: what weighs a channel. "increase": by how much the logit under its mask is above that
-        of an input of zeros (Ha & Youn 2022, eq. 1-3). "probability": the softmax probability
-        under its mask, as in the code of Score-CAM's authors. "softmax": the softmax of the
-        logits over all channels, as in TorchCAM and pytorch-grad-cam. Their masks differ a
-        little: TorchCAM scales them before it enlarges them, pytorch-grad-cam aligns corners.
-    channels: use only so many channels, those that vary most over the image; 0 for all.
+    Attributes:
+        layer: The target layer; empty for the final one.
+        weights: The weight of a channel. "increase": by how much the logit under its mask exceeds
+            that of an input of zeros (Ha & Youn 2022, eq. 1-3). "probability": the softmax
+            probability under its mask, as in the code of Score-CAM's authors. "softmax": the
+            softmax of the logits over all channels, as in TorchCAM and pytorch-grad-cam. Their
+            masks differ a little: TorchCAM scales them before it enlarges them, pytorch-grad-cam
+            aligns corners.
+        channels: Use only this many channels, those that vary most over the image; 0 for all.
+
     """
 
+    name = "score-cam"
     layer: str = ""
     weights: Weighting = "increase"
     channels: int = 0
@@ -43,16 +47,9 @@ class ScoreCAMOptions:
         if self.channels < 0:
             raise OptionError(f"channels is {self.channels}; it must be at least 0")
 
-
-class ScoreCAM(Method[ScoreCAMOptions]):
-    """Weighs each channel by the score of the image under its mask (Wang et al. 2020)."""
-
-    name = "score-cam"
-    options_type = ScoreCAMOptions
-
     def explain(self, classifier: Classifier, batch: Batch, clock: Stopwatch) -> MethodResult:
         """Explain every pair of a batch; see Method."""
-        place = batch.place_of(self.options.layer)
+        place = batch.place_of(self.layer)
         features = batch.activations.features[place]
         if not np.isfinite(features[batch.owner]).all():
             raise not_finite(batch.layers[place])
@@ -61,22 +58,22 @@ class ScoreCAM(Method[ScoreCAMOptions]):
             rows = np.broadcast_to(batch.baseline, (len(scores), len(batch.baseline)))
             base = score_of(self._kind, rows, batch.targets)[:, None]
             gains = np.where(counted, scores - base, np.float32(0))
-            if self.options.weights == "softmax":
+            if self.weights == "softmax":
                 weights = np.stack(list(map(cpu.softmax, scores, counted)))
             else:
-                weights = gains if self.options.weights == "increase" else scores
+                weights = gains if self.weights == "increase" else scores
             pairs = zip(weights, batch.owner, strict=True)
             maps = [np.einsum("c,cij->ij", row, features[image]) for row, image in pairs]
             raw = cpu.upsample(np.maximum(np.stack(maps), 0), batch.size)
             return MethodResult.of_maps(raw, list(weights), list(gains))
 
-    def check(self, classifier: Classifier, batch: Batch) -> None:
+    def require_support(self, classifier: Classifier, batch: Batch) -> None:
         """See that the layer is there; see Method."""
-        batch.place_of(self.options.layer)
+        batch.place_of(self.layer)
 
     @property
     def _kind(self) -> Score:
-        return "probability" if self.options.weights == "probability" else "logit"
+        return "probability" if self.weights == "probability" else "logit"
 
     def _score(
         self, classifier: Classifier, batch: Batch, features: Floats, clock: Stopwatch
@@ -111,7 +108,7 @@ class ScoreCAM(Method[ScoreCAMOptions]):
         """The channels of an image [C, h, w] to use, in ascending order."""
         flat = features.reshape(len(features), -1)
         varied = np.flatnonzero(flat.max(axis=1) > flat.min(axis=1))
-        most = self.options.channels
+        most = self.channels
         if not most or len(varied) <= most:
             return varied
         spread = flat[varied].std(axis=1, dtype=np.float64)

@@ -13,7 +13,7 @@ from ccam_deploy.errors import OptionError
 Score = Literal["logit", "probability"]
 
 
-def check_score(score: str) -> None:
+def require_score(score: str) -> None:
     """Raise OptionError for a score that does not exist."""
     if score not in ("logit", "probability"):
         raise OptionError(f'score is "{score}"; it must be logit or probability')

@@ -16,21 +16,25 @@ from ccam_deploy.methods.image_gradient import (
     MOST_STEPS,
     Channels,
     PixelAttribution,
-    check_name,
     mean_gradient,
+    require_choice,
 )
 
 
 @dataclass(frozen=True)
-class SmoothGradOptions:
-    """Options of SmoothGrad.
+class SmoothGrad(PixelAttribution):
+    """The gradient's mean over noisy copies of the image (Smilkov et al. 2017).
 
-    samples: how many noisy copies of the image.   noise: their standard deviation, as a share of
-        the range of the image's values.   seed: of the noise, which is the same for every image.
-    square: average squared gradients instead (SmoothGrad-squared).
-    channels: see IntegratedGradientsOptions; the paper shows the "maximum", its code "absolute".
+    Attributes:
+        samples: How many noisy copies of the image are made.
+        noise: Their standard deviation, as a share of the range of the image's values.
+        seed: Seed of the noise, which is the same for every image.
+        square: Average squared gradients instead (SmoothGrad-squared).
+        channels: See IntegratedGradients; the paper shows the "maximum", its code "absolute".
+
     """
 
+    name = "smoothgrad"
     samples: int = 50
     noise: float = 0.15
     seed: int = 0
@@ -44,27 +48,20 @@ class SmoothGradOptions:
             raise OptionError(f"noise is {self.noise}; it must be finite and at least 0")
         if self.seed < 0:
             raise OptionError(f"seed is {self.seed}; it must be at least 0")
-        check_name("channels", self.channels, get_args(Channels))
-
-
-class SmoothGrad(PixelAttribution[SmoothGradOptions]):
-    """The gradient's mean over noisy copies of the image (Smilkov et al. 2017)."""
-
-    name = "smoothgrad"
-    options_type = SmoothGradOptions
+        require_choice("channels", self.channels, get_args(Channels))
 
     def attribute(self, classifier: Classifier, batch: Batch) -> Floats:
         """The mean gradient of each pair's pixels; see the class."""
         shape = batch.images.shape[1:]
         ranges = np.ptp(batch.images.reshape(len(batch.images), -1), axis=1)
-        deviations = (np.float32(self.options.noise) * ranges)[:, None, None, None]
+        deviations = (np.float32(self.noise) * ranges)[:, None, None, None]
 
         def noisy(pairs: NDArray[np.intp], samples: NDArray[np.intp]) -> Floats:
             owner = batch.owner[pairs]
-            draws = [np.random.default_rng((self.options.seed, n)) for n in samples]
+            draws = [np.random.default_rng((self.seed, n)) for n in samples]
             noise = np.stack([draw.standard_normal(shape, np.float32) for draw in draws])
             found: Floats = batch.images[owner] + deviations[owner] * noise
             return found
 
-        weights = np.full(self.options.samples, 1 / self.options.samples)
-        return mean_gradient(classifier, batch, weights, noisy, self.options.square)
+        weights = np.full(self.samples, 1 / self.samples)
+        return mean_gradient(classifier, batch, weights, noisy, self.square)

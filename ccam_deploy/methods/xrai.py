@@ -12,13 +12,13 @@ from ccam_deploy.arrays import Floats
 from ccam_deploy.engines import Classifier
 from ccam_deploy.errors import BackendError, OptionError
 from ccam_deploy.methods.base import Batch, Method, MethodResult, Stopwatch
-from ccam_deploy.methods.image_gradient import Channels, check_name, reduce_channels
+from ccam_deploy.methods.image_gradient import Channels, reduce_channels, require_choice
 from ccam_deploy.methods.integrated_gradients import (
     Baseline,
     Rule,
     baseline_of,
-    check_steps,
     integrate,
+    require_steps,
 )
 
 _BASELINES: tuple[Baseline, ...] = ("black", "white")
@@ -28,20 +28,25 @@ _LEAST_SEGMENT = 150
 
 
 @dataclass(frozen=True)
-class XRAIOptions:
-    """Options of XRAI.
+class XRAI(Method):
+    """Adds regions in order of the mean attribution of the pixels that each adds.
 
-    The regions are those of the authors, Felzenszwalb's at six scales, found at the input's size
-    (their program scales other sizes to 224×224 for it).
+    Every pixel is worth that mean of the region that brought it in. The regions are those of the
+    authors, Felzenszwalb's at six scales, found at the input's size (their program scales other
+    sizes to 224×224 for it).
 
-    steps, rule: of the integrated gradients from black and from white, whose mean is used.
-    dilation: by how many pixels a region is widened.
-    least: a region that adds fewer pixels than this to those before it is passed over.
-    channels: see IntegratedGradientsOptions; by default the sum keeps its sign, so that
-        what speaks against the class ranks last. (The authors' program takes each pixel's highest
-        channel, with its sign.)
+    Attributes:
+        steps: Steps of the integrated gradients from black and from white, which are averaged.
+        rule: Their rule; see IntegratedGradients.
+        dilation: By how many pixels a region is widened.
+        least: A region that adds fewer pixels than this to those before it is skipped.
+        channels: See IntegratedGradients. By default the sum keeps its sign, so that evidence
+            against the class ranks last. (The authors' program takes each pixel's highest channel,
+            with its sign.)
+
     """
 
+    name = "xrai"
     steps: int = 50
     rule: Rule = "midpoint"
     dilation: int = 5
@@ -49,44 +54,33 @@ class XRAIOptions:
     channels: Channels = "sum"
 
     def __post_init__(self) -> None:
-        check_steps(self.steps, self.rule)
-        check_name("channels", self.channels, get_args(Channels))
+        require_steps(self.steps, self.rule)
+        require_choice("channels", self.channels, get_args(Channels))
         if not 0 <= self.dilation <= 100:
             raise OptionError(f"dilation is {self.dilation}; it must be 0 to 100")
         if self.least < 1:
             raise OptionError(f"least is {self.least}; it must be at least 1")
 
-
-class XRAI(Method[XRAIOptions]):
-    """Adds regions in order of the mean attribution of the pixels that each adds.
-
-    Every pixel is worth that mean of the region that brought it in.
-    """
-
-    name = "xrai"
-    options_type = XRAIOptions
-
     def explain(self, classifier: Classifier, batch: Batch, clock: Stopwatch) -> MethodResult:
         """Explain every pair of a batch; see Method."""
         segmentation = _import()
-        options = self.options
         with clock.stage("gradient"), np.errstate(over="ignore", invalid="ignore"):
             both = [
-                integrate(classifier, batch, baseline_of(batch, name), options.steps, options.rule)
+                integrate(classifier, batch, baseline_of(batch, name), self.steps, self.rule)
                 for name in _BASELINES
             ]
-            values = reduce_channels(np.mean(both, axis=0, dtype=np.float32), options.channels)
+            values = reduce_channels(np.mean(both, axis=0, dtype=np.float32), self.channels)
         maps, pixels = np.empty_like(values), batch.pixels
         for image in np.unique(batch.owner):
             with clock.stage("masks"):
-                regions = _regions(segmentation, pixels[image], options.dilation)
+                regions = _regions(segmentation, pixels[image], self.dilation)
             with clock.stage("combine"):
                 for pair in np.flatnonzero(batch.owner == image):
-                    maps[pair] = rank(values[pair], regions, options.least)
+                    maps[pair] = rank(values[pair], regions, self.least)
         with clock.stage("combine"):
             return MethodResult.of_maps(maps)
 
-    def check(self, classifier: Classifier, batch: Batch) -> None:
+    def require_support(self, classifier: Classifier, batch: Batch) -> None:
         """See that there are scikit-image and a gradient of the image; see Method."""
         classifier.input_gradient(batch.images, batch.one_hot)
         _import()

@@ -20,7 +20,7 @@ from ccam_deploy.engines.tensorrt import library
 from ccam_deploy.errors import BackendError, DatasetError, ImageError, OptionError
 from ccam_deploy.explainer import Explainer
 from ccam_deploy.explanation import Explanation
-from ccam_deploy.methods import METHODS, method_named, with_options
+from ccam_deploy.methods import METHODS, Method, make_method
 from ccam_deploy.quality import metrics
 from ccam_deploy.quality.datasets import Dataset, Item
 from ccam_deploy.quality.metrics import METRICS, PROTOCOLS
@@ -31,15 +31,14 @@ Target = Literal["predicted", "label"]
 
 @dataclass(frozen=True)
 class Variant:
-    """A method as it is measured. options: the method's own, None for its defaults."""
+    """A method with its options, and the name that results have for it."""
 
     name: str
-    method: str
-    options: Any = None
+    method: Method
 
     def explain(self, explainer: Explainer, images: Floats, targets: Sequence[int]) -> Explanation:
         """Explain a class for each of some preprocessed images."""
-        return explainer.explain(images, targets, self.options, method=self.method)
+        return explainer.explain(images, targets, method=self.method)
 
 
 @dataclass(frozen=True)
@@ -61,11 +60,9 @@ class EvaluationSettings:
 
 def variants(names: Sequence[str]) -> tuple[Variant, ...]:
     """Methods by name, with their defaults. Raises OptionError for an unknown one or none."""
-    for name in names:
-        method_named(name)
     if not names:
         raise OptionError(f"there is no method to measure; there are {', '.join(METHODS)}")
-    return tuple(Variant(name, name) for name in dict.fromkeys(names))
+    return tuple(Variant(name, make_method(name)) for name in dict.fromkeys(names))
 
 
 @dataclass(frozen=True)
@@ -315,7 +312,7 @@ def refused(explainer: Explainer, contenders: Sequence[Variant]) -> dict[str, st
     found = {}
     for one in contenders:
         try:
-            explainer.check(one.method, one.options)
+            explainer.require_method(one.method)
         except (OptionError, BackendError) as error:
             found[one.name] = str(error)
     return found
@@ -332,5 +329,4 @@ def check_methods(explainer: Explainer, contenders: Sequence[Variant]) -> None:
 
 
 def _described(one: Variant) -> dict[str, Any]:
-    options = with_options(one.method, one.options).options
-    return {"method": one.method, "options": dataclasses.asdict(options)}
+    return {"method": one.method.name, "options": dataclasses.asdict(one.method)}

@@ -9,7 +9,7 @@ import pytest
 
 import ccam_deploy as ccam
 from bench import bench_quality as bench
-from ccam_deploy.methods import CollectionCAMOptions, RISEOptions
+from ccam_deploy.methods import RISE, CollectionCAM
 from ccam_deploy.quality.evaluation import Variant
 from tests.helpers import DIGITS_LAYERS
 
@@ -19,20 +19,22 @@ pytest.importorskip("sklearn", reason="scikit-learn is not installed")
 def test_ablations_vary_one_thing() -> None:
     groups = bench.ablations(DIGITS_LAYERS, ["collection-cam"])
     assert list(groups) == ["theta", "k range", "score", "standardise", "layers"]
-    plain = vars(CollectionCAMOptions())
+    plain = vars(CollectionCAM())
     fields = {"theta": {"theta"}, "k range": {"k_min", "k_max"}, "score": {"score"}}
     fields |= {"standardise": {"standardise"}, "layers": {"layers"}}
     for title, group in groups.items():
         assert title == "layers" or group[0] == bench.DEFAULT
         for variant in group:
-            options = vars(variant.options or CollectionCAMOptions())
+            options = vars(variant.method)
             assert {key for key in plain if options[key] != plain[key]} <= fields[title]
-    names = [variant.name for group in groups.values() for variant in group if variant.options]
+    names = [
+        variant.name for group in groups.values() for variant in group if variant != bench.DEFAULT
+    ]
     assert len(set(names)) == len(names)
     assert groups["layers"][0] == Variant(
-        "collection-cam, 1 of 4 layers", "collection-cam", CollectionCAMOptions(layers=("layer4",))
+        "collection-cam, 1 of 4 layers", CollectionCAM(layers=("layer4",))
     )
-    assert groups["layers"][3].options.layers == DIGITS_LAYERS
+    assert groups["layers"][3].method == CollectionCAM(layers=DIGITS_LAYERS)
 
 
 def test_a_method_that_runs_is_found(digits: ccam.Explainer) -> None:
@@ -46,7 +48,7 @@ def test_rise_says_how_many_masks_it_has() -> None:
     usual, fewer = (bench.contenders(["cam", "rise"], masks) for masks in (4000, 10))
     assert [one.name for one in usual] == ["cam", "rise"]
     assert [one.name for one in fewer] == ["cam", "rise, masks=10"]
-    assert (usual[1].options, fewer[1].options) == (None, RISEOptions(masks=10))
+    assert (usual[1].method, fewer[1].method) == (RISE(), RISE(masks=10))
 
 
 def test_a_part_says_that_it_is_one(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Collection
-from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -31,16 +30,10 @@ from tests.pictures import places_of
 pytest.importorskip("skimage", reason="scikit-image is not installed")
 
 
-@dataclass(frozen=True)
-class NoOptions:
-    pass
-
-
-class EdgeDetector(Method[NoOptions]):
+class EdgeDetector(Method):
     """Sobel's gradient of the image: a map that no network has a part in."""
 
     name = "edges"
-    options_type = NoOptions
 
     def explain(self, classifier: Classifier, batch: Batch, clock: Stopwatch) -> MethodResult:
         grey = batch.images[batch.owner].mean(axis=1)
@@ -48,7 +41,7 @@ class EdgeDetector(Method[NoOptions]):
         return MethodResult.of_maps(edges.astype(np.float32))
 
 
-def last_stage(method: Method[NoOptions] | CollectionCAM) -> sanity.Stage:
+def last_stage(method: Method) -> sanity.Stage:
     """The example classifier with all of its layers random, explained on its own pictures."""
     path = RECIPES / "digits.toml"
     settings = recipe_settings(read_recipe(path), path.parent)

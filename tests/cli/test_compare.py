@@ -13,7 +13,7 @@ from ccam_deploy import render
 from ccam_deploy.cli import choices
 from ccam_deploy.cli.compare import COMPARED
 from ccam_deploy.image_files import load_image
-from ccam_deploy.methods import METHODS, GradCAMOptions, ScoreCAMOptions
+from ccam_deploy.methods import METHODS, GradCAM, ScoreCAM
 from ccam_deploy.preprocess import to_grey_or_rgb
 from tests.command import failure, success
 from tests.helpers import example_files
@@ -34,11 +34,8 @@ def test_rows_are_classes_and_columns_methods(digits: ccam.Explainer, tmp_path: 
         assert re.fullmatch(rf"{method}: \d+\.\d ms, {words}", line)
     assert printed[2:] == [f"  {output}"]
     picture = to_grey_or_rgb(load_image(SCENE), 3)
-    own = (ccam.CollectionCAMOptions(k_max=4), None)
-    results = [
-        digits.explain([picture], None, options, 2, method)
-        for method, options in zip(methods, own, strict=True)
-    ]
+    chosen = (ccam.CollectionCAM(k_max=4), "layer-cam")
+    results = [digits.explain([picture], method=method, top=2) for method in chosen]
     assert sorted(results[0].targets.tolist()) == [5, 8]
     panel = load_image(output)
     places = [
@@ -68,13 +65,13 @@ def test_the_default_methods_are_there() -> None:
 
 
 def test_options_go_to_the_methods_that_have_them() -> None:
-    found = choices.method_options(
+    found = choices.make_methods(
         ["collection-cam", "score-cam", "grad-cam"],
         ["layer=layer3", "grad-cam:relu=false", "k_max=3"],
     )
-    assert found["collection-cam"] == ccam.CollectionCAMOptions(k_max=3)
-    assert found["score-cam"] == ScoreCAMOptions(layer="layer3")
-    assert found["grad-cam"] == GradCAMOptions(layer="layer3", relu=False)
+    assert found["collection-cam"] == ccam.CollectionCAM(k_max=3)
+    assert found["score-cam"] == ScoreCAM(layer="layer3")
+    assert found["grad-cam"] == GradCAM(layer="layer3", relu=False)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pytest
 
 from ccam_deploy.checks import proposals
 from ccam_deploy.image_files import load_image
-from ccam_deploy.methods import LayerCAMOptions
+from ccam_deploy.methods import LayerCAM
 from tests.command import failure, run, success
 from tests.helpers import EXAMPLES, example_files
 
@@ -67,7 +67,7 @@ def test_the_file_says_what_its_numbers_are(digits_bundle: Path, tmp_path: Path)
     words = ["--method", "layer-cam", "--option", "gamma=3", "--boxes", 0, "--json"]
     found = success("propose", digits_bundle, SCENE, *words, "--output", tmp_path).stdout
     settings = json.loads(found)["settings"]
-    assert settings["options"] == dataclasses.asdict(LayerCAMOptions(gamma=3)) | {"layers": []}
+    assert settings["options"] == dataclasses.asdict(LayerCAM(gamma=3)) | {"layers": []}
     assert (settings["method"], settings["boxes"], settings["precision"]) == (
         "layer-cam",
         0,

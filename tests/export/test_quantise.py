@@ -131,7 +131,7 @@ def test_fidelity_is_recorded_and_verified(bundle: Bundle, kind: EightBitType) -
     assert report.saliency_rank > 0.998
     assert report.saliency_similarity > 0.99
     assert report.saliency_overlap > 0.95
-    with ccam.load(bundle, "onnxruntime-cpu", kind) as explainer:
+    with ccam.load(bundle, backend="onnxruntime-cpu", precision=kind) as explainer:
         again, phrases = verify_bundle(bundle, explainer.networks, kind)
     assert phrases == []
     assert 1e-3 < again.masked_logits < {"int8": 0.03, "fp8": 0.06}[kind]
@@ -142,9 +142,9 @@ def test_explanations_are_those_of_float32(
 ) -> None:
     """On scenes that nothing was calibrated with."""
     images = np.stack(digits_images)
-    with ccam.load(bundle, "onnxruntime-cpu") as explainer:
+    with ccam.load(bundle, backend="onnxruntime-cpu") as explainer:
         expected = explainer.explain(images)
-    with ccam.load(bundle, "onnxruntime-cpu", kind) as explainer:
+    with ccam.load(bundle, backend="onnxruntime-cpu", precision=kind) as explainer:
         got = explainer.explain(images)
     assert got.settings["precision"] == kind
     np.testing.assert_array_equal(got.targets, expected.targets)
@@ -164,7 +164,7 @@ def test_calibration_sees_each_image_whole_and_under_its_masks(
     bundle: Bundle, digits_images: list[np.ndarray]
 ) -> None:
     images = np.stack(digits_images[:2])
-    with ccam.load(bundle, "onnxruntime-cpu") as explainer:
+    with ccam.load(bundle, backend="onnxruntime-cpu") as explainer:
         observed = observe(explainer.networks, images, DIGITS_LAYERS)
         masks = explainer.explain(images).masks
     found = list(masked_batches(observed, 5))

@@ -103,7 +103,7 @@ def test_recipe_exports_and_explains(exported: Bundle) -> None:
     assert len(exported.manifest.labels) == exported.manifest.classes == 1000
     assert len(exported.manifest.layers) == 4
     model = random_model(recipe_named(exported.manifest.name))
-    with ccam.load(exported, "onnxruntime-cpu") as explainer:
+    with ccam.load(exported, backend="onnxruntime-cpu") as explainer:
         images, _ = explainer.preprocess(photographs())
         result = explainer.explain(images[:1])
         assert np.isfinite(result.saliency).all()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import ccam_deploy as ccam
 from ccam_deploy.arrays import Floats
+from ccam_deploy.methods import Method
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,9 @@ class Case:
         """The target layers' names."""
         return [layer.name for layer in self.explainer.bundle.manifest.layers]
 
-    def explain(self, method: str, options: object = None) -> ccam.Explanation:
+    def explain(self, method: str | Method) -> ccam.Explanation:
         """Our explanation of all images."""
-        return self.explainer.explain(self.images, list(self.classes), options, method=method)
+        return self.explainer.explain(self.images, list(self.classes), method=method)
 
     def torchcam(
         self, extractor: Callable[..., Any], layers: Sequence[str], **settings: Any

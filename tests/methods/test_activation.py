@@ -23,14 +23,14 @@ from ccam_deploy.engines import Activations
 from ccam_deploy.errors import BackendError, OptionError
 from ccam_deploy.export import export
 from ccam_deploy.methods import (
+    CAM,
     METHODS,
     Batch,
-    CAMOptions,
-    GradCAMOptions,
-    GradCAMPlusPlusOptions,
-    LayerCAMOptions,
+    GradCAM,
+    GradCAMPlusPlus,
+    LayerCAM,
+    Method,
     Stopwatch,
-    with_options,
 )
 from tests.helpers import noise
 from tests.methods.peers import Case, assert_same, enlarged
@@ -56,7 +56,7 @@ def test_grad_cam_with_its_signs_is_captums(case: Case) -> None:
     module = dict(case.model.named_modules())[case.layers[-1]]
     peer = LayerGradCam(case.model, module)
     maps = peer.attribute(torch.from_numpy(case.images.copy()), target=list(case.classes))
-    result = case.explain("grad-cam", GradCAMOptions(relu=False))
+    result = case.explain(GradCAM(relu=False))
     assert result.raw_saliency.min() < 0
     assert_same(result.raw_saliency, enlarged(maps[:, 0], size(case)), EXACT)
 
@@ -65,7 +65,7 @@ def test_layer_cam_of_each_layer_is_torchcams(case: Case) -> None:
     for layer, expected in zip(
         case.layers, case.torchcam(torchcam.LayerCAM, case.layers), strict=True
     ):
-        result = case.explain("layer-cam", LayerCAMOptions(layers=(layer,)))
+        result = case.explain(LayerCAM(layers=(layer,)))
         assert_same(result.raw_saliency, enlarged(expected, size(case)))
 
 
@@ -80,8 +80,8 @@ def test_layer_cam_of_all_layers(case: Case, scaling: Any) -> None:
     else:
         lifted = [torch.tanh(2 * map_) for map_ in maps[:-1]] if scaling == "shallow" else maps[:-1]
         expected = np.maximum.reduce([enlarged(m, size(case)) for m in [*lifted, maps[-1]]])
-    options = LayerCAMOptions(layers=tuple(case.layers), scaling=scaling)
-    result = case.explain("layer-cam", options)
+    options = LayerCAM(layers=tuple(case.layers), scaling=scaling)
+    result = case.explain(options)
     assert_same(result.raw_saliency, expected)
     assert result.raw_saliency.max() <= 1
 
@@ -97,7 +97,7 @@ def test_cam_is_torchcams(case: Case) -> None:
 def test_grad_cam_plus_plus_is_torchcams_where_epsilon_outweighs_the_rest(case: Case) -> None:
     """TorchCAM 0.5 does not divide by alpha's denominator; a large epsilon makes that a scale."""
     (expected,) = case.torchcam(torchcam.GradCAMpp, case.layers[-1:])
-    result = case.explain("grad-cam++", GradCAMPlusPlusOptions(epsilon=1e12))
+    result = case.explain(GradCAMPlusPlus(epsilon=1e12))
     scaled = result.raw_saliency * np.float32(1e12)
     assert_same(scaled, enlarged(expected, size(case)), EXACT)
 
@@ -109,7 +109,7 @@ def test_grad_cam_plus_plus_follows_its_equations(case: Case, epsilon: float) ->
     _, features, gradients = features_and_gradients(
         case.model, images, case.layers[-1:], case.classes
     )
-    result = case.explain("grad-cam++", GradCAMPlusPlusOptions(epsilon=epsilon))
+    result = case.explain(GradCAMPlusPlus(epsilon=epsilon))
     for pair, got in enumerate(result.raw_saliency):
         total = torch.zeros(features[0].shape[2:], dtype=torch.float64)
         for a, g in zip(features[0][pair].double(), gradients[0][pair].double(), strict=True):
@@ -128,8 +128,8 @@ def test_alpha_follows_from_the_derivatives_of_the_exponential(
     model = tiny().double()
     images = noise(2, 3, 32, 48)
     with ccam.load(tiny_bundle) as explainer:
-        options = GradCAMPlusPlusOptions(epsilon=epsilon)
-        result = explainer.explain(images, [1, 4], options, method="grad-cam++")
+        options = GradCAMPlusPlus(epsilon=epsilon)
+        result = explainer.explain(images, [1, 4], method=options)
     for image, target, got in zip(images, (1, 4), result.raw_saliency, strict=True):
         features = features_of(model, torch.from_numpy(image).double()[None])[0]
 
@@ -191,25 +191,25 @@ def test_batches_and_several_classes(case: Case, method: str) -> None:
 def test_layers_can_be_chosen(case: Case) -> None:
     layer = case.layers[1]
     (expected,) = case.torchcam(torchcam.GradCAM, [layer])
-    result = case.explain("grad-cam", GradCAMOptions(layer=layer))
+    result = case.explain(GradCAM(layer=layer))
     assert_same(result.raw_saliency, enlarged(expected, size(case)))
 
 
 @pytest.mark.parametrize(
-    ("method", "options"),
+    "method",
     [
-        ("cam", CAMOptions(layer="layer9")),
-        ("grad-cam", GradCAMOptions(layer="layer9")),
-        ("grad-cam++", GradCAMPlusPlusOptions(layer="layer9")),
-        ("layer-cam", LayerCAMOptions(layers=("relu1", "layer9"))),
+        CAM(layer="layer9"),
+        GradCAM(layer="layer9"),
+        GradCAMPlusPlus(layer="layer9"),
+        LayerCAM(layers=("relu1", "layer9")),
     ],
 )
-def test_unknown_layer_is_named(tiny_bundle: Path, method: str, options: object) -> None:
+def test_unknown_layer_is_named(tiny_bundle: Path, method: Method) -> None:
     with (
         ccam.load(tiny_bundle) as explainer,
         pytest.raises(OptionError, match='"layer9" is not in the bundle; it has relu1, relu2'),
     ):
-        explainer.explain(noise(1, 3, 32, 48), None, options, method=method)
+        explainer.explain(noise(1, 3, 32, 48), method=method)
 
 
 class Head(nn.Module):
@@ -242,17 +242,17 @@ def test_cam_refuses_a_shallow_layer(tiny_bundle: Path) -> None:
         ccam.load(tiny_bundle) as explainer,
         pytest.raises(OptionError, match='linear in the mean of "relu1"'),
     ):
-        explainer.explain(noise(1, 3, 32, 48), 1, CAMOptions(layer="relu1"), method="cam")
+        explainer.explain(noise(1, 3, 32, 48), 1, method=CAM(layer="relu1"))
 
 
 @pytest.mark.parametrize(
     ("kind", "changes", "message"),
     [
-        (GradCAMPlusPlusOptions, {"epsilon": -1.0}, "epsilon is -1.0"),
-        (GradCAMPlusPlusOptions, {"epsilon": np.inf}, "epsilon is inf"),
-        (LayerCAMOptions, {"gamma": 0.0}, "gamma is 0.0"),
-        (LayerCAMOptions, {"scaling": "deep"}, 'scaling is "deep"; it must be shallow, all or'),
-        (LayerCAMOptions, {"layers": ("a", "b"), "relu": False}, "relu is false; the maps of"),
+        (GradCAMPlusPlus, {"epsilon": -1.0}, "epsilon is -1.0"),
+        (GradCAMPlusPlus, {"epsilon": np.inf}, "epsilon is inf"),
+        (LayerCAM, {"gamma": 0.0}, "gamma is 0.0"),
+        (LayerCAM, {"scaling": "deep"}, 'scaling is "deep"; it must be shallow, all or'),
+        (LayerCAM, {"layers": ("a", "b"), "relu": False}, "relu is false; the maps of"),
     ],
 )
 def test_options_out_of_range(kind: Any, changes: dict[str, Any], message: str) -> None:
@@ -297,23 +297,23 @@ class Given:
 
 values = st.sampled_from([0.0, 1.0, -1.0, 1e-30, -1e-30, 1e9, 2.5]) | st.floats(-1e6, 1e6, width=32)
 maps = arrays(np.float32, (2, 3, 2, 3), elements=values)
-OPTIONS: Mapping[str, tuple[object, ...]] = {
-    "grad-cam": (GradCAMOptions(), GradCAMOptions(relu=False)),
-    "grad-cam++": (GradCAMPlusPlusOptions(), GradCAMPlusPlusOptions(epsilon=1e-6)),
-    "layer-cam": (LayerCAMOptions(), LayerCAMOptions(relu=False)),
+VARIED: Mapping[str, tuple[Method, ...]] = {
+    "grad-cam": (GradCAM(), GradCAM(relu=False)),
+    "grad-cam++": (GradCAMPlusPlus(), GradCAMPlusPlus(epsilon=1e-6)),
+    "layer-cam": (LayerCAM(), LayerCAM(relu=False)),
 }
 
 
-@pytest.mark.parametrize("method", OPTIONS)
+@pytest.mark.parametrize("name", VARIED)
 @settings(max_examples=60, deadline=None)
 @given(features=maps, gradients=maps)
 def test_any_features_and_gradients_give_finite_maps(
-    method: str, features: Floats, gradients: Floats
+    name: str, features: Floats, gradients: Floats
 ) -> None:
     """Constant features, zero gradients, values that cancel: finite, in [0, 1], no warning."""
     classifier = Given(features, gradients)
-    for options in OPTIONS[method]:
-        result = with_options(method, options).explain(classifier, classifier.batch(), Stopwatch())
+    for method in VARIED[name]:
+        result = method.explain(classifier, classifier.batch(), Stopwatch())
         assert result.raw_saliency.shape == result.saliency.shape == (2, 8, 12)
         assert np.isfinite(result.raw_saliency).all()
         assert ((result.saliency >= 0) & (result.saliency <= 1)).all()

@@ -10,7 +10,7 @@ import torch
 
 import ccam_deploy as ccam
 from ccam_deploy.errors import BackendError, OptionError
-from ccam_deploy.methods import ExcitationBackpropOptions
+from ccam_deploy.methods import ExcitationBackprop
 from tests.excitation import chain_of_digits, winning
 from tests.helpers import DIGITS_LAYERS, example_pictures, noise
 from tests.methods.peers import Case, assert_correlated, enlarged
@@ -39,7 +39,7 @@ def by_definition(case: Case, layer: str, contrastive: bool) -> np.ndarray:
 @pytest.mark.parametrize("contrastive", [False, True])
 @pytest.mark.parametrize("layer", DIGITS_LAYERS)
 def test_maps_by_definition(case: Case, layer: str, contrastive: bool) -> None:
-    result = case.explain(METHOD, ExcitationBackpropOptions(layer, contrastive))
+    result = case.explain(ExcitationBackprop(layer, contrastive))
     assert_correlated(result.raw_saliency, by_definition(case, layer, contrastive), 0.9999)
     assert result.raw_saliency.min() >= 0
     assert result.saliency.max() == 1
@@ -47,19 +47,19 @@ def test_maps_by_definition(case: Case, layer: str, contrastive: bool) -> None:
 
 def test_the_layer_is_the_last_but_one(case: Case, tiny_bundle: Path) -> None:
     usual = case.explain(METHOD).raw_saliency
-    named = case.explain(METHOD, ExcitationBackpropOptions("layer3")).raw_saliency
+    named = case.explain(ExcitationBackprop("layer3")).raw_saliency
     np.testing.assert_array_equal(usual, named)
     with pytest.raises(OptionError, match='layer "layer9" is not in the bundle; it has layer1'):
-        case.explain(METHOD, ExcitationBackpropOptions("layer9"))
+        case.explain(ExcitationBackprop("layer9"))
 
 
 def test_chunks_and_classes_do_not_matter(headed_bundle: Path) -> None:
-    images, contrastive = noise(2, 3, 32, 48), ExcitationBackpropOptions(contrastive=True)
-    for options in (None, contrastive):
+    images, contrastive = noise(2, 3, 32, 48), ExcitationBackprop(contrastive=True)
+    for method in (ExcitationBackprop(), contrastive):
         maps = []
         for size in (1, 2, 7):
             with ccam.load(headed_bundle, batch_size=size) as explainer:
-                result = explainer.explain(images, [[1, 2], 3], options, method=METHOD)
+                result = explainer.explain(images, [[1, 2], 3], method=method)
             maps.append(result.raw_saliency)
         np.testing.assert_allclose(maps[0], maps[1], rtol=1e-4, atol=1e-7)
         np.testing.assert_allclose(maps[0], maps[2], rtol=1e-4, atol=1e-7)

@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from captum.attr import GuidedBackprop, IntegratedGradients, NoiseTunnel, Saliency
+from captum import attr as captum
 
 import ccam_deploy as ccam
 from ccam_deploy.errors import OptionError
 from ccam_deploy.methods import (
-    GuidedBackpropOptions,
-    IntegratedGradientsOptions,
-    SmoothGradOptions,
-    XRAIOptions,
+    XRAI,
+    GuidedBackprop,
+    IntegratedGradients,
+    SmoothGrad,
 )
 from ccam_deploy.methods.image_gradient import reduce_channels
 from tests.helpers import example_pictures, noise
@@ -47,9 +47,9 @@ def one_hot(classes: tuple[int, ...], count: int) -> torch.Tensor:
 )
 def test_integrated_gradients_are_captums(case: Case, rule: Any, method: str) -> None:
     """At the same places; Captum returns every channel, with its sign."""
-    options = IntegratedGradientsOptions(8, rule, channels="sum")
-    got = case.explain("integrated-gradients", options).raw_saliency
-    peer = IntegratedGradients(case.model)
+    options = IntegratedGradients(8, rule, channels="sum")
+    got = case.explain(options).raw_saliency
+    peer = captum.IntegratedGradients(case.model)
     expected = peer.attribute(
         torch.from_numpy(case.images), target=list(case.classes), n_steps=8, method=method
     )
@@ -61,32 +61,32 @@ def test_integrated_gradients_are_captums(case: Case, rule: Any, method: str) ->
 def test_captums_own_settings(digits_case: Case) -> None:
     """Its default is Gauss-Legendre quadrature of 50 steps, from zeros."""
     case = replace(digits_case, images=digits_case.images[:2], classes=digits_case.classes[:2])
-    options = IntegratedGradientsOptions(rule="gauss-legendre", channels="sum")
-    got = case.explain("integrated-gradients", options).raw_saliency
-    expected = IntegratedGradients(case.model).attribute(
+    options = IntegratedGradients(rule="gauss-legendre", channels="sum")
+    got = case.explain(options).raw_saliency
+    expected = captum.IntegratedGradients(case.model).attribute(
         torch.from_numpy(case.images), target=list(case.classes)
     )
     assert_same(got, expected.sum(1).detach().numpy())
 
 
 def test_guided_backprop_is_captums(case: Case) -> None:
-    got = case.explain("guided-backprop", GuidedBackpropOptions("sum")).raw_saliency
+    got = case.explain(GuidedBackprop("sum")).raw_saliency
     images = torch.from_numpy(case.images).requires_grad_()
     with pytest.warns(UserWarning, match="backward hooks"):
-        expected = GuidedBackprop(case.model).attribute(images, target=list(case.classes))
+        expected = captum.GuidedBackprop(case.model).attribute(images, target=list(case.classes))
     assert_same(got, expected.sum(1).detach().numpy())
 
 
 @pytest.mark.parametrize("kind", ["smoothgrad", "smoothgrad_sq"])
 def test_smoothgrad_is_captums(case: Case, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the same noise: Captum's own cannot be given, so it is put in the place of PyTorch's."""
-    options = SmoothGradOptions(4, 0.1, 3, square=kind == "smoothgrad_sq", channels="sum")
-    got = case.explain("smoothgrad", options).raw_saliency
+    options = SmoothGrad(4, 0.1, 3, square=kind == "smoothgrad_sq", channels="sum")
+    got = case.explain(options).raw_saliency
     shape = case.images.shape[1:]
     draws = [np.random.default_rng((3, n)).standard_normal(shape, np.float32) for n in range(4)]
     same = torch.from_numpy(np.stack(draws))
     monkeypatch.setattr(torch, "normal", lambda mean, deviation: mean + deviation * same)
-    peer = NoiseTunnel(Saliency(case.model))
+    peer = captum.NoiseTunnel(captum.Saliency(case.model))
     for one, image, target in zip(got, case.images, case.classes, strict=True):
         values = peer.attribute(
             torch.from_numpy(image[None].copy()),
@@ -102,9 +102,9 @@ def test_smoothgrad_is_captums(case: Case, kind: str, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("square", [False, True])
 def test_smoothgrad_by_its_definition(headed_bundle: Path, square: bool) -> None:
     images = noise(2, 3, 32, 48)
-    options = SmoothGradOptions(5, 0.2, 7, square)
+    options = SmoothGrad(5, 0.2, 7, square)
     with ccam.load(headed_bundle) as explainer:
-        got = explainer.explain(images, [1, 3], options, method="smoothgrad").raw_saliency
+        got = explainer.explain(images, [1, 3], method=options).raw_saliency
     total = torch.zeros(2, 3, 32, 48)
     spread = 0.2 * (images.max(axis=(1, 2, 3)) - images.min(axis=(1, 2, 3)))[:, None, None, None]
     for sample in range(5):
@@ -120,9 +120,9 @@ def test_smoothgrad_by_its_definition(headed_bundle: Path, square: bool) -> None
 def test_completeness(headed_bundle: Path, rule: Any, baseline: Any) -> None:
     """The values add up to the logit's increase, to 1 % of it at 300 steps."""
     images = noise(2, 3, 32, 48)
-    options = IntegratedGradientsOptions(300, rule, baseline, "sum")
+    options = IntegratedGradients(300, rule, baseline, "sum")
     with ccam.load(headed_bundle) as explainer:
-        got = explainer.explain(images, [1, 3], options, method="integrated-gradients")
+        got = explainer.explain(images, [1, 3], method=options)
         how = explainer.bundle.manifest.preprocessing
     level = {"black": 0.0, "white": 1.0}.get(baseline)
     start = np.zeros(3) if level is None else (level - np.array(how.mean)) / np.array(how.std)
@@ -180,16 +180,16 @@ def test_a_bundle_without_gradients(tiny_bundle: Path, method: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "option", "value", "message"),
     [
-        (IntegratedGradientsOptions, "steps", 0, "steps is 0; with rule midpoint it must be 1 to"),
-        (IntegratedGradientsOptions, "rule", "simpson", 'rule is "simpson"; it must be midpoint'),
-        (IntegratedGradientsOptions, "baseline", "red", 'baseline is "red"; it must be zero'),
-        (IntegratedGradientsOptions, "channels", "mean", 'channels is "mean"; it must be abs'),
-        (SmoothGradOptions, "samples", 0, "samples is 0"),
-        (SmoothGradOptions, "noise", float("nan"), "noise is nan"),
-        (SmoothGradOptions, "seed", -1, "seed is -1"),
-        (GuidedBackpropOptions, "channels", "", 'channels is ""'),
-        (XRAIOptions, "dilation", -1, "dilation is -1"),
-        (XRAIOptions, "least", 0, "least is 0"),
+        (IntegratedGradients, "steps", 0, "steps is 0; with rule midpoint it must be 1 to"),
+        (IntegratedGradients, "rule", "simpson", 'rule is "simpson"; it must be midpoint'),
+        (IntegratedGradients, "baseline", "red", 'baseline is "red"; it must be zero'),
+        (IntegratedGradients, "channels", "mean", 'channels is "mean"; it must be abs'),
+        (SmoothGrad, "samples", 0, "samples is 0"),
+        (SmoothGrad, "noise", float("nan"), "noise is nan"),
+        (SmoothGrad, "seed", -1, "seed is -1"),
+        (GuidedBackprop, "channels", "", 'channels is ""'),
+        (XRAI, "dilation", -1, "dilation is -1"),
+        (XRAI, "least", 0, "least is 0"),
     ],
 )
 def test_unusable_options(kind: type, option: str, value: object, message: str) -> None:
@@ -206,4 +206,4 @@ def test_unusable_options(kind: type, option: str, value: object, message: str) 
 )
 def test_steps_that_a_rule_does_not_have(steps: int, rule: Any, message: str) -> None:
     with pytest.raises(OptionError, match=message):
-        IntegratedGradientsOptions(steps, rule)
+        IntegratedGradients(steps, rule)

@@ -18,19 +18,19 @@ EXPLAIN = """
 import json, sys
 import numpy as np
 import ccam_deploy as ccam
-from ccam_deploy.evaluate.conditions import peak_memory
-from ccam_deploy.methods import RISEOptions, ScoreCAMOptions
+from ccam_deploy.latency.conditions import peak_memory
+from ccam_deploy.methods import RISE, ScoreCAM
 
 images = np.random.default_rng(0).standard_normal((1, 3, 224, 224)).astype(np.float32)
 options = {
-    "score-cam": (ScoreCAMOptions(channels=64), ScoreCAMOptions()),
-    "rise": (RISEOptions(masks=64), RISEOptions(masks=4000)),
+    "score-cam": (ScoreCAM(channels=64), ScoreCAM()),
+    "rise": (RISE(masks=64), RISE(masks=4000)),
 }
 method = sys.argv[2]
-with ccam.load(sys.argv[1], "onnxruntime-cpu") as explainer:
+with ccam.load(sys.argv[1], backend="onnxruntime-cpu") as explainer:
     peaks = []
     for chosen in options[method]:
-        result = explainer.explain(images, 1, chosen, method=method)
+        result = explainer.explain(images, 1, method=chosen)
         peaks.append(peak_memory())
 used = int(np.count_nonzero(result.weights[0])) if method == "score-cam" else 4000
 print(json.dumps({"peaks": peaks, "used": used}))

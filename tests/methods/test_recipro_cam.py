@@ -11,7 +11,7 @@ import torch
 
 import ccam_deploy as ccam
 from ccam_deploy.errors import OptionError
-from ccam_deploy.methods import ReciproCAMOptions
+from ccam_deploy.methods import ReciproCAM
 from tests.helpers import noise
 from tests.methods.peers import Case, assert_correlated, assert_same, enlarged
 from tests.networks import tiny
@@ -25,8 +25,8 @@ def test_is_its_definition(headed_bundle: Path, score: Any, batch_size: int) -> 
     model.relu2.register_forward_hook(lambda m, i, o: kept.append(o.detach()))
     model(torch.from_numpy(images))
     with ccam.load(headed_bundle, batch_size=batch_size) as explainer:
-        options = ReciproCAMOptions(score=score)
-        result = explainer.explain(images, [[1, 4], 2], options, method="recipro-cam")
+        options = ReciproCAM(score=score)
+        result = explainer.explain(images, [[1, 4], 2], method=options)
     for pair, (image, target) in enumerate([(0, 1), (0, 4), (1, 2)]):
         features = kept[0][image]
         expected = torch.zeros(8, 12)
@@ -63,7 +63,7 @@ def test_is_its_definition_on_resnet18(resnet18_case: Case) -> None:
 @pytest.mark.slow
 def test_logits_of_a_linear_head_give_cam(resnet18_case: Case) -> None:
     """Pooling and one linear layer: each place adds its own share, and the bias to all."""
-    result = resnet18_case.explain("recipro-cam", ReciproCAMOptions(score="logit"))
+    result = resnet18_case.explain(ReciproCAM(score="logit"))
     assert_correlated(result.raw_saliency, resnet18_case.explain("cam").raw_saliency)
 
 
@@ -77,4 +77,4 @@ def test_bundle_without_a_head_says_what_to_export(tiny_bundle: Path) -> None:
 
 def test_unknown_score() -> None:
     with pytest.raises(OptionError, match='score is "loss"; it must be logit or probability'):
-        ReciproCAMOptions(score="loss")  # type: ignore[arg-type]
+        ReciproCAM(score="loss")  # type: ignore[arg-type]

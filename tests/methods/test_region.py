@@ -21,7 +21,7 @@ import ccam_deploy as ccam
 from ccam_deploy.arrays import Floats
 from ccam_deploy.engines import Activations
 from ccam_deploy.errors import BackendError, OptionError
-from ccam_deploy.methods import Batch, Method, RISEOptions, ScoreCAMOptions, Stopwatch, with_options
+from ccam_deploy.methods import RISE, Batch, Method, ScoreCAM, Stopwatch
 from ccam_deploy.methods.rise import random_masks
 from tests.helpers import noise
 from tests.methods.peers import Case, assert_correlated, assert_same, enlarged
@@ -51,7 +51,7 @@ def score_cam_in_pytorch(case: Case, image: int, weights: str) -> Floats:
 
 @pytest.mark.parametrize("weights", ["increase", "probability"])
 def test_score_cam_follows_its_equations(digits_case: Case, weights: Any) -> None:
-    result = digits_case.explain("score-cam", ScoreCAMOptions(weights=weights))
+    result = digits_case.explain(ScoreCAM(weights=weights))
     for image in (0, 3):
         expected = score_cam_in_pytorch(digits_case, image, weights)
         got = result.raw_saliency[image][None]
@@ -69,7 +69,7 @@ def test_score_cam_with_softmax_is_torchcams(case: Case) -> None:
     size = case.images.shape[2:]
     (peer,) = case.torchcam(TorchScoreCAM, case.layers[-1:])
     expected = enlarged(peer, size)
-    got = case.explain("score-cam", ScoreCAMOptions(weights="softmax")).raw_saliency
+    got = case.explain(ScoreCAM(weights="softmax")).raw_saliency
     assert_same(got, expected)
     features = case.explainer.networks.backbone(case.images).features[-1]
     mean = enlarged(torch.from_numpy(features.mean(axis=1)), size)
@@ -97,8 +97,8 @@ def test_score_cam_keeps_each_channels_weight(digits_case: Case) -> None:
 
 
 def test_channels_that_vary_most_are_used(digits_case: Case) -> None:
-    whole = digits_case.explain("score-cam", ScoreCAMOptions(weights="probability"))
-    few = digits_case.explain("score-cam", ScoreCAMOptions(weights="probability", channels=5))
+    whole = digits_case.explain(ScoreCAM(weights="probability"))
+    few = digits_case.explain(ScoreCAM(weights="probability", channels=5))
     features = digits_case.explainer.networks.backbone(digits_case.images).features[-1]
     for pair, spread in enumerate(features.std(axis=(2, 3))):
         used = np.flatnonzero(few.weights[pair])
@@ -120,7 +120,7 @@ def test_rise_with_masks_given_is_its_authors(case: Case, tmp_path: Path) -> Non
     size = case.images.shape[2:]
     masks = random_masks(np.random.default_rng(5), 60, 6, 0.3, (size[0], size[1]))
     np.save(tmp_path / "masks.npy", masks)
-    result = case.explain("rise", RISEOptions(file=str(tmp_path / "masks.npy"), p=0.3))
+    result = case.explain(RISE(file=str(tmp_path / "masks.npy"), p=0.3))
     for image in range(2):
         expected = rise_by_definition(case, masks, 0.3, image)
         np.testing.assert_allclose(result.raw_saliency[image], expected, rtol=1e-3)
@@ -129,12 +129,12 @@ def test_rise_with_masks_given_is_its_authors(case: Case, tmp_path: Path) -> Non
 
 def test_rise_depends_on_its_seed_alone(digits_case: Case) -> None:
     bundle, networks = digits_case.explainer.bundle, digits_case.explainer.networks
-    options = RISEOptions(masks=50, seed=3)
-    one = digits_case.explain("rise", options)
+    options = RISE(masks=50, seed=3)
+    one = digits_case.explain(options)
     odd = ccam.Explainer(bundle, networks, "fp32", 7)
-    other = odd.explain(digits_case.images, list(digits_case.classes), options, method="rise")
+    other = odd.explain(digits_case.images, list(digits_case.classes), method=options)
     np.testing.assert_allclose(one.raw_saliency, other.raw_saliency, rtol=1e-4)
-    again = digits_case.explain("rise", RISEOptions(masks=50, seed=4))
+    again = digits_case.explain(RISE(masks=50, seed=4))
     assert np.abs(again.raw_saliency / one.raw_saliency - 1).max() > 0.05
 
 
@@ -144,7 +144,7 @@ def test_rise_score_can_be_the_logit(digits_case: Case) -> None:
         ("logit", lambda r: r.logits[range(8), r.targets]),
         ("probability", lambda r: [r.probability(pair) for pair in range(8)]),
     ):
-        result = digits_case.explain("rise", RISEOptions(masks=3, p=1.0, score=score))  # type: ignore[arg-type]
+        result = digits_case.explain(RISE(masks=3, p=1.0, score=score))  # type: ignore[arg-type]
         for raw, value in zip(result.raw_saliency, expected(result), strict=True):
             np.testing.assert_allclose(raw, value, rtol=1e-4)
 
@@ -208,42 +208,37 @@ class Bright:
         return np.stack([mean, -mean], axis=1)
 
 
-def run(method: Method[Any], classifier: Bright, batch: Batch) -> Any:
+def run(method: Method, classifier: Bright, batch: Batch) -> Any:
     return method.explain(classifier, batch, Stopwatch())
 
 
-@pytest.mark.parametrize(("method", "each"), [("score-cam", 6), ("rise", 10)])
-def test_classes_of_an_image_share_its_forwards(method: str, each: int) -> None:
-    options = RISEOptions(masks=10, cells=4) if method == "rise" else None
+@pytest.mark.parametrize(("method", "each"), [(ScoreCAM(), 6), (RISE(masks=10, cells=4), 10)])
+def test_classes_of_an_image_share_its_forwards(method: Method, each: int) -> None:
     classifier = Bright(noise(3, 6, 3, 4))
-    whole = run(
-        with_options(method, options), classifier, classifier.batch([0, 0, 2, 2], [1, 0, 0, 1])
-    )
+    whole = run(method, classifier, classifier.batch([0, 0, 2, 2], [1, 0, 0, 1]))
     assert sum(classifier.asked) == 2 * each
     assert max(classifier.asked) == 4
     for pair, (image, target) in enumerate([(0, 1), (0, 0), (2, 0), (2, 1)]):
-        alone = run(with_options(method, options), classifier, classifier.batch([image], [target]))
+        alone = run(method, classifier, classifier.batch([image], [target]))
         np.testing.assert_allclose(whole.raw_saliency[pair], alone.raw_saliency[0], atol=1e-6)
 
 
 @pytest.mark.parametrize(
-    ("method", "options", "channels", "masks"),
+    ("method", "channels", "masks"),
     [
-        ("score-cam", ScoreCAMOptions(), 2048, 2048),
-        ("rise", RISEOptions(masks=64), 2, 64),
-        ("rise", RISEOptions(), 2, 4000),
+        (ScoreCAM(), 2048, 2048),
+        (RISE(masks=64), 2, 64),
+        (RISE(), 2, 4000),
     ],
 )
-def test_memory_does_not_grow_with_the_masks(
-    method: str, options: object, channels: int, masks: int
-) -> None:
+def test_memory_does_not_grow_with_the_masks(method: Method, channels: int, masks: int) -> None:
     """64 masks of 224×224 are 13 MB, 4,000 are 803 MB; a chunk of four and its images 3 MB."""
     classifier = Bright(noise(1, channels, 7, 7))
     classifier.images = 1 + np.abs(noise(1, 3, 224, 224))
     batch = classifier.batch([0], [0])
     tracemalloc.start()
     try:
-        result = run(with_options(method, options), classifier, batch)
+        result = run(method, classifier, batch)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -262,9 +257,8 @@ def test_any_features_give_finite_maps(features: Floats) -> None:
     classifier = Bright(features)
     flat = np.ptp(features.reshape(2, 3, -1), axis=2) == 0
     for weights in ("increase", "probability", "softmax"):
-        options = ScoreCAMOptions(weights=weights)
         batch = classifier.batch([0, 1], [0, 1])
-        result = run(with_options("score-cam", options), classifier, batch)
+        result = run(ScoreCAM(weights=weights), classifier, batch)
         assert np.isfinite(result.raw_saliency).all()
         assert ((result.saliency >= 0) & (result.saliency <= 1)).all()
         for own, weight, gain in zip(flat, result.weights, result.mic, strict=True):
@@ -276,9 +270,9 @@ def test_features_that_are_not_finite_are_refused() -> None:
     features = noise(2, 3, 2, 3)
     features[1, 0, 0, 0] = np.nan
     classifier = Bright(features)
-    assert run(with_options("score-cam"), classifier, classifier.batch([0], [0])).mic
+    assert run(ScoreCAM(), classifier, classifier.batch([0], [0])).mic
     with pytest.raises(BackendError, match='layer "last" has NaN or infinite features'):
-        run(with_options("score-cam"), classifier, classifier.batch([1], [0]))
+        run(ScoreCAM(), classifier, classifier.batch([1], [0]))
 
 
 def test_scores_that_are_not_finite_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -286,23 +280,23 @@ def test_scores_that_are_not_finite_are_refused(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(
         classifier, "masked_logits", lambda i, m, o: np.full((len(m), 2), np.nan, np.float32)
     )
-    for method, options in (("score-cam", None), ("rise", RISEOptions(masks=4, cells=2))):
+    for method in (ScoreCAM(), RISE(masks=4, cells=2)):
         with pytest.raises(BackendError, match="the maps have NaN or infinite values"):
-            run(with_options(method, options), classifier, classifier.batch([0], [0]))
+            run(method, classifier, classifier.batch([0], [0]))
 
 
 @pytest.mark.parametrize(
     ("kind", "changes", "message"),
     [
-        (ScoreCAMOptions, {"weights": "cic"}, 'weights is "cic"; it must be increase, probability'),
-        (ScoreCAMOptions, {"channels": -1}, "channels is -1"),
-        (RISEOptions, {"masks": 0}, "masks is 0; it must be 1 to"),
-        (RISEOptions, {"cells": 0}, "cells is 0"),
-        (RISEOptions, {"p": 0.0}, "p is 0.0"),
-        (RISEOptions, {"p": 1.1}, "p is 1.1"),
-        (RISEOptions, {"seed": -1}, "seed is -1"),
-        (RISEOptions, {"score": "loss"}, 'score is "loss"'),
-        (RISEOptions, {"file": "a.npy", "seed": 1}, "leave them out with a file"),
+        (ScoreCAM, {"weights": "cic"}, 'weights is "cic"; it must be increase, probability'),
+        (ScoreCAM, {"channels": -1}, "channels is -1"),
+        (RISE, {"masks": 0}, "masks is 0; it must be 1 to"),
+        (RISE, {"cells": 0}, "cells is 0"),
+        (RISE, {"p": 0.0}, "p is 0.0"),
+        (RISE, {"p": 1.1}, "p is 1.1"),
+        (RISE, {"seed": -1}, "seed is -1"),
+        (RISE, {"score": "loss"}, 'score is "loss"'),
+        (RISE, {"file": "a.npy", "seed": 1}, "leave them out with a file"),
     ],
 )
 def test_options_out_of_range(kind: Any, changes: dict[str, Any], message: str) -> None:
@@ -313,21 +307,21 @@ def test_options_out_of_range(kind: Any, changes: dict[str, Any], message: str) 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (ScoreCAMOptions(layer="top"), 'layer "top" is not in the bundle; it has last'),
-        (RISEOptions(cells=25), "cells is 25; an input of 24x32 takes 24"),
-        (RISEOptions(file="none.npy"), "none.npy is not a .npy file that can be read"),
-        (RISEOptions(file="text.npy"), "text.npy is not a .npy file that can be read"),
-        (RISEOptions(file="objects.npy"), "objects.npy is not a .npy file that can be read"),
-        (RISEOptions(file="several.npz"), "several.npz holds several arrays; it must hold one"),
-        (RISEOptions(file="wide.npy"), r"wide.npy holds float32\[2, 24, 24\]; the bundle takes"),
-        (RISEOptions(file="empty.npy"), r"empty.npy holds float32\[0, 24, 32\]"),
-        (RISEOptions(file="whole.npy"), r"whole.npy holds int64\[2, 24, 32\]"),
-        (RISEOptions(file="bright.npy"), r"bright.npy has masks outside of \[0, 1\]"),
-        (RISEOptions(file="nan.npy"), r"nan.npy has masks outside of \[0, 1\]"),
+        (ScoreCAM(layer="top"), 'layer "top" is not in the bundle; it has last'),
+        (RISE(cells=25), "cells is 25; an input of 24x32 takes 24"),
+        (RISE(file="none.npy"), "none.npy is not a .npy file that can be read"),
+        (RISE(file="text.npy"), "text.npy is not a .npy file that can be read"),
+        (RISE(file="objects.npy"), "objects.npy is not a .npy file that can be read"),
+        (RISE(file="several.npz"), "several.npz holds several arrays; it must hold one"),
+        (RISE(file="wide.npy"), r"wide.npy holds float32\[2, 24, 24\]; the bundle takes"),
+        (RISE(file="empty.npy"), r"empty.npy holds float32\[0, 24, 32\]"),
+        (RISE(file="whole.npy"), r"whole.npy holds int64\[2, 24, 32\]"),
+        (RISE(file="bright.npy"), r"bright.npy has masks outside of \[0, 1\]"),
+        (RISE(file="nan.npy"), r"nan.npy has masks outside of \[0, 1\]"),
     ],
 )
 def test_what_cannot_be_used_is_refused(
-    options: object, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    options: Method, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("text.npy").write_text("masks")
@@ -339,6 +333,5 @@ def test_what_cannot_be_used_is_refused(
     np.save("bright.npy", np.full((2, 24, 32), 1.5, np.float32))
     np.save("nan.npy", np.full((2, 24, 32), np.nan, np.float32))
     classifier = Bright(noise(1, 3, 2, 3))
-    name = "rise" if isinstance(options, RISEOptions) else "score-cam"
     with pytest.raises(OptionError, match=message):
-        run(with_options(name, options), classifier, classifier.batch([0], [0]))
+        run(options, classifier, classifier.batch([0], [0]))

@@ -6,6 +6,7 @@ import dataclasses
 import typing
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,15 +16,15 @@ from ccam_deploy.engines.base import Array
 from ccam_deploy.engines.onnxruntime import OnnxRuntimeEngine
 from ccam_deploy.errors import OptionError
 from ccam_deploy.methods import (
+    CAM,
     DEFAULT_METHOD,
     METHODS,
-    CAMOptions,
-    CollectionCAMOptions,
-    GradCAMOptions,
-    LayerCAMOptions,
-    RISEOptions,
-    ScoreCAMOptions,
-    with_options,
+    RISE,
+    CollectionCAM,
+    GradCAM,
+    Method,
+    ScoreCAM,
+    make_method,
 )
 from tests.helpers import noise
 
@@ -46,24 +47,23 @@ def test_the_command_line_offers_them_all() -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_options_are_frozen_and_have_defaults(name: str) -> None:
-    kind = METHODS[name].options_type
-    assert METHODS[name]().options == kind()
+    kind: Any = METHODS[name]
+    assert kind() == make_method(name)
     assert kind.__dataclass_params__.frozen
     documented = kind.__doc__ or ""
     for field in dataclasses.fields(kind):
         assert field.name in documented
 
 
-def test_no_two_methods_share_their_options() -> None:
-    kinds = [method.options_type for method in METHODS.values()]
-    assert len(set(kinds)) == len(kinds)
+def test_no_two_methods_are_equal() -> None:
+    assert len({method() for method in METHODS.values()}) == len(METHODS)
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_result_tells_method_and_options(headed_bundle: Path, name: str) -> None:
-    chosen = RISEOptions(masks=20) if name == "rise" else METHODS[name].options_type()
+    chosen = RISE(masks=20) if name == "rise" else METHODS[name]()
     with ccam.load(headed_bundle) as explainer:
-        result = explainer.explain(noise(2, 3, 32, 48), [1, 3], chosen, method=name)
+        result = explainer.explain(noise(2, 3, 32, 48), [1, 3], method=chosen)
     assert result.settings["method"] == name
     assert result.settings["options"] == dataclasses.asdict(chosen)
     assert len(result) == len(result.masks) == len(result.weights) == len(result.mic) == 2
@@ -74,14 +74,14 @@ def test_a_check_refuses_what_an_explanation_does(
     headed_bundle: Path, tiny_bundle: Path, name: str
 ) -> None:
     """With the same words, and on a bundle with all graphs it refuses nothing."""
-    chosen = RISEOptions(masks=20) if name == "rise" else METHODS[name].options_type()
+    chosen = RISE(masks=20) if name == "rise" else METHODS[name]()
     with ccam.load(headed_bundle) as explainer:
-        explainer.check(name, chosen)
+        explainer.require_method(chosen)
     with ccam.load(tiny_bundle) as explainer:
         said = []
         for call in (
-            lambda: explainer.check(name, chosen),
-            lambda: explainer.explain(noise(1, 3, 32, 48), 0, chosen, method=name),
+            lambda: explainer.require_method(chosen),
+            lambda: explainer.explain(noise(1, 3, 32, 48), 0, method=chosen),
         ):
             try:
                 call()
@@ -93,21 +93,21 @@ def test_a_check_refuses_what_an_explanation_does(
 
 
 @pytest.mark.parametrize(
-    ("name", "chosen", "message"),
+    ("chosen", "message"),
     [
-        ("collection-cam", CollectionCAMOptions(layers=("x",)), 'layer "x" is not in the bundle'),
-        ("grad-cam", GradCAMOptions(layer="x"), 'layer "x" is not in the bundle'),
-        ("score-cam", ScoreCAMOptions(layer="x"), 'layer "x" is not in the bundle'),
-        ("cam", CAMOptions(layer="relu1"), "cam needs logits that are linear in the mean of"),
-        ("rise", RISEOptions(file="none.npy"), r"none\.npy is not a \.npy file that can be read"),
-        ("rise", RISEOptions(cells=40), "cells is 40; an input of 32x48 takes 32"),
+        (CollectionCAM(layers=("x",)), 'layer "x" is not in the bundle'),
+        (GradCAM(layer="x"), 'layer "x" is not in the bundle'),
+        (ScoreCAM(layer="x"), 'layer "x" is not in the bundle'),
+        (CAM(layer="relu1"), "cam needs logits that are linear in the mean of"),
+        (RISE(file="none.npy"), r"none\.npy is not a \.npy file that can be read"),
+        (RISE(cells=40), "cells is 40; an input of 32x48 takes 32"),
     ],
 )
 def test_a_check_finds_options_that_do_not_suit(
-    tiny_bundle: Path, name: str, chosen: object, message: str
+    tiny_bundle: Path, chosen: Method, message: str
 ) -> None:
     with ccam.load(tiny_bundle) as explainer, pytest.raises(OptionError, match=message):
-        explainer.check(name, chosen)
+        explainer.require_method(chosen)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -122,8 +122,8 @@ def test_a_check_is_a_few_passes(
         return plain(engine, feeds)
 
     monkeypatch.setattr(OnnxRuntimeEngine, "run", counting)
-    with ccam.load(headed_bundle, "onnxruntime-cpu") as explainer:
-        explainer.check(name)
+    with ccam.load(headed_bundle, backend="onnxruntime-cpu") as explainer:
+        explainer.require_method(name)
     assert 1 <= len(rows) <= 4
     assert set(rows) == {1}
 
@@ -137,21 +137,19 @@ def test_the_default_is_collection_cam(tiny_bundle: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "given", "message"),
+    ("method", "message"),
     [
-        ("no-cam", None, 'method "no-cam" is unknown; there are collection-cam, grad-cam, '),
-        ("grad-cam", CollectionCAMOptions(), "the options are CollectionCAMOptions; grad-cam take"),
-        ("collection-cam", GradCAMOptions(), "GradCAMOptions; collection-cam takes CollectionCAM"),
-        ("cam", LayerCAMOptions(), "the options are LayerCAMOptions; cam takes CAMOptions"),
-        ("grad-cam", {"relu": False}, "the options are dict; grad-cam takes GradCAMOptions"),
+        ("no-cam", 'method "no-cam" is unknown; there are collection-cam, grad-cam, '),
+        (GradCAM, "the method is <class '.*GradCAM'>; give a name, or a method like GradCAM()"),
+        ({"relu": False}, "the method is {'relu': False}; give a name"),
     ],
 )
-def test_what_does_not_fit_is_refused(name: str, given: object, message: str) -> None:
+def test_what_does_not_fit_is_refused(method: Any, message: str) -> None:
     with pytest.raises(OptionError, match=message):
-        with_options(name, given)
+        make_method(method)
 
 
 def test_option_types_can_be_read() -> None:
     """The command line converts words to these types."""
     for method in METHODS.values():
-        assert typing.get_type_hints(method.options_type)
+        assert typing.get_type_hints(method)

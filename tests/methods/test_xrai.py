@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from captum.attr import IntegratedGradients
+from captum import attr as captum
 from numpy.typing import NDArray
 
 import ccam_deploy as ccam
 from ccam_deploy.arrays import Floats
 from ccam_deploy.errors import BackendError
-from ccam_deploy.methods import IntegratedGradientsOptions, XRAIOptions
+from ccam_deploy.methods import XRAI, IntegratedGradients
 from ccam_deploy.methods.integrated_gradients import Baseline
 from ccam_deploy.methods.xrai import rank
 from tests.helpers import example_pictures, noise
@@ -36,7 +36,7 @@ def digits_case(differentiable: ccam.Explainer) -> Case:
 def attributions_by_captum(case: Case, steps: int) -> Floats:
     """The mean [B, H, W] of integrated gradients from black and from white pixels."""
     how = case.explainer.bundle.manifest.preprocessing
-    peer, found = IntegratedGradients(case.model), []
+    peer, found = captum.IntegratedGradients(case.model), []
     for level in BASELINES.values():
         start = (level - np.array(how.mean)) / np.array(how.std)
         values = peer.attribute(
@@ -92,11 +92,11 @@ def xrai_by_definition(
 
 def test_xrai_follows_its_algorithm(case: Case) -> None:
     """Regions are taken by our own gradients: Captum's, rounded otherwise, may swap two of them."""
-    options = [IntegratedGradientsOptions(8, "midpoint", colour, "sum") for colour in BASELINES]
-    both = [case.explain("integrated-gradients", one).raw_saliency for one in options]
+    options = [IntegratedGradients(8, "midpoint", colour, "sum") for colour in BASELINES]
+    both = [case.explain(one).raw_saliency for one in options]
     attributions = np.mean(both, axis=0)
     assert_same(attributions, attributions_by_captum(case, 8))
-    got = case.explain("xrai", XRAIOptions(steps=8)).raw_saliency
+    got = case.explain(XRAI(steps=8)).raw_saliency
     for image, one in enumerate(got):
         regions = regions_by_scikit_image(case, image, dilation=5)
         assert len(regions) > 10

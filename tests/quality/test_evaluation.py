@@ -29,8 +29,8 @@ from tests.quality.scorers import LinearScorer
 pytest.importorskip("sklearn", reason="scikit-learn is not installed")
 
 TWO = (
-    Variant("default", "collection-cam"),
-    Variant("few", "collection-cam", ccam.CollectionCAMOptions(k_max=3)),
+    Variant("default", ccam.CollectionCAM()),
+    Variant("few", ccam.CollectionCAM(k_max=3)),
 )
 BOXLESS = tuple(name for name in METRICS if not METRICS[name].boxes)
 
@@ -112,7 +112,7 @@ def test_maps_have_the_values_worked_by_hand(
     equal pixels 8 rows go at a time, as many of the object as of the rest: 50 % throughout.
     """
     data = Halves([Image.new("L", (2, 16))] * 2)
-    contender = GivenMap("given", "grad-cam", saliency=saliency)
+    contender = GivenMap("given", ccam.CollectionCAM(), saliency=saliency)
     settings = EvaluationSettings(target="label")
     measured = Evaluation(sum_of_pixels(tiny_bundle), data, [contender], settings)
     rows = finished(measured, tmp_path)
@@ -298,7 +298,7 @@ def test_images_are_drawn_once_each() -> None:
 
 def test_methods_by_name() -> None:
     names = ["collection-cam", "collection-cam"]
-    assert evaluation.variants(names) == (Variant("collection-cam", "collection-cam"),)
+    assert evaluation.variants(names) == (Variant("collection-cam", ccam.CollectionCAM()),)
     with pytest.raises(OptionError, match='method "x-cam" is unknown; there are collection-cam'):
         evaluation.variants(["x-cam"])
     with pytest.raises(OptionError, match="there is no method to measure"):

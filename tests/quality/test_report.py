@@ -176,7 +176,7 @@ def test_maps_are_a_grid(digits: ccam.Explainer) -> None:
     """A row for each of six images at most, a column for each method and one for the image."""
     pytest.importorskip("sklearn", reason="scikit-learn is not installed")
     data = open_dataset("scenes", digits.bundle.manifest)
-    one = Variant("one", "collection-cam")
+    one = Variant("one", ccam.CollectionCAM())
     sizes = {}
     for shown, methods in ((1, 1), (1, 2), (9, 1)):
         found = [Row(n, "", "one", n, 0.5, {}) for n in range(shown)]

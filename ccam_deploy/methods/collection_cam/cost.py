@@ -13,25 +13,28 @@ import numpy as np
 
 from ccam_deploy.arrays import Doubles
 from ccam_deploy.errors import OptionError
+from ccam_deploy.methods.base import Method
 from ccam_deploy.methods.collection_cam.cpu import CollectionCAM
-from ccam_deploy.methods.collection_cam.options import CollectionCAMOptions, chosen_layers
 
 _WARM_ROUNDS = 2
 """A GPU launches work piece by piece the first time, and captures it the second."""
 _ROUNDS = 3
 _PERCENTILE = 90
 
-Run = Callable[[CollectionCAMOptions], int]
-"""Explains once with some options; gives how many masks went through the classifier."""
+Run = Callable[[CollectionCAM], int]
+"""Explains once; returns how many masks went through the classifier."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds of one call, from the prepared images to the result.
+    """Seconds that one call takes, from the prepared images to the result.
 
-    fixed: of all that k_max does not change.   per_number: of each number of collections that is
-    tried.   per_mask: of each mask: drawn, sent through the classifier, added up.
-    margin: nine of ten measured calls took at most so many times what the three give.
+    Attributes:
+        fixed: Seconds of everything that k_max does not change.
+        per_number: Seconds for each number of collections that is tried.
+        per_mask: Seconds for each mask: drawn, sent through the classifier, added up.
+        margin: Nine of ten measured calls took at most this factor times the sum of the three.
+
     """
 
     fixed: float
@@ -40,15 +43,29 @@ class Cost:
     margin: float
 
     def seconds(self, numbers: Doubles, masks: Doubles) -> Doubles:
-        """Seconds for some numbers of collections tried and some numbers of masks, alike long."""
+        """Predict the seconds of several calls.
+
+        Args:
+            numbers: [N] float64, how many numbers of collections each call tries.
+            masks: [N] float64, how many masks each call has.
+
+        Returns:
+            [N] float64.
+
+        """
         return self.margin * (self.fixed + self.per_number * numbers + self.per_mask * masks)
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What a call was given and is expected to take, in milliseconds.
+    """The budget of a call and what it is expected to take.
 
-    k_max: the one that was chosen.   k_max_asked: the options' own, which is at least that.
+    Attributes:
+        ms: The budget, in milliseconds.
+        predicted_ms: What the call is expected to take at most, in milliseconds.
+        k_max: The largest k_max that fits.
+        k_max_asked: The method's own k_max, which is at least that.
+
     """
 
     ms: float
@@ -57,28 +74,34 @@ class Budget:
     k_max_asked: int
 
 
-def measure(run: Run, options: CollectionCAMOptions, now: Callable[[], float]) -> Cost:
-    """Time calls with few and many masks in turn, and fit their cost.
+def measure(run: Run, method: CollectionCAM, now: Callable[[], float]) -> Cost:
+    """Time calls with few and with many masks in turn, and fit their cost.
 
-    Some are forced to a number of collections; one chooses its own, as explanations do.
+    Some calls are forced to one number of collections; one chooses its own, as explanations do.
+
+    Args:
+        run: Explains once.
+        method: The method whose calls are measured, up to its k_max.
+        now: Seconds on a clock that only goes forward.
+
     """
     from scipy.optimize import nnls
 
-    most = options.k_max
-    ranges = dict.fromkeys([(1, 1), (-(-most // 2),) * 2, (most, most), (options.k_min, most)])
-    tried = [replace(options, k_min=low, k_max=high) for low, high in ranges]
+    most = method.k_max
+    ranges = dict.fromkeys([(1, 1), (-(-most // 2),) * 2, (most, most), (method.k_min, most)])
+    tried = [replace(method, k_min=low, k_max=high) for low, high in ranges]
     for _ in range(_WARM_ROUNDS):
-        masks = [run(one) for one in tried]
+        masks = [run(trial) for trial in tried]
     seconds = np.empty((_ROUNDS, len(tried)))
     for row in seconds:
-        for place, one in enumerate(tried):
+        for place, trial in enumerate(tried):
             started = now()
-            run(one)
+            run(trial)
             row[place] = now() - started
     terms = np.array(
         [[1.0, high - low + 1, n] for (low, high), n in zip(ranges, masks, strict=True)]
     )
-    # Errors count by their share, for a call that takes longer varies more.
+    # Errors count relative to the time, because a call that takes longer also varies more.
     typical = np.median(seconds, axis=0)
     parts, _ = nnls(terms / typical[:, None], np.ones(len(typical)))
     margin = float(np.percentile(seconds / (terms @ parts), _PERCENTILE))
@@ -87,11 +110,16 @@ def measure(run: Run, options: CollectionCAMOptions, now: Callable[[], float]) -
 
 
 class Costs:
-    """The costs of an explainer's calls, each measured when it is first asked for, or anew.
+    """The costs of an explainer's calls, each measured when it is first asked for, or again.
 
-    channels: of each target layer, by its name.   rehearse: gives a call on stand-ins for some
-    images and (image, class) pairs.   Safe to use from several threads: they wait for what one of
-    them measures.
+    Safe to use from several threads: they wait for what one of them measures.
+
+    Args:
+        channels: The number of channels of each target layer, by its name.
+        rehearse: Called with numbers of images and (image, class) pairs; returns a call on
+            stand-ins for as many.
+        now: Seconds on a clock that only goes forward.
+
     """
 
     def __init__(
@@ -106,35 +134,46 @@ class Costs:
         self._lock = threading.Lock()
         self._known: dict[tuple[object, ...], Cost] = {}
 
-    def of(
-        self, images: int, pairs: int, options: CollectionCAMOptions, anew: bool = False
-    ) -> Cost:
-        """The cost of a call on some images and (image, class) pairs.
+    def of(self, images: int, pairs: int, method: CollectionCAM, anew: bool = False) -> Cost:
+        """Give the cost of a call on some images and (image, class) pairs.
 
-        Options that change what is computed, and not how much, do not count.
-        anew: measure it even if it was measured before.
+        Options that do not change how much is computed share one measurement.
+
+        Args:
+            images: How many images the call has.
+            pairs: How many (image, class) pairs the call has.
+            method: The method of the call.
+            anew: Measure even where a measurement exists.
+
         """
-        key = images, pairs, options.k_min, options.k_max, options.layers
+        key = images, pairs, method.k_min, method.k_max, method.layers
         with self._lock:
             if anew or key not in self._known:
                 run = self._rehearse(images, pairs)
-                self._known[key] = measure(run, options, self._now)
+                self._known[key] = measure(run, method, self._now)
             return self._known[key]
 
-    def predict(self, parts: Sequence[tuple[int, int]], options: CollectionCAMOptions) -> Doubles:
-        """Seconds that a call takes at most, for each k_max from the options' k_min to k_max.
+    def predict(self, parts: Sequence[tuple[int, int]], method: CollectionCAM) -> Doubles:
+        """Predict how long a call takes at most, for each k_max from the method's k_min up.
 
-        parts: images and pairs of what the call does one after the other.
-        Every layer is taken to have as many collections as it may.
+        Every layer is assumed to have as many collections as it may.
+
+        Args:
+            parts: Numbers of images and pairs of each batch that the call runs in turn.
+            method: The method of the call.
+
+        Returns:
+            [k_max - k_min + 1] float64, seconds.
+
         """
         names = list(self._channels)
-        channels = np.array([self._channels[names[i]] for i in chosen_layers(options, names)])
-        ks = np.arange(options.k_min, options.k_max + 1)
-        numbers = (ks - options.k_min + 1).astype(np.float64)
+        channels = np.array([self._channels[names[i]] for i in method.selected_layers(names)])
+        ks = np.arange(method.k_min, method.k_max + 1)
+        numbers = (ks - method.k_min + 1).astype(np.float64)
         masks = np.minimum(ks[:, None], channels).sum(axis=1).astype(np.float64)
         total = np.zeros(len(ks))
         for images, pairs in parts:
-            total += self.of(images, pairs, options).seconds(numbers, pairs * masks)
+            total += self.of(images, pairs, method).seconds(numbers, pairs * masks)
         return total
 
     def within(
@@ -142,30 +181,58 @@ class Costs:
         budget_ms: float,
         spent: float,
         parts: Sequence[tuple[int, int]],
-        options: CollectionCAMOptions,
-    ) -> tuple[CollectionCAMOptions, Budget]:
-        """The options with the largest k_max, up to their own, that a call has time for.
+        method: CollectionCAM,
+    ) -> tuple[CollectionCAM, Budget]:
+        """Lower a method's k_max to the largest for which a call has time.
 
-        spent: seconds of the budget that are over.   parts: see `predict`.
-        Raises OptionError where there is not even time for k_min.
+        Args:
+            budget_ms: Milliseconds that the call may take.
+            spent: Seconds of the budget that have passed.
+            parts: As for `predict`.
+            method: The method of the call.
+
+        Returns:
+            The method with the k_max that fits, and the budget.
+
+        Raises:
+            OptionError: Not even k_min fits.
+
         """
-        predicted = 1000 * (spent + self.predict(parts, options))
+        predicted = 1000 * (spent + self.predict(parts, method))
         fitting = int(np.count_nonzero(predicted <= budget_ms))
         if not fitting:
             raise OptionError(
-                f"budget_ms is {budget_ms:g}; with k_max {options.k_min}, the least, this call is "
+                f"budget_ms is {budget_ms:g}; with k_max {method.k_min}, the least, this call is "
                 f"expected to take {predicted[0]:.1f} ms"
             )
-        k_max = options.k_min + fitting - 1
-        told = Budget(float(budget_ms), float(predicted[fitting - 1]), k_max, options.k_max)
-        return replace(options, k_max=k_max), told
+        k_max = method.k_min + fitting - 1
+        budget = Budget(float(budget_ms), float(predicted[fitting - 1]), k_max, method.k_max)
+        return replace(method, k_max=k_max), budget
 
 
-def check_budget(budget_ms: float | None, method: str) -> None:
-    """Raise OptionError for a budget that is none, or of a method that cannot keep one."""
+def budgeted(method: Method) -> CollectionCAM:
+    """Return the method where it can keep a budget.
+
+    Raises:
+        OptionError: The method is not Collection-CAM.
+
+    """
+    if not isinstance(method, CollectionCAM):
+        raise OptionError(
+            f"a budget is kept by {CollectionCAM.name} alone; the method is {method.name}"
+        )
+    return method
+
+
+def validate_budget(budget_ms: float | None, method: Method) -> None:
+    """Refuse a budget that is not a time, or that the method cannot keep.
+
+    Raises:
+        OptionError: The budget is not above 0 and finite, or the method is not Collection-CAM.
+
+    """
     if budget_ms is None:
         return
-    if method != CollectionCAM.name:
-        raise OptionError(f"a budget is kept by {CollectionCAM.name} alone; the method is {method}")
+    budgeted(method)
     if not 0 < budget_ms < float("inf"):
         raise OptionError(f"budget_ms is {budget_ms:g}; it must be above 0 and finite")

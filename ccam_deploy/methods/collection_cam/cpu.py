@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from ccam_deploy.arrays import Floats
 from ccam_deploy.engines import Classifier
+from ccam_deploy.errors import OptionError
 from ccam_deploy.kernels import cpu
 from ccam_deploy.methods.base import (
     Batch,
@@ -20,9 +21,11 @@ from ccam_deploy.methods.base import (
     MethodResult,
     Stopwatch,
     not_finite,
+    places_of,
 )
-from ccam_deploy.methods.collection_cam.options import CollectionCAMOptions, chosen_layers
-from ccam_deploy.methods.scores import probabilities, score_of
+from ccam_deploy.methods.scores import Score, probabilities, require_score, score_of
+
+_MOST_COLLECTIONS = 1024
 
 
 @dataclass(frozen=True)
@@ -34,15 +37,57 @@ class _Piece:
     masks: Floats
 
 
-class CollectionCAM(Method[CollectionCAMOptions]):
-    """Clusters feature maps into collections, weighs each collection's mask by its score."""
+@dataclass(frozen=True)
+class CollectionCAM(Method):
+    """Clusters feature maps into collections and weighs each collection's mask by its score.
+
+    Ha & Youn, "Collection-CAM", IEEE Access 2022, algorithm 1. The defaults are the paper's where
+    it gives a value.
+
+    Attributes:
+        theta: Mask values not above this quantile become 0; in [0, 1).
+        k_min: The fewest collections that a layer may have.
+        k_max: The most collections that a layer may have, at most 1024.
+        score: What F_c is: the logit of the class, or its softmax probability.
+        standardise: Scale the channel statistics to equal deviation before they are clustered.
+        layers: Use only these target layers; empty for all. The deepest counts as the final one.
+
+    """
 
     name = "collection-cam"
-    options_type = CollectionCAMOptions
+    theta: float = 0.1
+    k_min: int = 2
+    k_max: int = 10
+    score: Score = "logit"
+    standardise: bool = False
+    layers: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.theta < 1:
+            raise OptionError(f"theta is {self.theta}; it must be in [0, 1)")
+        if not 1 <= self.k_min <= self.k_max:
+            raise OptionError(
+                f"k_min is {self.k_min} and k_max {self.k_max}; 1 <= k_min <= k_max must hold"
+            )
+        if self.k_max > _MOST_COLLECTIONS:
+            raise OptionError(f"k_max is {self.k_max}; it must be at most {_MOST_COLLECTIONS}")
+        require_score(self.score)
+
+    def selected_layers(self, names: Sequence[str]) -> list[int]:
+        """List the places of the layers that are used, the final one last.
+
+        Args:
+            names: The bundle's target layers, from the shallowest to the deepest.
+
+        Raises:
+            OptionError: A layer is not in the bundle.
+
+        """
+        return places_of(self.layers or names, names)
 
     def explain(self, classifier: Classifier, batch: Batch, clock: Stopwatch) -> MethodResult:
         """Explain every pair of a batch; see Method."""
-        chosen = chosen_layers(self.options, batch.layers)
+        chosen = self.selected_layers(batch.layers)
         with clock.stage("gradient"):
             activations = batch.activations.take(batch.owner)
             gradients = classifier.gradients(activations, self._output_gradient(batch))
@@ -62,22 +107,22 @@ class CollectionCAM(Method[CollectionCAMOptions]):
             raw = weighted.result()
             weights = tuple(map(cpu.softmax, scores, counted))
             rows = np.broadcast_to(batch.baseline, (len(scores), len(batch.baseline)))
-            base = score_of(self.options.score, rows, batch.targets)
+            base = score_of(self.score, rows, batch.targets)
             mic = tuple(
                 np.where(c, s - b, np.float32(0))
                 for s, c, b in zip(scores, counted, base, strict=True)
             )
             saliency = cpu.min_max(raw)
-        draws = [partial(draw_masks, sums, batch.size, self.options.theta) for sums in per_pair]
+        draws = [partial(draw_masks, sums, batch.size, self.theta) for sums in per_pair]
         return MethodResult(raw, saliency, tuple(layers), MaskSequence(draws), weights, mic)
 
-    def check(self, classifier: Classifier, batch: Batch) -> None:
+    def require_support(self, classifier: Classifier, batch: Batch) -> None:
         """See that the layers are there; see Method."""
-        chosen_layers(self.options, batch.layers)
+        self.selected_layers(batch.layers)
 
     def _output_gradient(self, batch: Batch) -> Floats:
         """∂F_c/∂logits, [P, classes]."""
-        if self.options.score == "logit":
+        if self.score == "logit":
             return batch.one_hot
         shares = probabilities(batch.activations.logits[batch.owner])
         own = shares[np.arange(len(shares)), batch.targets][:, None]
@@ -91,10 +136,10 @@ class CollectionCAM(Method[CollectionCAMOptions]):
             psi = cpu.channel_statistics(features, gradients)
             if not np.isfinite(psi).all():
                 raise not_finite(name)
-            if self.options.standardise:
+            if self.standardise:
                 psi = cpu.standardise(psi)
         with clock.stage("partition"):
-            parts = [cpu.partition(row, self.options.k_min, self.options.k_max) for row in psi]
+            parts = [cpu.partition(row, self.k_min, self.k_max) for row in psi]
         with clock.stage("masks"):
             maps = [
                 cpu.collection_sums(a, g, part.labels, part.count, final)
@@ -129,7 +174,7 @@ class CollectionCAM(Method[CollectionCAMOptions]):
                 pairs = np.repeat([p.pair for p in pieces], [len(p.masks) for p in pieces])
                 logits = classifier.masked_logits(batch.images, masks, batch.owner[pairs])
             with clock.stage("combine"):
-                got = score_of(self.options.score, logits, batch.targets[pairs])
+                got = score_of(self.score, logits, batch.targets[pairs])
                 start = 0
                 for piece in pieces:
                     own = got[start : start + len(piece.masks)]
@@ -148,7 +193,7 @@ class CollectionCAM(Method[CollectionCAMOptions]):
                 for start in range(0, len(maps), batch.chunk):
                     with clock.stage("masks"):
                         part = maps[start : start + batch.chunk]
-                        masks, flat = cpu.render_masks(part, batch.size, self.options.theta)
+                        masks, flat = cpu.render_masks(part, batch.size, self.theta)
                         kept = np.flatnonzero(~flat)
                     place += len(part)
                     if len(kept):

@@ -20,9 +20,8 @@ from ccam_deploy.methods.base import (
     Stopwatch,
     not_finite,
 )
-from ccam_deploy.methods.collection_cam.cpu import draw_masks
+from ccam_deploy.methods.collection_cam.cpu import CollectionCAM, draw_masks
 from ccam_deploy.methods.collection_cam.memory import Setup
-from ccam_deploy.methods.collection_cam.options import CollectionCAMOptions, chosen_layers
 from ccam_deploy.methods.collection_cam.pipeline import HostArrays, Pipeline
 from ccam_deploy.methods.scores import score_of
 
@@ -58,7 +57,7 @@ class DeviceCollectionCAM:
         images: Floats,
         owner: NDArray[np.int64],
         wanted: NDArray[np.int64],
-        options: CollectionCAMOptions,
+        options: CollectionCAM,
         clock: Stopwatch,
     ) -> tuple[Floats, NDArray[np.int64], list[MethodResult]]:
         """Explain P (image, class) pairs of B images.
@@ -84,7 +83,7 @@ class DeviceCollectionCAM:
         results = [self._result(pipeline.geometry, part, options) for part in parts]
         return np.concatenate(logits), targets, results
 
-    def passes(self, images: Floats, options: CollectionCAMOptions) -> Callable[[], None]:
+    def passes(self, images: Floats, options: CollectionCAM) -> Callable[[], None]:
         """A call that runs backbone, gradient and classifier alone, and waits for them.
 
         images: [B, C, H, W] float32. Each is explained once on a slot, for its best class; the
@@ -103,15 +102,15 @@ class DeviceCollectionCAM:
 
         return run
 
-    def _pipeline(self, slot: Slot, use: Use, options: CollectionCAMOptions) -> Pipeline:
+    def _pipeline(self, slot: Slot, use: Use, options: CollectionCAM) -> Pipeline:
         """The slot's pipeline for some options, made when they are first asked for."""
         key = self._batch_size, use, options, self._cuda_graphs
         return slot.keep(key, lambda: self._make(slot, use, options))
 
-    def _make(self, slot: Slot, use: Use, options: CollectionCAMOptions) -> Pipeline:
+    def _make(self, slot: Slot, use: Use, options: CollectionCAM) -> Pipeline:
         setup = Setup(
             self._manifest.layers,
-            tuple(chosen_layers(options, [layer.name for layer in self._manifest.layers])),
+            tuple(options.selected_layers([layer.name for layer in self._manifest.layers])),
             self._manifest.input,
             self._manifest.classes,
             1 if use == "latency" else self._batch_size,
@@ -121,11 +120,9 @@ class DeviceCollectionCAM:
         )
         return Pipeline(slot.device, slot.graphs[use], setup, self._note)
 
-    def _result(
-        self, geometry: Geometry, host: HostArrays, options: CollectionCAMOptions
-    ) -> MethodResult:
+    def _result(self, geometry: Geometry, host: HostArrays, options: CollectionCAM) -> MethodResult:
         names = [layer.name for layer in self._manifest.layers]
-        chosen = [names[index] for index in chosen_layers(options, names)]
+        chosen = [names[index] for index in options.selected_layers(names)]
         counts = host["counts"]
         for index, name in enumerate(chosen):
             if not counts[:, index].all():

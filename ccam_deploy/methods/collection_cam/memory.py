@@ -15,7 +15,7 @@ from ccam_deploy.engines.base import TensorSpec
 from ccam_deploy.engines.cuda.device import ALIGNMENT, Device, DeviceGraph, DeviceTensor, Region
 from ccam_deploy.engines.cuda.slots import Graphs
 from ccam_deploy.kernels.cuda.geometry import Geometry, LayerPlace
-from ccam_deploy.methods.collection_cam.options import CollectionCAMOptions
+from ccam_deploy.methods.collection_cam.cpu import CollectionCAM
 
 PER_MASK = ("flat", "scores", "weights")
 PER_PAIR = ("targets", "labels", "quality", "sums", "raw", "saliency")
@@ -42,7 +42,7 @@ class Setup:
     classes: int
     batch: int
     gradient_scale: float
-    options: CollectionCAMOptions
+    options: CollectionCAM
     cuda_graphs: bool = True
 
 

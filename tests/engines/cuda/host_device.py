@@ -20,7 +20,7 @@ from ccam_deploy.engines.cuda.device import ALIGNMENT, DeviceTensor
 from ccam_deploy.engines.cuda.slots import Slot, Slots
 from ccam_deploy.engines.onnxruntime import OnnxRuntimeGraph
 from ccam_deploy.errors import BackendError
-from ccam_deploy.methods import CollectionCAMOptions
+from ccam_deploy.methods import CollectionCAM
 
 Array = NDArray[Any]
 _THREADS = 32
@@ -128,7 +128,7 @@ class Call:
 
     images: Array
     targets: Any = None
-    options: CollectionCAMOptions = field(default_factory=CollectionCAMOptions)
+    method: CollectionCAM = field(default_factory=CollectionCAM)
     top: int = 1
     budget_ms: float | None = None
 
@@ -183,14 +183,18 @@ def run(job: Job) -> Report:
     ) as explainer:
         results = [
             explainer.explain(
-                call.images, call.targets, call.options, call.top, budget_ms=call.budget_ms
+                call.images,
+                call.targets,
+                method=call.method,
+                top=call.top,
+                budget_ms=call.budget_ms,
             )
             for call in job.calls
         ]
         notes = explainer.notes
         launches: list[tuple[str, int]] = []
         if job.passes and explainer.on_device is not None:
-            passes = explainer.on_device.passes(job.calls[0].images, job.calls[0].options)
+            passes = explainer.on_device.passes(job.calls[0].images, job.calls[0].method)
             passes()
             with networks.slots.take() as slot:  # type: ignore[union-attr]
                 for name, graph in slot.graphs["throughput"].items():

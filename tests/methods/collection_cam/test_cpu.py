@@ -11,7 +11,7 @@ import torch
 import ccam_deploy as ccam
 from ccam_deploy.engines import Activations
 from ccam_deploy.errors import BackendError, OptionError
-from ccam_deploy.methods import CollectionCAMOptions
+from ccam_deploy.methods import CollectionCAM
 from tests.helpers import DIGITS_LAYERS, example_pictures
 from tests.networks import digits_model, tiny
 from tests.reference import collection_cam_in_pytorch
@@ -24,18 +24,16 @@ def groups(labels: np.ndarray) -> set[frozenset[int]]:
 @pytest.mark.parametrize(
     "options",
     [
-        CollectionCAMOptions(),
-        CollectionCAMOptions(theta=0.5, k_max=4),
-        CollectionCAMOptions(score="probability"),
+        CollectionCAM(),
+        CollectionCAM(theta=0.5, k_max=4),
+        CollectionCAM(score="probability"),
     ],
     ids=["defaults", "theta-and-k", "probability"],
 )
-def test_whole_pipeline_matches_pytorch(
-    digits: ccam.Explainer, options: CollectionCAMOptions
-) -> None:
+def test_whole_pipeline_matches_pytorch(digits: ccam.Explainer, options: CollectionCAM) -> None:
     model = digits_model()
     pictures = example_pictures()
-    result = digits.explain(pictures, options=options)
+    result = digits.explain(pictures, method=options)
     images, _ = digits.preprocess(pictures)
     for index, target in enumerate(result.targets):
         expected, partitions = collection_cam_in_pytorch(
@@ -107,7 +105,7 @@ def test_gain_is_over_the_baseline(digits: ccam.Explainer) -> None:
 
 def test_layers_can_be_chosen(digits: ccam.Explainer) -> None:
     result = digits.explain(
-        example_pictures()[:1], options=CollectionCAMOptions(layers=("layer3", "layer1"))
+        example_pictures()[:1], method=CollectionCAM(layers=("layer3", "layer1"))
     )
     assert [layer.name for layer in result.layers] == ["layer1", "layer3"]
     model = digits_model()
@@ -121,7 +119,7 @@ def test_layers_can_be_chosen(digits: ccam.Explainer) -> None:
 def test_standardising_changes_the_partition(digits: ccam.Explainer) -> None:
     pictures = example_pictures()
     plain = digits.explain(pictures)
-    scaled = digits.explain(pictures, options=CollectionCAMOptions(standardise=True))
+    scaled = digits.explain(pictures, method=CollectionCAM(standardise=True))
     same = [
         np.array_equal(one.labels, other.labels)
         for one, other in zip(plain.layers, scaled.layers, strict=True)
@@ -131,8 +129,8 @@ def test_standardising_changes_the_partition(digits: ccam.Explainer) -> None:
 
 
 def test_number_of_collections_stays_in_its_range(digits: ccam.Explainer) -> None:
-    options = CollectionCAMOptions(k_min=3, k_max=5)
-    result = digits.explain(example_pictures(), options=options)
+    options = CollectionCAM(k_min=3, k_max=5)
+    result = digits.explain(example_pictures(), method=options)
     for layer in result.layers:
         assert ((layer.count >= 3) & (layer.count <= 5)).all()
         assert layer.quality.shape == (8, 3)
@@ -150,13 +148,13 @@ def test_number_of_collections_stays_in_its_range(digits: ccam.Explainer) -> Non
 )
 def test_options_out_of_range(changes: dict[str, object], message: str) -> None:
     with pytest.raises(OptionError, match=message):
-        CollectionCAMOptions(**changes)  # type: ignore[arg-type]
+        CollectionCAM(**changes)  # type: ignore[arg-type]
 
 
 def test_unknown_layer_is_named(digits: ccam.Explainer) -> None:
-    options = CollectionCAMOptions(layers=("layer9",))
+    options = CollectionCAM(layers=("layer9",))
     with pytest.raises(OptionError, match='"layer9" is not in the bundle; it has layer1'):
-        digits.explain(example_pictures()[:1], options=options)
+        digits.explain(example_pictures()[:1], method=options)
 
 
 def test_features_that_overflowed_are_refused(

@@ -16,14 +16,14 @@ pytest.importorskip("numba.cuda")
 import ccam_deploy as ccam
 from ccam_deploy.errors import BackendError
 from ccam_deploy.export import export
-from ccam_deploy.methods import CollectionCAMOptions
+from ccam_deploy.methods import CollectionCAM
 from tests.engines.cuda.host_device import Call, Job, Report, run
 from tests.helpers import noise
 from tests.kernels.simulated_device import simulator
 from tests.networks import tiny
 
 Run = Callable[[Job], Report]
-OPTIONS = CollectionCAMOptions(k_max=3)
+OPTIONS = CollectionCAM(k_max=3)
 
 
 @pytest.fixture(scope="module")
@@ -62,13 +62,15 @@ def test_matches_cpu(bundle: Path, device: Run) -> None:
     calls = (
         Call(images, None, OPTIONS),
         Call(images[:2], [[3, 1], 2], OPTIONS, 1),
-        Call(images[:1], None, CollectionCAMOptions(k_max=2, score="probability", theta=0.4), 2),
-        Call(images[:1], 4, CollectionCAMOptions(k_max=3, standardise=True, layers=("relu2",))),
+        Call(images[:1], None, CollectionCAM(k_max=2, score="probability", theta=0.4), 2),
+        Call(images[:1], 4, CollectionCAM(k_max=3, standardise=True, layers=("relu2",))),
     )
     report = device(Job(bundle, calls))
-    with ccam.load(bundle, "onnxruntime-cpu") as explainer:
+    with ccam.load(bundle, backend="onnxruntime-cpu") as explainer:
         for call, got in zip(calls, report.results, strict=True):
-            expected = explainer.explain(call.images, call.targets, call.options, call.top)
+            expected = explainer.explain(
+                call.images, call.targets, method=call.method, top=call.top
+            )
             assert_same(got, expected, 1e-5)
             assert set(expected.timings) - {"preprocess"} <= set(got.timings) - {"upload"}
     assert report.notes == ()
@@ -77,10 +79,10 @@ def test_matches_cpu(bundle: Path, device: Run) -> None:
 def test_a_budget_is_kept_on_the_device(bundle: Path, device: Run) -> None:
     """Its calls are measured there; an hour is enough for all masks."""
     images = noise(1, 3, 16, 24)
-    options = CollectionCAMOptions(k_max=2)
+    options = CollectionCAM(k_max=2)
     got = device(Job(bundle, (Call(images, None, options, budget_ms=3.6e6),))).results[0]
-    with ccam.load(bundle, "onnxruntime-cpu") as explainer:
-        assert_same(got, explainer.explain(images, None, options), 1e-5)
+    with ccam.load(bundle, backend="onnxruntime-cpu") as explainer:
+        assert_same(got, explainer.explain(images, method=options), 1e-5)
     told = got.settings["budget"]
     assert (told["ms"], told["k_max"], told["k_max_asked"]) == (3.6e6, 2, 2)
     assert 0 < told["predicted_ms"] < 3.6e6
@@ -90,8 +92,8 @@ def test_half_precision_matches_cpu(bundle: Path, device: Run) -> None:
     """The gradients are scaled, the images cast, and the masks written in half precision."""
     call = Call(noise(2, 3, 16, 24), None, OPTIONS)
     got = device(Job(bundle, (call,), "fp16")).results[0]
-    with ccam.load(bundle, "onnxruntime-cpu", "fp16") as explainer:
-        expected = explainer.explain(call.images, None, OPTIONS)
+    with ccam.load(bundle, backend="onnxruntime-cpu", precision="fp16") as explainer:
+        expected = explainer.explain(call.images, method=OPTIONS)
     assert got.targets.tolist() == expected.targets.tolist()
     for layer, other in zip(got.layers, expected.layers, strict=True):
         assert layer.labels.tolist() == other.labels.tolist()
@@ -101,7 +103,7 @@ def test_half_precision_matches_cpu(bundle: Path, device: Run) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_small_batches_and_chunks_give_the_same(bundle: Path, device: Run, precision: str) -> None:
     """More images and pairs than a run takes, and masks that start where no engine reads."""
-    call = Call(noise(3, 3, 16, 24), [[0, 1, 2], 3, [4, 0]], CollectionCAMOptions(k_max=2))
+    call = Call(noise(3, 3, 16, 24), [[0, 1, 2], 3, [4, 0]], CollectionCAM(k_max=2))
     whole, split = (
         device(Job(bundle, (call,), precision, batch_size, masks)).results[0]
         for batch_size, masks in ((8, 64), (2, 3))
@@ -125,7 +127,7 @@ def test_cuda_graphs_give_the_same_bits(bundle: Path, device: Run) -> None:
 
 
 def test_graphs_that_cannot_be_captured_are_noted_once(bundle: Path, device: Run) -> None:
-    call = Call(noise(1, 3, 16, 24), None, CollectionCAMOptions(k_max=2))
+    call = Call(noise(1, 3, 16, 24), None, CollectionCAM(k_max=2))
     report = device(Job(bundle, (call, call, call), captures=False))
     assert report.notes == ("a CUDA graph was not captured: this device captures nothing",)
     assert_same(report.results[2], report.results[0], 0)
@@ -139,7 +141,7 @@ def test_values_that_overflow_are_refused(bundle: Path, device: Run) -> None:
 
 def test_passes_are_those_of_an_explanation(bundle: Path, device: Run) -> None:
     """Backbone, gradient and classifier on the same rows, in chunks as the engine takes them."""
-    call = Call(noise(3, 3, 16, 24), None, CollectionCAMOptions(k_max=2))
+    call = Call(noise(3, 3, 16, 24), None, CollectionCAM(k_max=2))
     report = device(Job(bundle, (call,), batch_size=2, masks=5, cuda_graphs=False, passes=2))
     masks = [len(weights) for weights in report.results[0].weights]
     expected: list[tuple[str, int]] = []

@@ -1,37 +1,123 @@
-"""Files that are whole or not there."""
+"""Files and folders that appear whole or not at all."""
 
 from __future__ import annotations
 
 import os
+import secrets
+import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ccam_deploy.errors import OutputError
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write a file so that it appears whole or not at all, making its folder if need be.
+    """Write a file so that it appears whole or not at all, and make its folder if need be.
 
-    Raises OutputError, naming the file, where that fails.
+    Args:
+        path: The file; one that exists is replaced.
+        content: All of its bytes.
+
+    Raises:
+        OutputError: The file cannot be written; an older one is still whole.
     """
-    temporary = ""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-        temporary = ""
+        replace_file(path, content)
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file into a folder that exists, so that it appears whole or not at all.
+
+    `write_file` is this for a file that the user named; here the caller says what could not be
+    written.
+
+    Args:
+        path: The file; one that exists is replaced.
+        content: All of its bytes.
+
+    Raises:
+        OSError: The file cannot be written; an older one is still whole.
+    """
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    draft = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        draft.chmod(0o644)
+        draft.replace(path)
     finally:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
+        draft.unlink(missing_ok=True)
+
+
+@contextmanager
+def staged_folder(place: Path) -> Iterator[Path]:
+    """Fill a temporary folder that takes its place when the block ends well.
+
+    Whatever ends the block early, a full disk or a Ctrl-C included, leaves the place as it was
+    and nothing beside it.
+
+    Args:
+        place: Where the folder belongs; a folder that is there is replaced, and missing parents
+            are made.
+
+    Yields:
+        The temporary folder, empty, beside the place.
+
+    Raises:
+        OSError: The folder cannot be made, or cannot take its place.
+    """
+    place = place.absolute()
+    missing = [parent for parent in place.parents if not parent.exists()]
+    draft = _hidden_beside(place)
+    try:
+        draft.mkdir(parents=True)
+        yield draft
+        _swap(draft, place)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+        _remove_empty(missing)
+
+
+def _hidden_beside(place: Path) -> Path:
+    return place.with_name(f".{place.name}-{secrets.token_hex(4)}")
+
+
+def _swap(draft: Path, place: Path) -> None:
+    """Put a folder in the place of another, which comes back where that fails."""
+    if not place.exists():
+        draft.rename(place)
+        return
+    retired = _hidden_beside(place)
+    try:
+        place.rename(retired)
+        draft.rename(place)
+    finally:
+        if not place.exists() and retired.exists():
+            retired.rename(place)
+        shutil.rmtree(retired, ignore_errors=True)
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    """Remove the folders, innermost first, that nothing came to lie in."""
+    for folder in folders:
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def require_writable(path: Path) -> None:
-    """Raise OutputError where `write` could not write a file; leaves nothing behind."""
+    """Find out, before the work starts, whether a file could be written; leave nothing behind.
+
+    Args:
+        path: The file that `write_file` will write.
+
+    Raises:
+        OutputError: It is a folder, or lies where nothing can be written.
+    """
     if path.is_dir():
         raise OutputError(f"cannot write {path}: it is a folder")
     place = next(parent for parent in path.absolute().parents if parent.exists())

@@ -1,1 +1,1 @@
-"""Bundles: what their manifest says, their folder on disk, and how a folder takes its place."""
+"""Bundles: their manifest, their folder on disk, and the writing of a new one."""

@@ -1,4 +1,4 @@
-"""The manifest of a bundle: what it says of the network, its graphs, plans and files."""
+"""The manifest of a bundle: the network, its graphs, its plans and its files."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ OPTIONAL_GRAPHS = ("head", *IMAGE_GRADIENTS, "excitation")
 
 Positive = Annotated[int, msgspec.Meta(gt=0)]
 Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+"""A SHA-256, in hexadecimal."""
 PrecisionName = Literal["fp32", "fp16", "int8", "fp8"]
 Resize = Literal["crop", "stretch"]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
@@ -26,11 +27,15 @@ Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How an image becomes the network's input.
+    """The steps that turn an image into the network's input.
 
-    resize: "crop" scales the image to cover `cover` and cuts the middle out; "stretch" scales
-        it to the input's size whatever its shape.
-    cover: height, width.   mean, std: per channel, of pixels in [0, 1].
+    Attributes:
+        resize: "crop" scales the image until it covers `cover`, and cuts the input's size out of
+            the middle; "stretch" scales it to the input's size whatever its shape.
+        cover: Height and width in pixels; not used by "stretch".
+        interpolation: The filter that scales the image.
+        mean: One value per channel, subtracted from pixels in [0, 1].
+        std: One value per channel, by which the difference is divided.
     """
 
     resize: Resize
@@ -42,7 +47,14 @@ class Preprocessing:
 
 @dataclass(frozen=True)
 class Layer:
-    """A target layer: the name of its module, and its feature map's size."""
+    """A layer whose feature maps can be explained.
+
+    Attributes:
+        name: The dotted name of its module, such as "layer4.2".
+        channels: The number of feature maps.
+        height: Of a feature map, in pixels.
+        width: Of a feature map, in pixels.
+    """
 
     name: str
     channels: Positive
@@ -52,19 +64,30 @@ class Layer:
 
 @dataclass(frozen=True)
 class Fidelity:
-    """How far graphs were from PyTorch in float32 on the calibration images.
+    """Differences between graphs and PyTorch in float32, measured on the calibration images.
 
-    logits, masked_logits, features, gradients: relative error in the Euclidean norm; for the last
-        two per layer, the median over images.
-    saliency_rank, worst_saliency_rank: Spearman correlation of the saliency, of the median and the
-        worst image; a partition is a choice, and where two are nearly as good, rounding makes it.
-    saliency_similarity: structural similarity (SSIM) of the saliency, of the median image.
-    saliency_overlap: share of the most salient tenth of the pixels that both have, of the median
-        image.
-    partitions: share of the partitions that were equal.   images: how many images were compared.
-    head: of the logits that it gives for the last layer's features, like logits.
-    input_gradient, guided_gradient: of the images' gradients, like gradients.   excitation: of
-        each layer's map. Of these four, those of graphs that the bundle has.
+    An error is relative: the Euclidean norm of the difference, divided by that of PyTorch's
+    values. Errors per layer are the median over the images.
+
+    Attributes:
+        logits: Error of the logits.
+        masked_logits: Error of the logits of masked images.
+        features: Error of the feature maps, per layer.
+        gradients: Error of the gradients, per layer.
+        saliency_rank: Spearman correlation of the saliency maps, in [-1, 1], of the median image.
+        saliency_similarity: Structural similarity (SSIM) of the saliency maps, in [-1, 1], of
+            the median image.
+        saliency_overlap: Share of the most salient tenth of the pixels that both maps have in
+            common, in [0, 1], of the median image.
+        worst_saliency_rank: Like `saliency_rank`, of the worst image. Where two partitions are
+            nearly as good, rounding decides between them, and one image may differ widely.
+        partitions: Share of equal partitions, in [0, 1].
+        images: The number of images that were compared.
+        head: Error of the logits computed from the last layer's features; unset where the bundle
+            has no such graph, like those below.
+        input_gradient: Error of the gradients with respect to the image.
+        guided_gradient: Error of the guided gradients with respect to the image.
+        excitation: Error of the excitation maps, per layer.
     """
 
     logits: float
@@ -83,12 +106,12 @@ class Fidelity:
     excitation: tuple[float, ...] | UnsetType = UNSET
 
     def optional_graphs(self) -> dict[str, float]:
-        """The error of each optional graph that the bundle has, of the worst layer."""
-        values = {name: getattr(self, name) for name in OPTIONAL_GRAPHS}
+        """Return the error of each optional graph in the bundle, of its worst layer."""
+        errors = {name: getattr(self, name) for name in OPTIONAL_GRAPHS}
         return {
-            name: max(value) if isinstance(value, tuple) else value
-            for name, value in values.items()
-            if value is not UNSET
+            name: max(error) if isinstance(error, tuple) else error
+            for name, error in errors.items()
+            if error is not UNSET
         }
 
 
@@ -97,10 +120,16 @@ class Precision:
     """The graphs of one numeric type.
 
     In "int8" and "fp8" the classifier has 8-bit products; the other graphs are those of "fp16".
-    graphs: graph name -> file.   gradient_scale: the power of two that gradients are multiplied
-        by inside the graph, so that half precision does not lose small ones.
-    baseline_logits: logits of the baseline, an input of zeros.
-    reference: file with inputs and the values that were computed from them at export.
+
+    Attributes:
+        graphs: The file of each graph, by the graph's name.
+        gradient_scale: The power of two by which the graph multiplies gradients, so that half
+            precision does not lose small ones.
+        baseline_logits: Logits of an input of zeros, one per class.
+        fidelity: How well the graphs agree with PyTorch.
+        tolerance: The largest error, or the smallest correlation or share, that the export
+            accepted, by the name of the field of `fidelity`.
+        reference: The file with the inputs and results that were recorded at export.
     """
 
     graphs: dict[str, str]
@@ -113,11 +142,18 @@ class Precision:
 
 @dataclass(frozen=True)
 class Plan:
-    """A TensorRT plan, and all that it was made for; another device or library needs another plan.
+    """A TensorRT plan, and everything it depends on; other devices and versions need their own.
 
-    file: where it lies.   graph, precision: what was built.   library, version: by which TensorRT.
-    devices: compute capabilities such as "8.9".   source: SHA-256 of the ONNX graph.
-    weights: SHA-256 of the weights.   max_batch: the most images that it takes at a time.
+    Attributes:
+        file: Its path inside the bundle.
+        graph: The name of the graph that it was built from.
+        precision: The numeric type of that graph.
+        library: "tensorrt" or "tensorrt-rtx".
+        version: The library's version.
+        devices: Compute capabilities of the GPUs that can run it, such as "8.9".
+        source: SHA-256 of the ONNX graph.
+        weights: SHA-256 of the weights.
+        max_batch: The most images that it takes at a time.
     """
 
     file: str
@@ -133,7 +169,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class FileRecord:
-    """A file's size in bytes and its SHA-256."""
+    """The size of a file in bytes, and its SHA-256."""
 
     bytes: Annotated[int, msgspec.Meta(ge=0)]
     sha256: Digest
@@ -141,13 +177,23 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a bundle holds.
+    """The description of a bundle, which `manifest.json` holds.
 
-    input: channels, height, width.   labels: names of the classes, or none.
-    random_weights: the network was not trained; its explanations mean nothing.
-    files: every file but the manifest, by its path inside the bundle.
-    plans: graphs built for some GPUs; none is needed on a CPU.
-    digest: SHA-256 of the manifest itself with this field empty.
+    Attributes:
+        format: The version of the format, `FORMAT`.
+        name: The network's name.
+        input: Channels, height and width of the network's input.
+        preprocessing: The steps that turn an image into that input.
+        classes: The number of classes.
+        labels: The name of each class, or none at all.
+        layers: The layers that can be explained, from the input to the output.
+        precisions: The graphs of each numeric type.
+        random_weights: Whether the network was not trained, and its explanations mean nothing.
+        source: The model that was exported.
+        tools: The versions of the libraries that exported it.
+        files: Every file but the manifest, by its path inside the bundle.
+        plans: Graphs that were built for some GPUs; a CPU needs none.
+        digest: SHA-256 of the manifest with this field left empty.
     """
 
     format: int
@@ -166,30 +212,43 @@ class Manifest:
     digest: str = ""
 
     def label(self, index: int) -> str:
-        """The name of a class, its number where it has none."""
+        """Return the name of a class, or its number where the classes have no names.
+
+        Args:
+            index: The number of the class, in 0..classes-1.
+        """
         return self.labels[index] if self.labels else str(index)
 
     def class_index(self, target: int | str) -> int:
-        """The number of a class given by number or name.
+        """Find the number of a class.
 
-        Raises TargetError for a class that is not there.
+        Args:
+            target: The class, by its number, by its name, or by its number in decimal digits.
+                A name goes before a number that is written like it.
+
+        Returns:
+            The number, in 0..classes-1.
+
+        Raises:
+            TargetError: No class has this name or number, or several have the name.
         """
         if isinstance(target, str):
-            matches = [i for i, label in enumerate(self.labels) if label == target]
-            if len(matches) == 1:
-                return matches[0]
-            if matches:
-                raise TargetError(
-                    f'the name "{target}" stands for classes {matches}; give a number'
-                )
-            if not re.fullmatch(r"[+-]?\d{1,18}", target):
-                raise TargetError(f'class "{target}" is not in the bundle{self._some_labels()}')
-            target = int(target)
+            target = self._named_class(target)
         if not 0 <= target < self.classes:
             raise TargetError(
                 f"class {target} is out of range; the bundle has classes 0 to {self.classes - 1}"
             )
         return target
+
+    def _named_class(self, name: str) -> int:
+        matches = [index for index, label in enumerate(self.labels) if label == name]
+        if len(matches) == 1:
+            return matches[0]
+        if matches:
+            raise TargetError(f'the name "{name}" stands for classes {matches}; give a number')
+        if not re.fullmatch(r"[+-]?\d{1,18}", name):
+            raise TargetError(f'class "{name}" is not in the bundle{self._some_labels()}')
+        return int(name)
 
     def _some_labels(self) -> str:
         if not self.labels:

@@ -26,7 +26,7 @@ from ccam_deploy.bundle.manifest import (
     Precision,
     PrecisionName,
 )
-from ccam_deploy.bundle.staging import require_replaceable, staged_folder
+from ccam_deploy.bundle.staging import require_replaceable, staged_bundle
 from ccam_deploy.engines import load_networks
 from ccam_deploy.errors import OptionError, SourceError, ToleranceError
 from ccam_deploy.export import excitation
@@ -112,7 +112,7 @@ def export(
     chosen.progress(f"explaining {len(images)} calibration images with PyTorch")
     graphs = dict(converted["fp32"].items())
     expected, baseline = _reference(exported, names, images, graphs)
-    with staged_folder(output) as folder:
+    with staged_bundle(output) as folder:
         files = _write(_WANTED[precision], converted, expected, folder, chosen.progress)
         save_observation(folder / _REFERENCE, _first(expected, RECORDED_IMAGES))
         precisions = {}

@@ -5,11 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 
-from ccam_deploy.bundle.staging import staged_folder
+from ccam_deploy.bundle.staging import staged_bundle
 from ccam_deploy.errors import BundleError
 from tests.damage import contents
 
@@ -28,7 +29,7 @@ def names(folder: Path) -> list[str]:
 def test_staged_takes_the_place(folder: Path, exists: bool) -> None:
     if not exists:
         shutil.rmtree(folder)
-    with staged_folder(folder) as work:
+    with staged_bundle(folder) as work:
         assert work.parent == folder.parent
         (work / "new").write_bytes(b"new")
         assert folder.exists() == exists
@@ -48,7 +49,7 @@ def test_staged_leaves_nothing(folder: Path, exists: bool, problem: BaseExceptio
     if not exists:
         shutil.rmtree(folder)
     expected = BundleError if isinstance(problem, OSError) else type(problem)
-    with pytest.raises(expected) as raised, staged_folder(folder) as work:
+    with pytest.raises(expected) as raised, staged_bundle(folder) as work:
         (work / "new").write_bytes(b"new")
         raise problem
     if expected is BundleError:
@@ -69,10 +70,16 @@ def test_staged_survives_a_failed_swap(folder: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(Path, "rename", fail)
     expected = pytest.raises(BundleError, match=r"cannot write .*tiny: Input/output error")
-    with expected, staged_folder(folder) as work:
+    with expected, staged_bundle(folder) as work:
         (work / "new").touch()
     assert contents(folder) == before
     assert names(folder.parent) == ["tiny"]
+
+
+def test_staged_installs_no_signal_handler(tmp_path: Path) -> None:
+    before = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    with staged_bundle(tmp_path / "new"):
+        assert {number: signal.getsignal(number) for number in before} == before
 
 
 @pytest.mark.parametrize("kind", ["file", "folder", "link"])
@@ -86,7 +93,7 @@ def test_staged_refuses_what_is_no_bundle(folder: Path, kind: str) -> None:
     else:
         target.symlink_to(folder)
     before = contents(folder.parent)
-    with pytest.raises(BundleError) as raised, staged_folder(target):
+    with pytest.raises(BundleError) as raised, staged_bundle(target):
         pytest.fail("the block must not run")
     assert str(raised.value) == f"{target} exists and is not a bundle; choose another --output"
     assert contents(folder.parent) == before
@@ -95,10 +102,10 @@ def test_staged_refuses_what_is_no_bundle(folder: Path, kind: str) -> None:
 def test_staged_takes_an_empty_folder_and_makes_parents(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for target in (tmp_path / "empty", tmp_path / "a" / "b" / "c"):
-        with staged_folder(target) as work:
+        with staged_bundle(target) as work:
             (work / "new").touch()
         assert (target / "new").exists()
     (tmp_path / "file").touch()
     expected = pytest.raises(BundleError, match=r"cannot write .*: Not a directory")
-    with expected, staged_folder(tmp_path / "file" / "c"):
+    with expected, staged_bundle(tmp_path / "file" / "c"):
         pytest.fail("the block must not run")

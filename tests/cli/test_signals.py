@@ -17,13 +17,13 @@ from tests.helpers import RECIPES, ROOT
 
 STAGING = """
 import signal, sys, time, click
-from ccam_deploy.bundle.staging import staged_folder
+from ccam_deploy.bundle.staging import staged_bundle
 from ccam_deploy.cli.main import main
 
 @main.command()
 @click.argument("target")
 def stage(target):
-    with staged_folder(target) as work:
+    with staged_bundle(target) as work:
         (work / "new").touch()
         print("ready", flush=True)
         time.sleep(60)
@@ -46,7 +46,7 @@ def interrupts() -> Any:
 
 
 @pytest.mark.parametrize(("number", "code", "line"), ENDINGS)
-def test_a_staged_folder_is_removed(
+def test_a_staged_bundle_is_removed(
     tmp_path: Path, number: signal.Signals, code: int, line: str
 ) -> None:
     """The folder that was there before stays as it was."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,6 +16,7 @@ from ccam_deploy.engines.tensorrt.library import Library
 from ccam_deploy.engines.tensorrt.plans import DEFAULT_MAX_BATCH
 from ccam_deploy.engines.tensorrt.timing_cache import TimingCache
 from ccam_deploy.errors import BundleError, OptionError
+from ccam_deploy.files import staged_folder
 
 Progress = Callable[[str, float, str], None]
 """Called with what is built, the share of it that is done, 0 to 1, and TensorRT's phase."""
@@ -136,23 +136,10 @@ def _build(
 
 
 def _write(place: Path, built: Mapping[str, bytes]) -> None:
-    """Write the plans to a folder of their own, which appears whole or not at all.
-
-    Where it is there already, for it is named after what it holds, each file is written anew.
-    """
-    place.parent.mkdir(exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=".plans-", dir=place.parent))
-    try:
+    """Write the plans to a folder of their own, which appears whole or not at all."""
+    with staged_folder(place) as folder:
         for graph, plan in built.items():
-            (work / f"{graph}.plan").write_bytes(plan)
-        work.chmod(0o755)
-        if place.exists():
-            for file in work.iterdir():
-                file.replace(place / file.name)
-        else:
-            work.rename(place)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+            (folder / f"{graph}.plan").write_bytes(plan)
 
 
 def _record(bundle: Bundle, entries: tuple[Plan, ...]) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from ccam_deploy.bundle import folder as bundle_folder
 from ccam_deploy.bundle.folder import digest_without_plans, read_bundle, unlisted_files
 from ccam_deploy.bundle.manifest import PrecisionName
 from ccam_deploy.engines.tensorrt import library, plans
@@ -130,7 +129,7 @@ def test_a_full_disk_leaves_the_bundle_as_it_was(
 
     before = read_bundle(folder)
     monkeypatch.setattr(plans, "build_plan", lambda library, graph, *others: graph.name.encode())
-    monkeypatch.setattr(bundle_folder, "write_manifest", full)
+    monkeypatch.setattr("ccam_deploy.engines.tensorrt.build.write_manifest", full)
     with pytest.raises(BundleError, match="cannot write the plans: No space left on device"):
         build(before, rtx, "fp32", BuildSettings(4, ("8.9",)))
     assert read_bundle(folder) == before

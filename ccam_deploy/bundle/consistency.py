@@ -1,0 +1,70 @@
+"""The parts of a manifest that must fit each other, which its schema cannot say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from msgspec import UNSET
+
+from ccam_deploy.bundle.manifest import GRAPHS, OPTIONAL_GRAPHS, Manifest, Precision
+
+
+def inconsistencies(manifest: Manifest) -> Iterator[str]:
+    """Compare the sizes and names in a manifest with each other.
+
+    Args:
+        manifest: A manifest that fits the schema.
+
+    Yields:
+        A phrase for each contradiction, such as "2 labels for 3 classes".
+    """
+    yield from _in_the_input(manifest)
+    if not manifest.layers or not manifest.precisions:
+        yield "it lists no layers or no graphs"
+    for name, precision in manifest.precisions.items():
+        yield from _in_a_precision(name, precision, manifest)
+    yield from _in_the_files(manifest)
+
+
+def _in_the_input(manifest: Manifest) -> Iterator[str]:
+    channels, *size = manifest.input
+    preprocessing = manifest.preprocessing
+    if manifest.labels and len(manifest.labels) != manifest.classes:
+        yield f"{len(manifest.labels)} labels for {manifest.classes} classes"
+    if len(preprocessing.mean) != channels or len(preprocessing.std) != channels:
+        yield f"mean and std must have {channels} values"
+    if preprocessing.resize == "crop" and any(
+        covered < side for covered, side in zip(preprocessing.cover, size, strict=True)
+    ):
+        yield f"cover {preprocessing.cover} is smaller than the input {tuple(size)}"
+
+
+def _in_a_precision(name: str, precision: Precision, manifest: Manifest) -> Iterator[str]:
+    fidelity = precision.fidelity
+    if set(precision.graphs) - set(OPTIONAL_GRAPHS) != set(GRAPHS):
+        yield f"{name} must have the graphs {', '.join(GRAPHS)}"
+    for graph in OPTIONAL_GRAPHS:
+        if (graph in precision.graphs) != (getattr(fidelity, graph) is not UNSET):
+            yield f"the fidelity of {name} and its graphs differ in {graph}"
+    if len(precision.baseline_logits) != manifest.classes:
+        yield f"{name} must have {manifest.classes} baseline logits"
+    layers = len(manifest.layers)
+    per_layer = [fidelity.features, fidelity.gradients, fidelity.excitation]
+    if any(len(errors) != layers for errors in per_layer if errors is not UNSET):
+        yield f"the fidelity of {name} must have {layers} layers"
+    for quantity in precision.tolerance:
+        if getattr(fidelity, quantity, UNSET) is UNSET:
+            yield f'{name} has a tolerance for the unknown "{quantity}"'
+
+
+def _in_the_files(manifest: Manifest) -> Iterator[str]:
+    for precision in manifest.precisions.values():
+        for file in (*precision.graphs.values(), precision.reference):
+            yield from _unless_recorded(file, manifest)
+    for plan in manifest.plans:
+        yield from _unless_recorded(plan.file, manifest)
+
+
+def _unless_recorded(file: str, manifest: Manifest) -> Iterator[str]:
+    if file not in manifest.files:
+        yield f'it uses "{file}", which is not among the files'

@@ -1,8 +1,10 @@
 """Explanations of image classifiers at inference speed, without PyTorch at run time.
 
-import ccam_deploy as ccam
-explainer = ccam.load("engines/digits")
-result = explainer.explain(images)
+Example:
+    import ccam_deploy as ccam
+
+    explainer = ccam.load("engines/digits")
+    explanation = explainer.explain(images)
 """
 
 from __future__ import annotations
@@ -13,31 +15,81 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ccam_deploy.bundle.folder import Bundle
     from ccam_deploy.bundle.manifest import Manifest
-    from ccam_deploy.errors import CcamError
-    from ccam_deploy.explainer import Explainer, load
+    from ccam_deploy.errors import (
+        BackendError,
+        BundleError,
+        CcamError,
+        DatasetError,
+        ExportError,
+        ImageError,
+        IntegrityError,
+        LayerError,
+        LoweringError,
+        ManifestError,
+        OptionError,
+        OutputError,
+        SourceError,
+        TargetError,
+        ToleranceError,
+    )
+    from ccam_deploy.explainer import Explainer, Images, load
     from ccam_deploy.explanation import Explanation
     from ccam_deploy.methods import CollectionCAM
+    from ccam_deploy.targets import Targets
 
 __version__ = "0.1.0"
 __all__ = [
+    "BackendError",
     "Bundle",
+    "BundleError",
     "CcamError",
     "CollectionCAM",
+    "DatasetError",
     "Explainer",
     "Explanation",
+    "ExportError",
+    "ImageError",
+    "Images",
+    "IntegrityError",
+    "LayerError",
+    "LoweringError",
     "Manifest",
+    "ManifestError",
+    "OptionError",
+    "OutputError",
+    "SourceError",
+    "TargetError",
+    "Targets",
+    "ToleranceError",
     "load",
 ]
 
-_HOMES = {
-    "Bundle": "bundle.folder",
-    "CcamError": "errors",
-    "CollectionCAM": "methods",
-    "Explainer": "explainer",
-    "Explanation": "explanation",
-    "Manifest": "bundle.manifest",
-    "load": "explainer",
+_NAMES_BY_MODULE = {
+    "bundle.folder": ("Bundle",),
+    "bundle.manifest": ("Manifest",),
+    "errors": (
+        "BackendError",
+        "BundleError",
+        "CcamError",
+        "DatasetError",
+        "ExportError",
+        "ImageError",
+        "IntegrityError",
+        "LayerError",
+        "LoweringError",
+        "ManifestError",
+        "OptionError",
+        "OutputError",
+        "SourceError",
+        "TargetError",
+        "ToleranceError",
+    ),
+    "explainer": ("Explainer", "Images", "load"),
+    "explanation": ("Explanation",),
+    "methods": ("CollectionCAM",),
+    "targets": ("Targets",),
 }
+_HOMES = {name: module for module, names in _NAMES_BY_MODULE.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,18 +1,18 @@
 """Every error that this package raises on purpose.
 
-CcamError                what the command line prints as one line, with exit code 2
+CcamError                the root of all; the command line prints it as one line, exit code 2
 ├── OptionError          an option or argument that is unknown or out of range
 ├── ImageError           an image that cannot be read or used
 ├── TargetError          a class that the classifier does not have
-├── DatasetError         a data set that is not laid out as it should be
+├── DatasetError         a data set whose folders or files are not laid out as expected
 ├── OutputError          a result that cannot be written
 ├── BundleError          a bundle that cannot be read or written
 │   ├── ManifestError    a manifest that breaks the schema, or leads outside its bundle
-│   └── IntegrityError   a file whose content is not what the manifest records
+│   └── IntegrityError   a file that is not what the manifest records
 ├── ExportError          a model that cannot become a bundle
 │   ├── SourceError      a model file or module that cannot be loaded or traced
 │   ├── LayerError       a target layer that is unknown or unusable
-│   ├── LoweringError    an operator that the graphs cannot hold
+│   ├── LoweringError    an operator that the graphs cannot express
 │   └── ToleranceError   a graph that does not agree with PyTorch
 └── BackendError         an engine that is missing, or that cannot do what was asked
 """
@@ -21,7 +21,7 @@ from __future__ import annotations
 
 
 class CcamError(Exception):
-    """The root: catch it to handle every error of this package."""
+    """The root of all errors of this package; catch it to handle every one of them."""
 
 
 class OptionError(CcamError, ValueError):
@@ -29,19 +29,19 @@ class OptionError(CcamError, ValueError):
 
 
 class ImageError(CcamError, ValueError):
-    """An image cannot be read or used."""
-
-
-class DatasetError(CcamError, ValueError):
-    """A data set is not laid out as it should be."""
-
-
-class OutputError(CcamError):
-    """A result cannot be written."""
+    """An image cannot be read or used: its file, its size, or its array's shape or values."""
 
 
 class TargetError(CcamError, ValueError):
-    """A class is not one of the classifier's."""
+    """A class is not one of the classifier's, or its name stands for several."""
+
+
+class DatasetError(CcamError, ValueError):
+    """A data set's folders or files are not laid out as expected."""
+
+
+class OutputError(CcamError):
+    """A result cannot be written: the disk is full, or the place is not writable."""
 
 
 class BundleError(CcamError):
@@ -49,15 +49,11 @@ class BundleError(CcamError):
 
 
 class ManifestError(BundleError):
-    """A manifest breaks the schema or leads outside its bundle."""
+    """A manifest breaks the schema, or names a file outside its bundle."""
 
 
 class IntegrityError(BundleError):
-    """A file's content is not what the manifest records."""
-
-
-class BackendError(CcamError):
-    """An engine is missing or cannot do what was asked."""
+    """A bundle's file is missing, or its content is not what the manifest records."""
 
 
 class ExportError(CcamError):
@@ -69,23 +65,33 @@ class SourceError(ExportError):
 
 
 class LayerError(ExportError):
-    """A target layer is unknown or unusable."""
+    """A target layer is unknown, or has no feature maps that could be explained."""
 
 
 class LoweringError(ExportError):
-    """An operator cannot be expressed in the graphs."""
+    """An operator of the model, or of its gradient, cannot be expressed in the graphs."""
 
 
 class ToleranceError(ExportError):
-    """An exported graph does not agree with PyTorch."""
+    """An exported graph does not agree with PyTorch within its tolerance."""
+
+
+class BackendError(CcamError):
+    """An engine is missing, or cannot do what was asked."""
 
 
 def brief(error: BaseException, limit: int = 200) -> str:
-    """The first line of another library's error, shortened, for use inside a message.
+    """Shorten another library's error to one line, for use inside a message.
 
-    Where that ends in a colon, the next one too.
+    Args:
+        error: The error.
+        limit: The most characters of the line.
+
+    Returns:
+        The first line of the error's text, with the next where the first ends in a colon; the
+        name of its class where it has no text.
     """
-    lines = [words for words in map(str.strip, str(error).splitlines()) if words]
+    lines = [line for line in map(str.strip, str(error).splitlines()) if line]
     count = 2 if lines and lines[0].endswith(":") else 1
-    line = " ".join(lines[:count]) or type(error).__name__
-    return line if len(line) <= limit else line[: limit - 1] + "…"
+    summary = " ".join(lines[:count]) or type(error).__name__
+    return summary if len(summary) <= limit else summary[: limit - 1] + "…"

@@ -1,1 +1,1 @@
-"""What is computed between the graphs, on arrays in host or device memory."""
+"""The computations between the graphs, on arrays in host or device memory."""

@@ -1,7 +1,8 @@
-"""The kernels on a CPU, with NumPy, SciPy and fastcluster.
+"""Collection-CAM's computations on a CPU, with NumPy, SciPy and fastcluster.
 
-P counts (image, class) pairs, C channels, k collections, n masks; h×w is a feature map's size,
-H×W the input's. Sums run in float64, results are float32.
+P counts pairs of an image and a class, C channels, k collections, n masks; h×w is a feature map's
+size, H×W the input's. Sums run in float64, results are float32. Equations are those of Ha & Youn
+(2022).
 
 Nothing here calls a threaded BLAS: its threads would spin on after a product, and take the cores
 from the engine that runs next.
@@ -14,23 +15,27 @@ from functools import lru_cache
 
 import fastcluster
 import numpy as np
+import scipy.special
 from numpy.typing import NDArray
 
 from ccam_deploy.arrays import Doubles, Floats
 
 Labels = NDArray[np.int32]
+"""The collection of each channel."""
 
 WORST_QUALITY = -1.0
+"""The least dispersion-separation ratio."""
 
 
 @dataclass(frozen=True)
 class Partition:
-    """A layer's channels in collections.
+    """The channels of a layer, sorted into collections.
 
-    labels: [C] int32 in 0..count-1, collections numbered by their first channel.
-    count: the number of collections.
-    quality: [k_max - k_min + 1] float32, the mean dispersion-separation ratio for each number of
-        collections that was tried; -1 where the channels are too few or too alike for it.
+    Attributes:
+        labels: [C] int32 in 0..count-1, collections numbered by their first channel.
+        count: The number of collections.
+        quality: [k_max - k_min + 1] float32, the mean dispersion-separation ratio of each number
+            of collections that was tried; -1 where the channels are too few or too alike for it.
     """
 
     labels: Labels
@@ -40,25 +45,36 @@ class Partition:
 
 @np.errstate(invalid="ignore")
 def channel_statistics(features: Floats, gradients: Floats) -> Floats:
-    """Each channel's representation vector ψ (Ha & Youn 2022, eq. 5).
+    """Compute the representation vector ψ of each channel (Ha & Youn 2022, eq. 5).
 
-    features, gradients: [P, C, h, w] float32.
-    Returns [P, C, 4] float32: mean and population standard deviation of the feature map, then of
-    its gradient; not finite where a value of the channel is not.
+    Args:
+        features: [P, C, h, w] float32, the feature maps.
+        gradients: [P, C, h, w] float32, the gradients of the class score by the feature maps.
+
+    Returns:
+        [P, C, 4] float32: mean and population standard deviation of the feature map, then of its
+        gradient; not finite where a value of the channel is not.
     """
-    parts = []
+    statistics = []
     for values in (features, gradients):
         flat = values.reshape(*values.shape[:2], -1)
         mean = flat.mean(axis=-1, dtype=np.float64)
         centred = flat - mean[..., None]
         variance = np.einsum("pci,pci->pc", centred, centred) / flat.shape[-1]
-        parts += [mean, np.sqrt(variance)]
-    psi: Floats = np.stack(parts, axis=-1).astype(np.float32)
+        statistics += [mean, np.sqrt(variance)]
+    psi: Floats = np.stack(statistics, axis=-1).astype(np.float32)
     return psi
 
 
 def standardise(psi: Floats) -> Floats:
-    """Scale each statistic to mean 0 and deviation 1 over a layer's channels; [P, C, 4] float32."""
+    """Scale each statistic to mean 0 and standard deviation 1 over a layer's channels.
+
+    Args:
+        psi: [P, C, 4] float32.
+
+    Returns:
+        [P, C, 4] float32; zeros for a statistic that is the same in every channel.
+    """
     values = psi.astype(np.float64)
     centred = values - values.mean(axis=1, keepdims=True)
     deviation = centred.std(axis=1, keepdims=True)
@@ -67,10 +83,16 @@ def standardise(psi: Floats) -> Floats:
 
 
 def partition(psi: Floats, k_min: int, k_max: int) -> Partition:
-    """Ward's hierarchy, cut where the dispersion-separation ratio is largest (eq. 6-16).
+    """Cut Ward's hierarchy where the dispersion-separation ratio is largest (eq. 6-16).
 
-    psi: [C, 4] float32, finite, one row per channel.   k_min, k_max: the numbers of collections
-    to try, cut at the number of distinct rows; among equals the smallest wins.
+    Args:
+        psi: [C, 4] float32, finite, one row per channel.
+        k_min: The smallest number of collections to try, at least 1.
+        k_max: The largest number to try, at least `k_min`. Both are lowered to the number of
+            distinct rows.
+
+    Returns:
+        The best partition; of equally good ones the one with the fewest collections.
     """
     channels = len(psi)
     points = psi.astype(np.float64)
@@ -108,13 +130,13 @@ def _cut(tree: Doubles, count: int) -> NDArray[np.intp]:
 
 
 def _merge(tree: Doubles, clusters: NDArray[np.intp], count: int) -> NDArray[np.intp]:
-    """Go from `count` clusters to one less."""
+    """Merge the next two of `count` clusters; a single cluster stays."""
     leaves = len(clusters)
     merge = leaves - count
     if merge == len(tree):
         return clusters
-    one, other = tree[merge, :2].astype(np.intp)
-    return np.where((clusters == one) | (clusters == other), leaves + merge, clusters)
+    left, right = tree[merge, :2].astype(np.intp)
+    return np.where((clusters == left) | (clusters == right), leaves + merge, clusters)
 
 
 def _number(clusters: NDArray[np.intp]) -> Labels:
@@ -127,11 +149,17 @@ def _number(clusters: NDArray[np.intp]) -> Labels:
 
 
 def dispersion_separation_ratio(psi: Doubles | Floats, labels: Labels) -> float:
-    """Mean dispersion-separation ratio of a partition (Ha & Youn 2022, eq. 12-15).
+    """Compute the mean dispersion-separation ratio of a partition (Ha & Youn 2022, eq. 12-15).
 
-    psi: [C, 4] floats, one row per channel.   labels: [C] int32 in 0..k-1, every value used.
-    Returns a float in [-1, 1]; 1 where every collection is a single channel.
-    Raises ValueError for fewer than two collections.
+    Args:
+        psi: [C, 4] floats, one row per channel.
+        labels: [C] int32 in 0..k-1, every value used.
+
+    Returns:
+        A float in [-1, 1]; 1 where every collection is a single channel.
+
+    Raises:
+        ValueError: The partition has fewer than two collections.
     """
     count = int(labels.max()) + 1
     if count < 2:
@@ -153,13 +181,19 @@ def dispersion_separation_ratio(psi: Doubles | Floats, labels: Labels) -> float:
 def collection_sums(
     features: Floats, gradients: Floats, labels: Labels, count: int, final: bool
 ) -> Floats:
-    """Sum a layer's channels over each collection, at the layer's own size (eq. 17-20).
+    """Sum the channels of each collection, at the layer's size (Ha & Youn 2022, eq. 17-20).
 
-    features, gradients: [C, h, w] float32.   labels: [C] int32 in 0..count-1.
-    final: weigh each channel by its mean gradient, as for the last layer; else keep the pixels
-        with a positive gradient.
-    Returns [count, h, w] float32, negative values cut off, each map scaled to a maximum of 1;
-    a map that is flat becomes zeros.
+    Args:
+        features: [C, h, w] float32, the layer's feature maps.
+        gradients: [C, h, w] float32, their gradients.
+        labels: [C] int32 in 0..count-1, the collection of each channel.
+        count: The number of collections.
+        final: Whether to weigh each channel by its mean gradient, as in the last layer; in other
+            layers only the pixels with a positive gradient count.
+
+    Returns:
+        [count, h, w] float32, negative values cut off and each map scaled to a maximum of 1; a
+        flat map becomes zeros.
     """
     channels = len(labels)
     values = features.reshape(channels, -1)
@@ -181,11 +215,15 @@ def collection_sums(
 def render_masks(
     sums: Floats, size: tuple[int, int], theta: float
 ) -> tuple[Floats, NDArray[np.bool_]]:
-    """Upsample, denoise and normalise collection sums to masks M' (eq. 18-22).
+    """Upsample, denoise and normalise collection sums to masks M' (Ha & Youn 2022, eq. 18-22).
 
-    sums: [n, h, w] float32, not negative.   size: H, W.
-    theta: values not above this quantile of the upsampled mask become 0; a fraction in [0, 1).
-    Returns masks [n, H, W] float32 in [0, 1], and [n] bool, true where a mask is flat: all zeros.
+    Args:
+        sums: [n, h, w] float32, not negative.
+        size: H and W, in pixels.
+        theta: A fraction in [0, 1); values not above this quantile of the upsampled mask become 0.
+
+    Returns:
+        The masks, [n, H, W] float32 in [0, 1], and [n] bool, true where a mask is all zeros.
     """
     masks = upsample(sums, size)
     flat = masks.reshape(len(masks), -1)
@@ -197,7 +235,15 @@ def render_masks(
 
 
 def upsample(maps: Floats, size: tuple[int, int]) -> Floats:
-    """Bilinear interpolation with half-pixel centres; [n, h, w] to [n, H, W] float32."""
+    """Interpolate maps bilinearly, with pixel centres at halves.
+
+    Args:
+        maps: [n, h, w] float32.
+        size: H and W, in pixels.
+
+    Returns:
+        [n, H, W] float32.
+    """
     wide = _interpolate(maps, size[1], axis=2)
     return _interpolate(wide, size[0], axis=1)
 
@@ -205,17 +251,17 @@ def upsample(maps: Floats, size: tuple[int, int]) -> Floats:
 def _interpolate(values: Floats, target: int, axis: int) -> Floats:
     """Interpolate along an axis; between equal neighbours the result is exactly their value."""
     low, high, share = _neighbours(values.shape[axis], target)
-    one = np.take(values, low, axis, mode="clip")
-    other = np.take(values, high, axis, mode="clip")
-    other -= one
-    other *= share if axis == 2 else share[:, None]
-    other += one
-    return other
+    below = np.take(values, low, axis, mode="clip")
+    result = np.take(values, high, axis, mode="clip")
+    result -= below
+    result *= share if axis == 2 else share[:, None]
+    result += below
+    return result
 
 
 @lru_cache(maxsize=64)
 def _neighbours(source: int, target: int) -> tuple[NDArray[np.intp], NDArray[np.intp], Floats]:
-    """For each place on a line of `target`, its two neighbours among `source`, and its share."""
+    """For each of `target` pixels its two neighbours among `source`, and the second's share."""
     centres = (np.arange(target) + 0.5) * (source / target) - 0.5
     centres = np.clip(centres, 0, source - 1)
     low = np.floor(centres).astype(np.intp)
@@ -223,9 +269,16 @@ def _neighbours(source: int, target: int) -> tuple[NDArray[np.intp], NDArray[np.
 
 
 def quantile(values: Floats, fraction: float) -> Floats:
-    """The quantile of each row with linear interpolation, as NumPy defines it.
+    """Compute the quantile of each row with linear interpolation, as `numpy.quantile` does.
 
-    values: [n, m] float32, not negative.   fraction: in [0, 1).   Returns [n] float32.
+    Rows with so many zeros that the quantile is zero are not sorted, unlike in NumPy.
+
+    Args:
+        values: [n, m] float32, not negative.
+        fraction: The quantile, in [0, 1).
+
+    Returns:
+        [n] float32.
     """
     place = fraction * (values.shape[1] - 1)
     low = int(place)
@@ -241,51 +294,77 @@ def quantile(values: Floats, fraction: float) -> Floats:
 
 
 class SoftmaxSum:
-    """Masks weighted by the softmax of their scores, added up as they come (eq. 24, 25).
+    """Sums of masks, weighted by the softmax of their scores (Ha & Youn 2022, eq. 24, 25).
 
-    The scores need not be known before the first mask is added, so no mask has to be kept.
+    Masks are added as they come: the weights of earlier ones shrink when a higher score follows,
+    so that neither masks nor scores have to be kept.
     """
 
     def __init__(self, pairs: int, size: tuple[int, int]) -> None:
+        """Start with empty sums.
+
+        Args:
+            pairs: P, the number of sums.
+            size: H and W of the masks, in pixels.
+        """
         self._highest = np.full(pairs, -np.inf, np.float64)
         self._total = np.zeros(pairs, np.float64)
         self._sum = np.zeros((pairs, *size), np.float32)
 
     def add(self, pair: int, scores: Floats, masks: Floats) -> None:
-        """Add some masks [n, H, W] of one pair, with their scores [n]."""
+        """Add masks to the sum of one pair.
+
+        Args:
+            pair: The number of the pair, in 0..P-1.
+            scores: [n] float32, finite.
+            masks: [n, H, W] float32.
+        """
         if not len(scores):
             return
         highest = max(float(scores.max()), self._highest[pair])
-        kept = np.exp(self._highest[pair] - highest)
+        shrinkage = np.exp(self._highest[pair] - highest)
         weights = np.exp(scores.astype(np.float64) - highest)
         flat = masks.reshape(len(masks), -1)
         added = np.einsum("n,np->p", weights.astype(np.float32), flat)
-        target = self._sum[pair]
-        if kept != 1.0:
-            target *= np.float32(kept)
-        target += added.reshape(target.shape)
-        self._total[pair] = self._total[pair] * kept + weights.sum()
+        weighted = self._sum[pair]
+        if shrinkage != 1.0:
+            weighted *= np.float32(shrinkage)
+        weighted += added.reshape(weighted.shape)
+        self._total[pair] = self._total[pair] * shrinkage + weights.sum()
         self._highest[pair] = highest
 
     def result(self) -> Floats:
-        """ReLU of the weighted sums, [P, H, W] float32; zeros for a pair that got no mask."""
+        """Return the ReLU of the sums, [P, H, W] float32; zeros for a pair without masks."""
         total = np.where(self._total > 0, self._total, 1.0).astype(np.float32)
         weighted: Floats = self._sum / total[:, None, None]
         return np.maximum(weighted, 0.0)
 
 
 def softmax(scores: Floats, counted: NDArray[np.bool_]) -> Floats:
-    """Softmax over the scores [n] that count; the others get weight 0."""
+    """Compute the softmax of the scores that count.
+
+    Args:
+        scores: [n] float32.
+        counted: [n] bool, whether a score counts.
+
+    Returns:
+        [n] float32, the weights; 0 for scores that do not count.
+    """
     if not counted.any():
         return np.zeros(len(scores), np.float32)
-    exponent = np.where(counted, scores.astype(np.float64), -np.inf)
-    weights = np.exp(exponent - exponent.max())
-    alpha: Floats = (weights / weights.sum()).astype(np.float32)
-    return alpha
+    exponents = np.where(counted, scores.astype(np.float64), -np.inf)
+    return np.asarray(scipy.special.softmax(exponents), dtype=np.float32)
 
 
 def min_max(maps: Floats) -> Floats:
-    """Scale each map [P, H, W] to [0, 1]; a flat map becomes zeros."""
+    """Scale each map to [0, 1].
+
+    Args:
+        maps: [P, H, W] float32.
+
+    Returns:
+        [P, H, W] float32; a flat map becomes zeros.
+    """
     low = maps.min(axis=(1, 2), keepdims=True)
     span = maps.max(axis=(1, 2), keepdims=True) - low
     scaled: Floats = np.divide(maps - low, span, where=span > 0, out=np.zeros_like(maps))

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from msgspec import UNSET
 
 from ccam_deploy.bundle.manifest import GRAPHS, OPTIONAL_GRAPHS, Manifest, Precision
+from ccam_deploy.errors import ManifestError
 
 
-def inconsistencies(manifest: Manifest) -> Iterator[str]:
+def require_consistency(path: Path, manifest: Manifest) -> None:
     """Compare the sizes and names in a manifest with each other.
 
     Args:
+        path: Where the manifest was read, for the message.
         manifest: A manifest that fits the schema.
 
-    Yields:
-        A phrase for each contradiction, such as "2 labels for 3 classes".
+    Raises:
+        ManifestError: Two of them contradict each other; the message names the first such pair.
     """
+    for contradiction in _contradictions(manifest):
+        raise ManifestError(f"{path} is not a valid manifest: {contradiction}")
+
+
+def _contradictions(manifest: Manifest) -> Iterator[str]:
     yield from _in_the_input(manifest)
     if not manifest.layers or not manifest.precisions:
         yield "it lists no layers or no graphs"

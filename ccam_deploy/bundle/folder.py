@@ -11,7 +11,7 @@ from typing import get_args
 
 import msgspec
 
-from ccam_deploy.bundle.consistency import inconsistencies
+from ccam_deploy.bundle.consistency import require_consistency
 from ccam_deploy.bundle.manifest import FORMAT, FileRecord, Manifest, Precision, PrecisionName
 from ccam_deploy.errors import BundleError, IntegrityError, ManifestError, OptionError
 from ccam_deploy.files import replace_file
@@ -175,8 +175,7 @@ def _read_manifest(root: Path) -> Manifest:
     manifest = _decode(path, content)
     if manifest.digest != manifest_digest(manifest) or content != _encode(manifest):
         raise IntegrityError(f"{path} was changed after the export; export it again")
-    for contradiction in inconsistencies(manifest):
-        raise ManifestError(f"{path} is not a valid manifest: {contradiction}")
+    require_consistency(path, manifest)
     return manifest
 
 

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import ccam_deploy as ccam
+from ccam_deploy.bundle.consistency import require_consistency
 from ccam_deploy.bundle.folder import (
     MANIFEST,
     Bundle,
-    _check_consistency,
     read_bundle,
     write_manifest,
 )
@@ -311,7 +311,7 @@ def test_contradictions(gradients_bundle: Path) -> None:
         report = dataclasses.replace(whole.fidelity, excitation=value)
         changed = dataclasses.replace(whole, fidelity=report)
         with pytest.raises(ManifestError, match=message):
-            _check_consistency(
+            require_consistency(
                 Path("manifest.json"), dataclasses.replace(manifest, precisions={"fp32": changed})
             )
 

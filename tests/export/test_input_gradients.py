@@ -16,7 +16,8 @@ from msgspec import UNSET
 from torch import nn
 
 import ccam_deploy as ccam
-from ccam_deploy.bundle.folder import _check_consistency, read_bundle
+from ccam_deploy.bundle.consistency import require_consistency
+from ccam_deploy.bundle.folder import read_bundle
 from ccam_deploy.bundle.manifest import GRAPHS, PrecisionName
 from ccam_deploy.engines import load_networks, open_networks
 from ccam_deploy.engines.onnxruntime import OnnxRuntimeEngine
@@ -131,7 +132,7 @@ def test_a_graph_without_its_fidelity(gradients_bundle: Path) -> None:
     changed = dataclasses.replace(whole, fidelity=report)
     broken = dataclasses.replace(manifest, precisions={"fp32": changed})
     with pytest.raises(ManifestError, match="differ in guided_gradient"):
-        _check_consistency(Path("manifest.json"), broken)
+        require_consistency(Path("manifest.json"), broken)
 
 
 def test_a_network_without_relu(tmp_path: Path) -> None:

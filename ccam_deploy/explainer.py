@@ -34,6 +34,7 @@ from ccam_deploy.preprocess import Geometry, prepare_images
 from ccam_deploy.targets import Targets, classes_of, pairs_of, per_image
 
 Images = Floats | Sequence[Image.Image] | Image.Image
+"""PIL images, one or several, or preprocessed input: [B, channels, H, W] float32."""
 _Input = tuple[Floats, tuple[Geometry, ...]]
 
 DEFAULT_BATCH = 16

@@ -13,6 +13,8 @@ from ccam_deploy.errors import ImageError, TargetError
 
 Target = int | str
 Targets = Sequence[Target | Sequence[Target]] | NDArray[np.integer] | Target | None
+"""The classes to explain, by number or name: one for all images, or for each image one or several;
+None for the class that the classifier predicts."""
 
 
 def per_image(

@@ -7,16 +7,12 @@ For each network with random weights at 224×224, one image, timed in turn:
 - explain: the whole explanation by a method, from the preprocessed image to the saliency map
 - forwards: the same runs of the same engines on the same arrays, and nothing else
 
-The overhead is the median of their ratios round by round. The arrays are kept in memory to be run
-again: the masks of Score-CAM on ResNet-18 are 100 MB.
+The overhead is the median of their ratios round by round. The arrays stay in memory for the runs
+that are repeated: the masks of Score-CAM on ResNet-18 take 100 MB.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import shlex
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,19 +23,29 @@ from msgspec.structs import asdict
 from numpy.typing import NDArray
 
 import ccam_deploy as ccam
-from bench.bench_table2 import COMMAND_LINE, run
+from bench import harness
+from ccam_deploy.arrays import Floats
 from ccam_deploy.engines import Engine, Networks, TensorSpec
 from ccam_deploy.explainer import DEFAULT_BATCH, Explainer
 from ccam_deploy.image_files import load_image
-from ccam_deploy.latency.conditions import CPU, load_average, machine
+from ccam_deploy.latency.conditions import CPU, load_average
 from ccam_deploy.latency.timing import measure_in_turn, median_ratio, summarise
-from ccam_deploy.methods import METHODS, method_named
+from ccam_deploy.methods import METHODS, make_method
+from ccam_deploy.text import markdown_table
 
 Array = NDArray[Any]
 Runs = list[tuple[Engine, Mapping[str, Array]]]
 
-ROOT = Path(__file__).parents[1]
-_PHOTOGRAPH = ROOT / "ccam_deploy" / "examples" / "photographs" / "flower.jpg"
+_EXPORTED_WITH = ("--random-weights", "--head", "--gradients")
+_HEADER = (
+    "network",
+    "method",
+    "masked images",
+    "explain, ms",
+    "forwards, ms",
+    "overhead",
+    "spread",
+)
 
 
 class Recorder(Engine):
@@ -61,8 +67,8 @@ class Recorder(Engine):
         pass
 
 
-def recorded(explainer: Explainer, images: Array, method: str) -> Runs:
-    """The runs of the engines that an explanation makes."""
+def record_runs(explainer: Explainer, images: Floats, method: str) -> Runs:
+    """Explain once, and return the runs of the engines that it took."""
     runs: Runs = []
     networks = Networks(
         {name: Recorder(engine, runs) for name, engine in explainer.networks.engines.items()},
@@ -74,9 +80,9 @@ def recorded(explainer: Explainer, images: Array, method: str) -> Runs:
     return runs
 
 
-def measure(explainer: Explainer, images: Array, method: str, rounds: int) -> dict[str, Any]:
-    """Time a method on preprocessed images against its own runs of the engines."""
-    runs = recorded(explainer, images, method)
+def measure(explainer: Explainer, images: Floats, method: str, rounds: int) -> dict[str, Any]:
+    """Time a method on preprocessed images [B, C, H, W] against its own runs of the engines."""
+    runs = record_runs(explainer, images, method)
     stages: list[dict[str, float]] = []
 
     def explain() -> None:
@@ -103,72 +109,65 @@ def measure(explainer: Explainer, images: Array, method: str, rounds: int) -> di
 
 
 def table(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """The results as Markdown, a row for each network and method."""
-    lines = [
-        "| network | method | masked images | explain, ms | forwards, ms | overhead | spread |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for network, measured in results.items():
-        for method, found in measured.items():
-            explain, forwards = found["explain_ms"], found["forwards_ms"]
-            lines.append(
-                f"| {network} | {method} | {found['masked_images']} | {explain['median']:.0f} "
-                f"| {forwards['median']:.0f} | {found['overhead']:.3f} "
-                f"| {max(explain['spread'], forwards['spread']):.0%} |"
+    """Lay out results as Markdown, a row for each network and method."""
+    rows = []
+    for network, figures_by_method in results.items():
+        for method, figures in figures_by_method.items():
+            explain, forwards = figures["explain_ms"], figures["forwards_ms"]
+            rows.append(
+                (
+                    network,
+                    method,
+                    str(figures["masked_images"]),
+                    f"{explain['median']:.0f}",
+                    f"{forwards['median']:.0f}",
+                    f"{figures['overhead']:.3f}",
+                    f"{max(explain['spread'], forwards['spread']):.0%}",
+                )
             )
-    return "\n".join(lines)
+    return markdown_table(_HEADER, rows)
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    """The table, and the command that makes it."""
+    return f"{table(result['results'])}\n\nMade by `{result['command']}`.\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--networks", default="resnet18")
+    parser = harness.argument_parser(__doc__, rounds=7, networks=["resnet18"])
     parser.add_argument("--methods", default="score-cam", help=", ".join(METHODS))
-    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--batch-size", type=int, default=DEFAULT_BATCH)
     parser.add_argument("--threads", type=int, default=0, help="0 lets ONNX Runtime choose")
-    parser.add_argument("--output", type=Path, help="a folder")
-    given = parser.parse_args(arguments)
-    methods = [method_named(name).name for name in given.methods.split(",")]
+    options = parser.parse_args(arguments)
+    methods = [make_method(name).name for name in options.methods.split(",")]
+    engine = {"backend": CPU, "batch_size": options.batch_size, "threads": options.threads}
     results: dict[str, dict[str, Any]] = {}
-    for network in given.networks.split(","):
+    for network in options.networks.split(","):
         with tempfile.TemporaryDirectory() as folder:
-            bundle = Path(folder) / network
-            _export(network, bundle)
-            with ccam.load(
-                bundle, backend=CPU, batch_size=given.batch_size, threads=given.threads
-            ) as explainer:
-                images, _ = explainer.preprocess([load_image(_PHOTOGRAPH)])
+            bundle = harness.export(network, Path(folder) / network, *_EXPORTED_WITH)
+            with ccam.load(bundle, **engine) as explainer:
+                images, _ = explainer.preprocess([load_image(harness.PHOTOGRAPH)])
                 results[network] = {}
                 for method in methods:
-                    found = measure(explainer, images, method, given.rounds)
-                    results[network][method] = found
-                    print(table({network: {method: found}}), flush=True)
-    if given.output:
-        words = ["--networks", given.networks, "--methods", given.methods]
-        words += ["--rounds", given.rounds, "--batch-size", given.batch_size]
-        words += ["--threads", given.threads, "--output", given.output]
-        command = shlex.join(["python", "-m", "bench.bench_forwards", *map(str, words)])
-        report = {
-            "command": command,
-            "conditions": asdict(machine()),
+                    figures = measure(explainer, images, method, options.rounds)
+                    results[network][method] = figures
+                    print(table({network: {method: figures}}), flush=True)
+    if options.output:
+        words = {
+            "networks": options.networks,
+            "methods": options.methods,
+            "rounds": options.rounds,
+            "batch-size": options.batch_size,
+            "threads": options.threads,
+            "output": options.output,
+        }
+        result = {
+            "command": harness.command_line("bench.bench_forwards", words),
+            "conditions": harness.conditions(),
             "weights": "random",
             "results": results,
         }
-        given.output.mkdir(parents=True, exist_ok=True)
-        file = given.output / "forwards-cpu.json"
-        file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        text = f"{table(results)}\n\nMade by `{command}`.\n"
-        file.with_suffix(".md").write_text(text, encoding="utf-8")
-
-
-def _export(network: str, folder: Path) -> None:
-    """Export in a process of its own, so that PyTorch's threads are not in the one that measures.
-
-    Where it fails this process ends too, after what it said.
-    """
-    recipe = ROOT / "export" / f"{network}.toml"
-    words = ["export", "--recipe", recipe, "--random-weights", "--head", "--gradients"]
-    run([sys.executable, "-c", COMMAND_LINE, *map(str, words), "--output", str(folder)])
+        harness.write_results(options.output / "forwards-cpu.json", result, markdown(result))
 
 
 if __name__ == "__main__":

@@ -10,23 +10,20 @@ in which each works on what the ones before it left. The classifier's logits are
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
-import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from msgspec.structs import asdict
 
+from bench import harness
 from ccam_deploy.engines.cuda.device import Device, Region
 from ccam_deploy.errors import BackendError
 from ccam_deploy.kernels.cuda.geometry import Geometry, LayerPlace
-from ccam_deploy.latency.conditions import gpu, machine
 from ccam_deploy.latency.timing import summarise
+from ccam_deploy.text import markdown_table
 
 if TYPE_CHECKING:
     from ccam_deploy.engines.cuda.pycuda import CudaDevice
@@ -36,7 +33,7 @@ SHAPES: dict[str, tuple[tuple[int, int, int], ...]] = {
     "resnet101": ((256, 56, 56), (512, 28, 28), (1024, 14, 14), (2048, 7, 7)),
     "vgg19": ((128, 112, 112), (256, 56, 56), (512, 28, 28), (512, 14, 14)),
 }
-"""C, h, w of the target layers, the final one last."""
+"""C, h, w of the target layers, the final one last, by network."""
 
 BATCHES = (1, 8)
 _SIZE, _CLASSES = (224, 224), 1000
@@ -47,7 +44,7 @@ Work = Callable[[], None]
 
 
 def geometry(network: str, batch: int) -> Geometry:
-    """A network's layers one after the other, with the options' defaults."""
+    """Lay out a network's layers one after the other, with Collection-CAM's defaults."""
     places, start = [], 0
     for shape in SHAPES[network]:
         places.append(LayerPlace(*shape, start, start))
@@ -58,9 +55,17 @@ def geometry(network: str, batch: int) -> Geometry:
 def time_on_device(
     device: Device, steps: Mapping[str, Work], rounds: int
 ) -> dict[str, list[float]]:
-    """The seconds that each step takes of the device, replayed in turn; by name.
+    """Time steps on the device, captured and replayed in turn.
 
     Every step runs once before the first is captured, so that all kernels are compiled.
+
+    Args:
+        device: Where the steps run.
+        steps: The steps by name, in the order in which they run.
+        rounds: How many rounds are timed, after _WARM_ROUNDS.
+
+    Returns:
+        The seconds of each round, by step.
     """
     for work in steps.values():
         work()
@@ -81,7 +86,16 @@ def time_on_device(
 
 
 def kernel_steps(device: Device, network: str, batch: int) -> tuple[dict[str, Work], Region]:
-    """The steps of an explanation but the graphs, on random data; and what reads their counts."""
+    """Make the steps of an explanation without the graphs, on random data.
+
+    Args:
+        device: Where the steps run.
+        network: A name among SHAPES.
+        batch: Images.
+
+    Returns:
+        The steps by name, and the region from which "starts", the counts of masks, is downloaded.
+    """
     from ccam_deploy.kernels.cuda.launch import Buffers, CollectionKernels, Head, Inputs
 
     place = geometry(network, batch)
@@ -95,26 +109,26 @@ def kernel_steps(device: Device, network: str, batch: int) -> tuple[dict[str, Wo
         "logits": ((batch, _CLASSES), np.float32),
         "mask_logits": ((place.masks, _CLASSES), np.float32),
     }
-    given = Region(device, arrays, mirrored=True)
+    data = Region(device, arrays, mirrored=True)
     random = np.random.default_rng(0)
-    for values in given.host.values():
+    for values in data.host.values():
         if values.dtype == np.float32:
             values[:] = random.standard_normal(values.shape, np.float32)
-    np.maximum(given.host["features"], 0, out=given.host["features"])
-    given.host["owner"][:] = np.arange(batch)
-    given.host["wanted"][:] = -1
-    given.upload()
-    counted = Region(device, {"starts": specs.pop("starts")}, mirrored=True)
+    np.maximum(data.host["features"], 0, out=data.host["features"])
+    data.host["owner"][:] = np.arange(batch)
+    data.host["wanted"][:] = -1
+    data.upload()
+    counts = Region(device, {"starts": specs.pop("starts")}, mirrored=True)
     gradient = {"output_gradient": ((batch, _CLASSES), np.float32)}
     room = Region(device, {**specs, **gradient})
     stream = device.kernel_stream
     buffers = Buffers.allocate(
-        place, lambda name, spec: (counted if name == "starts" else room).view(name), stream
+        place, lambda name, spec: (counts if name == "starts" else room).view(name), stream
     )
     kernels = CollectionKernels(place, buffers)
-    inputs = Inputs(given.view("features"), given.view("gradients"), given.view("owner"))
-    head = Head(given.view("logits"), given.view("wanted"), room.view("output_gradient"))
-    mask_logits = given.view("mask_logits")
+    inputs = Inputs(data.view("features"), data.view("gradients"), data.view("owner"))
+    head = Head(data.view("logits"), data.view("wanted"), room.view("output_gradient"))
+    mask_logits = data.view("mask_logits")
     return {
         "output_gradient": lambda: kernels.output_gradient(inputs, head, 1.0, False, stream),
         "statistics": lambda: kernels.statistics(inputs, 1.0, stream),
@@ -123,39 +137,46 @@ def kernel_steps(device: Device, network: str, batch: int) -> tuple[dict[str, Wo
         "masks": lambda: kernels.masks(inputs, stream),
         "scores": lambda: kernels.scores(inputs, mask_logits, False, stream),
         "combine": lambda: kernels.combine(inputs, stream),
-    }, counted
+    }, counts
 
 
 def measure(device: Device, network: str, batch: int, rounds: int) -> dict[str, Any]:
     """Time the steps for one network and batch, and count the masks that they made."""
     with device.current():
-        steps, counted = kernel_steps(device, network, batch)
+        steps, counts = kernel_steps(device, network, batch)
         seconds = time_on_device(device, steps, rounds)
-        counted.download()
+        counts.download()
         device.wait()
-        masks = int(counted.host["starts"][-1])
+        masks = int(counts.host["starts"][-1])
     return {"masks": masks, "kernels_ms": distribution(seconds)}
 
 
 def distribution(seconds: Mapping[str, Sequence[float]]) -> dict[str, dict[str, float]]:
-    """The milliseconds of each step, and of their sum round by round."""
-    sums = [sum(spent) for spent in zip(*seconds.values(), strict=True)]
-    return {name: asdict(summarise(spent)) for name, spent in {**seconds, "sum": sums}.items()}
+    """Summarise the milliseconds of each step, and of their sum round by round."""
+    sums = [sum(durations) for durations in zip(*seconds.values(), strict=True)]
+    every = {**seconds, "sum": sums}
+    return {name: asdict(summarise(durations)) for name, durations in every.items()}
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """Median and p90 of every step as Markdown, a column for each network and batch."""
-    lines = [
-        f"| median / p90, µs | {' | '.join(results)} |",
-        f"|---|{'---|' * len(results)}",
-        f"| masks | {' | '.join(str(found['masks']) for found in results.values())} |",
-    ]
-    names = dict.fromkeys(name for found in results.values() for name in found["kernels_ms"])
-    for name in names:
-        spent = [found["kernels_ms"][name] for found in results.values()]
-        cells = [f"{1000 * one['median']:.0f} / {1000 * one['p90']:.0f}" for one in spent]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    """Lay out median and p90 of every step as Markdown, a column for each network and batch."""
+    columns = list(results.values())
+    rows = [("masks", *(str(figures["masks"]) for figures in columns))]
+    for name in dict.fromkeys(name for figures in columns for name in figures["kernels_ms"]):
+        timings = [figures["kernels_ms"][name] for figures in columns]
+        cells = (f"{1000 * t['median']:.0f} / {1000 * t['p90']:.0f}" for t in timings)
+        rows.append((name, *cells))
+    return markdown_table(("median / p90, µs", *results), rows)
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    """The table, the GPU, and the command that makes it."""
+    card = result["conditions"]["gpu"]
+    name = card["name"] if card else "unknown GPU"
+    return (
+        f"{table(result['results'])}\n\n{name}, random data, float32, 224×224. "
+        f"Made by `{result['command']}`.\n"
+    )
 
 
 def open_device() -> CudaDevice:
@@ -166,10 +187,7 @@ def open_device() -> CudaDevice:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=200)
-    parser.add_argument("--output", type=Path, help="a folder")
-    given = parser.parse_args(arguments)
+    options = harness.argument_parser(__doc__, rounds=200).parse_args(arguments)
     results: dict[str, Any] = {}
     for network in SHAPES:
         for batch in BATCHES:
@@ -179,22 +197,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 print(f"kernels are measured on a GPU alone: {error}", file=sys.stderr)
                 sys.exit(_NO_GPU)
             try:
-                results[f"{network}-{batch}"] = measure(device, network, batch, given.rounds)
+                results[f"{network}-{batch}"] = measure(device, network, batch, options.rounds)
             finally:
                 device.close()
     print(table(results))
-    if given.output:
-        words = ["--rounds", str(given.rounds), "--output", str(given.output)]
-        command = shlex.join(["python", "-m", "bench.bench_kernels", *words])
-        card = gpu()
-        facts = {**asdict(machine()), "gpu": card and asdict(card)}
-        found = {"command": command, "conditions": facts, "results": results}
-        given.output.mkdir(parents=True, exist_ok=True)
-        file = given.output / "kernels.json"
-        file.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-        name = card.name if card else "unknown GPU"
-        text = f"{table(results)}\n\n{name}, random data, float32, 224×224. Made by `{command}`.\n"
-        file.with_suffix(".md").write_text(text, encoding="utf-8")
+    if options.output:
+        words = {"rounds": options.rounds, "output": options.output}
+        result = {
+            "command": harness.command_line("bench.bench_kernels", words),
+            "conditions": harness.conditions(with_gpu=True),
+            "results": results,
+        }
+        harness.write_results(options.output / "kernels.json", result, markdown(result))
 
 
 if __name__ == "__main__":

@@ -17,9 +17,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import shlex
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -32,17 +29,18 @@ import numpy as np
 from msgspec.structs import asdict
 
 import ccam_deploy as ccam
+from bench import harness
 from ccam_deploy.explainer import Explainer
-from ccam_deploy.latency.conditions import gpu, load_average, machine
+from ccam_deploy.latency.conditions import load_average
 from ccam_deploy.latency.timing import measure_in_turn, summarise
 from ccam_deploy.methods import DEFAULT_METHOD, METHODS, RISE, CollectionCAM, Method, make_method
 from ccam_deploy.quality import report
 from ccam_deploy.quality.datasets import open_dataset
-from ccam_deploy.quality.evaluation import Evaluation, EvaluationSettings, Variant, drawn, refused
+from ccam_deploy.quality.evaluation import Evaluation, EvaluationSettings, draw_places
 from ccam_deploy.quality.metrics import box_mask
+from ccam_deploy.quality.variants import Variant, runnable
+from ccam_deploy.text import markdown_table
 
-ROOT = Path(__file__).parents[1]
-RECIPE = ROOT / "export" / "digits.toml"
 DATASET = "scenes"
 TEST_IMAGES = 500
 DEFAULT = Variant(DEFAULT_METHOD, CollectionCAM())
@@ -58,49 +56,46 @@ _ABLATED: dict[str, tuple[dict[str, Any], ...]] = {
 """Options of Collection-CAM that differ from its defaults, by what they vary."""
 
 
-def contenders(names: Sequence[str], rise_masks: int) -> list[Variant]:
-    """Methods with their defaults, but for RISE's number of masks, which is in its name then."""
-    found = []
+def make_contenders(names: Sequence[str], rise_masks: int) -> list[Variant]:
+    """Make methods with their defaults, but for RISE's number of masks, then part of its name."""
+    variants = []
     for name in names:
         if name == RISE.name and rise_masks != RISE.masks:
-            found.append(Variant(f"{name}, masks={rise_masks}", RISE(masks=rise_masks)))
+            variants.append(Variant(f"{name}, masks={rise_masks}", RISE(masks=rise_masks)))
         else:
-            found.append(Variant(name, make_method(name)))
-    return found
-
-
-def runnable(
-    explainer: Explainer, variants: Sequence[Variant]
-) -> tuple[list[Variant], dict[str, str]]:
-    """The variants that run on a bundle, and the reason of each that does not."""
-    reasons = refused(explainer, variants)
-    return [one for one in variants if one.name not in reasons], reasons
+            variants.append(Variant(name, make_method(name)))
+    return variants
 
 
 def ablations(layers: Sequence[str], names: Sequence[str]) -> dict[str, list[Variant]]:
-    """Variants by what they vary, each group with the default first.
+    """Make variants by the option that they vary, each group with the default first.
 
-    layers: the bundle's, the deepest last.   names: the methods that run.
+    Args:
+        layers: The bundle's layers, the deepest last.
+        names: The methods that run.
+
+    Returns:
+        The variants by what they vary.
     """
     groups = {
-        title: [DEFAULT, *(_collection_cam(given) for given in cases)]
+        title: [DEFAULT, *(_collection_cam(options) for options in cases)]
         for title, cases in _ABLATED.items()
     }
     groups["layers"] = [
-        Variant(f"{name}, {count} of {len(layers)} layers", kind(layers=tuple(layers[-count:])))
-        for name, kind in _with_layers(names).items()
+        Variant(f"{name}, {count} of {len(layers)} layers", make(layers=tuple(layers[-count:])))
+        for name, make in _with_layers(names).items()
         for count in range(1, len(layers) + 1)
     ]
     return groups
 
 
-def _collection_cam(given: Mapping[str, Any]) -> Variant:
-    words = ", ".join(f"{key}={value}" for key, value in given.items())
-    return Variant(words, CollectionCAM(**given))
+def _collection_cam(options: Mapping[str, Any]) -> Variant:
+    words = ", ".join(f"{key}={value}" for key, value in options.items())
+    return Variant(words, CollectionCAM(**options))
 
 
 def _with_layers(names: Sequence[str]) -> dict[str, Callable[..., Method]]:
-    """The methods that take several layers, by method."""
+    """The methods that take several layers, by name."""
     return {
         name: METHODS[name]
         for name in names
@@ -115,96 +110,97 @@ def measure(
     work: Path,
 ) -> dict[str, report.Summary]:
     """Measure each group of variants; a variant that stands in several is measured once."""
-    every = list({one.name: one for group in groups.values() for one in group}.values())
+    every = {variant.name: variant for group in groups.values() for variant in group}
     data = open_dataset(DATASET, explainer.bundle.manifest)
-    measured = Evaluation(explainer, data, every, settings)
-    results = measured.open(work, DATASET)
-    with click.progressbar(length=measured.total, label="measuring", file=sys.stderr) as bar:
+    evaluation = Evaluation(explainer, data, list(every.values()), settings)
+    results = evaluation.open(work, DATASET)
+    with click.progressbar(length=evaluation.total, label="measuring", file=sys.stderr) as bar:
         bar.update(len(results.rows))
-        for count in measured.run(results):
+        for count in evaluation.run(results):
             bar.update(count)
     rows = list(results.rows.values())
-    facts = measured.facts(DATASET)
-    return {
-        title: report.summarise({**facts, "methods": {one.name: {} for one in group}}, rows)
-        for title, group in groups.items()
-    }
+    facts = evaluation.facts(DATASET)
+    summaries = {}
+    for title, group in groups.items():
+        methods: dict[str, Any] = {variant.name: {} for variant in group}
+        summaries[title] = report.summarise({**facts, "methods": methods}, rows)
+    return summaries
 
 
 def origins(explainer: Explainer, images: int, seed: int) -> dict[str, dict[str, float]]:
-    """Which layers Collection-CAM's maps come from, in percent, the mean over images.
+    """Measure which layers Collection-CAM's maps come from.
 
-    weight: the layer's share of the masks' weights.   energy: its share of the map's sum.
-    proportion: how much of that lies in the boxes.   shown: the mean value of its masks.
+    Args:
+        explainer: Of the example classifier.
+        images: How many images are explained.
+        seed: Of their draw.
+
+    Returns:
+        By layer the means over images, in percent, of its share of the masks' weights ("weight"),
+        its share of the map's sum ("energy"), the share of that in the boxes ("proportion") and
+        the value of its masks ("shown").
     """
     data = open_dataset(DATASET, explainer.bundle.manifest)
-    found: dict[str, list[tuple[float, float, float, float]]] = {}
-    for place in drawn(len(data), images, seed):
+    rows_by_layer: dict[str, list[tuple[float, float, float, float]]] = {}
+    for place in draw_places(len(data), images, seed):
         picture, geometries = explainer.preprocess([data[place].read()])
         result = explainer.explain(picture)
         inside = box_mask(geometries[0].to_input(data[place].boxes), picture.shape[2:])
         ends = np.cumsum([layer.count[0] for layer in result.layers])
-        masks, weights = (np.split(one, ends[:-1]) for one in (result.masks[0], result.weights[0]))
+        masks = np.split(result.masks[0], ends[:-1])
+        weights = np.split(result.weights[0], ends[:-1])
         parts = [np.einsum("n,nij->ij", *both) for both in zip(weights, masks, strict=True)]
         whole = sum(float(part.sum()) for part in parts)
         for layer, mask, weight, part in zip(result.layers, masks, weights, parts, strict=True):
             total = float(part.sum())
             lies = float(part[inside].sum()) / total if total else np.nan
             values = float(weight.sum()), total / whole, lies, float(mask.mean())
-            found.setdefault(layer.name, []).append(values)
+            rows_by_layer.setdefault(layer.name, []).append(values)
     names = "weight", "energy", "proportion", "shown"
     return {
         layer: dict(zip(names, (100 * np.nanmean(rows, axis=0)).tolist(), strict=True))
-        for layer, rows in found.items()
+        for layer, rows in rows_by_layer.items()
     }
 
 
 def times(explainer: Explainer, variants: Sequence[Variant], rounds: int) -> dict[str, Any]:
-    """Milliseconds of explaining one image from its preprocessed array, all methods in turn."""
+    """Time the explanation of one image from its preprocessed array, all methods in turn."""
     item = open_dataset(DATASET, explainer.bundle.manifest)[0]
     images, _ = explainer.preprocess([item.read()])
     target = [int(explainer.explain(images).targets[0])]
-    calls = {one.name: partial(one.explain, explainer, images, target) for one in variants}
+    calls = {
+        variant.name: partial(variant.explain, explainer, images, target) for variant in variants
+    }
     seconds = measure_in_turn(calls, rounds)
-    return {name: asdict(summarise(spent)) for name, spent in seconds.items()}
+    return {name: asdict(summarise(durations)) for name, durations in seconds.items()}
 
 
-def markdown(found: Mapping[str, Any], summaries: Mapping[str, report.Summary]) -> str:
-    """All tables, the definitions, and how they were made."""
+def markdown(result: Mapping[str, Any], summaries: Mapping[str, report.Summary]) -> str:
+    """Write all tables, the definitions, and how they were made."""
     title, *rest = summaries
-    machine = found["conditions"]
-    device = machine["gpu"]["name"] if machine["gpu"] else machine["processor"]
-    images, wanted = found["settings"]["images"], TEST_IMAGES
-    partly = "" if images == wanted else f"**A part of the {wanted} test images: {images}.** "
+    images = result["settings"]["images"]
+    notes = [f"- {name} was not measured: {why}\n" for name, why in result["not_run"].items()]
+    part = f"**A part of the {TEST_IMAGES} test images: {images}.** "
     lines = [
         "# Quality of maps on digits in scenes",
         "",
-        f"{partly}Made by `{found['command']}`. The data is synthetic, the classifier small.",
+        f"{'' if images == TEST_IMAGES else part}Made by `{result['command']}`. "
+        "The data is synthetic, the classifier small.",
         "",
         f"## {title}",
         "",
         report.markdown(summaries[title]),
         "## Time of one explanation",
         "",
-        "| method | median, ms | p95, ms |",
-        "|---|---|---|",
-        *(f"| {name} | {t['median']:.1f} | {t['p95']:.1f} |" for name, t in found["ms"].items()),
+        times_table(result["ms"]),
         "",
-        f"One image from the preprocessed array, {device}, {machine['cores']} cores, load average "
-        f"before {found['load_average']}.",
+        f"One image from the preprocessed array, {harness.device_line(result['conditions'])}, "
+        f"load average before {result['load_average']}.",
         "",
-        *(f"- {name} was not measured: {why}" for name, why in found["not_run"].items()),
-    ]
-    lines += [
+        *notes,
         "## Where Collection-CAM's maps come from",
         "",
-        "| layer | weight, % | share of the map, % | of that in the boxes, % | mean of a mask, % |",
-        "|---|---|---|---|---|",
-        *(
-            f"| {layer} | {o['weight']:.1f} | {o['energy']:.1f} | {o['proportion']:.1f} "
-            f"| {o['shown']:.1f} |"
-            for layer, o in found["origins"].items()
-        ),
+        origins_table(result["origins"]),
         "",
     ]
     for title in rest:
@@ -212,74 +208,91 @@ def markdown(found: Mapping[str, Any], summaries: Mapping[str, report.Summary]) 
     return "\n".join(lines).rstrip() + "\n"
 
 
+def times_table(timings: Mapping[str, Mapping[str, float]]) -> str:
+    """Lay out milliseconds by method as Markdown."""
+    rows = [(name, f"{ms['median']:.1f}", f"{ms['p95']:.1f}") for name, ms in timings.items()]
+    return markdown_table(("method", "median, ms", "p95, ms"), rows)
+
+
+def origins_table(shares_by_layer: Mapping[str, Mapping[str, float]]) -> str:
+    """Lay out what `origins` returns as Markdown."""
+    header = ("layer", "weight, %", "share of the map, %", "of that in the boxes, %")
+    names = ("weight", "energy", "proportion", "shown")
+    rows = [
+        (layer, *(f"{shares[name]:.1f}" for name in names))
+        for layer, shares in shares_by_layer.items()
+    ]
+    return markdown_table((*header, "mean of a mask, %"), rows)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = harness.argument_parser(__doc__, rounds=5, output="a JSON file")
     parser.add_argument("--bundle", type=Path, help="of the example classifier; else exported")
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--limit", type=int, default=TEST_IMAGES, help="images")
     parser.add_argument("--rise-masks", type=int, default=RISE.masks, help="of RISE")
     parser.add_argument("--protocol", default="paper")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--rounds", type=int, default=5, help="of the times")
-    parser.add_argument("--work", type=Path, help="a folder that a later run goes on from")
-    parser.add_argument("--output", type=Path)
-    given = parser.parse_args(arguments)
+    parser.add_argument("--work", type=Path, help="a folder that a later run resumes from")
+    options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
-        bundle = given.bundle or _export(Path(folder) / "digits")
-        work = given.work or Path(folder) / "work"
-        found, summaries = run(bundle, given, work)
-    text = markdown(found, summaries)
+        bundle = options.bundle or harness.export(
+            "digits", Path(folder) / "digits", "--head", "--gradients"
+        )
+        work = options.work or Path(folder) / "work"
+        result, summaries = run(bundle, options, work)
+    text = markdown(result, summaries)
     print(text)
-    if given.output:
-        given.output.parent.mkdir(parents=True, exist_ok=True)
-        given.output.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-        given.output.with_suffix(".md").write_text(text, encoding="utf-8")
+    if options.output:
+        harness.write_results(options.output, result, text)
 
 
 def run(
-    bundle: Path, given: argparse.Namespace, work: Path
+    bundle: Path, options: argparse.Namespace, work: Path
 ) -> tuple[dict[str, Any], dict[str, report.Summary]]:
     """Measure everything on a bundle."""
-    settings = EvaluationSettings(protocol=given.protocol, limit=given.limit, seed=given.seed)
+    settings = EvaluationSettings(protocol=options.protocol, limit=options.limit, seed=options.seed)
     with ccam.load(bundle) as explainer:
-        wanted = contenders(given.methods.split(","), given.rise_masks)
-        variants, not_run = runnable(explainer, wanted)
+        every = make_contenders(options.methods.split(","), options.rise_masks)
+        variants, not_run = runnable(explainer, every)
         layers = [layer.name for layer in explainer.bundle.manifest.layers]
-        groups = {"Methods": variants, **ablations(layers, [one.method.name for one in variants])}
+        names = [variant.method.name for variant in variants]
+        groups = {"Methods": variants, **ablations(layers, names)}
         before = load_average()
-        spent = times(explainer, variants, given.rounds)
+        timings = times(explainer, variants, options.rounds)
         summaries = measure(explainer, groups, settings, work)
-        parts = origins(explainer, given.limit, given.seed)
-    card = gpu()
-    words = [] if given.methods == ",".join(METHODS) else ["--methods", given.methods]
-    if given.rise_masks != RISE.masks:
-        words += ["--rise-masks", str(given.rise_masks)]
-    words += ["--limit", str(given.limit), "--protocol", given.protocol, "--seed", str(given.seed)]
-    words += ["--output", str(given.output)] if given.output else []
+        shares = origins(explainer, options.limit, options.seed)
     plain = {title: report.as_json(summary) for title, summary in summaries.items()}
-    found = {
-        "command": shlex.join(["python", "-m", "bench.bench_quality", *words]),
-        "conditions": {**asdict(machine()), "gpu": card and asdict(card)},
-        "limit": given.limit,
+    result = {
+        "command": _command(options),
+        "conditions": harness.conditions(with_gpu=True),
+        "limit": options.limit,
         "test_images": TEST_IMAGES,
         "settings": plain["Methods"]["settings"],
         "definitions": plain["Methods"]["definitions"],
         "protocol": plain["Methods"]["protocol"],
         "load_average": before,
-        "ms": spent,
+        "ms": timings,
         "not_run": not_run,
-        "origins": parts,
+        "origins": shares,
         "results": {title: values["results"] for title, values in plain.items()},
         "curves": plain["Methods"]["curves"],
     }
-    return found, summaries
+    return result, summaries
 
 
-def _export(folder: Path) -> Path:
-    command = [sys.executable, "-c", "from ccam_deploy.cli.main import main; main()", "export"]
-    words = ["--recipe", str(RECIPE), "--head", "--gradients", "--output", str(folder)]
-    subprocess.run([*command, *words], check=True, capture_output=True, cwd=ROOT)
-    return folder
+def _command(options: argparse.Namespace) -> str:
+    """The command with what the figures depend on."""
+    every, masks = options.methods == ",".join(METHODS), options.rise_masks
+    words = {
+        "methods": None if every else options.methods,
+        "rise-masks": None if masks == RISE.masks else masks,
+        "limit": options.limit,
+        "protocol": options.protocol,
+        "seed": options.seed,
+        "output": options.output,
+    }
+    return harness.command_line("bench.bench_quality", words)
 
 
 if __name__ == "__main__":

@@ -13,13 +13,9 @@ stand beside: their ratios compare, their times do not.
 
 from __future__ import annotations
 
-import argparse
 import json
-import shlex
-import subprocess
-import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -27,23 +23,21 @@ from typing import Any, get_args
 from msgspec.structs import asdict
 
 import ccam_deploy as ccam
-from ccam_deploy import methods
+from bench import harness
 from ccam_deploy.bundle.manifest import PrecisionName
 from ccam_deploy.engines import Backend
-from ccam_deploy.engines.tensorrt.library import FLAVOURS
-from ccam_deploy.errors import OptionError
 from ccam_deploy.image_files import load_image
 from ccam_deploy.latency.cases import make_cases
-from ccam_deploy.latency.conditions import gpu, load_average, machine
+from ccam_deploy.latency.conditions import load_average
 from ccam_deploy.latency.timing import measure_in_turn, median_ratio, summarise
+from ccam_deploy.methods import DEFAULT_METHOD, METHODS
+from ccam_deploy.quality.variants import make_variants, runnable
+from ccam_deploy.text import markdown_table
 
-ROOT = Path(__file__).parents[1]
 NETWORKS = ("resnet18", "resnet101", "vgg19")
 SIZES = (224, 256)
-DEFAULT = methods.DEFAULT_METHOD
+_BATCH_SIZE = 32
 _WARM_ROUNDS = 3
-COMMAND_LINE = "from ccam_deploy.cli.main import main; main()"
-_PHOTOGRAPH = ROOT / "ccam_deploy" / "examples" / "photographs" / "flower.jpg"
 
 _COLUMNS = ("grad-cam", "grad-cam++", "layer-cam", "score-cam", "rise", "collection-cam")
 _TIMES = {
@@ -58,38 +52,42 @@ PAPER = {place: dict(zip(_COLUMNS, times, strict=True)) for place, times in _TIM
 """Milliseconds of Table 2 (Ha & Youn 2022), on an NVIDIA RTX 3080."""
 
 
+_HEADER = (
+    "network",
+    "input",
+    "method",
+    "median, ms",
+    "p95, ms",
+    "spread",
+    "over collection-cam",
+    "paper, ms (RTX 3080)",
+    "paper, over collection-cam",
+)
+
+
 def method_names() -> list[str]:
-    """The names of the methods that this package has, Collection-CAM first."""
-    return sorted(methods.METHODS, key=lambda name: (name != DEFAULT, name))
-
-
-def possible(
-    names: Sequence[str], check: Callable[[str], None]
-) -> tuple[list[str], dict[str, str]]:
-    """The methods that pass a check, and why the others do not."""
-    working, refused = [], {}
-    for name in names:
-        try:
-            check(name)
-            working.append(name)
-        except OptionError as error:
-            refused[name] = str(error)
-    return working, refused
+    """List the methods that this package has, Collection-CAM first."""
+    return sorted(METHODS, key=lambda name: (name != DEFAULT_METHOD, name))
 
 
 def measure(
     folder: Path,
     rounds: int,
     duration: float,
-    backend: str = "auto",
-    precision: str = "fp32",
+    backend: Backend = "auto",
+    precision: PrecisionName = "fp32",
     names: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Time methods, by default every one, on one bundle; called in a process of its own."""
-    with ccam.load(folder, backend=backend, precision=precision, batch_size=32) as explainer:
-        (case,) = make_cases(explainer, [load_image(_PHOTOGRAPH)], batch=1)
-        working, refused = possible(names or method_names(), explainer.require_method)
-        calls = {name: partial(explainer.explain, case.images, method=name) for name in working}
+    with ccam.load(
+        folder, backend=backend, precision=precision, batch_size=_BATCH_SIZE
+    ) as explainer:
+        (case,) = make_cases(explainer, [load_image(harness.PHOTOGRAPH)], batch=1)
+        variants, reasons = runnable(explainer, make_variants(names or method_names()))
+        calls = {
+            variant.name: partial(explainer.explain, case.images, method=variant.method)
+            for variant in variants
+        }
         before = load_average()
         seconds = measure_in_turn(calls, rounds, _WARM_ROUNDS, duration)
         return {
@@ -100,137 +98,126 @@ def measure(
             "methods": {
                 name: {
                     "ms": asdict(summarise(seconds[name])),
-                    "ratio": median_ratio(seconds[name], seconds[DEFAULT]),
+                    "ratio": median_ratio(seconds[name], seconds[DEFAULT_METHOD]),
                 }
                 for name in calls
             },
-            "refused": refused,
+            "refused": reasons,
         }
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """The results as Markdown, a row for each network, size and method."""
-    lines = [
-        "| network | input | method | median, ms | p95, ms | spread | over collection-cam "
-        "| paper, ms (RTX 3080) | paper, over collection-cam |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for place, found in results.items():
+    """Lay out results as Markdown, a row for each network, size and method."""
+    rows = []
+    for place, figures in results.items():
         network, size = place.split("-")
         paper = PAPER.get((network, int(size)), {})
-        for name, timing in found["methods"].items():
-            spent = timing["ms"]
-            own, base = paper.get(name), paper.get(DEFAULT)
-            beside = f"{own:.2f} | {own / base:.2f}" if own and base else "- | -"
-            lines.append(
-                f"| {network} | {size}×{size} | {name} | {spent['median']:.1f} "
-                f"| {spent['p95']:.1f} | {spent['spread']:.0%} | {timing['ratio']:.2f} | {beside} |"
+        for name, timing in figures["methods"].items():
+            ms = timing["ms"]
+            paper_ms, paper_base = paper.get(name), paper.get(DEFAULT_METHOD)
+            beside = ("-", "-")
+            if paper_ms is not None and paper_base is not None:
+                beside = (f"{paper_ms:.2f}", f"{paper_ms / paper_base:.2f}")
+            rows.append(
+                (
+                    network,
+                    f"{size}×{size}",
+                    name,
+                    f"{ms['median']:.1f}",
+                    f"{ms['p95']:.1f}",
+                    f"{ms['spread']:.0%}",
+                    f"{timing['ratio']:.2f}",
+                    *beside,
+                )
             )
-    return "\n".join(lines)
+    return markdown_table(_HEADER, rows)
 
 
 def report(results: Mapping[str, Any], command: str) -> dict[str, Any]:
-    """Results with the command that made them, and what they were made on."""
-    card = gpu()
+    """Put results beside the command that made them, and what they were made on."""
     return {
         "command": command,
-        "conditions": {**asdict(machine()), "gpu": card and asdict(card)},
+        "conditions": harness.conditions(with_gpu=True),
         "weights": "random",
         "results": results,
     }
 
 
-def markdown(found: Mapping[str, Any]) -> str:
+def markdown(result: Mapping[str, Any]) -> str:
     """The table, and under it the conditions in a few words."""
-    machine, results = found["conditions"], found["results"]
-    device = machine["gpu"]["name"] if machine["gpu"] else machine["processor"]
-    backends = ", ".join(sorted({one["backend"] for one in results.values()}))
-    loads = [one["load_average"][0] for one in results.values()]
+    results = result["results"]
+    backends = ", ".join(sorted({figures["backend"] for figures in results.values()}))
+    precisions = ", ".join(sorted({figures["precision"] for figures in results.values()}))
+    loads = [figures["load_average"][0] for figures in results.values()]
     known = [load for load in loads if load is not None]
     busy = f"{min(known):g} to {max(known):g}" if known else "unknown"
-    precisions = ", ".join(sorted({one["precision"] for one in results.values()}))
     return (
         f"{table(results)}\n\n"
-        f"{device}, {machine['cores']} cores, {backends}, {precisions}, random weights, one image, "
-        f"from the preprocessed array. Load average before each measurement: {busy}.\n"
-        f"Made by `{found['command']}`.\n"
+        f"{harness.device_line(result['conditions'])}, {backends}, {precisions}, random weights, "
+        f"one image, from the preprocessed array. Load average before each measurement: {busy}.\n"
+        f"Made by `{result['command']}`.\n"
     )
 
 
 def file_name(results: Mapping[str, Any]) -> str:
-    """What a file of results is called: after the backend, which all of them have in common."""
-    (kind,) = {(one["backend"], one["precision"]) for one in results.values()}
-    backend, precision = kind
+    """Name a file of results after the backend and precision that they have in common."""
+    ((backend, precision),) = {
+        (figures["backend"], figures["precision"]) for figures in results.values()
+    }
     return f"table2-{backend}.json" if precision == "fp32" else f"table2-{backend}-{precision}.json"
 
 
-def export_command(
-    network: str, size: str, folder: Path, backend: str, precision: str
-) -> list[str]:
-    """The command that makes a network's bundle, with plans where the backend runs those."""
-    recipe = ROOT / "export" / f"{network}.toml"
-    words = ["--recipe", str(recipe), "--random-weights", "--input-size", size]
-    words += ["--precision", precision, "--head", "--gradients", "--output", str(folder)]
-    if backend in FLAVOURS:
-        words += ["--build", "--backend", backend]
-    return [sys.executable, "-c", COMMAND_LINE, "export", *words]
+def export_options(size: str, precision: str) -> list[str]:
+    """The options with which a network is exported for all methods."""
+    words = ["--random-weights", "--input-size", size, "--precision", precision]
+    return [*words, "--head", "--gradients"]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--networks", default=",".join(NETWORKS))
+    parser = harness.argument_parser(__doc__, rounds=5, networks=NETWORKS)
     parser.add_argument("--sizes", default=",".join(map(str, SIZES)))
     parser.add_argument("--methods", default=",".join(method_names()))
-    parser.add_argument("--rounds", type=int, default=5, help="at least so many")
     parser.add_argument("--duration", type=float, default=10.0, help="seconds, at least")
     parser.add_argument("--backend", default="auto", choices=get_args(Backend))
     parser.add_argument("--precision", default="fp32", choices=get_args(PrecisionName))
-    parser.add_argument("--output", type=Path, help="a folder")
-    parser.add_argument("--bundle", type=Path, help=argparse.SUPPRESS)
-    given = parser.parse_args(arguments)
-    if given.bundle:
-        kind = given.backend, given.precision, given.methods.split(",")
-        print(json.dumps(measure(given.bundle, given.rounds, given.duration, *kind)))
+    options = parser.parse_args(arguments)
+    engine = (options.backend, options.precision)
+    if options.bundle:
+        names = options.methods.split(",")
+        figures = measure(options.bundle, options.rounds, options.duration, *engine, names)
+        print(json.dumps(figures))
         return
+    shared = {
+        "rounds": options.rounds,
+        "duration": f"{options.duration:g}",
+        "backend": options.backend,
+        "precision": options.precision,
+        "methods": options.methods,
+    }
     results = {}
-    for network in given.networks.split(","):
-        for size in given.sizes.split(","):
+    for network in options.networks.split(","):
+        for size in options.sizes.split(","):
+            place = f"{network}-{size}"
             with tempfile.TemporaryDirectory() as folder:
-                place = f"{network}-{size}"
-                results[place] = _in_own_process(network, size, Path(folder) / network, given)
-                print(table({place: results[place]}), flush=True)
-    if given.output:
-        words = ["--networks", given.networks, "--sizes", given.sizes]
-        words += ["--rounds", str(given.rounds), "--duration", f"{given.duration:g}"]
-        words += ["--backend", given.backend, "--precision", given.precision]
-        words += ["--methods", given.methods]
-        words += ["--output", str(given.output)]
-        found = report(results, shlex.join(["python", "-m", "bench.bench_table2", *words]))
-        given.output.mkdir(parents=True, exist_ok=True)
-        file = given.output / file_name(results)
-        file.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-        file.with_suffix(".md").write_text(markdown(found), encoding="utf-8")
-
-
-def _in_own_process(
-    network: str, size: str, folder: Path, given: argparse.Namespace
-) -> dict[str, Any]:
-    """Export a network in one process, and measure it in another."""
-    run(export_command(network, size, folder, given.backend, given.precision))
-    words = ["--bundle", folder, "--rounds", given.rounds, "--duration", given.duration]
-    words += ["--backend", given.backend, "--precision", given.precision]
-    words += ["--methods", given.methods]
-    said = run([sys.executable, "-m", "bench.bench_table2", *map(str, words)])
-    found: dict[str, Any] = json.loads(said.splitlines()[-1])
-    return found
-
-
-def run(command: Sequence[str]) -> str:
-    """What a command prints. Where it fails this process ends too, after what it said."""
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    if done.returncode:
-        sys.exit(f"{done.stderr.strip()}\nfailed: {shlex.join(command)}")
-    return done.stdout
+                words = export_options(size, options.precision)
+                bundle = Path(folder) / network
+                harness.export(network, bundle, *words, backend=options.backend)
+                results[place] = harness.measure_in_process(
+                    "bench.bench_table2", {"bundle": bundle, **shared}
+                )
+            print(table({place: results[place]}), flush=True)
+    if options.output:
+        command = harness.command_line(
+            "bench.bench_table2",
+            {
+                "networks": options.networks,
+                "sizes": options.sizes,
+                **shared,
+                "output": options.output,
+            },
+        )
+        result = report(results, command)
+        harness.write_results(options.output / file_name(results), result, markdown(result))
 
 
 if __name__ == "__main__":

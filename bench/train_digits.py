@@ -22,7 +22,7 @@ MEAN, STD = 0.45, 0.25
 
 
 def load(split: Split, count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Scenes as images [count, 3, 96, 96] uint8 and classes [count]."""
+    """Make scenes: images [count, 3, 96, 96] uint8 and classes [count]."""
     scenes = make_scenes(split, count, seed)
     images = np.stack([scene.image for scene in scenes]).transpose(0, 3, 1, 2)
     return torch.from_numpy(images), torch.tensor([scene.digits[0] for scene in scenes])
@@ -72,8 +72,8 @@ def main() -> None:
         model.train()
         order = torch.randperm(len(images), generator=stream)
         for step in range(len(images) // arguments.batch):
-            chosen = order[step * arguments.batch : (step + 1) * arguments.batch]
-            loss = loss_of(model(augment(normalise(images[chosen]), stream)), classes[chosen])
+            rows = order[step * arguments.batch : (step + 1) * arguments.batch]
+            loss = loss_of(model(augment(normalise(images[rows]), stream)), classes[rows])
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()

@@ -1,26 +1,32 @@
-"""What all charts need: matplotlib, and a file's format."""
+"""Requirements of all charts: matplotlib, and a file format that it writes."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ccam_deploy.errors import OptionError
-
-if TYPE_CHECKING:
-    pass
 
 PLOT_FORMATS = ("png", "svg", "pdf")
 DOTS_PER_INCH = 144
 
 
 def plot_format(path: Path) -> str:
-    """The one of FORMATS that a file's name asks for. Raises OptionError for another name."""
-    kind = path.suffix.lower().removeprefix(".")
-    if kind not in PLOT_FORMATS:
+    """Choose a plot's format by the file's suffix.
+
+    Args:
+        path: Where the plot goes.
+
+    Returns:
+        A name among PLOT_FORMATS.
+
+    Raises:
+        OptionError: The suffix is none of them.
+    """
+    suffix = path.suffix.lower().removeprefix(".")
+    if suffix not in PLOT_FORMATS:
         known = ", ".join(f".{name}" for name in PLOT_FORMATS)
         raise OptionError(f"a plot is a {known} file; {path} is none of them")
-    return kind
+    return suffix
 
 
 def require_matplotlib() -> None:

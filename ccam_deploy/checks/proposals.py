@@ -19,11 +19,11 @@ from ccam_deploy.arrays import Floats
 from ccam_deploy.errors import OptionError
 
 Box = tuple[int, int, int, int]
-"""left, top, right, bottom in pixels, right and bottom exclusive."""
+"""Left, top, right, bottom in pixels; right and bottom are exclusive."""
 Mode = Literal["fast", "quality"]
 
 FOUND = 0.5
-"""The least IoU of a box with an object for the object to count as found."""
+"""The least IoU of a box with an object that counts as finding it."""
 
 DEFINITIONS = {
     "boxes": "left, top, right, bottom in pixels of the image, right and bottom exclusive",
@@ -37,7 +37,7 @@ DEFINITIONS = {
     "recall": f"share of the objects that a box overlaps with an IoU of at least {FOUND}",
     "best_iou": "mean over the objects of the best box's IoU",
 }
-"""What the words of a result stand for."""
+"""The meaning of the words in a result."""
 
 _NEIGHBOURHOOD = 12
 _LARGEST_SIDE = 500
@@ -45,7 +45,13 @@ _LARGEST_SIDE = 500
 
 @dataclass(frozen=True)
 class Peak:
-    """A local maximum of a saliency map: its pixel, and the map's value there."""
+    """A local maximum of a saliency map.
+
+    Attributes:
+        x: The pixel's column.
+        y: The pixel's row.
+        value: The map's value there.
+    """
 
     x: int
     y: int
@@ -56,8 +62,11 @@ class Peak:
 class Recall:
     """How well proposals cover known objects.
 
-    recall: share of the objects that a box overlaps with an IoU of at least 0.5.
-    best_iou: mean over the objects of the best box's IoU.   objects, boxes: how many there were.
+    Attributes:
+        recall: Share of the objects that a box overlaps with an IoU of at least FOUND.
+        best_iou: Mean over the objects of the best box's IoU, in [0, 1].
+        objects: How many objects there are.
+        boxes: How many boxes were proposed.
     """
 
     recall: float
@@ -67,12 +76,21 @@ class Recall:
 
 
 def peaks(saliency: Floats, threshold: float = 0.5) -> list[Peak]:
-    """The local maxima of a map [H, W], the highest first.
+    """Find the local maxima of a map.
 
     A peak is the highest in the square around it that is a sixth of the map's shorter side wide,
     and reaches `threshold` times the map's maximum; a plateau counts once, by the pixel nearest to
-    its middle. A map without positive values has none.
-    Raises OptionError for a threshold outside (0, 1].
+    its middle.
+
+    Args:
+        saliency: [H, W] float32.
+        threshold: In (0, 1].
+
+    Returns:
+        The peaks, the highest first; none for a map without positive values.
+
+    Raises:
+        OptionError: The threshold is outside (0, 1].
     """
     if not 0 < threshold <= 1:
         raise OptionError(f"threshold is {threshold}; it must be in (0, 1]")
@@ -80,43 +98,56 @@ def peaks(saliency: Floats, threshold: float = 0.5) -> list[Peak]:
     highest = ndimage.maximum_filter(saliency, 2 * reach + 1, mode="nearest")
     tops = (saliency == highest) & (saliency > 0) & (saliency >= threshold * saliency.max())
     labels, count = ndimage.label(tops, np.ones((3, 3)))
-    found = []
+    maxima = []
     for label in range(1, count + 1):
         pixels = np.argwhere(labels == label)
         distances = ((pixels - pixels.mean(axis=0)) ** 2).sum(axis=1)
         y, x = (int(place) for place in pixels[distances.argmin()])
-        found.append(Peak(x, y, float(saliency[y, x])))
-    return sorted(found, key=lambda peak: -peak.value)
+        maxima.append(Peak(x, y, float(saliency[y, x])))
+    return sorted(maxima, key=lambda peak: -peak.value)
 
 
-def iou(one: Box, other: Box) -> float:
-    """Intersection over union of two boxes, in [0, 1]."""
-    width = min(one[2], other[2]) - max(one[0], other[0])
-    height = min(one[3], other[3]) - max(one[1], other[1])
+def iou(a: Box, b: Box) -> float:
+    """Compute the intersection over union of two boxes, in [0, 1]."""
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
     shared = max(width, 0) * max(height, 0)
-    return shared / (_area(one) + _area(other) - shared)
+    return shared / (_area(a) + _area(b) - shared)
 
 
 def guided(candidates: Sequence[Box], places: Sequence[Peak], count: int = 0) -> list[Box]:
-    """The best-ranked candidates that contain a peak.
+    """Select the best-ranked candidates that contain a peak (Ha & Youn 2022, section IV.F).
 
-    candidates: the best first.   places: peaks, the highest first.
-    count: how many boxes; 0 for one for each peak, as the paper has it. Where there are more boxes
-        than peaks, each peak's second candidate follows, then each one's third, and so on.
-    Returns at most `count` boxes, none twice.
+    Args:
+        candidates: Boxes, the best first.
+        places: Peaks, the highest first.
+        count: How many boxes; 0 for one for each peak, as the paper has it. Where there are fewer
+            peaks than boxes, each peak's second candidate follows, then each one's third, and so
+            on.
+
+    Returns:
+        At most `count` boxes, none twice.
     """
     queues = [[box for box in candidates if _contains(box, peak)] for peak in places]
-    chosen: list[Box] = []
+    boxes: list[Box] = []
     for rank in range(1 if count == 0 else len(candidates)):
-        chosen += [queue[rank] for queue in queues if rank < len(queue)]
-    unique = list(dict.fromkeys(chosen))
+        boxes += [queue[rank] for queue in queues if rank < len(queue)]
+    unique = list(dict.fromkeys(boxes))
     return unique[:count] if count else unique
 
 
 def coverage(proposed: Sequence[Sequence[Box]], objects: Sequence[Sequence[Box]]) -> Recall:
-    """Measure the boxes proposed for some images against the boxes of the objects in them.
+    """Measure proposed boxes against the objects in images.
 
-    Raises ValueError where there is no object.
+    Args:
+        proposed: For each image its proposed boxes.
+        objects: For each image the boxes of its objects.
+
+    Returns:
+        The coverage over all objects of all images.
+
+    Raises:
+        ValueError: There is no object.
     """
     best = [
         max((iou(box, truth) for box in boxes), default=0.0)
@@ -125,12 +156,12 @@ def coverage(proposed: Sequence[Sequence[Box]], objects: Sequence[Sequence[Box]]
     ]
     if not best:
         raise ValueError("there are no objects to cover")
-    found = sum(value >= FOUND for value in best)
+    hits = sum(value >= FOUND for value in best)
     boxes = sum(map(len, proposed))
-    return Recall(found / len(best), sum(best) / len(best), len(best), boxes)
+    return Recall(hits / len(best), sum(best) / len(best), len(best), boxes)
 
 
-def check() -> None:
+def require_opencv() -> None:
     """Raise OptionError where OpenCV's selective search is missing."""
     try:
         from cv2 import ximgproc  # noqa: F401
@@ -141,16 +172,22 @@ def check() -> None:
 
 
 def selective_search(picture: Image.Image, mode: Mode = "fast", seed: int = 0) -> list[Box]:
-    """OpenCV's selective search in an RGB picture: candidates, the best-ranked first.
+    """Search a picture with OpenCV's selective search (Uijlings et al. 2013).
 
-    mode: "fast" for two colour spaces, "quality" for more of them and more scales.
-    seed: part of the ranking is drawn by chance, as its authors have it.
-    Pictures with a side longer than 500 pixels are searched at that size.
-    Raises OptionError for another mode, or without OpenCV.
+    Args:
+        picture: RGB; one with a side longer than 500 pixels is searched at that size.
+        mode: "fast" for two colour spaces, "quality" for more of them and more scales.
+        seed: Of the part of the ranking that is drawn at random, as its authors have it.
+
+    Returns:
+        Candidates in pixels of the picture, the best-ranked first.
+
+    Raises:
+        OptionError: The mode is unknown, or OpenCV is missing.
     """
     if mode not in get_args(Mode):
         raise OptionError(f'mode "{mode}" is unknown; there are {", ".join(get_args(Mode))}')
-    check()
+    require_opencv()
     from cv2 import ximgproc
 
     scale = min(1.0, _LARGEST_SIDE / max(picture.size))
@@ -164,7 +201,7 @@ def selective_search(picture: Image.Image, mode: Mode = "fast", seed: int = 0) -
         search.switchToSelectiveSearchQuality()
     # OpenCV draws with C's rand(), which has no other handle.
     ctypes.CDLL(None).srand(seed)
-    found = np.asarray(search.process()).tolist()
+    candidates = np.asarray(search.process()).tolist()
     across, down = picture.width / size[0], picture.height / size[1]
     return [
         (
@@ -173,7 +210,7 @@ def selective_search(picture: Image.Image, mode: Mode = "fast", seed: int = 0) -
             min(round((left + width) * across), picture.width),
             min(round((top + height) * down), picture.height),
         )
-        for left, top, width, height in found
+        for left, top, width, height in candidates
     ]
 
 

@@ -1,7 +1,7 @@
 """Sanity check of a method: do its maps change when the network's parameters are randomised?
 
-Adebayo et al. 2018, "Sanity checks for saliency maps": cascading, from the last layer down, and of
-each layer on its own. A map that stays alike shows the image, not what the network learned.
+Adebayo et al. 2018, "Sanity checks for saliency maps": cascading, from the last layer down, and
+each layer alone. A map that stays alike shows the image, not what the network learned.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ DEFINITIONS = {
     "hog": "mean correlation of histograms of oriented gradients: 9 orientations, cells of 16×16 "
     "pixels, smaller on small maps, blocks of 3×3 cells",
 }
-"""What the words of a result stand for."""
+"""The meaning of the words in a result."""
 
 
 class Randomisable(Classifier, Protocol):
@@ -57,19 +57,22 @@ class Randomisable(Classifier, Protocol):
         ...
 
     def randomise(self, parts: Collection[str]) -> None:
-        """Give some layers random parameters, and all others what was trained."""
+        """Give some layers random parameters, and all others their trained ones."""
         ...
 
 
 @dataclass(frozen=True)
 class Stage:
-    """How alike the maps of a randomised network are to the trained one's.
+    """The similarity of a randomised network's maps to the trained network's.
 
-    mode: "cascading" where all layers from the last one down to `layer` are random, "independent"
-        where `layer` alone is.
-    spearman: mean over the images of the rank correlation's absolute value.   ssim, hog: means of
-        the structural similarity, and of the correlation of histograms of oriented gradients.
-    maps: [B, H, W] float32 in [0, 1].
+    Attributes:
+        mode: "cascading" where all layers from the last one down to `layer` are random,
+            "independent" where `layer` alone is.
+        layer: The layer's name.
+        spearman: Mean over the images of the absolute rank correlation, in [0, 1].
+        ssim: Mean structural similarity, in [-1, 1].
+        hog: Mean correlation of histograms of oriented gradients, in [-1, 1].
+        maps: [B, H, W] float32 in [0, 1].
     """
 
     mode: Mode
@@ -82,10 +85,12 @@ class Stage:
 
 @dataclass(frozen=True)
 class SanityCheck:
-    """What a check found, cascading stages first.
+    """The result of a sanity check.
 
-    targets: [B], the class explained of each image.
-    trained: [B, H, W] float32 in [0, 1], the maps of the trained network.
+    Attributes:
+        targets: [B] int64, the class explained of each image.
+        trained: [B, H, W] float32 in [0, 1], the maps of the trained network.
+        stages: Every stage, cascading ones first.
     """
 
     targets: NDArray[np.int64]
@@ -93,11 +98,11 @@ class SanityCheck:
     stages: tuple[Stage, ...]
 
     def of(self, mode: Mode) -> list[Stage]:
-        """The stages of one mode, from the last layer down."""
+        """Select the stages of one mode, from the last layer down."""
         return [stage for stage in self.stages if stage.mode == mode]
 
 
-def check(
+def compare_randomised(
     classifier: Randomisable,
     images: Floats,
     method: Method,
@@ -107,22 +112,32 @@ def check(
     mean: tuple[float, ...],
     std: tuple[float, ...],
 ) -> SanityCheck:
-    """Explain images with the network as it is and in every stage of randomisation.
+    """Explain images with the trained network and in every stage of randomisation.
 
-    images: [B, C, H, W] float32, preprocessed; each is explained for the class that the trained
-        network gives it.
-    limit: how many layers to randomise, from the last one down; all by default.
-    progress: called after each stage, two for each layer.
-    mean, std: per channel, that the images were normalised with.
-    The classifier has what was trained afterwards.
-    Raises OptionError for images smaller than the window of SSIM.
+    The classifier has its trained parameters again afterwards.
+
+    Args:
+        classifier: The network.
+        images: [B, C, H, W] float32, preprocessed; each is explained for the class that the
+            trained network gives it.
+        method: The explanation method.
+        limit: How many layers to randomise, from the last one down; None for all.
+        progress: Called after each stage, twice for each layer.
+        mean: Per channel, as the images were normalised.
+        std: Per channel, as the images were normalised.
+
+    Returns:
+        The trained network's maps and every stage.
+
+    Raises:
+        OptionError: The images are smaller than the window of SSIM.
     """
     if min(images.shape[2:]) < WINDOW:
         height, width = images.shape[2:]
         raise OptionError(f"the input is {height}x{width}; SSIM needs {WINDOW}x{WINDOW} or more")
 
     def explain() -> Floats:
-        """Each image's map for its class, [B, H, W] in [0, 1]."""
+        """Explain each image for its class: [B, H, W] in [0, 1]."""
         activations = classifier.backbone(images)
         baseline = classifier.backbone(np.zeros_like(images[:1])).logits[0]
         owner = np.arange(len(images), dtype=np.int64)
@@ -135,13 +150,13 @@ def check(
     targets: NDArray[np.int64] = classifier.backbone(images).logits.argmax(axis=1)
     trained = explain()
     parts = classifier.parts[:limit]
-    wanted: list[tuple[Mode, str, tuple[str, ...]]] = [
+    plan: list[tuple[Mode, str, tuple[str, ...]]] = [
         ("cascading", part, parts[: number + 1]) for number, part in enumerate(parts)
     ]
-    wanted += [("independent", part, (part,)) for part in parts]
+    plan += [("independent", part, (part,)) for part in parts]
     stages = []
     try:
-        for mode, layer, random in wanted:
+        for mode, layer, random in plan:
             classifier.randomise(random)
             maps = explain()
             stages.append(Stage(mode, layer, *_agreement(maps, trained), maps))
@@ -154,10 +169,17 @@ def check(
 def picture(
     result: SanityCheck, pictures: Sequence[Image.Image], captions: Sequence[str], look: Look
 ) -> Image.Image:
-    """The maps of some images in a picture like the paper's Figure 8.
+    """Draw the maps of images in a grid like the paper's Figure 8.
 
-    pictures: the first images of the check, of the maps' size.   captions: one for each.
-    Each image has two rows: trained, then each stage of cascading or of independent randomisation.
+    Args:
+        result: The check.
+        pictures: The first images of the check, of the maps' size.
+        captions: One for each picture.
+        look: The maps' colours.
+
+    Returns:
+        Two rows for each image: the trained network's map, then each stage of cascading and of
+        independent randomisation.
     """
     rows = []
     for number, (shown, caption) in enumerate(zip(pictures, captions, strict=True)):
@@ -173,9 +195,10 @@ def picture(
 
 
 def _agreement(maps: Floats, trained: Floats) -> tuple[float, float, float]:
+    """The mean similarities of maps; see Stage."""
     pairs = list(zip(maps, trained, strict=True))
     return (
-        float(np.mean([abs(spearman(one, other)) for one, other in pairs])),
-        float(np.mean([ssim(one, other) for one, other in pairs])),
-        float(np.mean([hog_similarity(one, other) for one, other in pairs])),
+        float(np.mean([abs(spearman(*pair)) for pair in pairs])),
+        float(np.mean([ssim(*pair) for pair in pairs])),
+        float(np.mean([hog_similarity(*pair) for pair in pairs])),
     )

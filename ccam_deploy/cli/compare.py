@@ -75,7 +75,7 @@ def compare(bundle: Path, image: Path, **options: Any) -> None:
     from ccam_deploy import render
     from ccam_deploy.cli import choices
     from ccam_deploy.files import require_writable, write_file
-    from ccam_deploy.quality.evaluation import Variant, check_methods
+    from ccam_deploy.quality.variants import Variant, require_runnable
 
     names = list(dict.fromkeys(word.strip() for word in options["methods"].split(",")))
     methods = choices.make_methods(names, options["pairs"])
@@ -89,7 +89,7 @@ def compare(bundle: Path, image: Path, **options: Any) -> None:
         manifest = explainer.bundle.manifest
         picture = choices.read_picture(image, manifest)
         wanted = choices.classes(explainer, picture, options["targets"])
-        check_methods(explainer, [Variant(name, method) for name, method in methods.items()])
+        require_runnable(explainer, [Variant(name, method) for name, method in methods.items()])
         results = {}
         for name, method in methods.items():
             started = time.perf_counter()

@@ -133,13 +133,14 @@ def evaluate(bundle: Path, dataset: str, as_json: bool, **options: Any) -> None:
     from ccam_deploy import plotting
     from ccam_deploy.cli import choices
     from ccam_deploy.quality import datasets, evaluation, metrics, report
+    from ccam_deploy.quality.variants import make_variants
 
     names = _words(options["method_words"])
-    plain = evaluation.variants(names)
+    plain = make_variants(names)
     methods = choices.make_methods(names, options["pairs"])
     contenders = [replace(one, method=methods[one.name]) for one in plain]
     wanted = () if options["metric_words"].strip() == "all" else _words(options["metric_words"])
-    metrics.check_metrics(wanted, options["protocol"])
+    metrics.reject_unknown(wanted, options["protocol"])
     if options["plots"]:
         plotting.require_matplotlib()
     with choices.explainer_of(bundle, options, options["batch_size"]) as explainer:
@@ -204,7 +205,7 @@ def _write(measured: Evaluation, results: Results, summary: Summary, plots: bool
             pictures["Mean deletion and insertion curves"] = charts.draw_curves(summary.curves)
             write_file(folder / "curves.png", pictures["Mean deletion and insertion curves"])
         maps = charts.draw_maps(
-            measured.explainer, measured.dataset, measured.contenders, list(results.rows.values())
+            measured.explainer, measured.dataset, measured.variants, list(results.rows.values())
         )
         pictures["Maps"] = maps
         write_file(folder / "maps.png", maps)

@@ -111,7 +111,7 @@ def propose(bundle: Path, images: tuple[Path, ...], as_json: bool, **options: An
     _check(on_scenes, options)
     found = [] if on_scenes else find_images(images)
     (method,) = choices.make_methods([options["method"]], options["pairs"]).values()
-    proposals.check()
+    proposals.require_opencv()
     require_writable(options["output"] / "proposals.json")
     with choices.explainer_of(bundle, options) as explainer:
         proposer = _Proposer(explainer, method, options)

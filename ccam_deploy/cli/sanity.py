@@ -159,7 +159,7 @@ def _run(
         )
     images = images[: options["count"]]
     with choices.progress("randomising", 2 * count) as bar:
-        result = checks.check(
+        result = checks.compare_randomised(
             classifier,
             images,
             method,

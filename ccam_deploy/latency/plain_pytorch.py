@@ -1,7 +1,7 @@
 """Collection-CAM as the paper describes it: PyTorch, and one forward for each mask.
 
-What a careful user would write without this package, with SciPy for the clustering; benchmarks
-compare with it.
+A careful user without this package would write it so, with SciPy for the clustering. Benchmarks
+and `ccam-deploy bench --compare torch` compare with it.
 """
 
 from __future__ import annotations
@@ -12,26 +12,29 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import pdist
 from torch import Tensor, nn
 
-from ccam_deploy.arrays import Floats
+from ccam_deploy.arrays import Classes, Floats
 from ccam_deploy.export.architecture import Model
 from ccam_deploy.export.autodiff import Recorder
 from ccam_deploy.export.layers import find_layers
 from ccam_deploy.export.program import build_program, trace_model
 
 Record = Callable[[Tensor], tuple[Tensor, list[Tensor]]]
-"""images -> logits, and the layers' feature maps, under autograd."""
+"""Maps images [B, C, H, W] to logits and the layers' feature maps, under autograd."""
 
 
 class PlainCollectionCAM:
     """Explains one image at a time.
 
-    classify: images [B, C, H, W] -> logits.   record: see Record; the shallowest layer first.
-    device: PyTorch's name of where both run.
+    Attributes:
+        classify: Maps images [B, C, H, W] to logits [B, classes].
+        record: See Record; gives the shallowest layer first.
+        device: PyTorch's name of where both run.
+        theta: The quantile below which a mask is set to 0, in [0, 1).
+        k_max: The most collections of a layer.
     """
 
     def __init__(
@@ -49,35 +52,43 @@ class PlainCollectionCAM:
         self.k_max = k_max
 
     def explain(self, image: Tensor, target: int | None = None) -> tuple[Tensor, int]:
-        """image: [C, H, W], preprocessed. Returns the map [H, W] and the number of masks."""
+        """Explain a class of an image.
+
+        Args:
+            image: [C, H, W] float32, preprocessed.
+            target: The class; None for the one with the highest logit.
+
+        Returns:
+            The map [H, W], not scaled, and the number of masks.
+        """
         logits, features = self.record(image[None].requires_grad_())
-        chosen = int(logits[0].argmax()) if target is None else target
-        gradients = torch.autograd.grad(logits[0, chosen], features)
+        label = int(logits[0].argmax()) if target is None else target
+        gradients = torch.autograd.grad(logits[0, label], features)
         masks = []
         for index, (a, g) in enumerate(zip(features, gradients, strict=True)):
             final = index + 1 == len(features)
             masks += self._layer_masks(a.detach()[0], g[0], final, image.shape[1:])
         weights = []
         with torch.no_grad():
-            base = self.classify(torch.zeros_like(image)[None])[0, chosen]
+            base = self.classify(torch.zeros_like(image)[None])[0, label]
             for mask in masks:
-                weights.append(self.classify((image * mask)[None])[0, chosen] - base)
+                weights.append(self.classify((image * mask)[None])[0, label] - base)
             alpha = torch.stack(weights).softmax(0)
             combined = F.relu((alpha[:, None, None] * torch.stack(masks)).sum(0))
         return combined, len(masks)
 
-    def explain_each(self, images: Floats, targets: NDArray[np.int64]) -> list[Floats]:
-        """Explain images [B, C, H, W], one after the other; returns their maps [H, W]."""
+    def explain_each(self, images: Floats, targets: Classes) -> list[Floats]:
+        """Explain a class of each image [B, C, H, W], one after the other: B maps [H, W]."""
         return [
             self.explain(torch.from_numpy(image).to(self.device), int(target))[0].cpu().numpy()
             for image, target in zip(images.copy(), targets, strict=True)
         ]
 
     def logits(self, images: Floats) -> Floats:
-        """The classifier's logits [B, classes] of images [B, C, H, W]."""
+        """Classify images [B, C, H, W]: logits [B, classes]."""
         with torch.no_grad():
-            found = self.classify(torch.from_numpy(images.copy()).to(self.device))
-        return found.cpu().numpy()  # type: ignore[no-any-return]
+            logits = self.classify(torch.from_numpy(images.copy()).to(self.device))
+        return logits.cpu().numpy()  # type: ignore[no-any-return]
 
     def _layer_masks(
         self, a: Tensor, g: Tensor, final: bool, size: tuple[int, ...] | torch.Size
@@ -101,25 +112,35 @@ class PlainCollectionCAM:
 
     def _partition(self, psi: Tensor) -> Tensor:
         tree = linkage(pdist(psi.numpy()), "ward")
-        best, chosen = -np.inf, torch.zeros(len(psi), dtype=torch.int64)
+        best_ratio, best = -np.inf, torch.zeros(len(psi), dtype=torch.int64)
         for count in range(2, self.k_max + 1):
             labels = torch.from_numpy(fcluster(tree, count, "maxclust").astype(np.int64)) - 1
             ratio = _ratio(psi, labels)
-            if ratio > best:
-                best, chosen = ratio, labels
-        return chosen
+            if ratio > best_ratio:
+                best_ratio, best = ratio, labels
+        return best
 
 
 def of_model(
     model: Model, layers: Sequence[str], input_shape: tuple[int, int, int], device: str = "cpu"
 ) -> PlainCollectionCAM:
-    """Plain Collection-CAM of a model: with hooks where it has the layers as modules.
+    """Make plain Collection-CAM of a model, with hooks where the layers are modules.
 
-    Programs, scripts, and models with layers that are no modules are run from their trace,
-    operator by operator.
-    layers: names, the shallowest first.   input_shape: channels, height, width.
-    device: PyTorch's name of where to run.
-    Raises SourceError or LayerError for another model than these layers are of.
+    Programs, scripts, and models whose layers are not modules run from their trace, operator by
+    operator.
+
+    Args:
+        model: What `ccam-deploy export` takes.
+        layers: Names of the target layers, the shallowest first.
+        input_shape: Channels, height and width.
+        device: PyTorch's name of where to run.
+
+    Returns:
+        The explainer.
+
+    Raises:
+        SourceError: The model cannot be traced.
+        LayerError: The model lacks a layer.
     """
     if isinstance(model, nn.Module):
         known = dict(model.named_modules())
@@ -140,18 +161,26 @@ def of_model(
 
 
 def best_device() -> str:
-    """PyTorch's name of the GPU where it can use one, else of the CPU."""
+    """Return PyTorch's name of the GPU where it can use one, else of the CPU."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def use_threads(count: int) -> None:
-    """Let PyTorch use so many threads in an operator, in the whole process; 0 changes nothing."""
+    """Set how many threads PyTorch uses in an operator, process-wide; 0 changes nothing."""
     if count:
         torch.set_num_threads(count)
 
 
 def hooks(model: nn.Module, layers: Sequence[str]) -> Record:
-    """Record the outputs of a model's modules, by name."""
+    """Make a Record of a model's modules.
+
+    Args:
+        model: In evaluation mode.
+        layers: Names of modules.
+
+    Returns:
+        A function that gives the logits and the modules' outputs in the order of `layers`.
+    """
     modules = dict(model.named_modules())
 
     def record(images: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -175,7 +204,7 @@ def hooks(model: nn.Module, layers: Sequence[str]) -> Record:
 
 
 class _FirstOutput(nn.Module):
-    """The one tensor in the tuple that a traced graph gives."""
+    """Unpacks the single tensor that a traced graph returns in a tuple."""
 
     def __init__(self, graph: nn.Module) -> None:
         super().__init__()
@@ -187,6 +216,7 @@ class _FirstOutput(nn.Module):
 
 
 def _ratio(psi: Tensor, labels: Tensor) -> float:
+    """The mean dispersion-separation ratio (Ha & Youn 2022, eq. 12-15)."""
     count = int(labels.max()) + 1
     members = F.one_hot(labels, count).double()
     sizes = members.sum(0)

@@ -1,4 +1,4 @@
-"""Images to measure explanations on, read from the layouts in which data sets are distributed."""
+"""Images to measure explanations on, in the layouts in which data sets are distributed."""
 
 from __future__ import annotations
 
@@ -27,21 +27,24 @@ _CUB_TABLES = ("image_class_labels.txt", "bounding_boxes.txt", "train_test_split
 _SPLITS: dict[str, Split] = {"1": "train", "0": "test"}
 
 SCENES = 10_000
-"""How many digits in scenes the data set has; any number could be made."""
+"""The number of digits in scenes, which could be any."""
 
 
 def no_boxes() -> Boxes:
-    """Boxes [0, 4] of an image that has none."""
+    """Make the boxes [0, 4] of an image that has none."""
     return np.zeros((0, 4))
 
 
 @dataclass(frozen=True)
 class Item:
-    """One image. read: opens it, as it is shown.   name: unique in its data set.
+    """One image of a data set.
 
-    target: its class in the bundle, None where the data set does not say.
-    boxes: [K, 4] float64 of the objects of that class: left, top, right, bottom in pixels of the
-        image, right and bottom exclusive.
+    Attributes:
+        name: Unique in its data set.
+        read: Opens the image, upright.
+        target: Its class in the bundle; None where the data set has no classes.
+        boxes: [K, 4] float64 of the objects of that class: left, top, right, bottom in pixels of
+            the image, right and bottom exclusive.
     """
 
     name: str
@@ -51,7 +54,13 @@ class Item:
 
 
 class Dataset(ABC):
-    """Items in a fixed order. names: theirs, known without opening anything."""
+    """Images in a fixed order.
+
+    Attributes:
+        names: The images' names, known without opening them.
+        has_classes: Whether images have a class.
+        has_boxes: Whether images have boxes.
+    """
 
     names: tuple[str, ...]
     has_classes = True
@@ -65,17 +74,17 @@ class Dataset(ABC):
 
     @abstractmethod
     def __getitem__(self, index: int) -> Item:
-        """The item at a place. Raises DatasetError where its annotation is unusable."""
+        """Return the item at a place; raise DatasetError where its annotation is unusable."""
 
 
 class ImageFolder(Dataset):
     """A folder of images without classes, or of folders named like the bundle's classes.
 
-    A class's folder may also be named by its number. Its images may lie in folders of their own.
+    A class's folder may also be named by its number, and may have subfolders.
     """
 
     def __init__(self, root: Path, manifest: Manifest) -> None:
-        _need_folder(root, "an image folder")
+        _require_folder(root, "an image folder")
         folders = sorted(path for path in root.iterdir() if path.is_dir())
         loose = [path for path in sorted(root.iterdir()) if _is_image(path)]
         if folders and loose:
@@ -99,21 +108,20 @@ class ImageFolder(Dataset):
 class ImageNet(Dataset):
     """The validation images of ILSVRC 2012 (CLS-LOC), with the boxes of their objects.
 
-    root: the folder that has Data/CLS-LOC/val (or val, or the images themselves) and
-        Annotations/CLS-LOC/val. LOC_synset_mapping.txt lies in it or beside it; the line of a
-        synset is its class, as in the networks of torchvision.
-    The numbers of an annotation are taken as the box's edges. Boxes of other classes than the
-    first object's are left out.
+    The root folder has Data/CLS-LOC/val (or val, or the images themselves) and
+    Annotations/CLS-LOC/val. LOC_synset_mapping.txt lies in it or beside it; the line of a synset is
+    its class, as in torchvision's networks. The numbers of an annotation are taken as the box's
+    edges. Boxes of other classes than the first object's are left out.
     """
 
     has_boxes = True
     _MAPPING = "LOC_synset_mapping.txt"
 
     def __init__(self, root: Path, manifest: Manifest) -> None:
-        _need_folder(root, "ImageNet")
+        _require_folder(root, "ImageNet")
         places = (root / "Data" / "CLS-LOC" / "val", root / "val", root)
-        found = (sorted(place.glob("ILSVRC2012_val_*.JPEG")) for place in places)
-        self._files = next((files for files in found if files), [])
+        lists = (sorted(place.glob("ILSVRC2012_val_*.JPEG")) for place in places)
+        self._files = next((files for files in lists if files), [])
         if not self._files:
             raise DatasetError(
                 f"{root} has no ILSVRC2012_val_*.JPEG in Data/CLS-LOC/val, in val or in itself"
@@ -121,13 +129,13 @@ class ImageNet(Dataset):
         self._boxes = root / "Annotations" / "CLS-LOC" / "val"
         if not self._boxes.is_dir():
             raise DatasetError(f"{root} has no Annotations/CLS-LOC/val with the validation boxes")
-        _need_files([self._boxes / f"{path.stem}.xml" for path in self._files], "annotation")
+        _require_files([self._boxes / f"{path.stem}.xml" for path in self._files], "annotation")
         beside = (folder / self._MAPPING for folder in (root, root.parent))
         mapping = next((path for path in beside if path.is_file()), None)
         if mapping is None:
             raise DatasetError(f"{root} has no {self._MAPPING}, nor has the folder above it")
         synsets = [line.split()[0] for line in _lines(mapping)]
-        _need_classes(manifest, len(synsets), str(mapping))
+        _require_classes(manifest, len(synsets), str(mapping))
         self._classes = {synset: index for index, synset in enumerate(synsets)}
         self.names = tuple(path.stem for path in self._files)
 
@@ -146,26 +154,26 @@ class ImageNet(Dataset):
         for left, top, right, bottom in corners:
             if not (left < right and top < bottom):
                 raise DatasetError(f"{annotation} has the box {[left, top, right, bottom]}")
-        own = [box for box, synset in zip(corners, synsets, strict=True) if synset == synsets[0]]
+        boxes = [box for box, synset in zip(corners, synsets, strict=True) if synset == synsets[0]]
         return Item(
             self.names[index],
             partial(load_image, self._files[index]),
             self._classes[synsets[0]],
-            np.array(own, np.float64),
+            np.array(boxes, np.float64),
         )
 
 
 class CUB(Dataset):
     """Caltech-UCSD Birds 200 (2011): one box an image, and a split in training and test.
 
-    root: the folder that has images.txt, other tables and images. Classes are taken by number:
-        the first one, "001.Black_footed_Albatross", is the bundle's class 0.
+    The root folder has images.txt, the other tables and images. Classes are taken by number: the
+    first one, "001.Black_footed_Albatross", is the bundle's class 0.
     """
 
     has_boxes = True
 
     def __init__(self, root: Path, manifest: Manifest, split: Split = "test") -> None:
-        _need_folder(root, "CUB-200-2011")
+        _require_folder(root, "CUB-200-2011")
         files = _table(root / "images.txt", 1)
         tables = [_table(root / file, 4 if "boxes" in file else 1) for file in _CUB_TABLES]
         self._rows: list[tuple[Path, int, Boxes]] = []
@@ -177,18 +185,18 @@ class CUB(Dataset):
             (number,), corners, (training,) = (table[key] for table in tables)
             try:
                 target, box = _bird(number, corners)
-                chosen = _SPLITS[training] == split
+                in_split = _SPLITS[training] == split
             except (KeyError, ValueError) as error:
                 raise DatasetError(
                     f"{root} has no usable class, box or split for image {key}: {error}"
                 ) from error
-            if chosen:
+            if in_split:
                 names.append(name)
                 self._rows.append((root / "images" / name, target, box))
         if not names:
             raise DatasetError(f"{root / 'train_test_split.txt'} has no image of the {split} split")
-        _need_files([path for path, _, _ in self._rows], "image")
-        _need_classes(manifest, 1 + max(target for _, target, _ in self._rows), str(root))
+        _require_files([path for path, _, _ in self._rows], "image")
+        _require_classes(manifest, 1 + max(target for _, target, _ in self._rows), str(root))
         self.names = tuple(names)
 
     def __getitem__(self, index: int) -> Item:
@@ -204,7 +212,7 @@ class UCMerced(Dataset):
     """
 
     def __init__(self, root: Path, manifest: Manifest) -> None:
-        _need_folder(root, "UC Merced")
+        _require_folder(root, "UC Merced")
         images = root / "Images"
         folders = sorted(path for path in images.glob("*") if path.is_dir())
         if not folders:
@@ -229,7 +237,7 @@ class UCMerced(Dataset):
 
 
 class Scenes(Dataset):
-    """The project's digits in scenes, made when they are asked for."""
+    """The project's digits in scenes, made on demand."""
 
     has_boxes = True
 
@@ -237,16 +245,16 @@ class Scenes(Dataset):
         self,
         manifest: Manifest,
         split: Split = "test",
-        kind: Literal["single", "several"] = "single",
+        digits: Literal["single", "several"] = "single",
     ) -> None:
         scenes.require_scikit_learn()
-        _need_classes(manifest, scenes.CLASSES, "digits in scenes")
+        _require_classes(manifest, scenes.CLASSES, "digits in scenes")
         self._split = split
-        self._kind = kind
+        self._digits: Literal["single", "several"] = digits
         self.names = tuple(f"{split}-scene-{seed}" for seed in range(SCENES))
 
     def __getitem__(self, index: int) -> Item:
-        scene = scenes.make_scene(self._split, range(SCENES)[index], self._kind)
+        scene = scenes.make_scene(self._split, range(SCENES)[index], self._digits)
         picture = Image.fromarray(scene.image)
         return Item(
             self.names[index], lambda: picture, scene.digits[0], np.array(scene.boxes, np.float64)
@@ -264,23 +272,33 @@ FORMS = (
 
 
 def open_dataset(word: str, manifest: Manifest, split: str | None = None) -> Dataset:
-    """The data set that a word names: one of FORMS.
+    """Open a data set.
 
-    split: "train" or "test" of scenes and cub, which take test by default; None for the others.
-    Raises OptionError for an unknown name or without what scenes need, DatasetError for a folder
-    that is not laid out so, TargetError where its classes are not the bundle's.
+    Args:
+        word: In one of FORMS.
+        manifest: Of the bundle whose classes the images have.
+        split: "train" or "test", for scenes and cub alone; test by default.
+
+    Returns:
+        The data set; its images are not opened yet.
+
+    Raises:
+        OptionError: The word is unknown, the data set has no split, or scikit-learn, which scenes
+            need, is missing.
+        DatasetError: The folder is not laid out like the data set.
+        TargetError: The data set's classes are not the bundle's.
     """
-    kind, _, rest = word.partition(":")
-    own: Split = "train" if split == "train" else "test"
-    if kind == "scenes" and rest in ("", "several"):
-        return Scenes(manifest, own, "several" if rest else "single")
-    if kind == "cub" and rest:
-        return CUB(Path(rest), manifest, own)
+    name, _, rest = word.partition(":")
+    part: Split = "train" if split == "train" else "test"
+    if name == "scenes" and rest in ("", "several"):
+        return Scenes(manifest, part, "several" if rest else "single")
+    if name == "cub" and rest:
+        return CUB(Path(rest), manifest, part)
     if split is not None:
         raise OptionError(f'data set "{word}" has no split; scenes and cub have')
-    if kind == "imagenet" and rest:
+    if name == "imagenet" and rest:
         return ImageNet(Path(rest), manifest)
-    if kind == "ucmerced" and rest:
+    if name == "ucmerced" and rest:
         return UCMerced(Path(rest), manifest)
     if not Path(word).is_dir():
         raise OptionError(
@@ -289,19 +307,19 @@ def open_dataset(word: str, manifest: Manifest, split: str | None = None) -> Dat
     return ImageFolder(Path(word), manifest)
 
 
-def _need_folder(root: Path, what: str) -> None:
+def _require_folder(root: Path, data_set: str) -> None:
     if not root.is_dir():
-        raise DatasetError(f"{root} is not {what}: there is no such folder")
+        raise DatasetError(f"{root} is not {data_set}: there is no such folder")
 
 
-def _need_files(paths: Sequence[Path], what: str) -> None:
+def _require_files(paths: Sequence[Path], content: str) -> None:
     """Raise DatasetError where files are missing, before any is measured."""
     missing = [path for path in paths if not path.is_file()]
     if missing:
-        raise DatasetError(f"{missing[0]} is missing, one of {len(missing)} {what} files")
+        raise DatasetError(f"{missing[0]} is missing, one of {len(missing)} {content} files")
 
 
-def _need_classes(manifest: Manifest, count: int, where: str) -> None:
+def _require_classes(manifest: Manifest, count: int, where: str) -> None:
     if manifest.classes < count:
         raise TargetError(f"{where} has {count} classes, the bundle {manifest.classes}")
 
@@ -311,7 +329,7 @@ def _is_image(path: Path) -> bool:
 
 
 def _bird(number: str, corners: Sequence[str]) -> tuple[int, Boxes]:
-    """A class and a box of CUB's tables. Raises ValueError for what cannot be either."""
+    """Read a class and a box [1, 4] of CUB's tables; raise ValueError for unusable values."""
     left, top, width, height = map(float, corners)
     if int(number) < 1:
         raise ValueError(f"class {number}; they count from 1")
@@ -330,13 +348,13 @@ def _lines(path: Path) -> list[str]:
 
 
 def _table(path: Path, columns: int) -> dict[str, list[str]]:
-    """The words of each line by its first one. Raises DatasetError for a line of another form."""
-    found = {}
+    """Read the words of each line by its first; raise DatasetError for a line of other length."""
+    words_by_key = {}
     for number, line in enumerate(_lines(path), 1):
         key, *words = line.split()
         if len(words) != columns:
             raise DatasetError(
                 f'{path}, line {number}, is "{line}"; it must have {columns + 1} words'
             )
-        found[key] = words
-    return found
+        words_by_key[key] = words
+    return words_by_key

@@ -1,8 +1,7 @@
-"""Measures methods on a data set, image by image, so that an interrupted run can go on."""
+"""Measures methods on a data set, image by image, so that an interrupted run can be resumed."""
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,44 +10,32 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ccam_deploy import __version__
-from ccam_deploy.arrays import Doubles, Floats
 from ccam_deploy.bundle.folder import digest_without_plans
 from ccam_deploy.engines.tensorrt import library
-from ccam_deploy.errors import BackendError, DatasetError, ImageError, OptionError
+from ccam_deploy.errors import DatasetError, ImageError, OptionError
 from ccam_deploy.explainer import Explainer
-from ccam_deploy.explanation import Explanation
-from ccam_deploy.methods import METHODS, Method, make_method
 from ccam_deploy.quality import metrics
-from ccam_deploy.quality.datasets import Dataset, Item
+from ccam_deploy.quality.datasets import Dataset
 from ccam_deploy.quality.metrics import METRICS, PROTOCOLS
-from ccam_deploy.quality.results import CURVES, Results, Row
+from ccam_deploy.quality.results import Results, Row
+from ccam_deploy.quality.scoring import Group, OpenedImage, Scoring
+from ccam_deploy.quality.variants import Variant, require_runnable
 
 Target = Literal["predicted", "label"]
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A method with its options, and the name that results have for it."""
-
-    name: str
-    method: Method
-
-    def explain(self, explainer: Explainer, images: Floats, targets: Sequence[int]) -> Explanation:
-        """Explain a class for each of some preprocessed images."""
-        return explainer.explain(images, targets, method=self.method)
 
 
 @dataclass(frozen=True)
 class EvaluationSettings:
     """What is measured.
 
-    metrics: names among METRICS; none for all that the data set allows.
-    protocol: a name among PROTOCOLS.   limit: how many images, drawn at random; 0 for all.
-    seed: of the draw, and of the intervals' bootstrap.
-    target: the class that is explained, the classifier's best or the data set's.
+    Attributes:
+        metrics: Names among METRICS; empty for all that the data set allows.
+        protocol: A name among PROTOCOLS.
+        limit: How many images, drawn at random; 0 for all.
+        seed: Of the draw, and of the intervals' bootstrap.
+        target: The class that is explained: the classifier's best, or the data set's label.
     """
 
     metrics: tuple[str, ...] = ()
@@ -58,76 +45,62 @@ class EvaluationSettings:
     target: Target = "predicted"
 
 
-def variants(names: Sequence[str]) -> tuple[Variant, ...]:
-    """Methods by name, with their defaults. Raises OptionError for an unknown one or none."""
-    if not names:
-        raise OptionError(f"there is no method to measure; there are {', '.join(METHODS)}")
-    return tuple(Variant(name, make_method(name)) for name in dict.fromkeys(names))
-
-
-@dataclass(frozen=True)
-class _Opened:
-    """An image that was read. image: [C, H, W].   boxes: of it, in the network's input."""
-
-    place: int
-    item: Item
-    image: Floats
-    boxes: Doubles
-
-
-@dataclass(frozen=True)
-class _Group:
-    """Images that are measured together, with what all methods share.
-
-    images: [B, C, H, W].   targets, predicted: [B].   before: [B], probabilities of the targets.
-    """
-
-    read: tuple[_Opened, ...]
-    images: Floats
-    targets: NDArray[np.int64]
-    predicted: NDArray[np.int64]
-    before: Doubles
-
-
 class Evaluation:
-    """Measures some variants of methods on some images of a data set.
+    """Measures variants of methods on images of a data set.
 
-    Images go in groups of the explainer's batch size, always the same ones, so that a run that
-    goes on gives to the bit what one without a break would have given on the same backend.
+    Images go in groups of the explainer's batch size, always the same ones: a resumed run gives,
+    bit by bit, what an uninterrupted run gives on the same backend.
+
+    Attributes:
+        explainer: Explains and classifies.
+        dataset: Where the images come from.
+        variants: The methods that are measured.
+        settings: What is measured.
+        metrics: Names of the metrics that are measured.
+        places: The images' places in the data set, in order.
     """
 
     def __init__(
         self,
         explainer: Explainer,
         dataset: Dataset,
-        contenders: Sequence[Variant],
+        variants: Sequence[Variant],
         settings: EvaluationSettings,
     ) -> None:
-        """Raises OptionError for settings that are unknown or that the data set does not allow.
+        """Validate the settings, before anything is measured.
 
-        So it does, before anything is measured, for methods that cannot run on the bundle.
+        Raises:
+            OptionError: A setting is unknown, the data set does not allow it, or a method cannot
+                run on the bundle.
         """
         self.explainer = explainer
         self.dataset = dataset
-        self.contenders = tuple(contenders)
+        self.variants = tuple(variants)
         self.settings = settings
-        self.metrics = _metrics(settings, dataset)
+        self.metrics = _select_metrics(settings, dataset)
         if settings.limit < 0:
             raise OptionError(f"limit is {settings.limit}; it must be at least 1, or 0 for all")
         if settings.target not in ("predicted", "label"):
             raise OptionError(f'target is "{settings.target}"; it must be predicted or label')
         if settings.target == "label" and not dataset.has_classes:
             raise OptionError("the data set has no classes to explain; use --target predicted")
-        self.places = drawn(len(dataset), settings.limit, settings.seed)
-        check_methods(explainer, self.contenders)
+        self.places = draw_places(len(dataset), settings.limit, settings.seed)
+        require_runnable(explainer, self.variants)
 
     @property
     def total(self) -> int:
         """How many rows there are to measure."""
-        return len(self.places) * len(self.contenders)
+        return len(self.places) * len(self.variants)
 
     def facts(self, dataset: str) -> dict[str, Any]:
-        """All that the numbers depend on. dataset: how it was named."""
+        """Collect all that the values depend on.
+
+        Args:
+            dataset: How the user named the data set.
+
+        Returns:
+            Plain values for JSON.
+        """
         explainer = self.explainer
         names = "\n".join(self.dataset.names[place] for place in self.places)
         return {
@@ -137,7 +110,7 @@ class Evaluation:
             "precision": explainer.precision,
             "batch_size": explainer.batch_size,
             "dataset": dataset,
-            "methods": {one.name: _described(one) for one in self.contenders},
+            "methods": {variant.name: variant.describe() for variant in self.variants},
             "metrics": list(self.metrics),
             "protocol": self.settings.protocol,
             "target": self.settings.target,
@@ -148,38 +121,46 @@ class Evaluation:
         }
 
     def open(self, folder: Path, dataset: str) -> Results:
-        """The folder's results of these settings, to go on with; see Results."""
+        """Open a folder's results of these settings to resume them, or begin them; see Results."""
         results = Results(folder, self.facts(dataset), self.metrics)
-        results.keep([self._keys(g, one) for g in self._groups for one in self.contenders])
+        results.keep([_keys(group, variant) for group in self._groups for variant in self.variants])
         return results
 
     def run(
         self, results: Results, pass_over: Callable[[str], None] | None = None
     ) -> Iterator[int]:
-        """Measure what is missing; gives how many rows were added, group by group.
+        """Measure the rows that are missing, group by group; what was measured is kept.
 
-        pass_over: called with a line about each image that cannot be read, which then has a row
-            without values; without it, such an image ends the run.
-        Raises what reading an image, explaining it or writing rows raises; what was measured
-        until then is kept.
+        Args:
+            results: Where rows are added.
+            pass_over: Called with a line about each image that cannot be read, which then has a
+                row without values; without it, such an image ends the run.
+
+        Yields:
+            How many rows were added.
+
+        Raises:
+            DatasetError: An annotation is unusable.
+            ImageError: An image cannot be read.
+            BackendError: An engine fails.
+            OutputError: Rows cannot be written.
         """
         for places in self._groups:
             missing = [
-                one
-                for one in self.contenders
-                if any(key not in results.rows for key in self._keys(places, one))
+                variant
+                for variant in self.variants
+                if any(key not in results.rows for key in _keys(places, variant))
             ]
             if missing:
-                read = self._read(places, pass_over)
-                group = self._group(read) if read else None
-                for one in missing:
-                    rows = {row.index: row for row in self._measure(group, one)} if group else {}
-                    results.add([rows.get(place) or self._unread(place, one) for place in places])
+                opened = self._open_images(places, pass_over)
+                group = self._make_group(opened) if opened else None
+                for variant in missing:
+                    results.add(self._measure(places, group, variant))
                     yield len(places)
 
     @property
     def _digest(self) -> str:
-        """Of all in the bundle that the numbers depend on; plans count where plans run."""
+        """The digest of the files that values depend on; plans count where plans run."""
         manifest = self.explainer.bundle.manifest
         if self.explainer.networks.backend in library.FLAVOURS:
             return manifest.digest
@@ -190,14 +171,11 @@ class Evaluation:
         size = self.explainer.batch_size
         return [self.places[start : start + size] for start in range(0, len(self.places), size)]
 
-    def _keys(self, places: Sequence[int], one: Variant) -> list[tuple[int, str]]:
-        return [(place, one.name) for place in places]
-
-    def _read(
+    def _open_images(
         self, places: tuple[int, ...], pass_over: Callable[[str], None] | None
-    ) -> list[_Opened]:
-        """Those images that can be read."""
-        found = []
+    ) -> list[OpenedImage]:
+        """Open the images that can be read."""
+        opened = []
         for place in places:
             try:
                 item = self.dataset[place]
@@ -208,11 +186,13 @@ class Evaluation:
                     raise type(error)(line) from error
                 pass_over(line)
             else:
-                found.append(_Opened(place, item, image[0], geometry.to_input(item.boxes)))
-        return found
+                boxes = geometry.to_input(item.boxes)
+                opened.append(OpenedImage(place, item, image[0], boxes))
+        return opened
 
-    def _group(self, read: Sequence[_Opened]) -> _Group:
-        images = np.stack([one.image for one in read])
+    def _make_group(self, opened: Sequence[OpenedImage]) -> Group:
+        """Classify images, and choose the classes that are explained."""
+        images = np.stack([entry.image for entry in opened])
         whole = np.ones((len(images), *images.shape[2:]), np.float32)
         logits = metrics.masked_logits(
             self.explainer.networks, images, whole, self.explainer.batch_size
@@ -220,113 +200,68 @@ class Evaluation:
         predicted = logits.argmax(axis=1).astype(np.int64)
         targets = predicted
         if self.settings.target == "label":
-            targets = np.array([one.item.target for one in read], np.int64)
+            targets = np.array([entry.item.target for entry in opened], np.int64)
         before = metrics.probabilities(logits, targets)
-        return _Group(tuple(read), images, targets, predicted, before)
+        return Group(tuple(opened), images, targets, predicted, before)
 
-    def _unread(self, place: int, one: Variant) -> Row:
-        """The row of an image that could not be read."""
-        nothing = float("nan")
-        values = dict.fromkeys(self.metrics, nothing)
-        return Row(place, self.dataset.names[place], one.name, -1, nothing, values)
+    def _measure(self, places: Sequence[int], group: Group | None, variant: Variant) -> list[Row]:
+        """Measure a variant on a group; the rows of all places, in their order."""
+        rows = {row.index: row for row in self._score(group, variant)} if group else {}
+        return [rows.get(place) or self._unread_row(place, variant) for place in places]
 
-    def _measure(self, group: _Group, one: Variant) -> list[Row]:
-        """The rows of a group and a method."""
-        saliency = one.explain(self.explainer, group.images, group.targets.tolist()).saliency
-        values = self._masked(group, saliency)
-        curves = self._curves(group, saliency)
-        areas = {kind: 100 * metrics.area(points) for kind, points in curves.items()}
-        if len(areas) == 2:
-            areas["overall"] = areas["insertion"] - areas["deletion"]
-        values |= areas | self._localised(group, saliency)
+    def _score(self, group: Group, variant: Variant) -> list[Row]:
+        """Explain a group's images, and measure the maps."""
+        explainer = self.explainer
+        saliency = variant.explain(explainer, group.images, group.targets.tolist()).saliency
+        protocol = PROTOCOLS[self.settings.protocol]
+        scoring = Scoring(explainer.networks, self.metrics, protocol, explainer.batch_size)
+        values, curves = scoring.score(group, saliency)
         return [
             Row(
-                opened.place,
-                opened.item.name,
-                one.name,
-                int(group.targets[row]),
-                float(group.before[row]),
-                {name: float(values[name][row]) for name in self.metrics},
-                {kind: points[row] for kind, points in curves.items()},
+                index=entry.place,
+                name=entry.item.name,
+                method=variant.name,
+                target=int(group.targets[row]),
+                probability=float(group.before[row]),
+                values={name: float(values[name][row]) for name in self.metrics},
+                curves={curve: points[row] for curve, points in curves.items()},
             )
-            for row, opened in enumerate(group.read)
+            for row, entry in enumerate(group.opened)
         ]
 
-    def _masked(self, group: _Group, saliency: Floats) -> dict[str, Doubles]:
-        if not {"average-drop", "average-increase"} & set(self.metrics):
-            return {}
-        chunk = self.explainer.batch_size
-        logits = metrics.masked_logits(self.explainer.networks, group.images, saliency, chunk)
-        after = metrics.probabilities(logits, group.targets)
-        return {
-            "average-drop": metrics.average_drop(group.before, after),
-            "average-increase": metrics.average_increase(group.before, after),
-        }
-
-    def _curves(self, group: _Group, saliency: Floats) -> dict[str, Doubles]:
-        """The curves that the metrics need."""
-        protocol = PROTOCOLS[self.settings.protocol]
-        return {
-            kind: metrics.curves(
-                self.explainer.networks,
-                group.images,
-                saliency,
-                group.predicted if protocol.predicted else group.targets,
-                protocol,
-                kind,
-                self.explainer.batch_size,
-            )
-            for kind in CURVES
-            if {kind, "overall"} & set(self.metrics)
-        }
-
-    def _localised(self, group: _Group, saliency: Floats) -> dict[str, Doubles]:
-        pairs = [(one, read.boxes) for one, read in zip(saliency, group.read, strict=True)]
-        near = f"pointing-{metrics.TOLERANCE}"
-        return {
-            "proportion": np.array([metrics.proportion(*pair) for pair in pairs]),
-            "pointing": np.array([metrics.pointing(*pair) for pair in pairs]),
-            near: np.array([metrics.pointing(*pair, metrics.TOLERANCE) for pair in pairs]),
-        }
+    def _unread_row(self, place: int, variant: Variant) -> Row:
+        """Make the row of an image that could not be read."""
+        nothing = float("nan")
+        values = dict.fromkeys(self.metrics, nothing)
+        return Row(place, self.dataset.names[place], variant.name, -1, nothing, values)
 
 
-def drawn(size: int, limit: int, seed: int) -> tuple[int, ...]:
-    """The places of `limit` of `size` images, drawn without replacement, in order; 0 for all."""
+def draw_places(size: int, limit: int, seed: int) -> tuple[int, ...]:
+    """Draw images without replacement.
+
+    Args:
+        size: How many images there are.
+        limit: How many are drawn; 0 for all.
+        seed: Of the draw.
+
+    Returns:
+        Their places in 0..size-1, in rising order.
+    """
     if not limit or limit >= size:
         return tuple(range(size))
-    chosen = np.random.default_rng(seed).choice(size, limit, replace=False)
-    return tuple(sorted(map(int, chosen)))
+    places = np.random.default_rng(seed).choice(size, limit, replace=False)
+    return tuple(sorted(map(int, places)))
 
 
-def _metrics(settings: EvaluationSettings, dataset: Dataset) -> tuple[str, ...]:
-    metrics.check_metrics(settings.metrics, settings.protocol)
+def _keys(places: Sequence[int], variant: Variant) -> list[tuple[int, str]]:
+    return [(place, variant.name) for place in places]
+
+
+def _select_metrics(settings: EvaluationSettings, dataset: Dataset) -> tuple[str, ...]:
+    """Select the metrics to measure; raise OptionError for one that the data set does not allow."""
+    metrics.reject_unknown(settings.metrics, settings.protocol)
     possible = [name for name in METRICS if dataset.has_boxes or not METRICS[name].boxes]
     for name in settings.metrics:
         if name not in possible:
             raise OptionError(f"{name} needs boxes, which the data set does not have")
     return tuple(name for name in possible if not settings.metrics or name in settings.metrics)
-
-
-def refused(explainer: Explainer, contenders: Sequence[Variant]) -> dict[str, str]:
-    """Why those methods that cannot run on a bundle cannot, by name."""
-    found = {}
-    for one in contenders:
-        try:
-            explainer.require_method(one.method)
-        except (OptionError, BackendError) as error:
-            found[one.name] = str(error)
-    return found
-
-
-def check_methods(explainer: Explainer, contenders: Sequence[Variant]) -> None:
-    """Raise OptionError with all methods that cannot run on a bundle, and what each needs."""
-    by_reason: dict[str, list[str]] = {}
-    for name, why in refused(explainer, contenders).items():
-        by_reason.setdefault(why, []).append(name)
-    if by_reason:
-        reasons = (f"{', '.join(names)} ({why})" for why, names in by_reason.items())
-        raise OptionError(f"some methods cannot run here: {', '.join(reasons)}")
-
-
-def _described(one: Variant) -> dict[str, Any]:
-    return {"method": one.method.name, "options": dataclasses.asdict(one.method)}

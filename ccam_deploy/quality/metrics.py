@@ -1,7 +1,7 @@
-"""How good a saliency map is: whether the classifier's decision follows it, where its energy lies.
+"""Metrics of a saliency map: does the classifier's decision follow it, and where does it lie?
 
-All values are percentages. Definitions that go by one name differ between papers and libraries, so
-each metric here has one definition in words, which results carry along.
+All values are percentages. Papers and libraries define metrics of one name in several ways, so each
+metric here has one definition in words, and results carry it along.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 from scipy.ndimage import correlate1d, gaussian_filter1d
+from scipy.special import softmax
 
 from ccam_deploy.arrays import Classes, Doubles, Floats
 from ccam_deploy.errors import OptionError
 
-Kind = Literal["deletion", "insertion"]
+CurveName = Literal["deletion", "insertion"]
 
 TOLERANCE = 15
 """Pixels of the network's input by which pointing-15 may miss a box."""
@@ -28,7 +29,13 @@ _BLUR_SIGMA = 5.0
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric's meaning. boxes: it needs the objects' boxes.   high: a high value is good."""
+    """The meaning of a metric.
+
+    Attributes:
+        definition: What it measures, in words.
+        high: Whether a high value is good.
+        boxes: Whether it needs the objects' boxes.
+    """
 
     definition: str
     high: bool
@@ -76,9 +83,12 @@ METRICS = {
 class CurveProtocol:
     """How Deletion and Insertion change an image, step by step.
 
-    rows: how many rows' worth of pixels change at each step.
-    blurred: insertion starts from the blurred image; else from zeros.
-    predicted: the curves follow the classifier's best class; else the explained one.
+    Attributes:
+        name: The protocol's name.
+        definition: What it does, in words.
+        blurred: Whether insertion starts from the blurred image, and not from zeros.
+        predicted: Whether curves follow the classifier's best class, and not the explained one.
+        rows: How many rows' worth of pixels change at each step.
     """
 
     name: str
@@ -117,11 +127,11 @@ class Scorer(Protocol):
     """The one call of the classifier that metrics need; see engines.Classifier."""
 
     def masked_logits(self, images: Floats, masks: Floats, owner: NDArray[np.int64]) -> Floats:
-        """Logits [N, classes] of images times masks [N, H, W]; owner [N] names each one's image."""
+        """Compute logits [N, classes] of images[owner[n]] times masks[n], masks [N, H, W]."""
         ...
 
 
-def check_metrics(names: Sequence[str], protocol: str) -> None:
+def reject_unknown(names: Sequence[str], protocol: str) -> None:
     """Raise OptionError for a metric or protocol that does not exist."""
     for name in names:
         if name not in METRICS:
@@ -131,40 +141,68 @@ def check_metrics(names: Sequence[str], protocol: str) -> None:
 
 
 def probabilities(logits: Floats, classes: Classes) -> Doubles:
-    """The softmax probability [N] of a class of each row: logits [N, all], classes [N]."""
-    wide = logits.astype(np.float64)
-    exponents = np.exp(wide - wide.max(axis=1, keepdims=True))
-    chosen: Doubles = exponents[np.arange(len(classes)), classes] / exponents.sum(axis=1)
-    return chosen
+    """Compute the softmax probability of one class of each row.
+
+    Args:
+        logits: [N, all classes] float32.
+        classes: [N] int64.
+
+    Returns:
+        [N] float64 in [0, 1].
+    """
+    every: Doubles = softmax(logits.astype(np.float64), axis=1)
+    return every[np.arange(len(classes)), classes]
 
 
 def masked_logits(scorer: Scorer, images: Floats, masks: Floats, chunk: int) -> Floats:
-    """Logits [B, classes] of images, each times its mask.
+    """Compute the logits of images, each times its own mask.
 
-    images: [B, C, H, W], preprocessed.   masks: [B, H, W] in [0, 1].
-    chunk: how many images go through the engine at a time.
+    Args:
+        scorer: The classifier.
+        images: [B, C, H, W] float32, preprocessed.
+        masks: [B, H, W] float32 in [0, 1].
+        chunk: How many images go through the engine at a time.
+
+    Returns:
+        [B, classes] float32.
     """
-    found = []
+    parts = []
     for start in range(0, len(images), chunk):
         part = slice(start, start + chunk)
         owner = np.arange(len(images[part]), dtype=np.int64)
-        found.append(scorer.masked_logits(images[part], masks[part], owner))
-    return np.concatenate(found)
+        parts.append(scorer.masked_logits(images[part], masks[part], owner))
+    return np.concatenate(parts)
 
 
 def average_drop(before: Doubles, after: Doubles) -> Doubles:
-    """Drop [B] in percent, of probabilities [B] of the image and of the masked image (eq. 26)."""
+    """Compute the drop of each image's probability (Ha & Youn 2022, eq. 26).
+
+    Args:
+        before: [B] float64, the probability of the class for the image.
+        after: [B] float64, the same for the image times its map.
+
+    Returns:
+        [B] float64 in percent of `before`; 0 where `before` is 0.
+    """
     drops = np.maximum(before - after, 0)
     return 100 * np.divide(drops, before, out=np.zeros_like(drops), where=before > 0)
 
 
 def average_increase(before: Doubles, after: Doubles) -> Doubles:
-    """100 where the masked image's probability is above the image's, else 0 (eq. 27): [B]."""
+    """Tell which images' probability increases (Ha & Youn 2022, eq. 27).
+
+    Args:
+        before: [B] float64, the probability of the class for the image.
+        after: [B] float64, the same for the image times its map.
+
+    Returns:
+        [B] float64: 100 where `after` is above `before`, else 0.
+    """
     return np.where(after > before, 100.0, 0.0)
 
 
 def ranks(saliency: Floats) -> NDArray[np.int64]:
-    """The place of each pixel of maps [B, H, W] in falling order of saliency, from 0.
+    """Rank the pixels of maps [B, H, W] in falling order of saliency, from 0: [B, H, W] int64.
 
     Equal pixels keep their row-major order.
     """
@@ -181,44 +219,52 @@ def curves(
     saliency: Floats,
     classes: Classes,
     protocol: CurveProtocol,
-    kind: Kind,
+    curve: CurveName,
     chunk: int,
 ) -> Doubles:
-    """The probability of each image's class as pixels are deleted or inserted.
+    """Compute the probability of each image's class as pixels are deleted or inserted.
 
-    images: [B, C, H, W], preprocessed.   saliency: [B, H, W].   classes: [B].
-    chunk: how many changed images exist, and go through the engine, at a time.
-    Returns [B, n], from no pixel changed to all, with n = 1 + ceil(H / rows of a step).
+    Args:
+        scorer: The classifier.
+        images: [B, C, H, W] float32, preprocessed.
+        saliency: [B, H, W] float32.
+        classes: [B] int64, the class whose probability is followed.
+        protocol: How an image changes.
+        curve: Whether pixels are deleted or inserted.
+        chunk: How many changed images exist, and go through the engine, at a time.
+
+    Returns:
+        [B, n] float64 in [0, 1], from no pixel changed to all, n = 1 + ceil(H / protocol.rows).
     """
     count, _, height, width = images.shape
     step = protocol.rows * width
     points = 1 + -(-height * width // step)
     places = ranks(saliency)
-    start = blur(images) if kind == "insertion" and protocol.blurred else None
-    found = np.empty(count * points)
-    for begin in range(0, len(found), chunk):
-        owner, done = np.divmod(np.arange(begin, min(begin + chunk, len(found))), points)
+    start = blur(images) if curve == "insertion" and protocol.blurred else None
+    values = np.empty(count * points)
+    for begin in range(0, len(values), chunk):
+        owner, done = np.divmod(np.arange(begin, min(begin + chunk, len(values))), points)
         changed = places[owner] < done[:, None, None] * step
         if start is None:
-            shown = changed if kind == "insertion" else ~changed
+            shown = changed if curve == "insertion" else ~changed
             logits = scorer.masked_logits(images, shown.astype(np.float32), owner)
         else:
             mixed = np.where(changed[:, None], images[owner], start[owner])
             whole = np.ones(changed.shape, np.float32)
             logits = scorer.masked_logits(mixed, whole, np.arange(len(mixed), dtype=np.int64))
-        found[begin : begin + chunk] = probabilities(logits, classes[owner])
-    return found.reshape(count, points)
+        values[begin : begin + chunk] = probabilities(logits, classes[owner])
+    return values.reshape(count, points)
 
 
 def area(points: Doubles) -> Doubles:
-    """Area under curves [B, n] over [0, 1] by trapezoids: [B]."""
+    """Compute the area [B] under curves [B, n] over [0, 1] by trapezoids."""
     inner = points.sum(axis=1) - points[:, 0] / 2 - points[:, -1] / 2
     areas: Doubles = inner / (points.shape[1] - 1)
     return areas
 
 
 def blur(images: Floats) -> Floats:
-    """Images [B, C, H, W] blurred as RISE's insertion starts; zeros lie beyond the border.
+    """Blur images [B, C, H, W] as RISE's insertion starts, with zeros beyond the border.
 
     RISE makes its 11×11 kernel by filtering a single 1 with SciPy, whose default reflects at the
     border: the Gaussian's tails are folded back into the window.
@@ -232,9 +278,15 @@ def blur(images: Floats) -> Floats:
 
 
 def box_mask(boxes: Doubles, size: tuple[int, int]) -> NDArray[np.bool_]:
-    """The pixels [H, W] whose centre lies in one of the boxes [K, 4].
+    """Mark the pixels whose centre lies in a box.
 
-    A box is left, top, right, bottom, right and bottom exclusive; it may reach over the border.
+    Args:
+        boxes: [K, 4] float64: left, top, right, bottom in pixels, right and bottom exclusive; a
+            box may reach over the border.
+        size: Height and width of the image.
+
+    Returns:
+        [height, width] bool.
     """
     y, x = np.arange(size[0]) + 0.5, np.arange(size[1]) + 0.5
     inside = np.zeros(size, np.bool_)
@@ -244,9 +296,14 @@ def box_mask(boxes: Doubles, size: tuple[int, int]) -> NDArray[np.bool_]:
 
 
 def proportion(saliency: Floats, boxes: Doubles) -> float:
-    """Share in percent of a map's [H, W] sum that lies in the union of boxes [K, 4] (eq. 29).
+    """Compute the share of a map's sum inside the boxes (Ha & Youn 2022, eq. 29).
 
-    NaN where the boxes hold no pixel.
+    Args:
+        saliency: [H, W] float32, not negative.
+        boxes: [K, 4] float64, see box_mask.
+
+    Returns:
+        Percent; 0 for a map of zeros, NaN where the boxes hold no pixel.
     """
     inside = box_mask(boxes, (saliency.shape[0], saliency.shape[1]))
     if not inside.any():
@@ -256,10 +313,15 @@ def proportion(saliency: Floats, boxes: Doubles) -> float:
 
 
 def pointing(saliency: Floats, boxes: Doubles, tolerance: int = 0) -> float:
-    """100 where a map's [H, W] highest pixel lies in one of the boxes [K, 4], else 0.
+    """Tell whether a map's highest pixel lies in a box.
 
-    tolerance: how far, in pixels, it may be from the nearest pixel of a box.
-    NaN where the boxes hold no pixel.
+    Args:
+        saliency: [H, W] float32, not negative.
+        boxes: [K, 4] float64, see box_mask.
+        tolerance: How many pixels it may be away from the nearest pixel of a box.
+
+    Returns:
+        100 or 0; 0 for a map of zeros, NaN where the boxes hold no pixel.
     """
     inside = box_mask(boxes, (saliency.shape[0], saliency.shape[1]))
     if not inside.any():

@@ -1,4 +1,4 @@
-"""What an evaluation found: estimates with their intervals, as Markdown, JSON and HTML."""
+"""The result of an evaluation: estimates with intervals, as Markdown, JSON and HTML."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 from ccam_deploy.arrays import Doubles
 from ccam_deploy.quality.metrics import METRICS, PROTOCOLS
 from ccam_deploy.quality.results import CURVES, Row
-from ccam_deploy.text import one_line
+from ccam_deploy.text import markdown_table, one_line
 
 RESAMPLES = 2000
 _BLOCK = 50
@@ -22,7 +22,14 @@ _BLOCK = 50
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean in percent, its 95 % bootstrap interval, and how many images it is of."""
+    """A mean over images with its 95 % bootstrap interval, in percent.
+
+    Attributes:
+        mean: The mean.
+        low: The interval's lower end.
+        high: Its upper end.
+        images: How many images were measured.
+    """
 
     mean: float
     low: float
@@ -35,11 +42,13 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Summary:
-    """An evaluation's results. settings: all that they depend on, the protocol by name.
+    """The results of an evaluation.
 
-    estimates: by method and metric; a metric that no image could be measured with is left out.
-    curves: the mean deletion and insertion curve [n] of each method, where they were measured.
-    unread: names of the images that could not be read, and are in no number.
+    Attributes:
+        settings: All that they depend on; see Evaluation.facts.
+        estimates: By method and metric, without metrics that no image could be measured with.
+        curves: By method and name, the mean deletion and insertion curves [n] that were measured.
+        unread: Names of the images that could not be read; no figure includes them.
     """
 
     settings: Mapping[str, Any]
@@ -49,9 +58,17 @@ class Summary:
 
 
 def bootstrap(values: Doubles, seed: int) -> Estimate:
-    """The mean of some values [n], and the 2.5th and 97.5th percentile of 2,000 resamples' means.
+    """Estimate a mean, with the 2.5th and 97.5th percentile of 2,000 resamples' means.
 
-    NaN values are left out. Raises ValueError where none is left.
+    Args:
+        values: [n] float64 in percent; NaN values are left out.
+        seed: Of the resamples.
+
+    Returns:
+        The mean and its interval.
+
+    Raises:
+        ValueError: No value is left.
     """
     known = values[~np.isnan(values)]
     if not len(known):
@@ -68,27 +85,35 @@ def bootstrap(values: Doubles, seed: int) -> Estimate:
 
 
 def summarise(settings: Mapping[str, Any], rows: Sequence[Row]) -> Summary:
-    """Summarise rows. settings: see Evaluation.facts; has methods, metrics and seed."""
+    """Summarise rows over images.
+
+    Args:
+        settings: See Evaluation.facts; has methods, metrics and seed.
+        rows: The rows of all images and methods; those of other methods are ignored.
+
+    Returns:
+        Estimates and mean curves of each method.
+    """
     estimates: dict[str, dict[str, Estimate]] = {}
     curves: dict[str, dict[str, Doubles]] = {}
     unread = dict.fromkeys(row.name for row in rows if not row.was_read)
     for method in settings["methods"]:
-        own = [row for row in rows if row.method == method and row.was_read]
+        measured = [row for row in rows if row.method == method and row.was_read]
         estimates[method] = {}
         for metric in settings["metrics"]:
-            values = np.array([row.values[metric] for row in own])
+            values = np.array([row.values[metric] for row in measured])
             if not np.isnan(values).all():
                 estimates[method][metric] = bootstrap(values, settings["seed"])
         curves[method] = {
-            kind: np.mean([row.curves[kind] for row in own], axis=0)
-            for kind in CURVES
-            if own and all(kind in row.curves for row in own)
+            curve: np.mean([row.curves[curve] for row in measured], axis=0)
+            for curve in CURVES
+            if measured and all(curve in row.curves for row in measured)
         }
     return Summary(settings, estimates, curves, tuple(unread))
 
 
 def as_json(summary: Summary) -> dict[str, Any]:
-    """A summary as plain values, each metric and the protocol with its definition."""
+    """Make plain values of a summary, with the definitions of its metrics and protocol."""
     settings = summary.settings
     return {
         "settings": dict(settings),
@@ -98,30 +123,29 @@ def as_json(summary: Summary) -> dict[str, Any]:
         "unit": "percent; mean, and 95 % interval of the mean by bootstrap over images",
         "resamples": RESAMPLES,
         "results": {
-            method: {metric: asdict(estimate) for metric, estimate in found.items()}
-            for method, found in summary.estimates.items()
+            method: {metric: asdict(estimate) for metric, estimate in estimates.items()}
+            for method, estimates in summary.estimates.items()
         },
         "curves": {
-            method: {kind: points.tolist() for kind, points in found.items()}
-            for method, found in summary.curves.items()
+            method: {curve: points.tolist() for curve, points in curves.items()}
+            for method, curves in summary.curves.items()
         },
     }
 
 
 def table(summary: Summary) -> str:
-    """The estimates as a Markdown table, a row for each method; the best mean is bold."""
+    """Lay out estimates as a Markdown table, a row for each method; the best mean is bold."""
     names = summary.settings["metrics"]
-    titles = [f"{name}, % {'↑' if METRICS[name].high else '↓'}" for name in names]
-    lines = ["| method | " + " | ".join(titles) + " |", "|---" * (len(names) + 1) + "|"]
     best = {name: _best(summary, name) for name in names}
-    for method, found in summary.estimates.items():
-        cells = [_cell(found.get(name), best[name]) for name in names]
-        lines.append(f"| {method} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    rows = [
+        (method, *(_cell(estimates.get(name), best[name]) for name in names))
+        for method, estimates in summary.estimates.items()
+    ]
+    return markdown_table(("method", *map(_title, names)), rows)
 
 
 def markdown(summary: Summary) -> str:
-    """The table, and under it what the numbers are."""
+    """Write the table, and under it what the figures mean."""
     settings = summary.settings
     lines = [f"- {name}: {METRICS[name].definition}." for name in settings["metrics"]]
     return (
@@ -132,44 +156,64 @@ def markdown(summary: Summary) -> str:
 
 
 def page(summary: Summary, pictures: Mapping[str, bytes]) -> str:
-    """One HTML page that needs no other file. pictures: PNG files by their caption."""
+    """Write one HTML page that needs no other file.
+
+    Args:
+        summary: What the page shows.
+        pictures: PNG files by caption.
+
+    Returns:
+        The page's text.
+    """
     settings = summary.settings
-    names = settings["metrics"]
-    head = "".join(
-        f"<th>{html.escape(name)}, % {'↑' if METRICS[name].high else '↓'}</th>" for name in names
-    )
-    body = ""
-    best = {name: _best(summary, name) for name in names}
-    for method, found in summary.estimates.items():
-        cells = ""
-        for name in names:
-            estimate = found.get(name)
-            kind = ' class="best"' if estimate and estimate.mean == best[name] else ""
-            cells += f"<td{kind}>{estimate or '–'}</td>"
-        body += f"<tr><th>{html.escape(method)}</th>{cells}</tr>\n"
-    definitions = "".join(
-        f"<dt>{html.escape(name)}</dt><dd>{html.escape(METRICS[name].definition)}</dd>\n"
-        for name in names
-    )
-    protocol = settings["protocol"]
-    definitions += (
-        f"<dt>protocol {html.escape(protocol)}</dt>"
-        f"<dd>{html.escape(PROTOCOLS[protocol].definition)}</dd>\n"
-    )
-    shown = "".join(
-        f'<h2>{html.escape(caption)}</h2>\n<img alt="{html.escape(caption)}" '
-        f'src="data:image/png;base64,{base64.b64encode(content).decode("ascii")}">\n'
-        for caption, content in pictures.items()
-    )
     return _PAGE.format(
         title=html.escape(f"{settings['bundle']} on {settings['dataset']}"),
         caption=html.escape(_caption(summary)),
-        head=head,
-        body=body,
-        pictures=shown,
-        definitions=definitions,
+        head="".join(f"<th>{html.escape(_title(name))}</th>" for name in settings["metrics"]),
+        body=_body(summary),
+        pictures="".join(_figure(caption, content) for caption, content in pictures.items()),
+        definitions=_definitions(settings),
         settings=html.escape(json.dumps(settings, indent=2, ensure_ascii=False)),
     )
+
+
+def _body(summary: Summary) -> str:
+    """The rows of the page's table."""
+    names = summary.settings["metrics"]
+    best = {name: _best(summary, name) for name in names}
+    body = ""
+    for method, estimates in summary.estimates.items():
+        cells = ""
+        for name in names:
+            estimate = estimates.get(name)
+            mark = ' class="best"' if estimate and estimate.mean == best[name] else ""
+            cells += f"<td{mark}>{estimate or '–'}</td>"
+        body += f"<tr><th>{html.escape(method)}</th>{cells}</tr>\n"
+    return body
+
+
+def _definitions(settings: Mapping[str, Any]) -> str:
+    """The definitions of metrics and protocol, for the page."""
+    protocol = settings["protocol"]
+    pairs = [(name, METRICS[name].definition) for name in settings["metrics"]]
+    pairs.append((f"protocol {protocol}", PROTOCOLS[protocol].definition))
+    return "".join(
+        f"<dt>{html.escape(name)}</dt><dd>{html.escape(definition)}</dd>\n"
+        for name, definition in pairs
+    )
+
+
+def _figure(caption: str, content: bytes) -> str:
+    """A picture with its caption, inside the page."""
+    return (
+        f'<h2>{html.escape(caption)}</h2>\n<img alt="{html.escape(caption)}" '
+        f'src="data:image/png;base64,{base64.b64encode(content).decode("ascii")}">\n'
+    )
+
+
+def _title(metric: str) -> str:
+    """A metric's column title, with its unit and which way is better."""
+    return f"{metric}, % {'↑' if METRICS[metric].high else '↓'}"
 
 
 def _caption(summary: Summary) -> str:
@@ -187,7 +231,7 @@ def _caption(summary: Summary) -> str:
 
 def _best(summary: Summary, name: str) -> float:
     """The best mean of a metric; NaN where all are equal."""
-    means = [found[name].mean for found in summary.estimates.values() if name in found]
+    means = [by_metric[name].mean for by_metric in summary.estimates.values() if name in by_metric]
     if len(set(means)) < 2:
         return float("nan")
     return max(means) if METRICS[name].high else min(means)

@@ -1,4 +1,4 @@
-"""What was measured of each image, in a file that an interrupted run goes on with."""
+"""The measured values of each image, in a file from which an interrupted run resumes."""
 
 from __future__ import annotations
 
@@ -17,25 +17,29 @@ import numpy as np
 from ccam_deploy.arrays import Doubles
 from ccam_deploy.errors import OptionError, OutputError
 from ccam_deploy.files import write_file
-from ccam_deploy.quality.metrics import Kind
+from ccam_deploy.quality.metrics import CurveName
 from ccam_deploy.text import one_line
 
 SETTINGS = "settings.json"
 RESULTS = "results.csv"
-CURVES: tuple[Kind, Kind] = ("deletion", "insertion")
+CURVES: tuple[CurveName, CurveName] = ("deletion", "insertion")
 _FACTS = ("index", "name", "method", "target", "probability")
 _CURVE = "_curve"
 
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured of one image's map by one method.
+    """The values of one image's map by one method.
 
-    index, name: the image's place and name in the data set; in the file a name is one line, see
-        one_line.   target: the class explained, -1 where the image could not be read.
-    probability: its softmax probability for the whole image.
-    values: percent by metric; NaN where the image has no boxes to measure with, or was not read.
-    curves: probabilities [n] along the deletion and the insertion curve, where they were measured.
+    Attributes:
+        index: The image's place in the data set.
+        name: Its name in the data set; the file has it on one line, see one_line.
+        method: The variant's name.
+        target: The class that was explained; -1 where the image could not be read.
+        probability: The softmax probability of that class for the whole image.
+        values: Percent by metric; NaN where the image has no boxes or could not be read.
+        curves: [n] float64 probabilities along the deletion and the insertion curve, where they
+            were measured.
     """
 
     index: int
@@ -53,29 +57,40 @@ class Row:
 
     @property
     def was_read(self) -> bool:
-        """Whether the image could be read; else the row only says that it could not."""
+        """Whether the image could be read; the row has no values otherwise."""
         return self.target >= 0
 
 
 class Results:
     """The rows of an evaluation, kept in a folder as they come.
 
-    The folder has the settings that made them; they are written with the first use, and other
-    settings are refused later. Rows are added as a whole for a group of images and a method, and
-    a group that a killed process left in part is dropped, so that groups stay as they are.
+    The folder also keeps the settings that made them. The first use writes the settings, and later
+    uses refuse others. Rows are added for a whole group of images and a method at a time; groups
+    that a killed process left incomplete are dropped.
+
+    Attributes:
+        folder: Where the files lie.
+        metrics: Names of the metrics, the columns of the file.
+        rows: All rows by image and method, in the order of the file.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], metrics: Sequence[str]) -> None:
         """Open a folder, or begin one.
 
-        Raises OptionError where it holds an evaluation with other settings, OutputError where it
-        cannot be used.
+        Args:
+            folder: Where the files lie or will lie.
+            settings: All that the values depend on.
+            metrics: Names of the metrics.
+
+        Raises:
+            OptionError: The folder holds an evaluation with other settings.
+            OutputError: The folder cannot be used.
         """
         self.folder = folder
         self.metrics = tuple(metrics)
         self.rows: dict[tuple[int, str], Row] = {}
         self._path = folder / RESULTS
-        self._columns = (*_FACTS, *metrics, *(f"{kind}{_CURVE}" for kind in CURVES))
+        self._columns = (*_FACTS, *metrics, *(f"{curve}{_CURVE}" for curve in CURVES))
         content = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
         known = _read(folder / SETTINGS)
         if not known:
@@ -85,20 +100,21 @@ class Results:
                 raise OutputError(f"{folder} has files of something else; give another --output")
             write_file(folder / SETTINGS, content.encode("utf-8", "backslashreplace"))
         else:
-            _compare(folder, known, json.loads(content))
+            _require_same_settings(folder, known, json.loads(content))
             self.rows = {row.key: row for row in self._parse(_read(self._path))}
 
     def keep(self, groups: Collection[Sequence[tuple[int, str]]]) -> None:
-        """Drop rows of groups that are not complete, and write what is left in the groups' order.
+        """Drop rows of incomplete groups, and write the others in the groups' order.
 
-        groups: the keys that are added together.
+        Args:
+            groups: For each group the keys of its rows, which are added together.
         """
         whole = [key for group in groups if all(k in self.rows for k in group) for key in group]
         self.rows = {key: self.rows[key] for key in whole}
         write_file(self._path, self._text(list(self.rows.values()), header=True))
 
     def add(self, rows: Sequence[Row]) -> None:
-        """Add the rows of a group. Raises OutputError where they cannot be written."""
+        """Append the rows of a group; raise OutputError where they cannot be written."""
         content = self._text(rows, header=False)
         try:
             with self._path.open("ab", buffering=0) as file:
@@ -118,13 +134,13 @@ class Results:
             facts = (row.index, one_line(row.name), row.method, row.target, repr(row.probability))
             values = (_number(row.values[name]) for name in self.metrics)
             curves = (
-                " ".join(map(repr, row.curves.get(kind, np.zeros(0)).tolist())) for kind in CURVES
+                " ".join(map(repr, row.curves.get(curve, np.zeros(0)).tolist())) for curve in CURVES
             )
             writer.writerow((*facts, *values, *curves))
         return text.getvalue().encode()
 
     def _parse(self, content: bytes) -> list[Row]:
-        """The rows up to the last whole line."""
+        """Read rows up to the last whole line."""
         text = content[: content.rfind(b"\n") + 1].decode("utf-8", "surrogateescape")
         try:
             lines = list(csv.reader(io.StringIO(text)))
@@ -137,7 +153,9 @@ class Results:
             ) from error
 
     def _row(self, cells: Mapping[str, str]) -> Row:
-        curves = {kind: np.array(cells[f"{kind}{_CURVE}"].split(), np.float64) for kind in CURVES}
+        curves = {
+            curve: np.array(cells[f"{curve}{_CURVE}"].split(), np.float64) for curve in CURVES
+        }
         return Row(
             int(cells["index"]),
             cells["name"],
@@ -145,12 +163,12 @@ class Results:
             int(cells["target"]),
             float(cells["probability"]),
             {name: float(cells[name] or "nan") for name in self.metrics},
-            {kind: curve for kind, curve in curves.items() if len(curve)},
+            {curve: points for curve, points in curves.items() if len(points)},
         )
 
 
 def _number(value: float) -> str:
-    """A number with all its digits; nothing for NaN."""
+    """Write a number with all its digits; nothing for NaN."""
     return "" if math.isnan(value) else repr(float(value))
 
 
@@ -161,22 +179,22 @@ def _read(path: Path) -> bytes:
         raise OutputError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def _compare(folder: Path, content: bytes, wanted: Mapping[str, Any]) -> None:
-    """Raise OptionError for the first setting that is not what the folder has."""
+def _require_same_settings(folder: Path, content: bytes, settings: Mapping[str, Any]) -> None:
+    """Raise OptionError for the first setting that differs from the folder's."""
     try:
         known = json.loads(content)
     except ValueError as error:
         raise OutputError(f"{folder / SETTINGS} is not readable: {error}") from error
     if not isinstance(known, dict):
         raise OutputError(f"{folder / SETTINGS} has no settings; give another --output")
-    if {**known, "digest": ""} == {**wanted, "digest": ""} and known != wanted:
+    if {**known, "digest": ""} == {**settings, "digest": ""} and known != settings:
         raise OptionError(
             f"{folder} holds an evaluation of the bundle as it was before it was exported again; "
             "give another --output"
         )
-    for name in {**known, **wanted}:
-        if known.get(name) != wanted.get(name):
+    for name in {**known, **settings}:
+        if known.get(name) != settings.get(name):
             raise OptionError(
                 f"{folder} holds an evaluation with {name} {json.dumps(known.get(name))}, "
-                f"not {json.dumps(wanted.get(name))}; give its settings or another --output"
+                f"not {json.dumps(settings.get(name))}; give its settings or another --output"
             )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ def test_what_score_cam_runs_is_kept(tiny_bundle: Path, batch_size: int, masks: 
     """The backbone once, then the classifier on the masks of eight channels."""
     images = noise(1, 3, 32, 48)
     with ccam.load(tiny_bundle, batch_size=batch_size) as explainer:
-        runs = bench.recorded(explainer, images, "score-cam")
+        runs = bench.record_runs(explainer, images, "score-cam")
         engines = explainer.networks.engines
         assert [engine for engine, _ in runs] == [
             engines["backbone"],
@@ -60,10 +59,3 @@ def test_table() -> None:
     }
     lines = bench.table({"resnet18": {"score-cam": found}}).splitlines()
     assert lines[2:] == ["| resnet18 | score-cam | 512 | 1070 | 1000 | 1.071 | 4% |"]
-
-
-def test_why_an_export_failed_is_shown(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit) as caught:
-        bench._export("nonet", tmp_path / "nonet")
-    assert "nonet.toml cannot be read" in str(caught.value)
-    assert str(caught.value).splitlines()[-1].startswith(f"failed: {sys.executable}")

@@ -10,7 +10,7 @@ import pytest
 import ccam_deploy as ccam
 from bench import bench_quality as bench
 from ccam_deploy.methods import RISE, CollectionCAM
-from ccam_deploy.quality.evaluation import Variant
+from ccam_deploy.quality.variants import Variant, runnable
 from tests.helpers import DIGITS_LAYERS
 
 pytest.importorskip("sklearn", reason="scikit-learn is not installed")
@@ -38,14 +38,14 @@ def test_ablations_vary_one_thing() -> None:
 
 
 def test_a_method_that_runs_is_found(digits: ccam.Explainer) -> None:
-    found, refused = bench.runnable(digits, bench.contenders(["collection-cam", "xrai"], 4000))
-    assert found == [bench.DEFAULT]
-    assert list(refused) == ["xrai"]
-    assert "export it with --gradients" in refused["xrai"]
+    able, reasons = runnable(digits, bench.make_contenders(["collection-cam", "xrai"], 4000))
+    assert able == [bench.DEFAULT]
+    assert list(reasons) == ["xrai"]
+    assert "export it with --gradients" in reasons["xrai"]
 
 
 def test_rise_says_how_many_masks_it_has() -> None:
-    usual, fewer = (bench.contenders(["cam", "rise"], masks) for masks in (4000, 10))
+    usual, fewer = (bench.make_contenders(["cam", "rise"], masks) for masks in (4000, 10))
     assert [one.name for one in usual] == ["cam", "rise"]
     assert [one.name for one in fewer] == ["cam", "rise, masks=10"]
     assert (usual[1].method, fewer[1].method) == (RISE(), RISE(masks=10))

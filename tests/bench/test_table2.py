@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,6 @@ import pytest
 
 from bench import bench_table2 as bench
 from ccam_deploy import methods
-from ccam_deploy.cli.export import export
-from ccam_deploy.errors import OptionError
 
 
 def test_figures_are_the_paper_s() -> None:
@@ -31,15 +28,6 @@ def test_figures_are_the_paper_s() -> None:
 def test_methods_are_those_of_the_package() -> None:
     assert bench.method_names()[0] == "collection-cam"
     assert set(bench.method_names()) == set(methods.METHODS)
-
-
-def test_methods_that_a_bundle_cannot_run_are_left_out() -> None:
-    def check(name: str) -> None:
-        if name == "one":
-            raise OptionError("there is no head")
-
-    working, refused = bench.possible(["one", "other"], check)
-    assert (working, refused) == (["other"], {"one": "there is no head"})
 
 
 def timing(median: float, ratio: float) -> dict[str, Any]:
@@ -81,27 +69,3 @@ def test_file_is_named_after_what_was_measured() -> None:
     half = {"backend": "tensorrt", "precision": "fp16"}
     assert bench.file_name({"a-1": cpu, "b-1": cpu}) == "table2-onnxruntime-cpu.json"
     assert bench.file_name({"a-1": half}) == "table2-tensorrt-fp16.json"
-
-
-def test_plans_are_built_for_tensorrt_alone(tmp_path: Path) -> None:
-    """Each command is one that `export` takes."""
-    for backend, tail in (
-        ("tensorrt", ["--build", "--backend", "tensorrt"]),
-        ("tensorrt-rtx", ["--build", "--backend", "tensorrt-rtx"]),
-        ("auto", []),
-        ("onnxruntime-cuda", []),
-    ):
-        words = bench.export_command("resnet18", "224", tmp_path / "x", backend, "fp16")
-        parsed = export.make_context("export", words[4:]).params
-        assert words[3] == "export"
-        assert words[words.index(str(tmp_path / "x")) + 1 :] == tail
-        assert (parsed["input_size"], parsed["precision"]) == ((224, 224), "fp16")
-        assert parsed["build"] == bool(tail)
-        assert parsed["recipe_path"].exists()
-
-
-def test_why_an_export_failed_is_shown() -> None:
-    command = [sys.executable, "-c", "import sys; print('lost'); sys.exit('no such layer')"]
-    with pytest.raises(SystemExit) as caught:
-        bench.run(command)
-    assert str(caught.value).startswith("no such layer\nfailed: ")

@@ -48,7 +48,9 @@ def last_stage(method: Method) -> sanity.Stage:
     with limited_threads(1):
         classifier, images = open_randomised(digits_model(), (96, 96), None, settings)
         assert classifier.layers == DIGITS_LAYERS
-        found = sanity.check(classifier, images, method, mean=settings.mean, std=settings.std)
+        found = sanity.compare_randomised(
+            classifier, images, method, mean=settings.mean, std=settings.std
+        )
         return found.of("cascading")[-1]
 
 
@@ -80,7 +82,9 @@ def test_methods_get_images_as_they_were_normalised() -> None:
     pixels = np.random.default_rng(0).random((1, 3, 32, 48)).astype(np.float32)
     mean, std = (0.5, 0.4, 0.3), (0.25, 0.2, 0.1)
     images = (pixels - np.reshape(mean, (3, 1, 1))) / np.reshape(std, (3, 1, 1))
-    sanity.check(tiny_classifier(), images.astype(np.float32), Looks(), 1, mean=mean, std=std)
+    sanity.compare_randomised(
+        tiny_classifier(), images.astype(np.float32), Looks(), 1, mean=mean, std=std
+    )
     np.testing.assert_allclose(Looks.seen[0], pixels, atol=1e-6)
     np.testing.assert_allclose(Looks.seen[1].ravel(), [-2, -2, -3], rtol=1e-6)
 
@@ -97,14 +101,18 @@ def test_a_map_turned_upside_down_is_alike() -> None:
             return found if len(self.calls) == 1 else MethodResult.of_maps(-found.raw_saliency)
 
     images = noise(2, 3, 32, 48)
-    stage = sanity.check(tiny_classifier(), images, Turns(), 1, mean=(0.0,), std=(1.0,)).stages[0]
+    stage = sanity.compare_randomised(
+        tiny_classifier(), images, Turns(), 1, mean=(0.0,), std=(1.0,)
+    ).stages[0]
     assert stage.spearman == pytest.approx(1)
     assert stage.ssim < 0.5
 
 
 def test_images_too_small_for_ssim() -> None:
     with pytest.raises(OptionError, match="the input is 6x48; SSIM needs 7x7 or more"):
-        sanity.check(tiny_classifier(), noise(1, 3, 6, 48), EdgeDetector(), mean=(0.0,), std=(1.0,))
+        sanity.compare_randomised(
+            tiny_classifier(), noise(1, 3, 6, 48), EdgeDetector(), mean=(0.0,), std=(1.0,)
+        )
 
 
 def tiny_classifier(seed: int = 0) -> RandomisedClassifier:
@@ -224,7 +232,7 @@ def test_stages_cascade_then_stand_alone_and_end_as_trained() -> None:
     program = build_program(trace_model(tiny(), (3, 32, 48)), fold=False)
     classifier = Recorded(program, ["relu1", "relu2"])
     calls: list[int] = []
-    result = sanity.check(
+    result = sanity.compare_randomised(
         classifier,
         noise(2, 3, 32, 48),
         EdgeDetector(),

@@ -14,7 +14,7 @@ from ccam_deploy.arrays import Floats
 from ccam_deploy.cli import evaluate as command
 from ccam_deploy.explanation import Explanation
 from ccam_deploy.quality import metrics
-from ccam_deploy.quality.evaluation import Variant
+from ccam_deploy.quality.variants import Variant
 from tests.command import failure, refusal, run, success
 from tests.quality.layouts import image_folder, picture
 

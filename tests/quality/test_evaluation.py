@@ -18,11 +18,11 @@ import ccam_deploy as ccam
 from ccam_deploy.arrays import Floats
 from ccam_deploy.bundle.folder import read_bundle
 from ccam_deploy.errors import ImageError, OptionError
-from ccam_deploy.quality import evaluation
 from ccam_deploy.quality.datasets import Dataset, Item, open_dataset
-from ccam_deploy.quality.evaluation import Evaluation, EvaluationSettings, Variant, drawn
+from ccam_deploy.quality.evaluation import Evaluation, EvaluationSettings, draw_places
 from ccam_deploy.quality.metrics import METRICS
 from ccam_deploy.quality.results import RESULTS, Row
+from ccam_deploy.quality.variants import Variant, make_variants
 from tests.networks import digits_model
 from tests.quality.scorers import LinearScorer
 
@@ -86,7 +86,7 @@ def sum_of_pixels(bundle: Path) -> Any:
             np.ones((len(pictures), 1, 16, 2), np.float32),
             (whole,) * len(pictures),
         ),
-        check=lambda method, options: None,
+        require_method=lambda method: None,
     )
 
 
@@ -287,22 +287,22 @@ def test_an_image_that_cannot_be_read_ends_the_run(digits_bundle: Path, tmp_path
 
 
 def test_images_are_drawn_once_each() -> None:
-    assert drawn(5, 0, 0) == drawn(5, 9, 0) == (0, 1, 2, 3, 4)
-    chosen = drawn(1000, 40, 1)
-    assert len(set(chosen)) == 40
-    assert list(chosen) == sorted(chosen)
-    assert chosen == drawn(1000, 40, 1)
-    assert chosen != drawn(1000, 40, 2)
-    assert max(chosen) < 1000
+    assert draw_places(5, 0, 0) == draw_places(5, 9, 0) == (0, 1, 2, 3, 4)
+    places = draw_places(1000, 40, 1)
+    assert len(set(places)) == 40
+    assert list(places) == sorted(places)
+    assert places == draw_places(1000, 40, 1)
+    assert places != draw_places(1000, 40, 2)
+    assert max(places) < 1000
 
 
 def test_methods_by_name() -> None:
     names = ["collection-cam", "collection-cam"]
-    assert evaluation.variants(names) == (Variant("collection-cam", ccam.CollectionCAM()),)
+    assert make_variants(names) == (Variant("collection-cam", ccam.CollectionCAM()),)
     with pytest.raises(OptionError, match='method "x-cam" is unknown; there are collection-cam'):
-        evaluation.variants(["x-cam"])
+        make_variants(["x-cam"])
     with pytest.raises(OptionError, match="there is no method to measure"):
-        evaluation.variants([])
+        make_variants([])
 
 
 def test_settings_are_checked(digits: ccam.Explainer) -> None:

@@ -12,11 +12,11 @@ from scipy.ndimage import gaussian_filter
 from ccam_deploy.arrays import Doubles, Floats
 from ccam_deploy.errors import OptionError
 from ccam_deploy.quality import metrics
-from ccam_deploy.quality.metrics import PROTOCOLS, Kind
+from ccam_deploy.quality.metrics import PROTOCOLS, CurveName
 from tests.helpers import noise
 from tests.quality.scorers import LinearScorer, random_scorer
 
-KINDS: tuple[Kind, Kind] = ("deletion", "insertion")
+KINDS: tuple[CurveName, CurveName] = ("deletion", "insertion")
 NONE = np.zeros((0, 4))
 
 
@@ -33,7 +33,7 @@ def distinct(count: int, height: int, width: int, seed: int = 0) -> Floats:
 
 
 def rise_curve(
-    scorer: LinearScorer, image: Floats, saliency: Floats, kind: Kind, step: int
+    scorer: LinearScorer, image: Floats, saliency: Floats, kind: CurveName, step: int
 ) -> list[float]:
     """One run of RISE's CausalMetric: pixel by pixel, one image at a time, PyTorch's softmax."""
     height, width = saliency.shape
@@ -65,7 +65,7 @@ def blurred_by_rise(image: Floats) -> Floats:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", [(3, 24, 16), (3, 19, 23)], ids=["whole steps", "a rest"])
-def test_curves_are_rises(kind: Kind, shape: tuple[int, int, int]) -> None:
+def test_curves_are_rises(kind: CurveName, shape: tuple[int, int, int]) -> None:
     scorer = random_scorer(shape)
     images, maps = noise(3, *shape), distinct(3, *shape[1:])
     best = scorer.logits(images).argmax(axis=1)
@@ -165,7 +165,7 @@ def test_constant_map_takes_rows_from_the_top() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_more_than_a_chunk_is_held(kind: Kind) -> None:
+def test_no_more_than_a_chunk_is_held(kind: CurveName) -> None:
     """Chunks cut across images; whichever size they have, the curves are the same."""
     scorer = random_scorer((3, 40, 8))
     images, maps, classes = noise(3, 3, 40, 8), distinct(3, 40, 8), np.array([0, 1, 2])
@@ -283,9 +283,9 @@ def test_pointing_of_flat_maps() -> None:
 
 def test_unknown_names_are_one_line() -> None:
     with pytest.raises(OptionError, match=r'metric "road" is unknown; there are average-drop, .*'):
-        metrics.check_metrics(["deletion", "road"], "paper")
+        metrics.reject_unknown(["deletion", "road"], "paper")
     with pytest.raises(OptionError, match='protocol "mine" is unknown; there are paper, rise'):
-        metrics.check_metrics(["deletion"], "mine")
+        metrics.reject_unknown(["deletion"], "mine")
 
 
 def test_every_metric_and_protocol_has_a_definition() -> None:

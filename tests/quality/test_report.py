@@ -15,9 +15,9 @@ from scipy import stats
 import ccam_deploy as ccam
 from ccam_deploy.quality import charts, report
 from ccam_deploy.quality.datasets import open_dataset
-from ccam_deploy.quality.evaluation import Variant
 from ccam_deploy.quality.metrics import METRICS
 from ccam_deploy.quality.results import Row
+from ccam_deploy.quality.variants import Variant
 
 SETTINGS = {
     "bundle": "b<1>",

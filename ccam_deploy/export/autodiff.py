@@ -249,6 +249,7 @@ def extract(
         if node.target is aten.sym_size.int:
             # The batch is the only size that is not known, and the first axis of every input.
             copies[node] = graph.call_function(aten.sym_size.int, (copies[inputs[0]], 0))
+            copies[node].meta.update(node.meta)
         elif all(source in copies for source in node.all_input_nodes):
             copies[node] = graph.node_copy(node, lambda n: copies[n])
     graph.output(tuple(copies[node] for node in outputs))

@@ -31,9 +31,9 @@ from ccam_deploy.engines import load_networks
 from ccam_deploy.errors import OptionError, SourceError, ToleranceError
 from ccam_deploy.export import excitation
 from ccam_deploy.export.architecture import Model
-from ccam_deploy.export.graphs import Graphs, WeightFile, convert_graphs, write_graphs
+from ccam_deploy.export.graphs import Graphs, convert_graphs
 from ccam_deploy.export.layers import find_layers
-from ccam_deploy.export.program import build_program, trace_model
+from ccam_deploy.export.program import decompose, program_from, trace_model
 from ccam_deploy.export.quantise import EIGHT_BIT_TYPES, masked_batches, quantise
 from ccam_deploy.export.reference import TorchClassifier
 from ccam_deploy.export.settings import (
@@ -43,6 +43,7 @@ from ccam_deploy.export.settings import (
     check_settings,
     preprocessing_of,
 )
+from ccam_deploy.export.weight_file import WeightFile, write_graphs
 from ccam_deploy.fidelity.comparison import compare_observations
 from ccam_deploy.fidelity.observation import Observation, observe, save_observation
 from ccam_deploy.fidelity.tolerance import RANDOM_TOLERANCE, TOLERANCE, broken_bounds
@@ -92,7 +93,8 @@ def export(
     if not isinstance(model, ExportedProgram):
         exported = trace_model(model, (len(chosen.mean), *(input_size or INPUT_SIZE)))
     assert isinstance(exported, ExportedProgram)
-    program = build_program(exported, keep=layers or ())
+    functional = decompose(exported)
+    program = program_from(functional, keep=layers or ())
     check_settings(chosen, program)
     if input_size and input_size != program.input_shape[1:]:
         raise OptionError(
@@ -111,7 +113,7 @@ def export(
     images = calibration_images(chosen, program, preprocessing)
     chosen.progress(f"explaining {len(images)} calibration images with PyTorch")
     graphs = dict(converted["fp32"].items())
-    expected, baseline = _reference(exported, names, images, graphs)
+    expected, baseline = _reference(functional, names, images, graphs)
     with staged_bundle(output) as folder:
         files = _write(_WANTED[precision], converted, expected, folder, chosen.progress)
         save_observation(folder / _REFERENCE, _first(expected, RECORDED_IMAGES))
@@ -145,13 +147,13 @@ def export(
 
 
 def _reference(
-    exported: ExportedProgram, names: Sequence[str], images: Floats, graphs: Collection[str]
+    functional: ExportedProgram, names: Sequence[str], images: Floats, graphs: Collection[str]
 ) -> tuple[Observation, list[float]]:
     """What PyTorch computes for the images, and the logits of an input of zeros.
 
     The graph that runs is the traced model as it is, before anything was folded or differentiated.
     """
-    plain = build_program(exported, fold=False)
+    plain = program_from(functional, fold=False)
     classifier = TorchClassifier(plain, find_layers(plain, names))
     probe = np.concatenate([np.zeros_like(images[:1]), images])
     baseline, *logits = classifier.backbone(probe).logits

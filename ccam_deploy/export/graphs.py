@@ -1,26 +1,28 @@
-"""The graphs of a bundle as ONNX models that share one file of weights."""
+"""The graphs of a bundle, converted to ONNX."""
 
 from __future__ import annotations
 
-import copy
-import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import onnx_ir as ir
 import torch
-from torch import Tensor, fx, nn
-from torch.export import Dim
+from torch import fx, nn
 
-from ccam_deploy.errors import LayerError, LoweringError, brief
-from ccam_deploy.export.autodiff import differentiate, differentiate_input, has_relu
+from ccam_deploy.errors import LayerError
+from ccam_deploy.export.autodiff import (
+    Differentiated,
+    differentiate,
+    differentiate_input,
+    has_relu,
+)
 from ccam_deploy.export.excitation import excite, why_not
 from ccam_deploy.export.layers import TargetLayer
-from ccam_deploy.export.program import Program, cast, module_of, quiet
+from ccam_deploy.export.onnx_conversion import GraphInput, to_onnx
+from ccam_deploy.export.program import Program, aten, cast
 
-_INLINE_BYTES = 1024
-_ALIGNMENT = 4096
+_BATCH, _MASKS = 2, 3
+"""Lengths of the dynamic axes in examples."""
 
 
 @dataclass(frozen=True)
@@ -59,20 +61,6 @@ class Graphs:
             yield "excitation", self.excitation
 
 
-class MaskedClassifier(nn.Module):
-    """Logits of masked images; each mask names the image that it belongs to."""
-
-    def __init__(self, classifier: fx.GraphModule) -> None:
-        super().__init__()
-        self.classifier = classifier
-
-    def forward(self, images: Tensor, masks: Tensor, owner: Tensor) -> Tensor:
-        """Images [B, C, H, W], masks [N, 1, H, W], owner [N] int64 -> logits [N, classes]."""
-        (logits,) = self.classifier(images.index_select(0, owner) * masks)
-        assert isinstance(logits, Tensor)
-        return logits
-
-
 def convert_graphs(
     program: Program,
     layers: Sequence[TargetLayer],
@@ -82,230 +70,102 @@ def convert_graphs(
 ) -> Graphs:
     """Build and convert the graphs of a classifier.
 
-    with_gradients: those of the image's gradient too; no guided one for a classifier without ReLU.
-        Where the classifier can have it, the excitation graph, which is in float32 alone.
-    Raises LoweringError, naming operator and module, for what ONNX cannot express, LayerError
-    where a head is wanted and the last layer is no cut through the classifier.
+    Args:
+        program: the classifier.
+        layers: its target layers.
+        dtype: what the graphs compute in, float32 or float16.
+        with_head: convert the head too.
+        with_gradients: convert the graphs of the image's gradient too; no guided one for a
+            classifier without ReLU. Where the classifier can have it, the excitation graph, which
+            is in float32 alone.
+
+    Returns:
+        The ONNX models, with their weights in memory.
+
+    Raises:
+        LoweringError: ONNX cannot express an operator; the message names it and its module.
+        LayerError: a head is asked for, and the last layer is no cut through the classifier.
     """
     parts = differentiate(program, layers, dtype)
-    batch, masks = Dim("batch"), Dim("masks")
-    images = torch.zeros(2, *program.input_shape, dtype=dtype)
-    with torch.no_grad():
-        outputs = parts.backbone(images)
-    residuals = list(outputs[1 + len(layers) :])
-    feature_names = [f"feature_{index}" for index in range(len(layers))]
-    residual_names = [f"residual_{index}" for index in range(len(residuals))]
-    backbone = _to_onnx(
-        parts.backbone,
-        {"images": (images, {0: batch})},
-        ["logits", *feature_names, *residual_names],
-        program,
-    )
-    gradient_inputs = dict(zip(residual_names, ((r, {0: batch}) for r in residuals), strict=True))
-    gradient_inputs["output_gradient"] = (torch.zeros_like(outputs[0]), {0: batch})
-    gradient_names = [f"gradient_{index}" for index in range(len(layers))]
-    gradient = _to_onnx(parts.gradient, gradient_inputs, gradient_names, program)
-    classifier = _to_onnx(
-        MaskedClassifier(_in_type(program.graph, dtype)),
-        {
-            "images": (images, {0: batch}),
-            "masks": (torch.zeros(3, 1, *program.input_shape[1:], dtype=dtype), {0: masks}),
-            "owner": (torch.zeros(3, dtype=torch.int64), {0: masks}),
-        },
-        ["logits"],
-        program,
-    )
-    head = None
+    images = _images(program, dtype)
+    scores = _scores(program, dtype)
+    residuals = {
+        f"residual_{index}": GraphInput(_example_size(node), "batch", node.meta["val"].dtype)
+        for index, node in enumerate(_placeholders(parts.gradient)[:-1])
+    }
+
+    def convert(graph: fx.GraphModule, inputs: Mapping[str, GraphInput], *outputs: str) -> ir.Model:
+        return to_onnx(graph, inputs, outputs, program)
+
+    features = [f"feature_{index}" for index in range(len(layers))]
+    gradients = [f"gradient_{index}" for index in range(len(layers))]
+    backbone = convert(parts.backbone, {"images": images}, "logits", *features, *residuals)
+    gradient = convert(parts.gradient, {**residuals, "output_gradient": scores}, *gradients)
+    masked_inputs = {
+        "images": images,
+        "masks": GraphInput((_MASKS, 1, *program.input_shape[1:]), "masks", dtype),
+        "owner": GraphInput((_MASKS,), "masks", torch.int64),
+    }
+    classifier = convert(_masked_classifier(program, dtype), masked_inputs, "logits")
+    head = plain = guided = excitation = None
     if with_head:
-        if parts.head is None:
-            raise LayerError(
-                f'the classifier has no head after layer "{layers[-1].name}": its logits depend '
-                "on the image past that layer; export without a head, or with other layers"
-            )
-        features = {"features": (outputs[len(layers)].repeat(2, 1, 1, 1)[:3], {0: masks})}
-        head = _to_onnx(parts.head, features, ["logits"], program)
-    plain = _input_gradient(program, dtype) if with_gradients else None
-    guided = excitation = None
-    if with_gradients and has_relu(program):
-        guided = _input_gradient(program, dtype, guided=True)
-    if with_gradients and dtype == torch.float32 and not why_not(program, layers):
-        excitation = _excitation(program, layers)
+        maps = GraphInput((_MASKS, *layers[-1].shape), "masks", dtype)
+        head = convert(_head(parts, layers), {"features": maps}, "logits")
+    if with_gradients:
+        plain = input_gradient_graph(program, dtype)
+        if has_relu(program):
+            guided = input_gradient_graph(program, dtype, guided=True)
+        if dtype == torch.float32 and not why_not(program, layers):
+            names = [f"excitation_{index}" for index in range(len(layers))]
+            inputs = {"images": images, "winners": scores, "duals": scores}
+            excitation = convert(excite(program, layers), inputs, *names)
     return Graphs(backbone, gradient, classifier, head, plain, guided, excitation)
 
 
-def _input_gradient(program: Program, dtype: torch.dtype, guided: bool = False) -> ir.Model:
-    batch = Dim("batch")
-    inputs = {
-        "images": (torch.zeros(2, *program.input_shape, dtype=dtype), {0: batch}),
-        "output_gradient": (torch.zeros(2, program.classes, dtype=dtype), {0: batch}),
-    }
-    module = differentiate_input(program, dtype, guided)
-    return _to_onnx(module, inputs, ["input_gradient"], program)
-
-
-def _excitation(program: Program, layers: Sequence[TargetLayer]) -> ir.Model:
-    batch = Dim("batch")
-    # A tensor for each: the exporter makes one input of those that are the same tensor.
-    inputs = {
-        "images": (torch.zeros(2, *program.input_shape), {0: batch}),
-        "winners": (torch.zeros(2, program.classes), {0: batch}),
-        "duals": (torch.zeros(2, program.classes), {0: batch}),
-    }
-    names = [f"excitation_{index}" for index in range(len(layers))]
-    return _to_onnx(excite(program, layers), inputs, names, program)
-
-
-def _in_type(module: fx.GraphModule, dtype: torch.dtype) -> fx.GraphModule:
-    if dtype == torch.float32:
-        return module
-    twin = copy.deepcopy(module)
-    for name, value in module.named_buffers():
-        setattr(twin, name, cast(value, dtype))
-    return twin
-
-
-def _to_onnx(
-    module: nn.Module,
-    inputs: Mapping[str, tuple[Tensor, dict[int, Dim]]],
-    outputs: Sequence[str],
-    program: Program,
+def input_gradient_graph(
+    program: Program, dtype: torch.dtype = torch.float32, guided: bool = False
 ) -> ir.Model:
-    """Export a module as an ONNX model held in memory. inputs: name -> (example, dynamic axes)."""
-    examples = tuple(example for example, _ in inputs.values())
-    shapes = tuple(axes for _, axes in inputs.values())
-    with torch.no_grad(), quiet():
-        try:
-            exported = torch.export.export(module, examples, dynamic_shapes=shapes)
-            converted = torch.onnx.export(
-                exported,
-                dynamo=True,
-                verbose=False,
-                input_names=list(inputs),
-                output_names=list(outputs),
-            )
-        except Exception as error:
-            raise LoweringError(_culprit(error, program)) from error
-    assert converted is not None
-    _clean(converted.model, inputs)
-    return converted.model
+    """Convert the graph of the images' gradient; see differentiate_input."""
+    graph = differentiate_input(program, dtype, guided)
+    inputs = {"images": _images(program, dtype), "output_gradient": _scores(program, dtype)}
+    return to_onnx(graph, inputs, ["input_gradient"], program)
 
 
-def _culprit(error: BaseException, program: Program) -> str:
-    """Name the operator, and its module, that the conversion to ONNX stops at.
-
-    The exporter's own message names an operator after decomposition, which no longer says where
-    it came from; so each kind of operator in the model is converted by itself.
-    """
-    kinds: dict[object, fx.Node] = {}
-    for node in program.graph.graph.nodes:
-        if isinstance(node.target, torch._ops.OpOverload):
-            kinds.setdefault(node.target, node)
-    for node in kinds.values():
-        if not _converts(node):
-            where = module_of(node) or "the model itself"
-            return f'operator {node.target} in module "{where}" has no ONNX equivalent'
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return f"the model's gradient cannot be converted to ONNX: {brief(error)}"
+def _images(program: Program, dtype: torch.dtype) -> GraphInput:
+    return GraphInput((_BATCH, *program.input_shape), "batch", dtype)
 
 
-def _converts(node: fx.Node) -> bool:
-    """Whether one operator, on inputs of the shapes that it has in the model, becomes ONNX."""
-    graph = fx.Graph()
-    copies, examples = {}, []
-    for source in node.all_input_nodes:
-        value = source.meta["val"]
-        if not isinstance(value, Tensor):
-            return True
-        copies[source] = graph.placeholder(source.name)
-        sizes = [size if isinstance(size, int) else 2 for size in value.shape]
-        examples.append(torch.zeros(sizes, dtype=value.dtype))
-    graph.output(graph.node_copy(node, lambda n: copies[n]))
-    try:
-        torch.onnx.export(
-            fx.GraphModule(nn.Module(), graph),
-            tuple(examples),
-            dynamo=True,
-            verbose=False,
-            optimize=False,
+def _scores(program: Program, dtype: torch.dtype) -> GraphInput:
+    return GraphInput((_BATCH, program.classes), "batch", dtype)
+
+
+def _placeholders(graph: fx.GraphModule) -> list[fx.Node]:
+    return [node for node in graph.graph.nodes if node.op == "placeholder"]
+
+
+def _example_size(node: fx.Node) -> tuple[int, ...]:
+    """The shape of an example of a value that has the batch first."""
+    return (_BATCH, *map(int, node.meta["val"].shape[1:]))
+
+
+def _head(parts: Differentiated, layers: Sequence[TargetLayer]) -> fx.GraphModule:
+    if parts.head is None:
+        raise LayerError(
+            f'the classifier has no head after layer "{layers[-1].name}": its logits depend '
+            "on the image past that layer; export without a head, or with other layers"
         )
-    except torch.onnx.OnnxExporterError:
-        return False
-    return True
+    return parts.head
 
 
-def _clean(model: ir.Model, inputs: Mapping[str, tuple[Tensor, dict[int, Dim]]]) -> None:
-    """Give dynamic axes their names, and drop what tells of the tools and folders of the export."""
-    names = {}
-    for value, (_, axes) in zip(model.graph.inputs, inputs.values(), strict=True):
-        assert value.shape is not None
-        for axis, dim in axes.items():
-            names[value.shape[axis]] = dim.__name__
-    for value in _values(model):
-        if value.shape is not None:
-            value.shape = ir.Shape([names.get(size, size) for size in value.shape])
-        value.metadata_props.clear()
-    for node in model.graph:
-        node.metadata_props.clear()
-        node.doc_string = None
-    model.metadata_props.clear()
-    model.graph.metadata_props.clear()
-    model.producer_name, model.producer_version = "ccam-deploy", None
-
-
-def _values(model: ir.Model) -> Iterator[ir.Value]:
-    yield from model.graph.inputs
-    yield from model.graph.initializers.values()
-    for node in model.graph:
-        yield from node.outputs
-
-
-class WeightFile:
-    """One file that holds the weights of several models, each distinct tensor once."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._file = path.open("wb")
-        self._places: dict[bytes, tuple[int, int]] = {}
-
-    def close(self) -> None:
-        """Finish the file."""
-        self._file.close()
-
-    def move_weights(self, model: ir.Model) -> None:
-        """Write a model's large initializers to the file and refer to them there."""
-        for value in model.graph.initializers.values():
-            tensor = value.const_value
-            if tensor is None or tensor.nbytes < _INLINE_BYTES:
-                continue
-            offset, length = self._place(tensor.tobytes())
-            value.const_value = ir.ExternalTensor(
-                self._path.name,
-                offset,
-                length,
-                tensor.dtype,
-                shape=tensor.shape,  # type: ignore[arg-type]
-                name=str(value.name),
-                base_dir=self._path.parent,
-            )
-
-    def _place(self, content: bytes) -> tuple[int, int]:
-        digest = hashlib.sha256(content).digest()
-        if digest not in self._places:
-            position = self._file.tell()
-            self._file.write(bytes(-position % _ALIGNMENT))
-            self._places[digest] = (self._file.tell(), len(content))
-            self._file.write(content)
-        return self._places[digest]
-
-
-def write_graphs(
-    graphs: Iterable[tuple[str, ir.Model]], folder: Path, weights: WeightFile, suffix: str = ""
-) -> dict[str, str]:
-    """Write named models into a folder; returns graph name -> file name."""
-    files = {}
-    for name, model in graphs:
-        files[name] = f"{name}{suffix}.onnx"
-        weights.move_weights(model)
-        ir.save(model, folder / files[name])
-    return files
+def _masked_classifier(program: Program, dtype: torch.dtype) -> fx.GraphModule:
+    """The logits of masked images: images, masks and the row of each mask's image -> logits."""
+    graph = fx.Graph()
+    images, masks, owner = map(graph.placeholder, ("images", "masks", "owner"))
+    owned = graph.call_function(aten.index_select.default, (images, 0, owner))
+    copies = {program.image: graph.call_function(aten.mul.Tensor, (owned, masks))}
+    graph.graph_copy(program.graph.graph, copies)
+    graph.output((copies[program.logits],))
+    constants = nn.Module()
+    for name, value in program.graph.named_buffers():
+        constants.register_buffer(name, cast(value, dtype))
+    return fx.GraphModule(constants, graph)

@@ -111,12 +111,28 @@ def build_program(
     fold: fold batch normalisation into convolutions; without it the graph is the model's own.
     Raises SourceError where the program is not such a classifier.
     """
-    _check_signature(exported)
+    return program_from(decompose(exported), keep, fold)
+
+
+def decompose(exported: ExportedProgram) -> ExportedProgram:
+    """Rewrite an exported classifier in functional ATen operators.
+
+    Raises:
+        SourceError: The program does not turn images [B, C, H, W] into logits [B, classes].
+    """
+    _require_classifier(exported)
     try:
         with quiet():
-            functional = exported.run_decompositions({})
+            functional: ExportedProgram = exported.run_decompositions({})
     except Exception as error:
         raise SourceError(f"the traced program cannot be decomposed: {brief(error)}") from error
+    return functional
+
+
+def program_from(
+    functional: ExportedProgram, keep: Collection[str] = (), fold: bool = True
+) -> Program:
+    """Make the graph of a decomposed program; see build_program. The program is left as it was."""
     graph = _unlift(functional)
     _plain_convolutions(graph)
     if fold:
@@ -131,7 +147,7 @@ def build_program(
     return Program(graph, image, logits)
 
 
-def _check_signature(exported: ExportedProgram) -> None:
+def _require_classifier(exported: ExportedProgram) -> None:
     inputs = exported.graph_signature.user_inputs
     outputs = exported.graph_signature.user_outputs
     values = {node.name: node.meta.get("val") for node in exported.graph.nodes}

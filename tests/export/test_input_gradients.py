@@ -26,7 +26,7 @@ from ccam_deploy.engines.tensorrt.library import load_library
 from ccam_deploy.errors import IntegrityError, ManifestError, OptionError
 from ccam_deploy.export import ExportSettings, autodiff, excitation, export
 from ccam_deploy.export.architecture import import_module
-from ccam_deploy.export.graphs import _input_gradient, convert_graphs
+from ccam_deploy.export.graphs import convert_graphs, input_gradient_graph
 from ccam_deploy.export.layers import find_layers
 from ccam_deploy.export.program import build_program, trace_model
 from ccam_deploy.export.recipe import random_model, read_recipe, recipe_settings
@@ -265,7 +265,7 @@ def test_other_recipes(name: str, without_rule: str, tmp_path: Path) -> None:
     if not without_rule:
         return
     guided = autodiff.has_relu(built)
-    graph = _input_gradient(built, torch.float32, guided)
+    graph = input_gradient_graph(built, torch.float32, guided)
     ir.save(graph, tmp_path / "graph.onnx", external_data="graph.data")
     images, one_hot = noise(2, 3, 64, 64), np.eye(1000, dtype=np.float32)[[3, 7]]
     with closing(OnnxRuntimeEngine(tmp_path / "graph.onnx", "cpu")) as engine:

@@ -1,0 +1,279 @@
+"""One graph of ATen operators as an ONNX model that is held in memory.
+
+`torch.onnx.export` decomposes every program that it is given, which traces it again and takes ten
+times as long as the conversion itself. The graphs of this package are traced and functional, so
+they are handed over as programs that say so; a graph with an operator that ONNX does not know is
+decomposed as usual.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, fx, nn
+from torch._dispatch.python import enable_python_dispatcher
+from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import Dim, ExportedProgram
+from torch.export.exported_program import ModuleCallEntry
+from torch.export.graph_signature import (
+    ExportGraphSignature,
+    InputKind,
+    InputSpec,
+    OutputKind,
+    OutputSpec,
+    TensorArgument,
+)
+from torch.fx.experimental.symbolic_shapes import (
+    DimDynamic,
+    ShapeEnv,
+    StatelessSymbolicContext,
+)
+
+from ccam_deploy.errors import LoweringError, brief
+from ccam_deploy.export.program import Program, module_of, quiet
+
+
+@dataclass(frozen=True)
+class GraphInput:
+    """An input of a graph.
+
+    Attributes:
+        size: the shape of an example, which stands for any other length of its dynamic axis.
+        axis: the name of the first axis, which is dynamic; inputs that share it share its length.
+        dtype: the type of its elements.
+    """
+
+    size: tuple[int, ...]
+    axis: str
+    dtype: torch.dtype = torch.float32
+
+
+def to_onnx(
+    graph: fx.GraphModule,
+    inputs: Mapping[str, GraphInput],
+    outputs: Sequence[str],
+    program: Program,
+) -> ir.Model:
+    """Convert a functional graph of ATen operators to ONNX.
+
+    Args:
+        graph: its placeholders are `inputs` in their order, its constants are buffers.
+        inputs: name of each input of the ONNX model -> what it holds.
+        outputs: names of the outputs of the ONNX model.
+        program: the classifier that the graph was made of, to name a culprit in.
+
+    Returns:
+        The model, with its weights in memory and without a trace of the tools that made it.
+
+    Raises:
+        LoweringError: ONNX cannot express an operator; the message names it and its module.
+    """
+    with torch.no_grad(), quiet(), _shared_registry():
+        try:
+            model = _convert(_traced_program(graph, inputs), inputs, outputs)
+        except Exception:
+            # The short cut leans on details of PyTorch; the long way has the errors that count.
+            try:
+                model = _convert(_retraced_program(graph, inputs), inputs, outputs)
+            except Exception as error:
+                raise LoweringError(_culprit(error, program)) from error
+    _clean(model, inputs)
+    return model
+
+
+def _convert(
+    program: ExportedProgram, inputs: Mapping[str, GraphInput], outputs: Sequence[str]
+) -> ir.Model:
+    converted = torch.onnx.export(
+        program, dynamo=True, verbose=False, input_names=list(inputs), output_names=list(outputs)
+    )
+    assert converted is not None
+    return converted.model
+
+
+def _retraced_program(graph: fx.GraphModule, inputs: Mapping[str, GraphInput]) -> ExportedProgram:
+    """Trace a graph by PyTorch's own exporter."""
+    # A tensor for each: the exporter makes one input of those that are the same tensor.
+    examples = tuple(torch.zeros(value.size, dtype=value.dtype) for value in inputs.values())
+    dims = {value.axis: Dim(value.axis) for value in inputs.values()}
+    shapes = tuple({0: dims[value.axis]} for value in inputs.values())
+    return torch.export.export(graph, examples, dynamic_shapes=shapes)
+
+
+class _FunctionalProgram(ExportedProgram):
+    """A program that needs no decomposition, unless it holds an operator that ONNX lacks."""
+
+    def run_decompositions(self, decomp_table: Any = None, **options: Any) -> ExportedProgram:
+        """Give the program itself where the table has an entry for none of its operators."""
+        table = decomp_table or {}
+        if not any(node.target in table for node in self.graph.nodes):
+            return self
+        decomposed: ExportedProgram = super().run_decompositions(decomp_table, **options)
+        return decomposed
+
+
+def _traced_program(graph: fx.GraphModule, inputs: Mapping[str, GraphInput]) -> ExportedProgram:
+    """Wrap a graph up as an exported program: constants become inputs, every value gets a shape."""
+    environment = ShapeEnv()
+    mode = FakeTensorMode(shape_env=environment)
+    lifted = fx.Graph()
+    values: dict[fx.Node, Any] = {}
+    copies: dict[fx.Node, fx.Node] = {}
+    signature = ExportGraphSignature([], [])
+    constants = [node for node in graph.graph.nodes if node.op == "get_attr"]
+    for node in constants:
+        values[node] = mode.from_tensor(getattr(graph, str(node.target)), static_shapes=True)
+        copies[node] = lifted.placeholder(node.name)
+        argument = TensorArgument(copies[node].name)
+        signature.input_specs.append(
+            InputSpec(InputKind.BUFFER, argument, str(node.target), persistent=True)
+        )
+    placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    for node, value in zip(placeholders, _fake_inputs(mode, inputs), strict=True):
+        values[node], copies[node] = value, lifted.placeholder(node.name)
+        argument = TensorArgument(copies[node].name)
+        signature.input_specs.append(InputSpec(InputKind.USER_INPUT, argument, None))
+    with mode, enable_python_dispatcher():
+        for node in graph.graph.nodes:
+            if node.op == "call_function":
+                args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+                values[node] = node.target(*args, **kwargs)
+                copies[node] = lifted.node_copy(node, copies.__getitem__)
+    for node, twin in copies.items():
+        twin.meta = {"val": values[node]}
+    if environment.replacements:
+        raise ValueError("the graph fixes an axis that must stay dynamic")
+    results = [copies[node] for node in graph.graph.output_node().args[0]]  # type: ignore[index,union-attr]
+    lifted.output(tuple(results))
+    for node in results:
+        argument = TensorArgument(node.name)
+        signature.output_specs.append(OutputSpec(OutputKind.USER_OUTPUT, argument, None))
+    return _FunctionalProgram(
+        nn.Module(),
+        lifted,
+        signature,
+        state_dict={str(node.target): getattr(graph, str(node.target)) for node in constants},
+        range_constraints={},
+        module_call_graph=[ModuleCallEntry("", None)],
+    )
+
+
+def _fake_inputs(mode: FakeTensorMode, inputs: Mapping[str, GraphInput]) -> list[Tensor]:
+    """Tensors without values, whose first axes have a symbol for each name."""
+    context: StatelessSymbolicContext[..., Any] = StatelessSymbolicContext(
+        dynamic_sizes=[DimDynamic.DYNAMIC]
+    )
+    symbols: dict[str, Any] = {}
+    for value in inputs.values():
+        if value.axis not in symbols:
+            line = torch.empty(value.size[0])
+            source = ConstantSource(value.axis)
+            fake = mode.from_tensor(line, symbolic_context=context, source=source)
+            symbols[value.axis] = fake.shape[0]
+    with mode:
+        return [
+            torch.empty((symbols[value.axis], *value.size[1:]), dtype=value.dtype)
+            for value in inputs.values()
+        ]
+
+
+@contextmanager
+def _shared_registry() -> Iterator[None]:
+    """Let all conversions use one registry of ONNX operators: to build one takes a second.
+
+    The registry is no public part of PyTorch; where it is not as it was, each builds its own.
+    """
+    try:
+        from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+        original = ONNXRegistry.__dict__["from_torchlib"]
+    except (ImportError, KeyError):
+        yield
+        return
+    shared = functools.partial(_registry, ONNXRegistry.from_torchlib)
+    type.__setattr__(ONNXRegistry, "from_torchlib", staticmethod(shared))
+    try:
+        yield
+    finally:
+        type.__setattr__(ONNXRegistry, "from_torchlib", original)
+
+
+@functools.cache
+def _registry(build: Callable[..., Any], **options: Any) -> Any:
+    return build(**options)
+
+
+def _culprit(error: BaseException, program: Program) -> str:
+    """Name the operator, and its module, that the conversion to ONNX stops at.
+
+    The exporter's own message names an operator after decomposition, which no longer says where
+    it came from; so each kind of operator in the model is converted by itself.
+    """
+    kinds: dict[object, fx.Node] = {}
+    for node in program.graph.graph.nodes:
+        if isinstance(node.target, torch._ops.OpOverload):
+            kinds.setdefault(node.target, node)
+    for node in kinds.values():
+        if not _converts(node):
+            where = module_of(node) or "the model itself"
+            return f'operator {node.target} in module "{where}" has no ONNX equivalent'
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"the model's gradient cannot be converted to ONNX: {brief(error)}"
+
+
+def _converts(node: fx.Node) -> bool:
+    """Whether one operator, on inputs of the shapes that it has in the model, becomes ONNX."""
+    graph = fx.Graph()
+    copies, examples = {}, []
+    for source in node.all_input_nodes:
+        value = source.meta["val"]
+        if not isinstance(value, Tensor):
+            return True
+        copies[source] = graph.placeholder(source.name)
+        sizes = [size if isinstance(size, int) else 2 for size in value.shape]
+        examples.append(torch.zeros(sizes, dtype=value.dtype))
+    graph.output(graph.node_copy(node, lambda n: copies[n]))
+    try:
+        torch.onnx.export(
+            fx.GraphModule(nn.Module(), graph),
+            tuple(examples),
+            dynamo=True,
+            verbose=False,
+            optimize=False,
+        )
+    except torch.onnx.OnnxExporterError:
+        return False
+    return True
+
+
+def _clean(model: ir.Model, inputs: Mapping[str, GraphInput]) -> None:
+    """Give dynamic axes their names, and drop what tells of the tools and folders of the export."""
+    names = {}
+    for value, description in zip(model.graph.inputs, inputs.values(), strict=True):
+        assert value.shape is not None
+        names[value.shape[0]] = description.axis
+    for value in _values(model):
+        if value.shape is not None:
+            value.shape = ir.Shape([names.get(size, size) for size in value.shape])
+        value.metadata_props.clear()
+    for node in model.graph:
+        node.metadata_props.clear()
+        node.doc_string = None
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    model.producer_name, model.producer_version = "ccam-deploy", None
+
+
+def _values(model: ir.Model) -> Iterator[ir.Value]:
+    yield from model.graph.inputs
+    yield from model.graph.initializers.values()
+    for node in model.graph:
+        yield from node.outputs

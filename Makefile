@@ -1,15 +1,22 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test lint types format docs bench clean
+.PHONY: demo test test-quick test-all lint types format docs bench clean
 
 demo: .venv/.cpu
 	$(BIN)/ccam-deploy export --recipe export/digits.toml --output engines/digits
 	$(BIN)/ccam-deploy explain engines/digits export/examples --output demo
 
 test: lint types
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term
+	$(PYTEST) -m "not nightly" --cov --cov-report=term
+
+test-quick: .venv/.all
+	$(PYTEST) -m "not slow"
+
+test-all: lint types
+	$(PYTEST) --cov --cov-report=term
 
 lint: .venv/.all docs
 	$(BIN)/ruff check .

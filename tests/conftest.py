@@ -1,31 +1,34 @@
-"""Fixtures."""
+"""Fixtures, and what tests marked `gpu` need. Light to import: many tests need no PyTorch."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import pytest
 
 import ccam_deploy as ccam
-from ccam_deploy.engines.cuda.pycuda import CudaDevice
-from ccam_deploy.errors import BackendError
-from ccam_deploy.export import ExportSettings, export
-from ccam_deploy.export.recipe import read_recipe, recipe_settings
-from tests.helpers import RECIPES
-from tests.networks import digits_model, tiny
+from tests.bundles import EXPORTS, Bundles
 
 
 @cache
 def _why_no_gpu() -> str:
     """What is missing for the tests that need a GPU; empty where they can run."""
+    from ccam_deploy.engines.cuda.pycuda import CudaDevice
+    from ccam_deploy.errors import BackendError
+
     try:
         CudaDevice().close()
     except BackendError as error:
         return str(error)
     return ""
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    if item.get_closest_marker("nightly"):
+        item.add_marker("slow")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -34,32 +37,47 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture(scope="session")
-def digits_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bundles(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundles:
+    """The bundles that the tests of a run share."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    shared = Bundles(folder / "bundles")
+    fixtures = {
+        name for item in request.session.items for name in getattr(item, "fixturenames", ())
+    }
+    shared.expect(name for name in EXPORTS if f"{name}_bundle" in fixtures)
+    return shared
+
+
+@pytest.fixture(scope="session")
+def digits_bundle(bundles: Bundles) -> Path:
     """The example classifier's bundle, with both precisions. Do not change it: copy it."""
-    return _export_digits(tmp_path_factory.mktemp("bundles") / "digits", gradients=False)
+    return bundles.get("digits")
 
 
 @pytest.fixture(scope="session")
-def gradients_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def gradients_bundle(bundles: Bundles) -> Path:
     """The same with the graphs of the image's gradient. Do not change it: copy it."""
-    return _export_digits(tmp_path_factory.mktemp("bundles") / "gradients", gradients=True)
-
-
-def _export_digits(folder: Path, gradients: bool) -> Path:
-    path = RECIPES / "digits.toml"
-    recipe = read_recipe(path)
-    settings = replace(recipe_settings(recipe, path.parent), gradients=gradients)
-    export(digits_model(), folder, recipe.input.size, None, "fp16", settings)
-    return folder
+    return bundles.get("gradients")
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_bundle(bundles: Bundles) -> Path:
     """A small network's bundle, 32 × 48 pixels. Do not change it: copy it."""
-    folder = tmp_path_factory.mktemp("bundles") / "tiny"
-    settings = ExportSettings(labels=("ant", "bee", "cat", "dog", "dog"))
-    export(tiny(), folder, (32, 48), None, "fp32", settings)
-    return folder
+    return bundles.get("tiny")
+
+
+@pytest.fixture(scope="session")
+def headed_bundle(bundles: Bundles) -> Path:
+    """The small network's bundle with all graphs, in both precisions. Do not change it: copy it."""
+    return bundles.get("headed")
+
+
+@pytest.fixture(scope="session")
+def resnet18_bundle(bundles: Bundles) -> Path:
+    """ResNet-18 with random weights, all graphs and both precisions. Do not change it: copy it."""
+    return bundles.get("resnet18")
 
 
 @pytest.fixture

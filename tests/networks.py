@@ -48,6 +48,22 @@ def make_tiny(classes: int = 5, channels: int = 3) -> nn.Module:
     return model
 
 
+class Wide(nn.Module):
+    """images [B, 3, 224, 224] -> logits [B, 5]; 2,048 channels of 7×7, as a ResNet-101 has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Conv2d(3, 16, 8, 8)
+        self.last = nn.Conv2d(16, 2048, 4, 4)
+        self.head = nn.Linear(2048, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of images."""
+        features = torch.relu(self.last(torch.relu(self.stem(x))))
+        return self.head(features.mean((2, 3)))  # type: ignore[no-any-return]
+
+
 def digits_model() -> nn.Module:
     """The trained example classifier."""
     from ccam_deploy.export.recipe import read_recipe, recipe_model

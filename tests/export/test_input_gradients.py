@@ -29,7 +29,7 @@ from ccam_deploy.export.architecture import import_module
 from ccam_deploy.export.graphs import convert_graphs, input_gradient_graph
 from ccam_deploy.export.layers import find_layers
 from ccam_deploy.export.program import build_program, trace_model
-from ccam_deploy.export.recipe import random_model, read_recipe, recipe_settings
+from ccam_deploy.export.recipe import random_model, read_recipe
 from ccam_deploy.fidelity.comparison import relative_error
 from ccam_deploy.fidelity.verification import verify_bundle
 from tests.command import success
@@ -215,32 +215,25 @@ def test_tensorrt_builds_the_graphs(
     assert {plan.graph for plan in built.plans} == {*GRAPHS, *OPTIONAL}
 
 
-@pytest.mark.slow
-def test_resnet18(tmp_path: Path) -> None:
+@pytest.mark.nightly
+def test_resnet18(resnet18_bundle: Path, tmp_path: Path) -> None:
     """Overlapping max-pooling: both precisions agree with PyTorch, and TensorRT builds them.
 
     In double precision the graphs are exact to 1e-7; in float32 some ReLUs round to the other side,
     so the bound is that of a trained network's export.
     """
-    import_module("torchvision.models")
-    path = RECIPES / "resnet18.toml"
-    recipe = read_recipe(path)
-    settings = dataclasses.replace(
-        recipe_settings(recipe, path.parent), random_weights=True, gradients=True
-    )
-    model = random_model(recipe)
-    bundle = export(model, tmp_path / "resnet18", recipe.input.size, None, "fp16", settings)
+    bundle = read_bundle(shutil.copytree(resnet18_bundle, tmp_path / "resnet18"))
     report = bundle.precision("fp32").fidelity
     assert max(float(report.input_gradient), float(report.guided_gradient)) <= 1e-2  # type: ignore[arg-type]
     pytest.importorskip("tensorrt_rtx")
     library = load_library("tensorrt-rtx")
     for precision in bundle.manifest.precisions:
         built = build(bundle, library, precision, BuildSettings(max_batch=2, devices=("8.9",)))
-        assert {plan.graph for plan in built.plans} == {*GRAPHS, *OPTIONAL}
+        assert {plan.graph for plan in built.plans} == {*GRAPHS, *OPTIONAL, "head"}
         bundle = built.bundle
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("name", "without_rule"),
     [

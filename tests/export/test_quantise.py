@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,25 +15,24 @@ from onnx import numpy_helper
 from torch import Tensor
 
 import ccam_deploy as ccam
-from ccam_deploy.bundle.folder import Bundle, unlisted_files
+from ccam_deploy.bundle.folder import Bundle, read_bundle, unlisted_files
 from ccam_deploy.bundle.manifest import PrecisionName
 from ccam_deploy.engines.onnxruntime import OnnxRuntimeEngine
 from ccam_deploy.engines.tensorrt import plans
 from ccam_deploy.engines.tensorrt.library import load_library
 from ccam_deploy.errors import LoweringError, ToleranceError
 from ccam_deploy.export import ExportSettings, export
-from ccam_deploy.export.architecture import import_module
 from ccam_deploy.export.graphs import convert_graphs
 from ccam_deploy.export.layers import find_layers
 from ccam_deploy.export.program import build_program, trace_model
 from ccam_deploy.export.quantise import EightBitType, Feeds, masked_batches, quantise
-from ccam_deploy.export.recipe import random_model, read_recipe, recipe_settings
 from ccam_deploy.fidelity.comparison import relative_error
 from ccam_deploy.fidelity.observation import observe
 from ccam_deploy.fidelity.similarity import spearman
 from ccam_deploy.fidelity.verification import verify_bundle
-from tests.helpers import DIGITS_LAYERS, RECIPES, noise
-from tests.networks import Net, TinyNet, digits_model, tiny
+from tests.bundles import Bundles, export_recipe
+from tests.helpers import DIGITS_LAYERS, noise
+from tests.networks import Net, TinyNet, tiny
 
 SIZE = (32, 48)
 TYPES = {"int8": onnx.TensorProto.INT8, "fp8": onnx.TensorProto.FLOAT8E4M3FN}
@@ -47,13 +45,9 @@ def kind(request: pytest.FixtureRequest) -> EightBitType:
 
 
 @pytest.fixture(scope="module")
-def bundle(kind: EightBitType, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def bundle(kind: EightBitType, bundles: Bundles) -> Bundle:
     """The example classifier with an 8-bit classifier graph."""
-    path = RECIPES / "digits.toml"
-    recipe = read_recipe(path)
-    folder = tmp_path_factory.mktemp("quantised") / "digits"
-    settings = recipe_settings(recipe, path.parent)
-    return export(digits_model(), folder, recipe.input.size, None, kind, settings)
+    return read_bundle(bundles.get(f"digits_{kind}"))
 
 
 def half_classifier(model: torch.nn.Module) -> ir.Model:
@@ -284,17 +278,9 @@ def test_tensorrt_takes_the_graph(bundle: Bundle, kind: EightBitType) -> None:
     assert len(build(bundle, kind)) > 1000
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", ["resnet18", "efficientnet_b0"])
 def test_recipes_quantise_and_build(name: str, kind: EightBitType, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
-    import_module("torchvision.models")
-    path = RECIPES / f"{name}.toml"
-    recipe = read_recipe(path)
-    settings = dataclasses.replace(
-        recipe_settings(recipe, path.parent),
-        random_weights=True,
-    )
-    model = random_model(recipe)
-    made = export(model, tmp_path / name, recipe.input.size, None, kind, settings)
-    assert len(build(made, kind)) > 1_000_000
+    export_recipe(name, tmp_path / name, kind, random_weights=True)
+    assert len(build(read_bundle(tmp_path / name), kind)) > 1_000_000

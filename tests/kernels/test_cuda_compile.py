@@ -24,6 +24,7 @@ from ccam_deploy.kernels.cuda import combine, cut, masks, scores, statistics, su
 from ccam_deploy.kernels.cuda.launch import Threads
 
 CAPABILITIES = ((7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
+DAILY = (8, 9)
 REGISTERS = 65536
 SHARED = 48 * 1024
 
@@ -54,7 +55,7 @@ def signatures(dtype: Any) -> dict[Any, tuple[tuple[Any, ...], str]]:
         ward.begin: ((TABLE, PSI, *HIERARCHY, f8[:, ::1], COUNTS), "search"),
         ward.search: ((TABLE, *HIERARCHY, COUNTS), "search"),
         cut.partition: (
-            (TABLE, *HIERARCHY, f8[:, ::1], i4[::1], LABELS, COUNTS, f4[:, :, ::1], i4[:, ::1]),
+            (TABLE, *HIERARCHY, f8[:, ::1], i8, LABELS, COUNTS, f4[:, :, ::1], i4[:, ::1]),
             "partition",
         ),
         sums.collection_sums: (
@@ -75,7 +76,12 @@ def signatures(dtype: Any) -> dict[Any, tuple[tuple[Any, ...], str]]:
     }
 
 
-@pytest.fixture(params=CAPABILITIES, ids=lambda cc: f"{cc[0]}.{cc[1]}")
+@pytest.fixture(
+    params=[
+        pytest.param(cc, id=f"{cc[0]}.{cc[1]}", marks=[] if cc == DAILY else pytest.mark.nightly)
+        for cc in CAPABILITIES
+    ]
+)
 def capability(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
     """A compute capability; Numba asks a device for it before it compiles device functions."""
     cc: tuple[int, int] = request.param

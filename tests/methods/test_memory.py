@@ -8,10 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from torch import Tensor, nn
 
-from ccam_deploy.export import export
+from tests.bundles import Bundles
 from tests.helpers import ROOT
 
 EXPLAIN = """
@@ -37,25 +35,9 @@ print(json.dumps({"peaks": peaks, "used": used}))
 """
 
 
-class Wide(nn.Module):
-    """images [B, 3, 224, 224] -> logits [B, 5]; 2,048 channels of 7×7, as a ResNet-101 has."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.stem = nn.Conv2d(3, 16, 8, 8)
-        self.last = nn.Conv2d(16, 2048, 4, 4)
-        self.head = nn.Linear(2048, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits of images."""
-        features = torch.relu(self.last(torch.relu(self.stem(x))))
-        return self.head(features.mean((2, 3)))  # type: ignore[no-any-return]
-
-
 @pytest.fixture(scope="module")
-def wide_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export(Wide().eval(), tmp_path_factory.mktemp("bundles") / "wide", (224, 224)).folder
+def wide_bundle(bundles: Bundles) -> Path:
+    return bundles.get("wide")
 
 
 @pytest.mark.slow

@@ -43,7 +43,7 @@ def test_is_its_definition(headed_bundle: Path, score: Any, batch_size: int) -> 
         np.testing.assert_allclose(result.raw_saliency[pair][None], wide, atol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_is_its_definition_on_resnet18(resnet18_case: Case) -> None:
     """The whole network runs, and a hook leaves one place of the last layer's output."""
     case = resnet18_case
@@ -60,9 +60,17 @@ def test_is_its_definition_on_resnet18(resnet18_case: Case) -> None:
         assert_same(result.raw_saliency[pair][None], wide)
 
 
-@pytest.mark.slow
-def test_logits_of_a_linear_head_give_cam(resnet18_case: Case) -> None:
+def test_logits_of_a_linear_head_give_cam(headed_bundle: Path) -> None:
     """Pooling and one linear layer: each place adds its own share, and the bias to all."""
+    images = noise(2, 3, 32, 48)
+    with ccam.load(headed_bundle) as explainer:
+        got = explainer.explain(images, [1, 3], method=ReciproCAM(score="logit"))
+        expected = explainer.explain(images, [1, 3], method="cam")
+    assert_correlated(got.raw_saliency, expected.raw_saliency)
+
+
+@pytest.mark.nightly
+def test_logits_of_a_linear_head_give_cam_on_resnet18(resnet18_case: Case) -> None:
     result = resnet18_case.explain(ReciproCAM(score="logit"))
     assert_correlated(result.raw_saliency, resnet18_case.explain("cam").raw_saliency)
 

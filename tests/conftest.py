@@ -26,8 +26,13 @@ def _why_no_gpu() -> str:
     return ""
 
 
+SLOW_FIXTURES = {"gradients_bundle", "wide_bundle", "resnet18_bundle", "digits_result"}
+"""Whatever needs one of these is slow."""
+
+
 def pytest_itemcollected(item: pytest.Item) -> None:
-    if item.get_closest_marker("nightly"):
+    fixtures = item.fixturenames if isinstance(item, pytest.Function) else ()
+    if item.get_closest_marker("nightly") or SLOW_FIXTURES.intersection(fixtures):
         item.add_marker("slow")
 
 

@@ -278,6 +278,7 @@ def test_half_precision_is_near_and_not_the_same(
     assert np.median(correlations) > 0.95
 
 
+@pytest.mark.slow
 def test_batch_size_bounds_what_is_in_flight(digits: ccam.Explainer) -> None:
     """Memory follows batch_size, not the number of images, of classes or of collections."""
     options = ccam.CollectionCAM(k_min=40, k_max=40, layers=("layer3", "layer4"))

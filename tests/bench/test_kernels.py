@@ -101,6 +101,7 @@ def measure_on_simulator() -> dict[str, Any]:
     return bench.measure(cast(Device, HostDevice()), "tiny", 2, 1)
 
 
+@pytest.mark.slow
 def test_the_kernels_run() -> None:
     pytest.importorskip("numba_cuda", reason="numba-cuda is missing")
     with simulator() as pool:

@@ -63,6 +63,7 @@ def test_collection_cam_depends_on_the_network() -> None:
     assert passes(last_stage(CollectionCAM()))
 
 
+@pytest.mark.slow
 def test_an_edge_detector_does_not() -> None:
     stage = last_stage(EdgeDetector())
     assert not passes(stage)

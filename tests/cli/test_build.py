@@ -141,6 +141,7 @@ def test_interrupting_a_build_leaves_the_bundle_as_it_was(
     assert not read_bundle(folder).manifest.plans
 
 
+@pytest.mark.slow
 def test_export_builds_every_precision(here: Path, stand_in: list[str]) -> None:
     words = ["export", "net.pt", *WEIGHTS, "--precision", "fp16", "--output", "out", "--build"]
     result = success(*words, *RTX)
@@ -155,6 +156,7 @@ def test_export_builds_every_precision(here: Path, stand_in: list[str]) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_export_and_build_as_json(here: Path, stand_in: list[str]) -> None:
     words = ["export", "net.pt", *WEIGHTS, "--output", "out", "--build", *RTX, "--json"]
     report = json.loads(success(*words).stdout)
@@ -162,6 +164,7 @@ def test_export_and_build_as_json(here: Path, stand_in: list[str]) -> None:
     assert report["manifest"]["digest"] == read_bundle("out").manifest.digest
 
 
+@pytest.mark.slow
 def test_a_failed_build_leaves_the_exported_bundle(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

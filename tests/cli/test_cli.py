@@ -6,11 +6,9 @@ import json
 import os
 import re
 import shutil
-import statistics
 import struct
 import subprocess
 import sys
-import time
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -69,16 +67,22 @@ def picture(path: Path, size: tuple[int, int] = (40, 30), seed: int = 0) -> Path
     return path
 
 
-def test_help_is_quick() -> None:
-    """Under half a second, median of five fresh processes."""
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        done = subprocess.run([str(SCRIPT), "--help"], capture_output=True, text=True, check=True)
-        seconds.append(time.perf_counter() - start)
+def test_the_installed_command_lists_all_commands() -> None:
+    done = subprocess.run([str(SCRIPT), "--help"], capture_output=True, text=True, check=True)
     names = re.findall(r"^  (\w+)  ", done.stdout.split("Commands:")[1], re.MULTILINE)
     assert names == sorted(main.commands)
-    assert statistics.median(seconds) < 0.5
+
+
+def test_help_is_quick() -> None:
+    """It imports few modules: a count, for a time would be the machine's too."""
+    code = (
+        "import sys; before = set(sys.modules); from ccam_deploy.cli.main import main\n"
+        "try: main(['--help'])\n"
+        "finally: print(len(set(sys.modules) - before))\n"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(done.stdout.splitlines()[-1]) < 100
 
 
 @pytest.mark.parametrize("words", [["--help"], ["explain", "--help"], ["export", "--help"]])
@@ -104,6 +108,7 @@ def test_defaults_and_choices_are_the_packages() -> None:
     assert plans.DEFAULT_MAX_BATCH == options.MAX_BATCH
 
 
+@pytest.mark.slow
 def test_export_of_a_program(models: Path, here: Path) -> None:
     (here / "names.txt").write_text("ant\nbee\ncat\ndog\neel\n")
     result = success("export", models / "net.pt2", "--labels", "names.txt", "--json")
@@ -117,6 +122,7 @@ def test_export_of_a_program(models: Path, here: Path) -> None:
     assert tree(here / "engines") == ["net", *(f"net/{name}" for name in tree(bundle.folder))]
 
 
+@pytest.mark.slow
 def test_export_of_weights(models: Path, here: Path, tiny_bundle: Path) -> None:
     options = [*WEIGHTS, "--layers", "relu1, relu2", "--output", "out"]
     options += ["--mean", "0.485,0.456,0.406", "--calibration-images", str(here)]
@@ -539,6 +545,7 @@ def test_debug_keeps_every_error(words: list[str]) -> None:
     assert isinstance(run("--debug", *words).exception, click.UsageError | OSError)
 
 
+@pytest.mark.slow
 def test_pickles_are_warned_of_only_where_there_are_any(models: Path, here: Path) -> None:
     torch.save(tiny(), here / "pickled.pt")
     for file, warnings in (("pickled.pt", 1), (models / "net.pt2", 0)):
@@ -552,6 +559,7 @@ def test_debug_shows_the_error_itself(here: Path) -> None:
     assert "there is no such folder" in str(result.exception)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [1000, 10000])
 def test_full_disk_while_exporting(models: Path, tiny_bundle: Path, here: Path, limit: int) -> None:
     """In the weights, and in the recorded values."""

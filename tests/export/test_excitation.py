@@ -242,6 +242,7 @@ def test_what_lies_before_the_layers_does_not_matter() -> None:
     assert "silu" in excitation.why_not(built, find_layers(built, ["0"]))
 
 
+@pytest.mark.slow
 def test_a_network_that_cannot_have_it(tmp_path: Path) -> None:
     """The export says why, the bundle has the other graphs, and the method says what to do."""
     model = tiny()

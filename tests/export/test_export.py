@@ -42,6 +42,7 @@ from tests.reference import features_and_gradients
 SIZE = (32, 48)
 
 
+@pytest.mark.slow
 def test_the_model_is_left_as_it_was(tiny_bundle: Path, tmp_path: Path) -> None:
     """In training mode, partly frozen, with gradients and a hook: the same bundle comes out."""
     model = tiny().train()
@@ -68,6 +69,7 @@ def test_the_model_is_left_as_it_was(tiny_bundle: Path, tmp_path: Path) -> None:
         assert (tmp_path / "tiny" / name).read_bytes() == (tiny_bundle / name).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_a_convolution_before_its_normalisation(tmp_path: Path) -> None:
     """It is folded away by default; named as a layer, it keeps its own output."""
     bundle = export(tiny(), tmp_path / "tiny", SIZE, ["relu2", "conv1"])
@@ -88,6 +90,7 @@ def test_a_convolution_before_its_normalisation(tmp_path: Path) -> None:
         np.testing.assert_allclose(mine, theirs.numpy(), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_grey_images_and_what_the_manifest_records(tmp_path: Path) -> None:
     settings = ExportSettings(
         mean=(0,),
@@ -137,6 +140,7 @@ def test_half_precision_adds_graphs(digits_bundle: Path) -> None:
         assert np.linalg.norm(one - other) < 0.1 * np.linalg.norm(one)
 
 
+@pytest.mark.slow
 def test_impossible_tolerance(tiny_bundle: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_bundle, tmp_path / "tiny")
     before = (tmp_path / "tiny" / "manifest.json").read_bytes()
@@ -235,11 +239,12 @@ def in_double() -> Model:
             "the model cannot be copied (this holds a socket); "
             "export it with torch.export and pass the .pt2 file",
         ),
-        (
+        pytest.param(
             lambda: Net(lambda x: x.median(3, keepdim=True)[0]),
             ["stem"],
             LoweringError,
             'operator aten.median.dim in module "body" has no ONNX equivalent',
+            marks=pytest.mark.slow,
         ),
     ],
 )
@@ -388,6 +393,7 @@ def test_the_manifest_is_plain_json(digits_bundle: Path) -> None:
     assert content["random_weights"] is False
 
 
+@pytest.mark.slow
 def test_a_traced_script_is_exported_like_its_model(tmp_path: Path) -> None:
     """TorchScript has its own convolution and no module names; batch normalisation is folded."""
     model = tiny()

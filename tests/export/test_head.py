@@ -67,6 +67,7 @@ def test_explanations_are_the_same_with_a_head(headed_bundle: Path, tiny_bundle:
     np.testing.assert_array_equal(got.raw_saliency, expected.raw_saliency)
 
 
+@pytest.mark.slow
 def test_classifier_that_reads_the_image_past_the_layer_has_no_head(tmp_path: Path) -> None:
     model, settings = Detached().eval(), ExportSettings(head=True)
     with pytest.raises(LayerError, match='no head after layer "body": its logits depend on the im'):
@@ -75,6 +76,7 @@ def test_classifier_that_reads_the_image_past_the_layer_has_no_head(tmp_path: Pa
     export(model, tmp_path / "x", (16, 16), ["body"])
 
 
+@pytest.mark.slow
 def test_head_that_differs_fails_the_export(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -133,6 +135,7 @@ def test_a_head_has_its_fidelity(headed_bundle: Path, tmp_path: Path) -> None:
         read_bundle(copy)
 
 
+@pytest.mark.slow
 def test_head_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save(tiny().state_dict(), "net.pt")

@@ -55,6 +55,7 @@ def test_gradients_of_the_trained_example(differentiable: ccam.Explainer, guided
     assert np.median(errors) <= 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guided", [False, True])
 def test_graphs_are_exact_in_double_precision(guided: bool) -> None:
     built = build_program(trace_model(digits_model(), (3, 96, 96)))
@@ -87,6 +88,7 @@ def test_half_precision(gradients_bundle: Path) -> None:
     assert relative_error(found[1], found[0]) < 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pool", [nn.MaxPool2d(2), nn.MaxPool2d(3, 2, 1)], ids=["2", "3-2-1"])
 def test_max_pooling_in_half_precision(pool: nn.Module, tmp_path: Path) -> None:
     """Where an engine computes in a wider type, pooled values still find their place."""
@@ -135,6 +137,7 @@ def test_a_graph_without_its_fidelity(gradients_bundle: Path) -> None:
         require_consistency(Path("manifest.json"), broken)
 
 
+@pytest.mark.slow
 def test_a_network_without_relu(tmp_path: Path) -> None:
     """It gets no guided graph, and a bundle without either says how to get one."""
     model = tiny()
@@ -196,6 +199,7 @@ def test_verify_names_a_missing_record(gradients_bundle: Path, tmp_path: Path) -
         networks.close()
 
 
+@pytest.mark.slow
 def test_the_command_line_writes_the_graphs(tmp_path: Path) -> None:
     folder = tmp_path / "digits"
     options = ("--gradients", "--json", "--output", folder)

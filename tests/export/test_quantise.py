@@ -34,6 +34,8 @@ from tests.bundles import Bundles, export_recipe
 from tests.helpers import DIGITS_LAYERS, noise
 from tests.networks import Net, TinyNet, tiny
 
+pytestmark = pytest.mark.slow
+
 SIZE = (32, 48)
 TYPES = {"int8": onnx.TensorProto.INT8, "fp8": onnx.TensorProto.FLOAT8E4M3FN}
 LARGEST = {"int8": 127, "fp8": 448}

@@ -333,6 +333,7 @@ def test_truncated_and_flipped_archives(folder: Path, tmp_path: Path, name: str)
     assert "damaged" in message
 
 
+@pytest.mark.slow
 def test_any_flipped_byte_is_refused_or_harmless(folder: Path, tmp_path: Path) -> None:
     """In the members of an archive: their padding and dates carry no check sum, all else does."""
     content = (folder / "weights.pt").read_bytes()

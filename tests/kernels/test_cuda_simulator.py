@@ -30,6 +30,8 @@ from tests.kernels.simulated_device import (
     simulator,
 )
 
+pytestmark = pytest.mark.slow
+
 Floats = NDArray[np.float32]
 Result = TypeVar("Result")
 SEEDS = st.integers(0, 2**31)

@@ -229,6 +229,7 @@ class Head(nn.Module):
         return logits
 
 
+@pytest.mark.slow
 def test_cam_refuses_a_head_of_two_layers(tmp_path: Path) -> None:
     bundle = export(Head().eval(), tmp_path / "head", (16, 16))
     with ccam.load(bundle) as explainer:

@@ -49,7 +49,7 @@ def test_stopwatch_runs_on_a_real_clock() -> None:
     clock = Stopwatch()
     with clock.stage("work"):
         sum(range(1000))
-    assert 0 < clock.seconds["work"] < 60
+    assert clock.seconds["work"] > 0
 
 
 class Drawing:

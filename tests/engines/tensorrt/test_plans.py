@@ -62,6 +62,7 @@ def test_every_graph_becomes_a_plan(
     assert tuple(fitting.values()) == done.plans
 
 
+@pytest.mark.slow
 def test_a_plan_with_the_same_key_is_replaced(folder: Path, rtx: library.Library) -> None:
     first = build(read_bundle(folder), rtx, "fp32", BuildSettings(4, ("8.6",)))
     second = build(first.bundle, rtx, "fp32", BuildSettings(2, ("8.6",)))

@@ -21,6 +21,8 @@ from tests.engines.cuda.host_device import Call, Job, Report, run
 from tests.helpers import noise
 from tests.kernels.simulated_device import simulator
 
+pytestmark = pytest.mark.slow
+
 Run = Callable[[Job], Report]
 OPTIONS = CollectionCAM(k_max=3)
 

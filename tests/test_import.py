@@ -47,6 +47,8 @@ HOMES = {
     "cv2": {"checks"},
     "skimage": {"fidelity", "methods"},
     "click": {"cli"},
+    "signal": {"cli"},
+    "tempfile": {"export", "files"},
 }
 """The parts that may import a library."""
 

@@ -25,10 +25,8 @@ from ccam_deploy.errors import (
     IntegrityError,
     ManifestError,
     OptionError,
-    OutputError,
     TargetError,
 )
-from ccam_deploy.files import write_file
 from tests.damage import contents, flip, full_disk
 
 
@@ -96,6 +94,17 @@ def test_a_changed_byte_is_refused(folder: Path, name: str, place: float) -> Non
     with pytest.raises(IntegrityError) as raised:
         read_bundle(folder)
     assert str(raised.value) == f"{path} was changed after the export; export the bundle again"
+
+
+def test_a_full_disk_leaves_the_old_manifest(folder: Path) -> None:
+    before = contents(folder)
+    manifest = read_bundle(folder).manifest
+    with full_disk(100), pytest.raises(OSError, match="File too large"):
+        write_manifest(folder, replace(manifest, name="new"))
+    assert contents(folder) == before
+    write_manifest(folder, replace(manifest, name="new"))
+    assert read_bundle(folder).manifest.name == "new"
+    assert (folder / "manifest.json").stat().st_mode & 0o777 == 0o644
 
 
 def test_every_byte_of_the_manifest_matters(folder: Path) -> None:
@@ -282,23 +291,6 @@ def test_classes_by_number_and_name(folder: Path) -> None:
     assert nameless.label(2) == "2"
     with pytest.raises(TargetError, match=r"which has no class names; give a number$"):
         nameless.class_index("ant")
-
-
-def test_files_are_whole_or_not_there(tmp_path: Path) -> None:
-    path = tmp_path / "deep" / "map.png"
-    write_file(path, b"old")
-    assert path.stat().st_mode & 0o777 == 0o644
-    with full_disk(1000), pytest.raises(OutputError) as raised:
-        write_file(path, bytes(2000))
-    assert str(raised.value) == f"cannot write {path}: File too large"
-    assert contents(tmp_path) == {"map.png": b"old"}
-    write_file(path, bytes(2000))
-    assert contents(tmp_path) == {"map.png": bytes(2000)}
-    with pytest.raises(OutputError, match=r"cannot write .*deep: Is a directory"):
-        write_file(path.parent, b"new")
-    with pytest.raises(OutputError, match=r"cannot write .*b: "):
-        write_file(path / "b", b"new")
-    assert contents(tmp_path) == {"map.png": bytes(2000)}
 
 
 def test_records_hold_sizes_and_hashes(tmp_path: Path) -> None:

@@ -82,12 +82,12 @@ def test_staged_installs_no_signal_handler(tmp_path: Path) -> None:
         assert {number: signal.getsignal(number) for number in before} == before
 
 
-@pytest.mark.parametrize("kind", ["file", "folder", "link"])
-def test_staged_refuses_what_is_no_bundle(folder: Path, kind: str) -> None:
+@pytest.mark.parametrize("occupant", ["file", "folder", "link"])
+def test_staged_refuses_what_is_no_bundle(folder: Path, occupant: str) -> None:
     target = folder.parent / "other"
-    if kind == "file":
+    if occupant == "file":
         target.write_text("mine")
-    elif kind == "folder":
+    elif occupant == "folder":
         target.mkdir()
         (target / "thesis.txt").write_text("mine")
     else:

@@ -58,28 +58,25 @@ def build_plan(
     """
     trt = library.module
     log, monitor = progress.logger(trt), progress.monitor(trt, report)
-    with progress.interrupted_by(monitor):
-        builder = trt.Builder(log)
-        if builder is None:
-            raise BackendError(f"{library.flavour} cannot build here: {log.last_error}")
-        network = builder.create_network(_network_flags(trt))
-        parser = trt.OnnxParser(network, log)
-        if not parser.parse_from_file(str(graph)):
-            reasons = [
-                problem.desc() for problem in map(parser.get_error, range(parser.num_errors))
-            ]
-            raise BackendError(f"{library.flavour} rejects {graph.name}: {'; '.join(reasons[:2])}")
-        config = builder.create_builder_config()
-        _aim_at(library, config, devices)
-        config.clear_flag(trt.BuilderFlag.TF32)  # which rounds the factors of float32 to 10 bits
-        if (flag := getattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION", None)) is not None:
-            config.set_flag(flag)  # without it, TensorRT-RTX may allocate in a run that is captured
-        for profile in tuned_for:
-            _add_profile(builder, config, network, profile)
-        if timings is not None:
-            timings.attach(config, log)
-        config.progress_monitor = monitor
-        plan = builder.build_serialized_network(network, config)
+    builder = trt.Builder(log)
+    if builder is None:
+        raise BackendError(f"{library.flavour} cannot build here: {log.last_error}")
+    network = builder.create_network(_network_flags(trt))
+    parser = trt.OnnxParser(network, log)
+    if not parser.parse_from_file(str(graph)):
+        reasons = [problem.desc() for problem in map(parser.get_error, range(parser.num_errors))]
+        raise BackendError(f"{library.flavour} rejects {graph.name}: {'; '.join(reasons[:2])}")
+    config = builder.create_builder_config()
+    _aim_at(library, config, devices)
+    config.clear_flag(trt.BuilderFlag.TF32)  # which rounds the factors of float32 to 10 bits
+    if (flag := getattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION", None)) is not None:
+        config.set_flag(flag)  # without it, TensorRT-RTX may allocate in a run that is captured
+    for profile in tuned_for:
+        _add_profile(builder, config, network, profile)
+    if timings is not None:
+        timings.attach(config, log)
+    config.progress_monitor = monitor
+    plan = builder.build_serialized_network(network, config)
     for failure in (log.failure, monitor.failure):
         if failure is not None:
             raise failure

@@ -6,12 +6,8 @@ raised, a Ctrl-C included, for the builder to raise again once TensorRT has retu
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from types import FrameType
+from collections.abc import Callable
 from typing import Any
 
 Report = Callable[[float, str], None]
@@ -116,24 +112,3 @@ def monitor(trt: Any, report: Report) -> Any:
             return self.failure is None
 
     return Monitor()
-
-
-@contextmanager
-def interrupted_by(monitor: Any) -> Iterator[None]:
-    """Leave a Ctrl-C to the monitor, which ends the build; TensorRT would swallow it elsewhere.
-
-    Only in the main thread, and where a Ctrl-C raises KeyboardInterrupt.
-    """
-
-    def note(signum: int, frame: FrameType | None) -> None:
-        monitor.failure = monitor.failure or KeyboardInterrupt()
-
-    main = threading.current_thread() is threading.main_thread()
-    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield
-        return
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import signal
-from types import SimpleNamespace
-
 import pytest
 
-from ccam_deploy.engines.tensorrt.progress import Phases, interrupted_by
+from ccam_deploy.engines.tensorrt.progress import Phases
 
 
 def test_a_phase_inside_of_a_step_divides_it() -> None:
@@ -28,32 +25,6 @@ def test_a_phase_inside_of_a_step_divides_it() -> None:
     assert phases.name == "build"
     phases.step("build", 1)
     assert phases.share == 1
-
-
-def test_an_interrupt_is_left_to_the_monitor() -> None:
-    """Wherever it comes, such as in a logger, whose exceptions TensorRT swallows."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        monitor = SimpleNamespace(failure=None)
-        with interrupted_by(monitor):
-            signal.raise_signal(signal.SIGINT)
-        assert isinstance(monitor.failure, KeyboardInterrupt)
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def test_an_interrupt_that_is_ignored_stays_ignored() -> None:
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        monitor = SimpleNamespace(failure=None)
-        with interrupted_by(monitor):
-            signal.raise_signal(signal.SIGINT)
-        assert monitor.failure is None
-        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def test_the_share_never_goes_back() -> None:

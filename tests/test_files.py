@@ -1,0 +1,95 @@
+"""Files and folders appear whole or not at all, whatever goes wrong while they are written."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from ccam_deploy.errors import OutputError
+from ccam_deploy.files import replace_file, require_writable, staged_folder, write_file
+from tests.damage import contents, full_disk
+
+
+def test_files_are_whole_or_not_there(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "map.png"
+    write_file(path, b"old")
+    assert path.stat().st_mode & 0o777 == 0o644
+    with full_disk(1000), pytest.raises(OutputError) as raised:
+        write_file(path, bytes(2000))
+    assert str(raised.value) == f"cannot write {path}: File too large"
+    assert contents(tmp_path) == {"map.png": b"old"}
+    write_file(path, bytes(2000))
+    assert contents(tmp_path) == {"map.png": bytes(2000)}
+    with pytest.raises(OutputError, match=r"cannot write .*deep: Is a directory"):
+        write_file(path.parent, b"new")
+    with pytest.raises(OutputError, match=r"cannot write .*b: "):
+        write_file(path / "b", b"new")
+    assert contents(tmp_path) == {"map.png": bytes(2000)}
+
+
+def test_an_interrupted_file_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "map.png"
+    path.write_bytes(b"old")
+
+    def interrupt(self: Path, target: Path) -> Path:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        replace_file(path, b"new")
+    assert contents(tmp_path) == {"map.png": b"old"}
+
+
+def test_replacing_needs_the_folder(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        replace_file(tmp_path / "deep" / "file", b"")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_staged_folder_takes_its_place(tmp_path: Path) -> None:
+    place = tmp_path / "deep" / "plans"
+    for content in (b"first", b"second"):
+        with staged_folder(place) as draft:
+            assert draft.parent == place.parent
+            assert not list(draft.iterdir())
+            (draft / "backbone.plan").write_bytes(content)
+        assert contents(tmp_path) == {"backbone.plan": content}
+        assert list(place.parent.iterdir()) == [place]
+    assert place.stat().st_mode & 0o777 == 0o755
+
+
+def test_a_full_disk_leaves_the_old_folder(tmp_path: Path) -> None:
+    for place in (tmp_path / "plans", tmp_path / "new" / "plans"):
+        (tmp_path / "plans").mkdir(exist_ok=True)
+        (tmp_path / "plans" / "backbone.plan").write_bytes(b"old")
+        expected = pytest.raises(OSError, match="File too large")
+        with expected, full_disk(1000), staged_folder(place) as draft:
+            (draft / "backbone.plan").write_bytes(bytes(2000))
+        assert contents(tmp_path) == {"backbone.plan": b"old"}
+        assert [path.name for path in tmp_path.iterdir()] == ["plans"]
+
+
+def test_a_relative_place_stays_where_it_was_meant(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with staged_folder(Path("plans")):
+        os.chdir("elsewhere")
+    assert (tmp_path / "plans").is_dir()
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_what_cannot_be_written_is_known_before(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    require_writable(tmp_path / "a" / "b")
+    require_writable(tmp_path / "file")
+    assert contents(tmp_path) == {"file": b""}
+    with pytest.raises(OutputError, match=r"cannot write .*: it is a folder"):
+        require_writable(tmp_path)
+    with pytest.raises(OutputError, match=r"cannot write .*c: Not a directory"):
+        require_writable(tmp_path / "file" / "c")

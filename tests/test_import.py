@@ -48,7 +48,7 @@ HOMES = {
     "skimage": {"fidelity", "methods"},
     "click": {"cli"},
     "signal": {"cli"},
-    "tempfile": {"export", "files"},
+    "tempfile": {"export", "files", "latency"},
 }
 """The parts that may import a library."""
 

@@ -73,7 +73,7 @@ def missing(package: ModuleType, names: set[str]) -> set[str]:
 
 def test_runtime_classes_have_what_is_used() -> None:
     rtx, lean = map(pytest.importorskip, ("tensorrt_rtx", "tensorrt_lean"))
-    names = used("tensorrt.py", OF_TENSORRT)
+    names = used("tensorrt/runtime.py", OF_TENSORRT)
     assert len(names) > 30
     assert "IExecutionContext.execute_async_v3" in names
     assert missing(rtx, names) == set()
@@ -102,14 +102,14 @@ def test_error_recorder_answers_every_call(package: str) -> None:
 
 def test_cuda_bindings_have_what_is_used() -> None:
     bindings = pytest.importorskip("cuda.bindings.driver")
-    names = used("cuda.py", {"bindings": ""})
+    names = used("cuda/pycuda.py", {"bindings": ""})
     assert "cuStreamBeginCapture" in names
     assert missing(bindings, names) == set()
 
 
 def test_numba_has_what_is_used() -> None:
     pytest.importorskip("numba.cuda")
-    names = used("cuda.py", {"_numba()": "numba.cuda", "numba_cuda": "numba.cuda"})
+    names = used("cuda/pycuda.py", {"_numba()": "numba.cuda", "numba_cuda": "numba.cuda"})
     assert names == {
         "numba.cuda.as_cuda_array",
         "numba.cuda.defer_cleanup",
@@ -125,6 +125,6 @@ def test_pycuda_has_what_is_used() -> None:
         pytest.skip("pycuda is not installed")
     driver = pytest.importorskip("pycuda.driver", exc_type=ImportError)
     holders = {"self._driver": "", "driver": "", "self._context": "Context"}
-    names = used("cuda.py", holders | {"driver.Device(0)": "Device"})
+    names = used("cuda/pycuda.py", holders | {"driver.Device(0)": "Device"})
     assert "memcpy_htod_async" in names
     assert missing(driver, names) == set()

@@ -25,7 +25,8 @@ WORKDIR /source
 COPY . .
 RUN pip install --constraint constraints.txt ".[${EXTRAS}]"
 
-FROM nvidia/cuda:${CUDA}-cudnn-runtime-ubuntu${UBUNTU}
+# cuDNN comes with the wheels; CUDA's own libraries are for PyCUDA
+FROM nvidia/cuda:${CUDA}-runtime-ubuntu${UBUNTU}
 ARG VERSION=0.1.0
 LABEL org.opencontainers.image.title="ccam-deploy" \
       org.opencontainers.image.description="Explanations of image classifiers at inference speed" \

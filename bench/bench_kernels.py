@@ -37,6 +37,7 @@ SHAPES: dict[str, tuple[tuple[int, int, int], ...]] = {
 
 BATCHES = (1, 8)
 _SIZE, _CLASSES = (224, 224), 1000
+_K_RANGE = (2, 10)
 _WARM_ROUNDS = 3
 _NO_GPU = 2
 
@@ -49,7 +50,7 @@ def geometry(network: str, batch: int) -> Geometry:
     for shape in SHAPES[network]:
         places.append(LayerPlace(*shape, start, start))
         start += batch * math.prod(shape)
-    return Geometry(tuple(places), _SIZE, batch)
+    return Geometry(tuple(places), _SIZE, batch, _K_RANGE[1])
 
 
 def time_on_device(
@@ -106,6 +107,7 @@ def kernel_steps(device: Device, network: str, batch: int) -> tuple[dict[str, Wo
         "gradients": ((total,), np.float32),
         "owner": ((batch,), np.int32),
         "wanted": ((batch,), np.int32),
+        "k_range": ((2,), np.int32),
         "logits": ((batch, _CLASSES), np.float32),
         "mask_logits": ((place.masks, _CLASSES), np.float32),
     }
@@ -117,6 +119,7 @@ def kernel_steps(device: Device, network: str, batch: int) -> tuple[dict[str, Wo
     np.maximum(data.host["features"], 0, out=data.host["features"])
     data.host["owner"][:] = np.arange(batch)
     data.host["wanted"][:] = -1
+    data.host["k_range"][:] = _K_RANGE
     data.upload()
     counts = Region(device, {"starts": specs.pop("starts")}, mirrored=True)
     gradient = {"output_gradient": ((batch, _CLASSES), np.float32)}
@@ -126,7 +129,7 @@ def kernel_steps(device: Device, network: str, batch: int) -> tuple[dict[str, Wo
         place, lambda name, spec: (counts if name == "starts" else room).view(name), stream
     )
     kernels = CollectionKernels(place, buffers)
-    inputs = Inputs(data.view("features"), data.view("gradients"), data.view("owner"))
+    inputs = Inputs(*map(data.view, ("features", "gradients", "owner", "k_range")))
     head = Head(data.view("logits"), data.view("wanted"), room.view("output_gradient"))
     mask_logits = data.view("mask_logits")
     return {

@@ -14,7 +14,8 @@ import pytest
 
 import ccam_deploy as ccam
 from ccam_deploy.cli.main import main
-from tests.helpers import ROOT
+from tests.command import success
+from tests.helpers import RECIPES, ROOT
 
 README = ROOT / "README.md"
 DOCS = ROOT / "docs"
@@ -137,3 +138,20 @@ def shown_commands(page: Path) -> Iterator[tuple[str, list[str]]]:
             words = shlex.split(line, comments=True)
             if words[:1] == ["ccam-deploy"] and not words[1].startswith("-"):
                 yield words[1], words[2:]
+
+
+def test_tutorial_runs(
+    digits_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its Python, and the commands that explain and compare, in the order of the page."""
+    (tmp_path / "engines").mkdir()
+    (tmp_path / "engines" / "digits").symlink_to(digits_bundle)
+    (tmp_path / "export").symlink_to(RECIPES)
+    monkeypatch.chdir(tmp_path)
+    tutorial = DOCS / "tutorial.md"
+    for name, arguments in shown_commands(tutorial):
+        if name in ("info", "explain", "compare"):
+            success(name, *arguments)
+    names: dict[str, object] = {}
+    for code in blocks(tutorial, "python"):
+        exec(compile(code, str(tutorial), "exec"), names)

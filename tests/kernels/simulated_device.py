@@ -39,6 +39,7 @@ class Run:
     shapes: each layer's C, h, w.   stages: methods of CollectionKernels, in order.
     features, gradients: per layer [images, C, h, w] and [pairs, C, h, w].
     logits: [images, classes], or [rows, classes] of masked images.   wanted: [pairs].
+    room_for_k: the most collections that the buffers have room for; 0 for k_max.
     given: contents of buffers before the first stage.   threads: per block, for every kernel.
     """
 
@@ -54,6 +55,7 @@ class Run:
     size: tuple[int, int] = (8, 8)
     k_min: int = 2
     k_max: int = 4
+    room_for_k: int = 0
     theta: float = 0.1
     gradient_scale: float = 1.0
     mask_dtype: str = "float32"
@@ -70,8 +72,7 @@ class Run:
             tuple(places),
             self.size,
             len(self.owner) + 1,
-            self.k_min,
-            self.k_max,
+            self.room_for_k or self.k_max,
             self.theta,
             self.mask_dtype,
         )
@@ -89,6 +90,7 @@ def simulate(run: Run) -> Arrays:
         cuda.to_device(_arena(run.features, [layer.features for layer in layers])),
         cuda.to_device(_arena(run.gradients, [layer.gradients for layer in layers])),
         cuda.to_device(np.array(run.owner, np.int32)),
+        cuda.to_device(np.array([run.k_min, run.k_max], np.int32)),
     )
     logits = np.zeros((1, 1), np.float32) if run.logits is None else run.logits
     head = Head(
@@ -106,7 +108,10 @@ def simulate(run: Run) -> Arrays:
     for stage in run.stages:
         getattr(kernels, stage)(inputs, *extra.get(stage, ()), stream)
     stream.synchronize()
+    tried, partitioned = run.k_max - run.k_min + 1, "partition" in run.stages
     arrays = {name: array.copy_to_host() for name, array in vars(kernels.buffers).items()}
+    assert (arrays["quality"][: len(run.owner), :, tried:] == -1).all() or not partitioned
+    arrays["quality"] = arrays["quality"][:, :, :tried]
     return arrays | {"gradient": head.gradient.copy_to_host()}
 
 
@@ -119,7 +124,8 @@ def simulate_gather(values: NDArray[Any], owner: tuple[int, ...], threads: int) 
     kernels = _kernels(Run(((1, 1, 1),), (), threads=threads))
     target = cuda.to_device(np.zeros((len(owner), values.shape[1]), values.dtype))
     nothing = cuda.to_device(np.zeros(1, np.float32))
-    inputs = Inputs(nothing, nothing, cuda.to_device(np.array(owner, np.int32)))
+    k_range = cuda.to_device(np.array([2, 4], np.int32))
+    inputs = Inputs(nothing, nothing, cuda.to_device(np.array(owner, np.int32)), k_range)
     stream = cuda.stream()
     kernels.gather(inputs, cuda.to_device(values), target, stream)
     stream.synchronize()

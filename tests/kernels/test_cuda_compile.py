@@ -55,7 +55,7 @@ def signatures(dtype: Any) -> dict[Any, tuple[tuple[Any, ...], str]]:
         ward.begin: ((TABLE, PSI, *HIERARCHY, f8[:, ::1], COUNTS), "search"),
         ward.search: ((TABLE, *HIERARCHY, COUNTS), "search"),
         cut.partition: (
-            (TABLE, *HIERARCHY, f8[:, ::1], i8, LABELS, COUNTS, f4[:, :, ::1], i4[:, ::1]),
+            (TABLE, *HIERARCHY, f8[:, ::1], i4[::1], LABELS, COUNTS, f4[:, :, ::1], i4[:, ::1]),
             "partition",
         ),
         sums.collection_sums: (

@@ -191,6 +191,19 @@ def test_partition_matches_cpu(device: Device, channels: list[int], k_max: int, 
     assert_partitions_match(run, device(run))
 
 
+def test_buffers_may_have_room_for_more_collections(device: Device) -> None:
+    """The numbers to try lie in device memory; all that is computed is the same."""
+    layers = [np.random.default_rng(c).standard_normal((2, c, 4)) for c in (9, 3, 1)]
+    for k_min, k_max in ((1, 1), (2, 3), (4, 4)):
+        run = partition_run(
+            [psi.astype(np.float32) for psi in layers], k_min=k_min, k_max=k_max, threads=32
+        )
+        exact, roomy = device(run), device(replace(run, room_for_k=7))
+        assert_partitions_match(run, roomy)
+        for name in ("labels", "counts", "quality", "rounds"):
+            np.testing.assert_array_equal(roomy[name][:2], exact[name][:2])
+
+
 def test_hard_partitions_match_cpu(device: Device) -> None:
     """Ties that leave every ratio the same, and statistics that float32 cannot tell apart."""
     stream = np.random.default_rng(11)

@@ -42,7 +42,7 @@ def partition(
     coarse_of_all: Array,
     links_of_all: Array,
     scales: Array,
-    k_min: int,
+    k_range: Array,
     labels: Array,
     counts: Array,
     quality: Array,
@@ -51,16 +51,18 @@ def partition(
     """Build the hierarchy and cut it. One block per layer and pair: grid (L, P).
 
     exact_of_all, coarse_of_all, links_of_all, scales: from `ward.begin` and `ward.search`.
+    k_range: [2] int32, k_min and k_max, the numbers of collections to try.
     labels: [P, channels] int32, collections numbered by their first channel.   counts: [P, L]
     int32, the number of collections, left 0 where a statistic is not finite.   quality:
-    [P, L, k_max - k_min + 1] float32, the mean dispersion-separation ratio of each number of
-    collections, -1 where it cannot be had.   rounds: [P, L] int32, the rounds of merging.
+    [P, L, n] float32, n > k_max - k_min, the mean dispersion-separation ratio of each number of
+    collections from k_min on, -1 where there is none.   rounds: [P, L] int32, the rounds of
+    merging.
     """
     top = cuda.shared.array(LARGEST_K, np.int32)
     layer, pair = cuda.blockIdx.x, cuda.blockIdx.y
     first, channels = table[layer, FIRST_CHANNEL], table[layer, CHANNELS]
-    tried = quality.shape[2]
-    for place in range(cuda.threadIdx.x, tried, cuda.blockDim.x):
+    k_min, k_max = k_range[0], k_range[1]
+    for place in range(cuda.threadIdx.x, quality.shape[2], cuda.blockDim.x):
         quality[pair, layer, place] = WORST_QUALITY
     sound = counts[pair, layer] != 0
     cuda.syncthreads()
@@ -73,7 +75,7 @@ def partition(
     coarse = coarse_of_all[:, start : start + channels]
     links = links_of_all[:, start : start + channels]
     turns = build(exact, coarse, links, scales[pair, layer])
-    largest = min(k_min + tried - 1, distinct(exact, links))
+    largest = min(k_max, distinct(exact, links))
     highest_merges(exact, links, largest - 1, top)
     count = choose(exact, links, top, k_min, largest, quality[pair, layer])
     number(links, top, count, labels[pair, first : first + channels])
@@ -140,7 +142,7 @@ def later(height: float, order: int, other_height: float, other_order: int) -> b
 def choose(exact: Array, links: Array, top: Array, k_min: int, largest: int, quality: Array) -> int:
     """Undo the last merges one by one; return the number of collections of the best ratio.
 
-    largest: the number of collections to stop at.   quality: [k_max - k_min + 1], written.
+    largest: the number of collections to stop at.   quality: from k_min on, written.
     The smallest of equally good numbers is taken.
     """
     state = cuda.shared.array((STATE, LARGEST_K), np.float64)

@@ -48,17 +48,21 @@ class Spec:
 class Geometry:
     """The sizes of one bundle on one slot, and the options that they depend on.
 
-    layers: the target layers, the final one last.   size: H, W of the input.
-    pairs: the most (image, class) pairs of one batch.
-    k_min, k_max: the numbers of collections to try.   theta: a fraction in [0, 1).
-    mask_dtype: float32 or float16, the type the classifier takes its masks in.
-    Raises OptionError where a kernel's limit is passed.
+    Attributes:
+        layers: The target layers, the final one last.
+        size: H, W of the input.
+        pairs: The most (image, class) pairs of one batch.
+        k_max: The most collections that a layer may have in any batch.
+        theta: Mask values not above this quantile become 0; in [0, 1).
+        mask_dtype: The type in which the classifier takes its masks, float32 or float16.
+
+    Raises:
+        OptionError: A size exceeds what the kernels take.
     """
 
     layers: tuple[LayerPlace, ...]
     size: tuple[int, int]
     pairs: int
-    k_min: int = 2
     k_max: int = 10
     theta: float = 0.1
     mask_dtype: DTypeLike = np.float32
@@ -150,7 +154,7 @@ class Geometry:
             "psi": Spec((pairs, self.channels, 4), np.float32),
             "labels": Spec((pairs, self.channels), np.int32),
             "counts": Spec((pairs, layers), np.int32),
-            "quality": Spec((pairs, layers, self.k_max - self.k_min + 1), np.float32),
+            "quality": Spec((pairs, layers, self.k_max), np.float32),
             "rounds": Spec((pairs, layers), np.int32),
             "sums": Spec((pairs, self.k_max * self.pixels), np.float32),
             "starts": Spec((pairs * layers + 1,), np.int32),

@@ -25,7 +25,8 @@ class Buffers:
     Results, for P pairs, L layers, C channels of all layers and n masks:
     psi: [P, C, 4].   labels: [P, C], numbered within each layer.   counts: [P, L], collections;
     0 where a layer's statistics are not finite, which the caller must refuse.
-    quality: [P, L, k_max - k_min + 1].   rounds: [P, L], rounds of merging.
+    quality: [P, L, k_max], from k_min on; -1 after the last number of collections that was tried.
+    rounds: [P, L], rounds of merging.
     sums: [P, k_max · pixels], the collection sums in [0, 1].
     starts: [P · L + 1], the first mask of each pair and layer; the last one in use, how many.
     masks: [n, H · W].   flat: [n].   owner_of_mask: [n], images.
@@ -83,11 +84,13 @@ class Inputs:
     features, gradients: 1-D, float32 or float16; the layers' arrays [images, C, h, w] and
         [pairs, C, h, w], each where the geometry says.
     owner: [P] int32, the image of each pair.
+    k_range: [2] int32, the fewest and the most collections of a layer; not above the geometry's.
     """
 
     features: Array
     gradients: Array
     owner: Array
+    k_range: Array
 
     @property
     def pairs(self) -> int:
@@ -190,7 +193,7 @@ class CollectionKernels:
             b.table,
             *hierarchy,
             b.scales,
-            self.geometry.k_min,
+            inputs.k_range,
             b.labels,
             b.counts,
             b.quality,

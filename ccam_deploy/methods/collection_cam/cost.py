@@ -88,7 +88,8 @@ def measure(run: Run, method: CollectionCAM, now: Callable[[], float]) -> Cost:
     from scipy.optimize import nnls
 
     most = method.k_max
-    ranges = dict.fromkeys([(1, 1), (-(-most // 2),) * 2, (most, most), (method.k_min, most)])
+    # The largest k_max comes first: a GPU makes its buffers for it once.
+    ranges = dict.fromkeys([(method.k_min, most), (most, most), (-(-most // 2),) * 2, (1, 1)])
     tried = [replace(method, k_min=low, k_max=high) for low, high in ranges]
     for _ in range(_WARM_ROUNDS):
         masks = [run(trial) for trial in tried]

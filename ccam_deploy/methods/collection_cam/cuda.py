@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from weakref import WeakKeyDictionary
 
@@ -50,6 +51,7 @@ class DeviceCollectionCAM:
         self._baseline = baseline
         self._batch_size = batch_size
         self._cuda_graphs = cuda_graphs
+        self._largest_k_max: dict[CollectionCAM, int] = {}
         self.notes: tuple[str, ...] = ()
 
     def explain(
@@ -75,7 +77,11 @@ class DeviceCollectionCAM:
             for start in range(0, len(images), pipeline.batch):
                 own = (owner >= start) & (owner < start + pipeline.batch)
                 rows, found = pipeline.run(
-                    images[start : start + pipeline.batch], owner[own] - start, wanted[own], clock
+                    images[start : start + pipeline.batch],
+                    owner[own] - start,
+                    wanted[own],
+                    (options.k_min, options.k_max),
+                    clock,
                 )
                 logits.append(rows)
                 parts += found
@@ -96,16 +102,24 @@ class DeviceCollectionCAM:
                 use: Use = "latency" if len(images) == 1 else "throughput"
                 pipeline = self._pipeline(slot, use, options)
                 if pipeline not in sizes:
-                    sizes[pipeline] = _sizes(pipeline, images)
+                    sizes[pipeline] = _sizes(pipeline, images, options)
                 for count, masks in sizes[pipeline]:
                     pipeline.passes(count, masks)
 
         return run
 
     def _pipeline(self, slot: Slot, use: Use, options: CollectionCAM) -> Pipeline:
-        """The slot's pipeline for some options, made when they are first asked for."""
-        key = self._batch_size, use, options, self._cuda_graphs
-        return slot.keep(key, lambda: self._make(slot, use, options))
+        """The slot's pipeline for some options, made when they are first asked for.
+
+        It has room for the largest k_max so far: a budget lowers k_max within the call that it is
+        for, which must not allocate memory and capture graphs for each.
+        """
+        others = replace(options, k_min=1, k_max=1)
+        largest = self._largest_k_max.get(others, 0)
+        largest = self._largest_k_max[others] = max(largest, options.k_max)
+        sized = replace(options, k_min=1, k_max=largest)
+        key = self._batch_size, use, sized, self._cuda_graphs
+        return slot.keep(key, lambda: self._make(slot, use, sized))
 
     def _make(self, slot: Slot, use: Use, options: CollectionCAM) -> Pipeline:
         setup = Setup(
@@ -135,11 +149,12 @@ class DeviceCollectionCAM:
         )
         rows = np.broadcast_to(self._baseline, (len(counts), len(self._baseline)))
         base = score_of(options.score, rows, host["targets"])
+        tried = options.k_max - options.k_min + 1
         return MethodResult(
             host["raw"].reshape(-1, *geometry.size),
             host["saliency"].reshape(-1, *geometry.size),
             tuple(
-                LayerPartition(name, own, counts[:, index], host["quality"][:, index])
+                LayerPartition(name, own, counts[:, index], host["quality"][:, index, :tried])
                 for index, (name, own) in enumerate(zip(chosen, labels, strict=True))
             ),
             MaskSequence(
@@ -160,12 +175,13 @@ class DeviceCollectionCAM:
             self.notes = (*self.notes, line)
 
 
-def _sizes(pipeline: Pipeline, images: Floats) -> list[tuple[int, int]]:
-    """Explain some images, and tell how many went through at a time and how many masks they had."""
+def _sizes(pipeline: Pipeline, images: Floats, options: CollectionCAM) -> list[tuple[int, int]]:
+    """Explain some images; return how many each run took, and how many masks they had."""
+    k_range = options.k_min, options.k_max
     found = []
     for start in range(0, len(images), pipeline.batch):
         part = images[start : start + pipeline.batch]
         best = np.full(len(part), -1, np.int64)
-        _, results = pipeline.run(part, np.arange(len(part)), best, Stopwatch())
+        _, results = pipeline.run(part, np.arange(len(part)), best, k_range, Stopwatch())
         found.append((len(part), sum(len(result["scores"]) for result in results)))
     return found

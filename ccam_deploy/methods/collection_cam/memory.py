@@ -118,7 +118,12 @@ class DeviceMemory:
         self.typed_images = [f"images.{dtype}" for dtype in types]
         self.images = self._named({"images": (image, np.float32)}, mirrored=True)
         self.pairs = self._named(
-            {"owner": ((batch,), np.int32), "wanted": ((batch,), np.int32)}, mirrored=True
+            {
+                "owner": ((batch,), np.int32),
+                "wanted": ((batch,), np.int32),
+                "k_range": ((2,), np.int32),
+            },
+            mirrored=True,
         )
         self.features = self._named(features)
         self.gradients = self._named(_arrays(gradient.outputs, batch))
@@ -169,7 +174,6 @@ class DeviceMemory:
             tuple(places),
             setup.input[1:],
             self.batch,
-            options.k_min,
             options.k_max,
             options.theta,
             masks.dtype,

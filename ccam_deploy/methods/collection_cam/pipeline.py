@@ -59,16 +59,30 @@ class Pipeline:
         self._kernels, self._head = self._prepare_kernels()
 
     def run(
-        self, images: Floats, owner: NDArray[np.int64], wanted: NDArray[np.int64], clock: Stopwatch
+        self,
+        images: Floats,
+        owner: NDArray[np.int64],
+        wanted: NDArray[np.int64],
+        k_range: tuple[int, int],
+        clock: Stopwatch,
     ) -> tuple[Floats, list[HostArrays]]:
         """Explain P pairs of B images, B at most `batch`.
 
-        images: [B, C, H, W] float32.   owner: [P], in ascending order.   wanted: [P], a class, or
-        -1 - r for the class of rank r.
-        Returns logits [B, classes] float32, and for every `batch` pairs the results of the
-        kernels by name; see launch.Buffers. A layer whose statistics are not finite has a count
-        of 0; the pairs' other results mean nothing then.
+        Args:
+            images: [B, C, H, W] float32.
+            owner: [P], the image of each pair, in ascending order.
+            wanted: [P], a class, or -1 - r for the class of rank r.
+            k_range: k_min and k_max, with k_max at most the setup's; results are those of a
+                pipeline that was made for it.
+            clock: Takes the seconds of each stage.
+
+        Returns:
+            Logits [B, classes] float32, and for every `batch` pairs the results of the kernels by
+            name; see launch.Buffers. A layer whose statistics are not finite has a count of 0; the
+            other results of its pair mean nothing then.
         """
+        assert 1 <= k_range[0] <= k_range[1] <= self.geometry.k_max
+        self._memory.pairs.host["k_range"][:] = k_range
         self._runner.forget()
         self._memory.images.host["images"][: len(images)] = images
         results = []
@@ -232,7 +246,12 @@ class Pipeline:
 
         memory = self._memory
         owner = memory.view(rows_of(memory.tensors["owner"], 0, pairs))
-        return Inputs(memory.layers(memory.features), memory.layers(memory.gradients), owner)
+        return Inputs(
+            memory.layers(memory.features),
+            memory.layers(memory.gradients),
+            owner,
+            memory.named("k_range"),
+        )
 
     def _prepare_kernels(self) -> tuple[Any, Any]:
         from ccam_deploy.kernels.cuda.launch import Buffers, CollectionKernels, Head

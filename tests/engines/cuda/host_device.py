@@ -31,12 +31,14 @@ _GARBAGE = 0xFF
 class HostDevice:
     """A Device whose memory is the host's; kernels run in Numba's simulator, at once.
 
-    captured: how many times work was captured.
+    allocations: how many times memory was allocated.   captured: how many times work was captured.
+    replayed: how many times captured work was launched.
     """
 
     stream = 0
 
     def __init__(self, captures: bool = True) -> None:
+        self.allocations = 0
         self.captured = 0
         self.replayed = 0
         self.blocks: dict[int, Array] = {}
@@ -49,6 +51,7 @@ class HostDevice:
         return cuda.stream()
 
     def allocate(self, size: int) -> int:
+        self.allocations += 1
         block = np.full(size + ALIGNMENT, _GARBAGE, np.uint8)
         address = -(-block.ctypes.data // ALIGNMENT) * ALIGNMENT
         self.blocks[address] = block
@@ -152,9 +155,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Report:
-    """What came of a job. launches: each graph's rows, of the passes alone."""
+    """What came of a job.
+
+    allocations: how many there had been after each call.   launches: each graph's rows, of the
+    passes alone.
+    """
 
     results: list[ccam.Explanation]
+    allocations: list[int]
     launches: list[tuple[str, int]]
     notes: tuple[str, ...]
     captured: int
@@ -181,16 +189,18 @@ def run(job: Job) -> Report:
     with ccam.Explainer(
         bundle, networks, job.precision, job.batch_size, job.cuda_graphs
     ) as explainer:
-        results = [
-            explainer.explain(
-                call.images,
-                call.targets,
-                method=call.method,
-                top=call.top,
-                budget_ms=call.budget_ms,
+        results, allocations = [], []
+        for call in job.calls:
+            results.append(
+                explainer.explain(
+                    call.images,
+                    call.targets,
+                    method=call.method,
+                    top=call.top,
+                    budget_ms=call.budget_ms,
+                )
             )
-            for call in job.calls
-        ]
+            allocations.append(sum(device.allocations for device in devices))
         notes = explainer.notes
         launches: list[tuple[str, int]] = []
         if job.passes and explainer.on_device is not None:
@@ -204,6 +214,7 @@ def run(job: Job) -> Report:
     assert not any(device.blocks for device in devices)
     return Report(
         results,
+        allocations,
         launches,
         notes,
         sum(device.captured for device in devices),

@@ -124,10 +124,16 @@ def test_captured_kernels_give_the_same_bits(device: CudaDevice) -> None:
     buffers = Buffers.allocate(geometry, array, device.kernel_stream)
     features, gradients = randoms(2 * 12544), randoms(2 * 12544)[::-1].copy()
     places = [device.allocate(features.nbytes) for _ in range(2)]
-    owner = device.allocate(4)
+    owner, k_range = device.allocate(4), device.allocate(8)
     device.upload(owner, np.zeros(1, np.int32))
+    device.upload(k_range, np.array([2, 10], np.int32))
     views = [device.view(place, features.shape, np.float32) for place in places]
-    inputs = Inputs(views[0], views[1], device.view(owner, (1,), np.int32))
+    inputs = Inputs(
+        views[0],
+        views[1],
+        device.view(owner, (1,), np.int32),
+        device.view(k_range, (2,), np.int32),
+    )
     kernels = CollectionKernels(geometry, buffers)
 
     def work() -> None:

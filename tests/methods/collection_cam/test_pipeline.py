@@ -125,6 +125,21 @@ def test_cuda_graphs_give_the_same_bits(bundle: Path, device: Run) -> None:
     assert {"explain", "weigh"} <= set(report.results[2].timings)
 
 
+def test_a_lower_k_max_needs_no_new_memory(bundle: Path, device: Run) -> None:
+    """A budget lowers it; results are those of a pipeline that was made for it.
+
+    The last calls are replayed from the graph that the first ones captured.
+    """
+    images = noise(1, 3, 16, 24)
+    ranges = [(2, 3), (2, 3), (1, 2), (2, 3)]
+    calls = [Call(images, None, CollectionCAM(k_min=low, k_max=high)) for low, high in ranges]
+    report = device(Job(bundle, tuple(calls)))
+    assert len(set(report.allocations)) == 1
+    assert report.replayed >= 4
+    assert_same(report.results[2], device(Job(bundle, (calls[2],))).results[0], 1e-6)
+    assert_same(report.results[3], report.results[0], 0)
+
+
 def test_graphs_that_cannot_be_captured_are_noted_once(bundle: Path, device: Run) -> None:
     call = Call(noise(1, 3, 16, 24), None, CollectionCAM(k_max=2))
     report = device(Job(bundle, (call, call, call), captures=False))

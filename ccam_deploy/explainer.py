@@ -10,19 +10,18 @@ from pathlib import Path
 from types import TracebackType
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
-from ccam_deploy.arrays import Floats
+from ccam_deploy.arrays import Classes, Floats
 from ccam_deploy.bundle.folder import Bundle, read_bundle
-from ccam_deploy.engines import Activations, Networks, open_networks
-from ccam_deploy.errors import BackendError, ImageError, OptionError, TargetError
+from ccam_deploy.engines import Networks, open_networks
+from ccam_deploy.engines.base import row_chunks
+from ccam_deploy.errors import ImageError, OptionError
 from ccam_deploy.explanation import Explanation
 from ccam_deploy.methods import (
     DEFAULT_METHOD,
-    Batch,
+    BatchResult,
     CollectionCAM,
-    LayerPartition,
     Method,
     MethodResult,
     Stopwatch,
@@ -30,20 +29,42 @@ from ccam_deploy.methods import (
 )
 from ccam_deploy.methods.collection_cam.cost import Budget, Costs, Run, budgeted, validate_budget
 from ccam_deploy.methods.collection_cam.cuda import DeviceCollectionCAM
+from ccam_deploy.methods.factory import MethodFactory
 from ccam_deploy.preprocess import Geometry, prepare_images
-from ccam_deploy.targets import Targets, classes_of, pairs_of, per_image
+from ccam_deploy.targets import Targets, pairs_of, target_codes
 
 Images = Floats | Sequence[Image.Image] | Image.Image
-"""PIL images, one or several, or preprocessed input: [B, channels, H, W] float32."""
+"""[B, C, H, W] float32, preprocessed; or PIL images of any size and mode, or one."""
 _Input = tuple[Floats, tuple[Geometry, ...]]
 
 DEFAULT_BATCH = 16
 
 
+@dataclass(frozen=True)
+class _BatchPlan:
+    """The rows of a call that run together.
+
+    Attributes:
+        rows: Which of the call's images.
+        owner: [P] int64, the image of each pair, counted from the batch's first.
+        codes: [P] int64, the code of each pair; see targets.
+    """
+
+    rows: slice
+    owner: Classes
+    codes: Classes
+
+
 class Explainer:
     """Explains images with one bundle. Safe to call from several threads; close it when done.
 
-    now: seconds on a clock that only goes forward.
+    Args:
+        bundle: The bundle.
+        networks: Its engines.
+        precision: The precision that they have.
+        batch_size: How many images, and how many masked images, run at a time.
+        cuda_graphs: Replay on a GPU what comes again at the same sizes.
+        now: Seconds on a clock that only goes forward.
     """
 
     def __init__(
@@ -55,26 +76,28 @@ class Explainer:
         cuda_graphs: bool = True,
         now: Callable[[], float] = time.perf_counter,
     ) -> None:
-        _check_batch_size(batch_size)
+        _validate_batch_size(batch_size)
         self.bundle = bundle
         self.networks = networks
         self.precision = precision
         self.batch_size = batch_size
-        graphs = bundle.precision(precision)
-        self._baseline = np.array(graphs.baseline_logits, np.float32)
         self._now = now
+        graphs = bundle.precision(precision)
+        self._methods = MethodFactory(
+            bundle.manifest,
+            networks,
+            np.array(graphs.baseline_logits, np.float32),
+            graphs.gradient_scale,
+            batch_size,
+            cuda_graphs,
+        )
         channels = {layer.name: layer.channels for layer in bundle.manifest.layers}
         self._costs = Costs(channels, self._rehearse, now)
-        self.on_device: DeviceCollectionCAM | None = None
-        if networks.slots is not None:
-            self.on_device = DeviceCollectionCAM(
-                networks.slots,
-                bundle.manifest,
-                graphs.gradient_scale,
-                self._baseline,
-                batch_size,
-                cuda_graphs,
-            )
+
+    @property
+    def on_device(self) -> DeviceCollectionCAM | None:
+        """Collection-CAM on a GPU, or None where it runs on the CPU."""
+        return self._methods.on_device
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -92,44 +115,52 @@ class Explainer:
     ) -> Explanation:
         """Explain the classifier's decisions on some images.
 
-        images: [B, C, H, W] float32, preprocessed as the manifest says, or PIL images of any size
-            and mode.
-        targets: None for each image's best classes; a class for all images; or for each image a
-            class or several, as numbers or names. Several classes share the image's backbone pass.
-        method: a method with its options, such as GradCAM(layer="layer3"), or a name among
-            ccam_deploy.methods.METHODS for its defaults.
-        top: how many of the best classes to explain where targets is None.
-        budget_ms: milliseconds that this call may take, PIL images to result; None for no bound.
-            Collection-CAM's k_max is lowered, never raised, to the largest with which as many masks
-            as there can be fit nine times out of ten, by what such calls cost; see `calibrate`.
-            Other calls at the same time are not foreseen. All images are prepared first.
-        Raises ImageError, TargetError or OptionError for what cannot be used, and OptionError for a
-        budget in which not even k_min fits, before an engine runs.
+        Args:
+            images: [B, C, H, W] float32, preprocessed as the manifest says, or PIL images of any
+                size and mode.
+            targets: None for each image's best classes; a class for all images, by number or name,
+                or `Top(n)` for the n best; or for each image one of these or a list of them. All
+                classes of an image share its backbone pass, and each is explained once.
+            method: A method with its options, such as `GradCAM(layer="layer3")`, or the name of
+                one for its defaults.
+            top: How many of the best classes to explain where `targets` is None.
+            budget_ms: Milliseconds that this call may take, from images to result; None for no
+                limit. Collection-CAM's k_max is lowered, never raised, to the largest with which
+                as many masks as there can be fit nine times out of ten, by what such calls cost
+                here; see `calibrate`. Other calls at the same time are not foreseen. All images
+                are prepared first.
+
+        Returns:
+            The maps of all (image, class) pairs, image by image.
+
+        Raises:
+            ImageError: An image cannot be used.
+            TargetError: A target is not one of the classifier's classes.
+            OptionError: The method or its options do not suit the bundle, or not even k_min fits
+                the budget.
+            BackendError: The engine fails, or gives values that are not finite.
         """
         clock = Stopwatch(self._now)
-        chosen = make_method(method)
-        validate_budget(budget_ms, chosen)
-        if isinstance(images, np.ndarray) and images.ndim == 0:
-            raise ImageError("a single number is no image")
-        pictures = images if isinstance(images, np.ndarray | Sequence) else [images]
-        wanted = per_image(targets, len(pictures), self.bundle.manifest)
-        if not 1 <= top <= self.bundle.manifest.classes:
-            raise TargetError(f"top is {top}; it must be 1 to {self.bundle.manifest.classes}")
-        starts = range(0, len(pictures), self.batch_size)
-        chunks = [slice(start, start + self.batch_size) for start in starts]
-        pairs = [pairs_of(wanted[chunk], top) for chunk in chunks]
-        inputs: Iterable[_Input] = (self._prepare(pictures[chunk], clock) for chunk in chunks)
+        requested = make_method(method)
+        validate_budget(budget_ms, requested)
+        pictures = _sequence_of(images)
+        plan = self._plan(target_codes(targets, len(pictures), self.bundle.manifest, top))
+        inputs: Iterable[_Input] = (self._prepare(pictures[batch.rows], clock) for batch in plan)
         budget = None
         if budget_ms is not None:
             inputs = list(inputs)
-            sizes = [(len(one[0]), len(own[0])) for one, own in zip(inputs, pairs, strict=True)]
+            sizes = [(len(batch[0]), len(b.owner)) for batch, b in zip(inputs, plan, strict=True)]
             spent = clock.seconds["preprocess"]
-            chosen, budget = self._costs.within(budget_ms, spent, sizes, budgeted(chosen))
-        parts = [
-            self._explain_batch(chosen, one, own, clock)
-            for one, own in zip(inputs, pairs, strict=True)
-        ]
-        return self._assemble(chosen, parts, clock, budget)
+            requested, budget = self._costs.within(budget_ms, spent, sizes, budgeted(requested))
+        runner = self._methods.implement(requested)
+        geometries: list[Geometry] = []
+        results = []
+        for batch, (prepared, places) in zip(plan, inputs, strict=True):
+            geometries += places
+            results.append(
+                runner.run(prepared, batch.owner, batch.codes, self._methods.context, clock)
+            )
+        return self._assemble(requested, results, tuple(geometries), clock, budget)
 
     def require_method(self, method: str | Method) -> None:
         """Make sure that a method can run on this bundle, in a pass or two of its graphs.
@@ -140,38 +171,52 @@ class Explainer:
         Raises:
             OptionError: The bundle lacks what the method needs; the message says how to get it.
             BackendError: A package that the method needs is missing.
-
         """
-        chosen = make_method(method)
         image = self._noise(1)
         first = np.zeros(1, np.int64)
-        batch = self._batch(image, self.networks.backbone(image), first, first)
-        chosen.require_support(self.networks, batch)
+        batch = self._methods.context.batch(image, self.networks.backbone(image), first, first)
+        make_method(method).require_support(self.networks, batch)
 
     def calibrate(
         self, images: int = 1, classes: int = 1, method: str | Method | None = None
     ) -> None:
         """Measure what calls on so many images, with so many classes each, cost here.
 
-        A call with `budget_ms` does so where it was not done before, for its own numbers and its
-        method's layers, k_min and k_max. It takes as long as about twenty explanations, outside of
-        the budget; where it is done ahead, no call waits for it. Later calls are taken to cost the
-        same: where a machine has become busier, or less, calibrate again, with the load on it that
-        calls will meet.
-        Raises OptionError for numbers that no call can have.
+        A call with `budget_ms` measures that itself where it was not done before, for its own
+        numbers and its method's layers, k_min and k_max. It takes as long as about twenty
+        explanations, outside of the budget; after `calibrate`, no call waits for it. Later calls
+        are expected to cost the same: calibrate again where the machine has become busier, or less
+        busy, and under the load that calls will meet.
+
+        Args:
+            images: How many images a call has, at least 1.
+            classes: How many classes each image has.
+            method: Collection-CAM with its options; None for its defaults.
+
+        Raises:
+            OptionError: No call can have such numbers, or the method keeps no budget.
         """
         if images < 1:
             raise OptionError(f"images is {images}; it must be at least 1")
         if not 1 <= classes <= self.bundle.manifest.classes:
             known = self.bundle.manifest.classes
             raise OptionError(f"classes is {classes}; it must be 1 to {known}")
-        chosen = budgeted(make_method(method))
-        starts = range(0, images, self.batch_size)
-        for count in {min(self.batch_size, images - start) for start in starts}:
-            self._costs.of(count, count * classes, chosen, anew=True)
+        measured = budgeted(make_method(method))
+        for count in {rows.stop - rows.start for rows in row_chunks(images, self.batch_size)}:
+            self._costs.of(count, count * classes, measured, anew=True)
 
     def preprocess(self, images: Floats | Sequence[Image.Image]) -> _Input:
-        """Make the network's input [B, C, H, W] of PIL images; check an array that is one."""
+        """Make the network's input of PIL images, or validate an array that is one already.
+
+        Args:
+            images: PIL images, or [B, C, H, W] float32.
+
+        Returns:
+            [B, C, H, W] float32, and where each lies in its picture; nothing for an array.
+
+        Raises:
+            ImageError: An image cannot be used.
+        """
         size = self.bundle.manifest.input
         if not isinstance(images, np.ndarray):
             for picture in images:
@@ -205,6 +250,12 @@ class Explainer:
     ) -> None:
         self.close()
 
+    def _plan(self, codes: Sequence[tuple[int, ...]]) -> list[_BatchPlan]:
+        return [
+            _BatchPlan(rows, *pairs_of(codes[rows]))
+            for rows in row_chunks(len(codes), self.batch_size)
+        ]
+
     def _prepare(self, pictures: Floats | Sequence[Image.Image], clock: Stopwatch) -> _Input:
         with clock.stage("preprocess"):
             return self.preprocess(pictures)
@@ -214,10 +265,10 @@ class Explainer:
         return np.random.default_rng(0).standard_normal(shape, np.float32)
 
     def _rehearse(self, images: int, pairs: int) -> Run:
-        """Calls on noise, with as many images and (image, class) pairs."""
+        """Make a call on noise, with as many images and (image, class) pairs."""
         noise, classes = self._noise(images), self.bundle.manifest.classes
-        owned = np.bincount(np.arange(pairs) % images)
-        targets = [[n % classes for n in range(count)] for count in owned]
+        counts = np.bincount(np.arange(pairs) % images)
+        targets = [[n % classes for n in range(count)] for count in counts]
 
         def run(method: CollectionCAM) -> int:
             result = self.explain(noise, targets, method=method)
@@ -225,72 +276,27 @@ class Explainer:
 
         return run
 
-    def _explain_batch(
-        self,
-        method: Method,
-        inputs: _Input,
-        pairs: tuple[NDArray[np.int64], NDArray[np.int64]],
-        clock: Stopwatch,
-    ) -> _Part:
-        (images, geometries), (owner, codes) = inputs, pairs
-        if self.on_device is not None and isinstance(method, CollectionCAM):
-            logits, classes, results = self.on_device.explain(images, owner, codes, method, clock)
-            _check_logits(logits)
-            return _Part(logits, geometries, owner, classes, results)
-        with clock.stage("backbone"):
-            activations = self.networks.backbone(images)
-        _check_logits(activations.logits)
-        classes = classes_of(codes, owner, activations.logits)
-        results = []
-        for start in range(0, len(owner), self.batch_size):
-            part = slice(start, start + self.batch_size)
-            batch = self._batch(images, activations, owner[part], classes[part])
-            results.append(method.explain(self.networks, batch, clock))
-        return _Part(activations.logits, geometries, owner, classes, results)
-
-    def _batch(
-        self,
-        images: Floats,
-        activations: Activations,
-        owner: NDArray[np.int64],
-        targets: NDArray[np.int64],
-    ) -> Batch:
-        manifest = self.bundle.manifest
-        return Batch(
-            images,
-            activations,
-            owner,
-            targets,
-            tuple(layer.name for layer in manifest.layers),
-            self._baseline,
-            self.batch_size,
-            manifest.preprocessing.mean,
-            manifest.preprocessing.std,
-        )
-
     def _assemble(
         self,
         method: Method,
-        parts: Sequence[_Part],
+        batches: Sequence[BatchResult],
+        geometries: tuple[Geometry, ...],
         clock: Stopwatch,
         budget: Budget | None,
     ) -> Explanation:
-        results = [result for part in parts for result in part.results]
-        masks = results[0].masks
-        for result in results[1:]:
-            masks = masks + result.masks
+        joined = MethodResult.joined([batch.result for batch in batches])
         return Explanation(
-            saliency=np.concatenate([result.saliency for result in results]),
-            raw_saliency=np.concatenate([result.raw_saliency for result in results]),
-            targets=np.concatenate([part.targets for part in parts]),
+            saliency=joined.saliency,
+            raw_saliency=joined.raw_saliency,
+            targets=np.concatenate([batch.targets for batch in batches]),
             image_index=np.concatenate(
-                [part.owner + index * self.batch_size for index, part in enumerate(parts)]
+                [batch.owner + index * self.batch_size for index, batch in enumerate(batches)]
             ),
-            logits=np.concatenate([part.logits for part in parts]),
-            layers=tuple(map(_join_layers, zip(*(r.layers for r in results), strict=True))),
-            masks=masks,
-            weights=tuple(weights for result in results for weights in result.weights),
-            mic=tuple(mic for result in results for mic in result.mic),
+            logits=np.concatenate([batch.logits for batch in batches]),
+            layers=joined.layers,
+            masks=joined.masks,
+            weights=joined.weights,
+            mic=joined.mic,
             timings=dict(clock.seconds),
             settings={
                 "method": method.name,
@@ -301,33 +307,8 @@ class Explainer:
                 "batch_size": self.batch_size,
                 **({"budget": dataclasses.asdict(budget)} if budget else {}),
             },
-            geometries=tuple(geometry for part in parts for geometry in part.geometries),
+            geometries=geometries,
         )
-
-
-@dataclass(frozen=True)
-class _Part:
-    """One batch's results; owner counts from the batch's first image."""
-
-    logits: Floats
-    geometries: tuple[Geometry, ...]
-    owner: NDArray[np.int64]
-    targets: NDArray[np.int64]
-    results: list[MethodResult]
-
-
-def _join_layers(parts: tuple[LayerPartition, ...]) -> LayerPartition:
-    return LayerPartition(
-        parts[0].name,
-        np.concatenate([part.labels for part in parts]),
-        np.concatenate([part.count for part in parts]),
-        np.concatenate([part.quality for part in parts]),
-    )
-
-
-def _check_logits(logits: Floats) -> None:
-    if not np.isfinite(logits).all():
-        raise BackendError("the classifier gives NaN or infinite logits for these images")
 
 
 def load(
@@ -342,23 +323,35 @@ def load(
 ) -> Explainer:
     """Open a bundle and its engines.
 
-    backend: "auto" for the best that works here, or a backend by name.
-    precision: "fp32", or "fp16", "int8" or "fp8" where the bundle has it.
-    batch_size: how many images, and how many masked images, go through an engine at a time; it
-        bounds memory.
-    threads: threads inside an operator on a CPU; 0 lets the engine choose.
-    slots: how many calls run on a GPU at a time, each on a stream with buffers of its own; more
-        wait. A CPU's engines are shared by all.
-    cuda_graphs: replay on a GPU what comes again at the same sizes; without, results are the same
-        to the bit, and the stages of `timings` are finer.
-    Raises BundleError, BackendError or OptionError.
+    Args:
+        bundle: The bundle's folder, or a bundle that was read.
+        backend: "auto" for the best that works here, or a backend by name.
+        precision: "fp32", or "fp16", "int8" or "fp8" where the bundle has it.
+        batch_size: How many images, and how many masked images, go through an engine at a time;
+            it bounds memory.
+        threads: Threads inside an operator on a CPU; 0 lets the engine choose.
+        slots: How many calls run on a GPU at a time, each on a stream with its own buffers; more
+            calls wait. A CPU's engines are shared by all.
+        cuda_graphs: Replay on a GPU what comes again at the same sizes; without, results are the
+            same to the bit, and the stages of `timings` are finer.
+
+    Raises:
+        BundleError: The bundle is damaged or not one.
+        BackendError: The backend or the precision does not work here.
+        OptionError: An option is out of range.
     """
     opened = bundle if isinstance(bundle, Bundle) else read_bundle(bundle)
-    _check_batch_size(batch_size)
+    _validate_batch_size(batch_size)
     networks = open_networks(opened, backend, precision, threads, slots)
     return Explainer(opened, networks, precision, batch_size, cuda_graphs)
 
 
-def _check_batch_size(batch_size: int) -> None:
+def _validate_batch_size(batch_size: int) -> None:
     if batch_size < 1:
         raise OptionError(f"batch_size is {batch_size}; it must be at least 1")
+
+
+def _sequence_of(images: Images) -> Floats | Sequence[Image.Image]:
+    if isinstance(images, np.ndarray) and images.ndim == 0:
+        raise ImageError("a single number is no image")
+    return images if isinstance(images, np.ndarray | Sequence) else [images]

@@ -1,70 +1,117 @@
-"""The classes that are to be explained: what a caller writes, as numbers for each image."""
+"""The classes to explain: what a caller writes, as a class number or a rank for each pair.
+
+A code is a class number, or -1 - r for the class of rank r among an image's logits, which is known
+once the backbone has run.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ccam_deploy.arrays import Classes, Floats
 from ccam_deploy.bundle.manifest import Manifest
 from ccam_deploy.errors import ImageError, TargetError
 
-Target = int | str
+
+@dataclass(frozen=True)
+class Top:
+    """An image's best classes, the highest logit first.
+
+    Attributes:
+        count: How many classes, at least 1 and at most as many as the classifier has.
+    """
+
+    count: int = 1
+
+
+Target = int | str | Top
+"""A class by its number or name, or an image's best classes."""
 Targets = Sequence[Target | Sequence[Target]] | NDArray[np.integer] | Target | None
-"""The classes to explain, by number or name: one for all images, or for each image one or several;
-None for the class that the classifier predicts."""
+"""What to explain: None for each image's best class, one target for all images, or a target or a
+list of targets for each image."""
 
 
-def per_image(
-    targets: Targets, images: int, manifest: Manifest
-) -> Sequence[tuple[int, ...] | None]:
-    """The classes wanted for each image; None for its best ones. targets: see Explainer.explain.
+def target_codes(
+    targets: Targets, images: int, manifest: Manifest, top: int = 1
+) -> list[tuple[int, ...]]:
+    """Translate targets into the codes of each image.
 
-    Raises TargetError for classes that the bundle does not have, ImageError for no images.
+    Args:
+        targets: As `Explainer.explain` takes them.
+        images: How many images there are.
+        manifest: The bundle's manifest, which knows the classes.
+        top: How many of the best classes to explain where `targets` is None.
+
+    Returns:
+        For each image its codes, each once.
+
+    Raises:
+        ImageError: There are no images.
+        TargetError: A class is not the bundle's, or the targets do not fit the images.
     """
     if not images:
         raise ImageError("there are no images to explain")
+    best = _codes(Top(top), manifest)
     if targets is None:
-        return [None] * images
+        return [best] * images
     if not _is_list(targets):
-        return [(_class_index(targets, manifest),)] * images
+        return [_codes(targets, manifest)] * images
     if len(targets) != images:
         raise TargetError(f"there are {len(targets)} targets for {images} images")
-    wanted = []
+    codes = []
     for target in targets:
         several = target if _is_list(target) else [target]
         if not len(several):
             raise TargetError("an image has an empty list of targets; give at least one class")
-        wanted.append(tuple(_class_index(one, manifest) for one in several))
-    return wanted
+        codes.append(
+            tuple(dict.fromkeys(code for word in several for code in _codes(word, manifest)))
+        )
+    return codes
 
 
-def pairs_of(
-    wanted: Sequence[tuple[int, ...] | None], top: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The image [P] int64 of each (image, class) pair, and its class, or -1 - r for the rank r.
+def pairs_of(codes: Sequence[tuple[int, ...]]) -> tuple[Classes, Classes]:
+    """List the (image, class) pairs of some images.
 
-    wanted: as `per_image` gives it.   top: how many of the best classes where an image wants those.
+    Args:
+        codes: As `target_codes` returns them.
+
+    Returns:
+        The image [P] int64 of each pair, in ascending order, and its code [P] int64.
     """
-    best = tuple(range(-1, -1 - top, -1))
-    classes = [best if chosen is None else chosen for chosen in wanted]
-    owner = np.repeat(np.arange(len(classes)), [len(chosen) for chosen in classes])
-    return owner, np.concatenate(classes).astype(np.int64)
+    owner = np.repeat(np.arange(len(codes)), [len(several) for several in codes])
+    return owner, np.concatenate(codes).astype(np.int64)
 
 
-def classes_of(
-    codes: NDArray[np.int64], owner: NDArray[np.int64], logits: NDArray[np.float32]
-) -> NDArray[np.int64]:
-    """The class [P] int64 of each pair, the ranks among its codes looked up in logits [B, classes].
+def classes_of(owner: Classes, codes: Classes, logits: Floats) -> Classes:
+    """Look up the class [P] int64 of each pair.
 
-    codes, owner: as `pairs_of` gives them.
+    Args:
+        owner: [P] int64, the image of each pair.
+        codes: [P] int64, the code of each pair.
+        logits: [B, classes] float32.
     """
     if (codes >= 0).all():
         return codes
     order = np.argsort(-logits, axis=1, kind="stable")
     return np.where(codes < 0, order[owner, -1 - codes], codes)
+
+
+def first_occurrences(owner: Classes, targets: Classes) -> NDArray[np.intp]:
+    """List the rows, ascending, of pairs that no earlier row has.
+
+    A class that was named and is also among an image's best ones is explained once.
+
+    Args:
+        owner: [P] int64, the image of each pair.
+        targets: [P] int64, the class of each pair.
+    """
+    _, first = np.unique(np.stack([owner, targets]), axis=1, return_index=True)
+    return np.sort(first)
 
 
 def _is_list(targets: Any) -> TypeGuard[Sequence[Any]]:
@@ -73,7 +120,13 @@ def _is_list(targets: Any) -> TypeGuard[Sequence[Any]]:
     return isinstance(targets, Sequence) and not isinstance(targets, str)
 
 
-def _class_index(target: Any, manifest: Manifest) -> int:
+def _codes(target: Any, manifest: Manifest) -> tuple[int, ...]:
+    if isinstance(target, Top):
+        if not 1 <= target.count <= manifest.classes:
+            raise TargetError(f"top is {target.count}; it must be 1 to {manifest.classes}")
+        return tuple(range(-1, -1 - target.count, -1))
     if isinstance(target, bool) or not isinstance(target, int | str | np.integer):
-        raise TargetError(f"a target is {target!r}; it must be the number or name of a class")
-    return manifest.class_index(target if isinstance(target, str) else int(target))
+        raise TargetError(
+            f"a target is {target!r}; it must be the number or name of a class, or Top(n)"
+        )
+    return (manifest.class_index(target if isinstance(target, str) else int(target)),)

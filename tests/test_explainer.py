@@ -17,6 +17,7 @@ from ccam_deploy.arrays import Floats
 from ccam_deploy.engines import Activations, Networks
 from ccam_deploy.errors import BackendError, BundleError, ImageError, OptionError, TargetError
 from ccam_deploy.fidelity.similarity import spearman
+from ccam_deploy.targets import Targets, Top
 from tests.helpers import example_pictures, noise
 
 STAGES = {
@@ -120,6 +121,36 @@ def test_several_classes_share_one_backbone_pass(tiny: ccam.Explainer, batch_siz
         alone = tiny.explain(images[image : image + 1], int(target))
         np.testing.assert_allclose(result.saliency[pair], alone.saliency[0], atol=1e-5)
         np.testing.assert_allclose(result.masks[pair], alone.masks[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 16])
+def test_ranks_and_names_together_share_one_backbone_pass(
+    tiny: ccam.Explainer, batch_size: int
+) -> None:
+    """Each class of an image once, in the order in which it was named first."""
+    images = noise(3, 3, 32, 48)
+    explainer, networks = counting(tiny, batch_size)
+    ranks = np.argsort(-tiny.explain(images).logits, axis=1)
+    best = [int(row[0]) for row in ranks]
+    targets: Targets = [[Top(2), "cat", best[0]], [best[1], Top(1)], 4]
+    result = explainer.explain(images, targets)
+    expected = [list(dict.fromkeys([*map(int, ranks[0, :2]), 2])), [best[1]], [4]]
+    assert result.targets.tolist() == [code for codes in expected for code in codes]
+    assert result.image_index.tolist() == np.repeat(np.arange(3), list(map(len, expected))).tolist()
+    assert sum(networks.images) == 3
+    assert sum(networks.pairs) == len(result) == len(result.masks) == len(result.weights)
+    for pair, (image, target) in enumerate(zip(result.image_index, result.targets, strict=True)):
+        alone = tiny.explain(images[image : image + 1], int(target))
+        np.testing.assert_allclose(result.saliency[pair], alone.saliency[0], atol=1e-5)
+
+
+def test_ranks_of_all_images(tiny: ccam.Explainer) -> None:
+    images = noise(2, 3, 32, 48)
+    result, same = tiny.explain(images, Top(3)), tiny.explain(images, top=3)
+    np.testing.assert_array_equal(result.targets, same.targets)
+    np.testing.assert_array_equal(result.saliency, same.saliency)
+    with pytest.raises(TargetError, match="top is 6; it must be 1 to 5"):
+        tiny.explain(images, [0, [1, Top(6)]])
 
 
 def test_top_classes_come_best_first(tiny: ccam.Explainer) -> None:

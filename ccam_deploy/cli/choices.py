@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_h
 import click
 
 from ccam_deploy.cli.options import BATCH_SIZE, parse_assignments, say
-from ccam_deploy.errors import ImageError, OptionError, TargetError
+from ccam_deploy.errors import ImageError, OptionError
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ccam_deploy.bundle.manifest import Manifest
     from ccam_deploy.explainer import Explainer
     from ccam_deploy.methods import Method
+    from ccam_deploy.targets import Target
 
 _WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false"}
 
@@ -57,24 +58,19 @@ def best(word: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def classes(explainer: Explainer, picture: Image.Image, words: Sequence[str]) -> list[int]:
-    """The classes of a picture that some words name, each once.
+def targets_of(words: Sequence[str], manifest: Manifest) -> list[Target]:
+    """Turn the words of --target into targets: topN into the N best classes.
 
-    words: topN for the N best classes, or a class's number or name.
-    Raises TargetError for a class that is not there.
+    Raises:
+        TargetError: A class is not in the bundle.
     """
-    manifest = explainer.bundle.manifest
-    found: list[int] = []
+    from ccam_deploy.targets import Top
+
+    targets: list[Target] = []
     for word in words:
         count = best(word)
-        if count is None:
-            found.append(manifest.class_index(word))
-            continue
-        if not 1 <= count <= manifest.classes:
-            raise TargetError(f"top is {count}; it must be 1 to {manifest.classes}")
-        logits = explainer.networks.backbone(explainer.preprocess([picture])[0]).logits[0]
-        found += [int(place) for place in (-logits).argsort(kind="stable")[:count]]
-    return list(dict.fromkeys(found))
+        targets.append(manifest.class_index(word) if count is None else Top(count))
+    return targets
 
 
 @contextmanager

@@ -88,19 +88,19 @@ def compare(bundle: Path, image: Path, **options: Any) -> None:
     with choices.explainer_of(bundle, options, options["batch_size"]) as explainer:
         manifest = explainer.bundle.manifest
         picture = choices.read_picture(image, manifest)
-        wanted = choices.classes(explainer, picture, options["targets"])
+        targets = choices.targets_of(options["targets"], manifest)
         require_runnable(explainer, [Variant(name, method) for name, method in methods.items()])
         results = {}
         for name, method in methods.items():
             started = time.perf_counter()
-            results[name] = explainer.explain([picture], [wanted], method=method)
+            results[name] = explainer.explain([picture], [targets], method=method)
             spent = (time.perf_counter() - started) * 1000
             say(f"{name}: {spent:.1f} ms, {_words(results[name])}")
     shown = render.thumbnail(picture)
     rows = []
-    for row, target in enumerate(wanted):
-        score = next(iter(results.values())).probability(row)
-        caption = f"{manifest.label(target)} {score:.3f}"
+    first = next(iter(results.values()))
+    for row, target in enumerate(first.targets):
+        caption = f"{manifest.label(int(target))} {first.probability(row):.3f}"
         rows.append([(caption, shown), *_tiles(results, row, picture, look)])
     write_file(output, render.png(render.grid(rows)))
     say(f"  {output}")

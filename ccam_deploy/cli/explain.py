@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from ccam_deploy.bundle.manifest import Manifest
     from ccam_deploy.explainer import Explainer
     from ccam_deploy.explanation import Explanation
+    from ccam_deploy.targets import Target
 
 KINDS = ("overlay", "heatmap", "panel", "npz", "json")
 
@@ -95,20 +96,19 @@ def explain(bundle: Path, images: tuple[Path, ...], as_json: bool, **options: An
     (method,) = choices.make_methods([options["method"]], options["pairs"]).values()
     budget = options["budget_ms"]
     validate_budget(budget, method)
-    words = options["targets"]
     render.check_colormap(options["colormap"])
     files = find_images(images)
     failed = 0
     results: list[dict[str, Any]] = []
     with choices.explainer_of(bundle, options, options["batch_size"]) as explainer:
-        count = _count_classes(words, explainer.bundle.manifest)
+        targets = choices.targets_of(options["targets"], explainer.bundle.manifest)
         look = render.Look(options["colormap"], options["opacity"], options["color_bar"])
         writer = Writer(options["output"], kinds, look, explainer.bundle.manifest)
         together = explainer.batch_size
         if budget is not None:
             together = 1
             say("measuring what an explanation costs here", err=True)
-            explainer.calibrate(1, count, method)
+            explainer.calibrate(1, _most_classes(targets, explainer.bundle.manifest), method)
         with choices.progress("explaining", len(files)) as bar:
             for start in range(0, len(files), together):
                 chunk = files[start : start + together]
@@ -118,10 +118,9 @@ def explain(bundle: Path, images: tuple[Path, ...], as_json: bool, **options: An
                 failed += len(problems)
                 if read:
                     pictures = [picture for _, picture in read]
-                    top, targets = _targets(explainer, pictures, words)
                     started = time.perf_counter()
                     result = explainer.explain(
-                        pictures, targets, method=method, top=top, budget_ms=budget
+                        pictures, [targets] * len(pictures), method=method, budget_ms=budget
                     )
                     spent = (time.perf_counter() - started) * 1000
                     lines = _lines(explainer, result, [f for f, _ in read], spent)
@@ -147,25 +146,12 @@ def _kinds(words: str) -> tuple[str, ...]:
     return kinds
 
 
-def _count_classes(words: Sequence[str], manifest: Manifest) -> int:
-    """How many classes of an image some words name at most. Raises TargetError for unknown ones."""
-    from ccam_deploy.cli import choices
+def _most_classes(targets: Sequence[Target], manifest: Manifest) -> int:
+    """How many classes of an image some targets stand for at most."""
+    from ccam_deploy.targets import Top
 
-    for word in words:
-        if choices.best(word) is None:
-            manifest.class_index(word)
-    return sum(choices.best(word) or 1 for word in words)
-
-
-def _targets(
-    explainer: Explainer, pictures: Sequence[Image.Image], words: Sequence[str]
-) -> tuple[int, list[list[int]] | None]:
-    """How many of the best classes to explain, or else which classes of each picture."""
-    from ccam_deploy.cli import choices
-
-    if len(words) == 1 and (count := choices.best(words[0])) is not None:
-        return count, None
-    return 1, [choices.classes(explainer, picture, words) for picture in pictures]
+    counts = [target.count if isinstance(target, Top) else 1 for target in targets]
+    return min(sum(counts), manifest.classes)
 
 
 def _read(

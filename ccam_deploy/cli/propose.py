@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from ccam_deploy.explainer import Explainer
     from ccam_deploy.methods import Method
     from ccam_deploy.render import Tile
+    from ccam_deploy.targets import Target
 
 SCENES = "scenes"
 SCENES_LIMIT = 50
@@ -183,7 +184,7 @@ class _Proposer:
             "definitions": proposals.DEFINITIONS,
         }
 
-    def propose(self, picture: Image.Image, classes: Sequence[int]) -> _Proposal:
+    def propose(self, picture: Image.Image, targets: Sequence[Target]) -> _Proposal:
         """Boxes for the objects of some classes in a picture."""
         import numpy as np
 
@@ -191,7 +192,8 @@ class _Proposer:
         from ccam_deploy.checks import proposals
 
         options = self._options
-        result = self.explainer.explain([picture], [list(classes)], method=self._method)
+        result = self.explainer.explain([picture], [targets], method=self._method)
+        classes = [int(target) for target in result.targets]
         maps = [result.on_original(row) for row in range(len(classes))]
         peaks = [
             (target, peak)
@@ -235,8 +237,7 @@ def _on_images(
             except ImageError as error:
                 say(f"error: {error}", err=True)
                 continue
-            classes = choices.classes(proposer.explainer, picture, options["targets"])
-            proposal = proposer.propose(picture, classes)
+            proposal = proposer.propose(picture, choices.targets_of(options["targets"], manifest))
             tiles = [("map", proposal.overlay), *_tiles(picture, proposal, options["method"])]
             path = options["output"] / f"{unused(file.stem, stems)}-proposals.png"
             write_file(path, render.png(render.panel(tiles)))
@@ -245,7 +246,7 @@ def _on_images(
                     "file": str(file),
                     "width": picture.width,
                     "height": picture.height,
-                    "classes": [manifest.label(target) for target in classes],
+                    "classes": [manifest.label(target) for target in proposal.classes],
                     "peaks": [
                         {"class": manifest.label(target), **dataclasses.asdict(peak)}
                         for target, peak in proposal.peaks

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType, TracebackType
 from typing import Any
@@ -91,3 +91,17 @@ class Engine(ABC):
     @abstractmethod
     def _close_impl(self) -> None:
         """Free what the engine holds."""
+
+
+def row_chunks(count: int, size: int) -> Iterator[slice]:
+    """Split rows into consecutive chunks.
+
+    Args:
+        count: How many rows there are.
+        size: The most rows of a chunk.
+
+    Yields:
+        The slice of each chunk; all but the last have `size` rows.
+    """
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))

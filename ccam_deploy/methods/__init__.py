@@ -5,6 +5,8 @@ from __future__ import annotations
 from ccam_deploy.errors import OptionError
 from ccam_deploy.methods.base import (
     Batch,
+    BatchResult,
+    Context,
     LayerPartition,
     MaskSequence,
     Method,
@@ -50,7 +52,9 @@ __all__ = [
     "RISE",
     "XRAI",
     "Batch",
+    "BatchResult",
     "CollectionCAM",
+    "Context",
     "ExcitationBackprop",
     "GradCAM",
     "GradCAMPlusPlus",

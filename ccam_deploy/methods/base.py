@@ -12,28 +12,34 @@ from typing import ClassVar, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from ccam_deploy.arrays import Floats
+from ccam_deploy.arrays import Classes, Floats
 from ccam_deploy.engines import Activations, Classifier
+from ccam_deploy.engines.base import row_chunks
 from ccam_deploy.errors import BackendError, OptionError
 from ccam_deploy.kernels import cpu
+from ccam_deploy.targets import classes_of, first_occurrences
 
 
 @dataclass(frozen=True)
 class Batch:
     """Some images and the classes to explain them for.
 
-    images: [B, C, H, W] float32, preprocessed.   activations: what the backbone gave for them.
-    owner: [P] int64, the image of each (image, class) pair.   targets: [P] int64, its class.
-    layers: names of the target layers.
-    baseline: [classes] float32, logits of an input of zeros.
-    chunk: how many masked images the classifier takes at a time.
-    mean, std: per channel, of pixels in [0, 1], that the images were normalised with.
+    Attributes:
+        images: [B, C, H, W] float32, preprocessed.
+        activations: What the backbone gave for them.
+        owner: [P] int64, the image of each (image, class) pair, in ascending order.
+        targets: [P] int64, the class of each pair.
+        layers: Names of the target layers, from the shallowest to the deepest.
+        baseline: [classes] float32, logits of an input of zeros.
+        chunk: How many inputs that it makes, such as masked images, a method holds at a time.
+        mean: Per channel, of pixels in [0, 1], that the images were normalised with.
+        std: Per channel, of pixels in [0, 1], that the images were normalised with.
     """
 
     images: Floats
     activations: Activations
-    owner: NDArray[np.int64]
-    targets: NDArray[np.int64]
+    owner: Classes
+    targets: Classes
     layers: tuple[str, ...]
     baseline: Floats
     chunk: int
@@ -56,19 +62,27 @@ class Batch:
     def pixels(self) -> Floats:
         """The images before they were normalised, [B, C, H, W] float32 in [0, 1]."""
         mean, std = np.array([self.mean, self.std], np.float32)[:, :, None, None]
-        found: Floats = self.images * std + mean
-        return found
+        pixels: Floats = self.images * std + mean
+        return pixels
 
     def colour(self, level: float) -> Floats:
-        """Grey pixels of a level in [0, 1] as the network gets them, [C, 1, 1] float32."""
-        found = (level - np.array(self.mean)) / np.array(self.std)
+        """Make grey pixels as the network gets them.
+
+        Args:
+            level: Their brightness, in [0, 1].
+
+        Returns:
+            [C, 1, 1] float32.
+        """
+        values = (level - np.array(self.mean)) / np.array(self.std)
         shape = (self.images.shape[1], 1, 1)
-        return np.broadcast_to(found.astype(np.float32)[:, None, None], shape)
+        return np.broadcast_to(values.astype(np.float32)[:, None, None], shape)
 
     def place_of(self, layer: str) -> int:
-        """Where a target layer stands among the layers, the final one for an empty name.
+        """Find a target layer's place among the layers, the last place for an empty name.
 
-        Raises OptionError for one that is not there.
+        Raises:
+            OptionError: The bundle has no such layer.
         """
         return places_of([layer], self.layers)[0] if layer else len(self.layers) - 1
 
@@ -77,9 +91,12 @@ class Batch:
 class LayerPartition:
     """A target layer's channels in collections, for each of P (image, class) pairs.
 
-    labels: [P, C] int32, the collection of each channel.   count: [P] int32.
-    quality: [P, k_max - k_min + 1] float32, the mean dispersion-separation ratio for each number
-        of collections tried; -1 where there were too few distinct channels.
+    Attributes:
+        name: The layer.
+        labels: [P, C] int32, the collection of each channel.
+        count: [P] int32, how many collections there are.
+        quality: [P, k_max - k_min + 1] float32, the mean dispersion-separation ratio for each
+            number of collections tried; -1 where there were too few distinct channels.
     """
 
     name: str
@@ -87,11 +104,16 @@ class LayerPartition:
     count: NDArray[np.int32]
     quality: Floats
 
+    def take(self, rows: NDArray[np.intp]) -> LayerPartition:
+        """Keep some of the pairs."""
+        return LayerPartition(self.name, self.labels[rows], self.count[rows], self.quality[rows])
+
 
 class MaskSequence(Sequence[Floats]):
     """Each pair's masks [N, H, W] float32, drawn when they are asked for.
 
-    draws: one function for each pair.
+    Args:
+        draws: One function for each pair, which draws its masks.
     """
 
     def __init__(self, draws: Sequence[Callable[[], Floats]]) -> None:
@@ -111,6 +133,10 @@ class MaskSequence(Sequence[Floats]):
             return MaskSequence(self._draws[index])
         return self._draws[index]()
 
+    def take(self, rows: NDArray[np.intp]) -> MaskSequence:
+        """Keep some of the pairs."""
+        return MaskSequence([self._draws[row] for row in rows])
+
     def __add__(self, other: MaskSequence) -> MaskSequence:
         return MaskSequence(self._draws + other._draws)
 
@@ -119,8 +145,13 @@ class MaskSequence(Sequence[Floats]):
 class MethodResult:
     """A method's result for P pairs.
 
-    raw_saliency: [P, H, W] float32.   saliency: the same, each map scaled to [0, 1].
-    layers, masks, weights, mic: see Explanation.
+    Attributes:
+        raw_saliency: [P, H, W] float32, as the method defines it.
+        saliency: [P, H, W] float32, each map scaled to [0, 1].
+        layers: See Explanation.
+        masks: See Explanation.
+        weights: See Explanation.
+        mic: See Explanation.
     """
 
     raw_saliency: Floats
@@ -134,9 +165,15 @@ class MethodResult:
     def of_maps(
         cls, raw: Floats, weights: Sequence[Floats] = (), mic: Sequence[Floats] = ()
     ) -> MethodResult:
-        """A result of maps [P, H, W] float32 alone, whose masks, if it had any, were not kept.
+        """Make the result of a method that keeps no masks.
 
-        Raises BackendError for maps that are not finite.
+        Args:
+            raw: [P, H, W] float32, the maps.
+            weights: [N] float32 for each pair, or nothing.
+            mic: [N] float32 for each pair, or nothing.
+
+        Raises:
+            BackendError: A map is not finite.
         """
         if not np.isfinite(raw).all():
             raise BackendError(
@@ -148,6 +185,88 @@ class MethodResult:
         masks = MaskSequence([lambda: empty] * len(raw))
         return cls(raw, cpu.min_max(raw), (), masks, tuple(weights or none), tuple(mic or none))
 
+    @classmethod
+    def joined(cls, parts: Sequence[MethodResult]) -> MethodResult:
+        """Put the results of one method for different pairs together, in order."""
+        if len(parts) == 1:
+            return parts[0]
+        masks = parts[0].masks
+        for part in parts[1:]:
+            masks = masks + part.masks
+        return cls(
+            np.concatenate([part.raw_saliency for part in parts]),
+            np.concatenate([part.saliency for part in parts]),
+            tuple(map(_join_layers, zip(*(part.layers for part in parts), strict=True))),
+            masks,
+            tuple(weights for part in parts for weights in part.weights),
+            tuple(mic for part in parts for mic in part.mic),
+        )
+
+    def take(self, rows: NDArray[np.intp]) -> MethodResult:
+        """Keep some of the pairs, in the order of `rows`."""
+        return MethodResult(
+            self.raw_saliency[rows],
+            self.saliency[rows],
+            tuple(layer.take(rows) for layer in self.layers),
+            self.masks.take(rows),
+            tuple(self.weights[row] for row in rows),
+            tuple(self.mic[row] for row in rows),
+        )
+
+
+@dataclass(frozen=True)
+class BatchResult:
+    """What a method's run on a batch of B images and P pairs gives.
+
+    Attributes:
+        logits: [B, classes] float32, of the images.
+        owner: [P] int64, the image of each pair, in ascending order.
+        targets: [P] int64, the class of each pair; no pair comes twice.
+        result: The method's result for the pairs.
+    """
+
+    logits: Floats
+    owner: Classes
+    targets: Classes
+    result: MethodResult
+
+
+@dataclass(frozen=True)
+class Context:
+    """The engines that methods run on, and what they need to know of the bundle.
+
+    Attributes:
+        classifier: The engines.
+        layers: Names of the target layers, from the shallowest to the deepest.
+        baseline: [classes] float32, logits of an input of zeros.
+        batch_size: How many pairs, and how many inputs that a method makes, run at a time.
+        mean: Per channel, of pixels in [0, 1], that images are normalised with.
+        std: Per channel, of pixels in [0, 1], that images are normalised with.
+    """
+
+    classifier: Classifier
+    layers: tuple[str, ...]
+    baseline: Floats
+    batch_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def batch(
+        self, images: Floats, activations: Activations, owner: Classes, targets: Classes
+    ) -> Batch:
+        """Make a batch of images and pairs; see Batch."""
+        return Batch(
+            images,
+            activations,
+            owner,
+            targets,
+            self.layers,
+            self.baseline,
+            self.batch_size,
+            self.mean,
+            self.std,
+        )
+
 
 @dataclass(frozen=True)
 class Method(ABC):
@@ -155,32 +274,77 @@ class Method(ABC):
 
     Attributes:
         name: What the command line and results call it.
-
     """
 
     name: ClassVar[str]
+
+    def run(
+        self, images: Floats, owner: Classes, codes: Classes, context: Context, clock: Stopwatch
+    ) -> BatchResult:
+        """Run the backbone, look up the classes, and explain every pair.
+
+        Args:
+            images: [B, C, H, W] float32, preprocessed, at most a batch.
+            owner: [P] int64, the image of each pair, in ascending order.
+            codes: [P] int64, a class, or -1 - r for the image's class of rank r.
+            context: The engines.
+            clock: Counts the seconds of each stage.
+
+        Raises:
+            OptionError: The bundle cannot meet the method's options.
+            BackendError: Logits, features, gradients or maps are not finite.
+        """
+        with clock.stage("backbone"):
+            activations = context.classifier.backbone(images)
+        require_finite_logits(activations.logits)
+        targets = classes_of(owner, codes, activations.logits)
+        kept = first_occurrences(owner, targets)
+        owner, targets = owner[kept], targets[kept]
+        parts = []
+        for rows in row_chunks(len(owner), context.batch_size):
+            batch = context.batch(images, activations, owner[rows], targets[rows])
+            parts.append(self.explain(context.classifier, batch, clock))
+        return BatchResult(activations.logits, owner, targets, MethodResult.joined(parts))
 
     @abstractmethod
     def explain(self, classifier: Classifier, batch: Batch, clock: Stopwatch) -> MethodResult:
         """Explain every pair of a batch.
 
-        Raises OptionError for options that the bundle cannot meet, BackendError for features or
-        gradients that are not finite.
+        Args:
+            classifier: The engines.
+            batch: The images and pairs.
+            clock: Counts the seconds of each stage.
+
+        Raises:
+            OptionError: The bundle cannot meet the method's options.
+            BackendError: Features, gradients or maps are not finite.
         """
 
     def require_support(self, classifier: Classifier, batch: Batch) -> None:
-        """See that a bundle has all that `explain` needs; a pass or two of its graphs.
+        """Make sure that a bundle has all that `explain` needs, in a pass or two of its graphs.
 
-        Methods that explain in more than that see it in another way.   batch: of a single pair.
-        Raises what `explain` would, but for what depends on the images.
+        Methods whose explanation takes more passes than that find it out in another way.
+
+        Args:
+            classifier: The engines.
+            batch: One pair.
+
+        Raises:
+            OptionError: As `explain`, except for what depends on the images.
+            BackendError: As `explain`, except for what depends on the images.
         """
         self.explain(classifier, batch, Stopwatch())
 
 
 def places_of(layers: Sequence[str], names: Sequence[str]) -> list[int]:
-    """Where some layers stand among the bundle's, from the shallowest to the deepest.
+    """Find the places of some layers among the bundle's, from the shallowest to the deepest.
 
-    Raises OptionError for one that is not there.
+    Args:
+        layers: Names of layers, in any order.
+        names: Names of the bundle's target layers.
+
+    Raises:
+        OptionError: The bundle does not have one of the layers.
     """
     for layer in layers:
         if layer not in names:
@@ -189,22 +353,32 @@ def places_of(layers: Sequence[str], names: Sequence[str]) -> list[int]:
 
 
 def not_finite(layer: str) -> BackendError:
-    """The error for a layer whose features or gradients are NaN or infinite."""
+    """Make the error for a layer whose features or gradients are NaN or infinite."""
     return BackendError(
         f'layer "{layer}" has NaN or infinite features or gradients for these images; '
         "a bundle in fp32 has the wider range"
     )
 
 
+def require_finite_logits(logits: Floats) -> None:
+    """Raise BackendError where logits are NaN or infinite."""
+    if not np.isfinite(logits).all():
+        raise BackendError("the classifier gives NaN or infinite logits for these images")
+
+
 class Stopwatch:
-    """Adds up the seconds spent in named stages."""
+    """Adds up the seconds spent in named stages.
+
+    Args:
+        now: Seconds on a clock that only goes forward.
+    """
 
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
         self.seconds: dict[str, float] = {}
         self._now = now
 
     def add(self, stages: Iterable[tuple[str, float]]) -> None:
-        """Count seconds that were measured elsewhere to stages."""
+        """Count seconds that were measured elsewhere to their stages."""
         for name, seconds in stages:
             self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
@@ -216,3 +390,12 @@ class Stopwatch:
             yield
         finally:
             self.add([(name, self._now() - started)])
+
+
+def _join_layers(parts: tuple[LayerPartition, ...]) -> LayerPartition:
+    return LayerPartition(
+        parts[0].name,
+        np.concatenate([part.labels for part in parts]),
+        np.concatenate([part.count for part in parts]),
+        np.concatenate([part.quality for part in parts]),
+    )

@@ -347,6 +347,6 @@ def test_floor_runs_the_passes_of_an_explanation(digits: ccam.Explainer) -> None
     for image in range(2):
         own = scores[case.owner == image, case.targets[image]]
         counted = result.weights[image] > 0
-        base = digits._baseline[case.targets[image]]
+        base = digits.bundle.precision("fp32").baseline_logits[case.targets[image]]
         np.testing.assert_allclose(own - base, result.mic[image][counted], atol=1e-4)
     floor_call(digits, case)()

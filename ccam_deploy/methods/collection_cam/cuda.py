@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ccam_deploy.arrays import Floats
+from ccam_deploy.arrays import Classes, Floats
 from ccam_deploy.bundle.manifest import Manifest
+from ccam_deploy.engines import Classifier
 from ccam_deploy.engines.cuda.slots import Slot, Slots, Use
 from ccam_deploy.kernels.cuda.geometry import Geometry
 from ccam_deploy.methods.base import (
+    Batch,
+    BatchResult,
+    Context,
     LayerPartition,
     MaskSequence,
+    Method,
     MethodResult,
     Stopwatch,
     not_finite,
+    require_finite_logits,
 )
 from ccam_deploy.methods.collection_cam.cpu import CollectionCAM, draw_masks
 from ccam_deploy.methods.collection_cam.memory import Setup
 from ccam_deploy.methods.collection_cam.pipeline import HostArrays, Pipeline
 from ccam_deploy.methods.scores import score_of
+from ccam_deploy.targets import first_occurrences
 
 
 class DeviceCollectionCAM:
@@ -185,3 +192,33 @@ def _sizes(pipeline: Pipeline, images: Floats, options: CollectionCAM) -> list[t
         _, results = pipeline.run(part, np.arange(len(part)), best, k_range, Stopwatch())
         found.append((len(part), sum(len(result["scores"]) for result in results)))
     return found
+
+
+@dataclass(frozen=True)
+class CudaCollectionCAM(Method):
+    """Collection-CAM with everything between upload and download on a GPU.
+
+    Attributes:
+        method: Collection-CAM with its options.
+        device: The slots that it runs on.
+    """
+
+    name = CollectionCAM.name
+    method: CollectionCAM
+    device: DeviceCollectionCAM
+
+    def run(
+        self, images: Floats, owner: Classes, codes: Classes, context: Context, clock: Stopwatch
+    ) -> BatchResult:
+        """Explain every pair; see Method. Ranks are looked up on the GPU."""
+        logits, targets, parts = self.device.explain(images, owner, codes, self.method, clock)
+        require_finite_logits(logits)
+        result = MethodResult.joined(parts)
+        kept = first_occurrences(owner, targets)
+        if len(kept) == len(owner):
+            return BatchResult(logits, owner, targets, result)
+        return BatchResult(logits, owner[kept], targets[kept], result.take(kept))
+
+    def explain(self, classifier: Classifier, batch: Batch, clock: Stopwatch) -> MethodResult:
+        """Explain activations that are on the host: on the CPU; see Method."""
+        return self.method.explain(classifier, batch, clock)

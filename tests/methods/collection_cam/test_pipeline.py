@@ -16,6 +16,7 @@ pytest.importorskip("numba.cuda")
 import ccam_deploy as ccam
 from ccam_deploy.errors import BackendError
 from ccam_deploy.methods import CollectionCAM
+from ccam_deploy.targets import Top
 from tests.bundles import Bundles
 from tests.engines.cuda.host_device import Call, Job, Report, run
 from tests.helpers import noise
@@ -108,6 +109,17 @@ def test_small_batches_and_chunks_give_the_same(bundle: Path, device: Run, preci
         for batch_size, masks in ((8, 64), (2, 3))
     )
     assert_same(split, whole, 1e-6 if precision == "fp32" else 1e-3)
+
+
+def test_a_class_named_and_among_the_best_is_explained_once(bundle: Path, device: Run) -> None:
+    """Ranks are looked up on the device, so a class that comes twice is dropped afterwards."""
+    images = noise(2, 3, 16, 24)
+    call = Call(images, [[Top(2), 0, 1, 2, 3, 4], Top(1)], OPTIONS)
+    got = device(Job(bundle, (call,))).results[0]
+    with ccam.load(bundle, backend="onnxruntime-cpu") as explainer:
+        expected = explainer.explain(images, call.targets, method=OPTIONS)
+    assert len(got) == len(got.masks) == len(got.weights) == 6
+    assert_same(got, expected, 1e-5)
 
 
 def test_cuda_graphs_give_the_same_bits(bundle: Path, device: Run) -> None:

@@ -17,7 +17,7 @@ from ccam_deploy.engines.tensorrt import plans
 from ccam_deploy.engines.tensorrt.library import load_library
 from ccam_deploy.examples.photographs import photographs
 from ccam_deploy.export.architecture import import_module
-from ccam_deploy.export.recipe import Recipe, random_model, read_recipe
+from ccam_deploy.export.recipe import Recipe, random_model, read_recipe, recipe_settings
 from tests.bundles import export_recipe
 from tests.export.agreement import assert_agrees
 from tests.helpers import RECIPES
@@ -54,6 +54,13 @@ def test_all_promised_recipes_exist() -> None:
         "resnet50",
         "vgg19",
     } == set(NETWORKS)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_classes_are_named_after_torchvision_s_weights(name: str) -> None:
+    labels = recipe_settings(recipe_named(name), RECIPES).labels
+    assert len(labels) == 1000
+    assert (labels[0], labels[281]) == ("tench", "tabby")
 
 
 @pytest.mark.nightly

@@ -31,6 +31,7 @@ def test_why_a_command_failed_is_shown() -> None:
     assert str(caught.value).startswith("no such layer\nfailed: ")
 
 
+@pytest.mark.slow
 def test_why_an_export_failed_is_shown(tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as caught:
         harness.export("nonet", tmp_path / "nonet")

@@ -52,6 +52,7 @@ def test_exit_code_where_nothing_works(
     assert not result.stderr
 
 
+@pytest.mark.slow
 def test_this_machine() -> None:
     """The CPU's engine is installed wherever the tests run."""
     backends = json.loads(success("doctor", "--json").stdout)["backends"]

@@ -77,6 +77,7 @@ def test_the_file_says_what_its_numbers_are(digits_bundle: Path, tmp_path: Path)
     assert set(settings["definitions"]) >= {"boxes", "guided", "recall", "best_iou"}
 
 
+@pytest.mark.slow
 def test_peaks_make_boxes_of_scenes_better(digits_bundle: Path, tmp_path: Path) -> None:
     """As the paper's Figure 9 shows: on single objects by far, with as many boxes."""
     pytest.importorskip("sklearn", reason="scikit-learn is not installed")

@@ -37,6 +37,7 @@ def one_hot(classes: tuple[int, ...], count: int) -> torch.Tensor:
     return torch.eye(count)[list(classes)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rule", "method"),
     [
@@ -69,6 +70,7 @@ def test_captums_own_settings(digits_case: Case) -> None:
     assert_same(got, expected.sum(1).detach().numpy())
 
 
+@pytest.mark.slow
 def test_guided_backprop_is_captums(case: Case) -> None:
     got = case.explain(GuidedBackprop("sum")).raw_saliency
     images = torch.from_numpy(case.images).requires_grad_()
@@ -77,6 +79,7 @@ def test_guided_backprop_is_captums(case: Case) -> None:
     assert_same(got, expected.sum(1).detach().numpy())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["smoothgrad", "smoothgrad_sq"])
 def test_smoothgrad_is_captums(case: Case, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the same noise: Captum's own cannot be given, so it is put in the place of PyTorch's."""

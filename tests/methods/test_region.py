@@ -49,6 +49,7 @@ def score_cam_in_pytorch(case: Case, image: int, weights: str) -> Floats:
     return enlarged(total.relu()[None], case.images.shape[2:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", ["increase", "probability"])
 def test_score_cam_follows_its_equations(digits_case: Case, weights: Any) -> None:
     result = digits_case.explain(ScoreCAM(weights=weights))
@@ -76,6 +77,7 @@ def test_score_cam_with_softmax_is_torchcams(case: Case) -> None:
     assert_correlated(got - mean, expected - mean, least=0.99)
 
 
+@pytest.mark.slow
 def test_score_cam_keeps_each_channels_weight(digits_case: Case) -> None:
     """The map follows from weights and features; the increase is over an input of zeros."""
     result = digits_case.explain("score-cam")
@@ -96,6 +98,7 @@ def test_score_cam_keeps_each_channels_weight(digits_case: Case) -> None:
         assert result.mic[pair][channel] == pytest.approx(gain, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_channels_that_vary_most_are_used(digits_case: Case) -> None:
     whole = digits_case.explain(ScoreCAM(weights="probability"))
     few = digits_case.explain(ScoreCAM(weights="probability", channels=5))
@@ -127,6 +130,7 @@ def test_rise_with_masks_given_is_its_authors(case: Case, tmp_path: Path) -> Non
         assert_same(result.raw_saliency[image][None], expected[None])
 
 
+@pytest.mark.slow
 def test_rise_depends_on_its_seed_alone(digits_case: Case) -> None:
     bundle, networks = digits_case.explainer.bundle, digits_case.explainer.networks
     options = RISE(masks=50, seed=3)
@@ -223,6 +227,7 @@ def test_classes_of_an_image_share_its_forwards(method: Method, each: int) -> No
         np.testing.assert_allclose(whole.raw_saliency[pair], alone.raw_saliency[0], atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "channels", "masks"),
     [

@@ -90,6 +90,7 @@ def xrai_by_definition(
     return found
 
 
+@pytest.mark.slow
 def test_xrai_follows_its_algorithm(case: Case) -> None:
     """Regions are taken by our own gradients: Captum's, rounded otherwise, may swap two of them."""
     options = [IntegratedGradients(8, "midpoint", colour, "sum") for colour in BASELINES]

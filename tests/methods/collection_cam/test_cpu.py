@@ -25,8 +25,8 @@ def groups(labels: np.ndarray) -> set[frozenset[int]]:
     "options",
     [
         CollectionCAM(),
-        CollectionCAM(theta=0.5, k_max=4),
-        CollectionCAM(score="probability"),
+        pytest.param(CollectionCAM(theta=0.5, k_max=4), marks=pytest.mark.slow),
+        pytest.param(CollectionCAM(score="probability"), marks=pytest.mark.slow),
     ],
     ids=["defaults", "theta-and-k", "probability"],
 )

@@ -10,10 +10,16 @@ _BREAKING = ("Cc", "Cs", "Zl", "Zp")
 
 
 def one_line(text: object) -> str:
-    r"""Some text as one line; what would break the line or steer a terminal is shown escaped.
+    r"""Escape whatever would break a line or steer a terminal.
 
     File names may hold any character but "/" and NUL: a line feed in one becomes "\n". Bytes of
-    a name that are no text become "\udc80" and the like.
+    a name that are not text become "\udc80" and the like.
+
+    Args:
+        text: Anything that `str` turns into text.
+
+    Returns:
+        The text on one line, which can be encoded; text without such characters is unchanged.
     """
     return "".join(
         letter.encode("unicode_escape").decode() if _breaks(letter) else letter

@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from ccam_deploy import render
-from ccam_deploy.arrays import Floats
+from ccam_deploy.arrays import Classes, Floats
 from ccam_deploy.engines import Classifier
 from ccam_deploy.errors import OptionError
 from ccam_deploy.fidelity.similarity import WINDOW, hog_similarity, spearman, ssim
@@ -93,7 +92,7 @@ class SanityCheck:
         stages: Every stage, cascading ones first.
     """
 
-    targets: NDArray[np.int64]
+    targets: Classes
     trained: Floats
     stages: tuple[Stage, ...]
 
@@ -147,16 +146,11 @@ def compare_randomised(
         )
         return method.explain(classifier, batch, Stopwatch()).saliency
 
-    targets: NDArray[np.int64] = classifier.backbone(images).logits.argmax(axis=1)
+    targets: Classes = classifier.backbone(images).logits.argmax(axis=1)
     trained = explain()
-    parts = classifier.parts[:limit]
-    plan: list[tuple[Mode, str, tuple[str, ...]]] = [
-        ("cascading", part, parts[: number + 1]) for number, part in enumerate(parts)
-    ]
-    plan += [("independent", part, (part,)) for part in parts]
     stages = []
     try:
-        for mode, layer, random in plan:
+        for mode, layer, random in _plan(classifier.parts[:limit]):
             classifier.randomise(random)
             maps = explain()
             stages.append(Stage(mode, layer, *_agreement(maps, trained), maps))
@@ -164,6 +158,14 @@ def compare_randomised(
     finally:
         classifier.randomise(())
     return SanityCheck(targets, trained, tuple(stages))
+
+
+def _plan(parts: Sequence[str]) -> list[tuple[Mode, str, tuple[str, ...]]]:
+    """Each stage's mode, layer and all layers that are random in it."""
+    plan: list[tuple[Mode, str, tuple[str, ...]]] = [
+        ("cascading", part, tuple(parts[: number + 1])) for number, part in enumerate(parts)
+    ]
+    return [*plan, *(("independent", part, (part,)) for part in parts)]
 
 
 def picture(

@@ -22,7 +22,7 @@ from ccam_deploy.latency.conditions import CPU, Gpu, gpu, peak_memory
 
 
 class _Spans(msgspec.Struct, frozen=True):
-    """What the fresh process measures of itself; see ColdStart."""
+    """Figures that the fresh process measures of itself; see ColdStart."""
 
     imports_ms: float
     load_ms: float
@@ -103,16 +103,11 @@ def measure_cold_start(
     if process.returncode or not line:
         last = error_lines[-1:] or [f"it ended with {process.returncode}"]
         raise BackendError(f"the cold start failed: {last[0]}")
-    spans = msgspec.json.decode(line, type=_Spans)
     return ColdStart(
         batch=batch,
         total_ms=_milliseconds(total),
-        imports_ms=spans.imports_ms,
-        load_ms=spans.load_ms,
-        first_ms=spans.first_ms,
-        second_ms=spans.second_ms,
-        peak_memory_mib=spans.peak_memory_mib,
         device_memory_mib=_memory_taken(before, after),
+        **msgspec.structs.asdict(msgspec.json.decode(line, type=_Spans)),
     )
 
 

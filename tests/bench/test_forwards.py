@@ -41,21 +41,21 @@ def test_what_is_timed(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> No
             return plain(engine, feeds)
 
         monkeypatch.setattr(OnnxRuntimeEngine, "_run_impl", counting)
-        found = bench.measure(explainer, noise(1, 3, 32, 48), "score-cam", rounds=2)
-    assert found["runs"] == 2
-    assert len(counted) == found["runs"] * (1 + 2 * (1 + 2))
-    assert found["masked_images"] == 8
-    assert found["explain_ms"]["calls"] == found["forwards_ms"]["calls"] == 2
-    assert set(found["stages_ms"]) == {"preprocess", "backbone", "masks", "classifier", "combine"}
-    json.dumps(found)
+        figures = bench.measure(explainer, noise(1, 3, 32, 48), "score-cam", rounds=2)
+    assert figures["runs"] == 2
+    assert len(counted) == figures["runs"] * (1 + 2 * (1 + 2))
+    assert figures["masked_images"] == 8
+    assert figures["explain_ms"]["calls"] == figures["forwards_ms"]["calls"] == 2
+    assert set(figures["stages_ms"]) == {"preprocess", "backbone", "masks", "classifier", "combine"}
+    json.dumps(figures)
 
 
 def test_table() -> None:
-    found = {
+    figures = {
         "masked_images": 512,
         "explain_ms": {"median": 1070.0, "spread": 0.02},
         "forwards_ms": {"median": 1000.0, "spread": 0.04},
         "overhead": 1.0712,
     }
-    lines = bench.table({"resnet18": {"score-cam": found}}).splitlines()
+    lines = bench.table({"resnet18": {"score-cam": figures}}).splitlines()
     assert lines[2:] == ["| resnet18 | score-cam | 512 | 1070 | 1000 | 1.071 | 4% |"]

@@ -60,9 +60,9 @@ def test_steps_are_timed_in_turn_without_what_is_warm_up() -> None:
     seconds = bench.time_on_device(cast(Device, device), steps, 3)
     assert seconds == {"one": pytest.approx([1, 2, 6]), "other": pytest.approx([10, 20, 30])}
     assert device.captured == 2
-    found = bench.distribution(seconds)
-    assert (found["one"]["median"], found["other"]["median"]) == (2000, 20000)
-    assert found["sum"]["median"] == 22000  # the median of 11, 22 and 36
+    distribution = bench.distribution(seconds)
+    assert (distribution["one"]["median"], distribution["other"]["median"]) == (2000, 20000)
+    assert distribution["sum"]["median"] == 22000  # the median of 11, 22 and 36
 
 
 @pytest.mark.parametrize("network", bench.SHAPES)
@@ -82,15 +82,15 @@ def test_shapes_are_those_of_the_target_layers(network: str) -> None:
     names = stages if network == "vgg19" else ("layer1", "layer2", "layer3", "layer4")
     import torch
 
-    found: list[tuple[int, ...]] = []
+    outputs: list[tuple[int, ...]] = []
     with torch.device("meta"):
         model = getattr(models, network)().eval()
         for name in names:
             model.get_submodule(name).register_forward_hook(
-                lambda module, inputs, output: found.append(tuple(output.shape[1:]))
+                lambda module, inputs, output: outputs.append(tuple(output.shape[1:]))
             )
         model(torch.zeros(1, 3, 224, 224))
-    assert tuple(found) == bench.SHAPES[network]
+    assert tuple(outputs) == bench.SHAPES[network]
 
 
 def measure_on_simulator() -> dict[str, Any]:
@@ -105,9 +105,9 @@ def measure_on_simulator() -> dict[str, Any]:
 def test_the_kernels_run() -> None:
     pytest.importorskip("numba_cuda", reason="numba-cuda is missing")
     with simulator() as pool:
-        found = pool.submit(measure_on_simulator).result()
-    assert 2 * 2 * 2 <= found["masks"] <= 2 * (6 + 5)
-    assert list(found["kernels_ms"]) == [
+        result = pool.submit(measure_on_simulator).result()
+    assert 2 * 2 * 2 <= result["masks"] <= 2 * (6 + 5)
+    assert list(result["kernels_ms"]) == [
         "output_gradient",
         "statistics",
         "partition",
@@ -117,7 +117,7 @@ def test_the_kernels_run() -> None:
         "combine",
         "sum",
     ]
-    assert all(spent["median"] > 0 for spent in found["kernels_ms"].values())
+    assert all(spent["median"] > 0 for spent in result["kernels_ms"].values())
 
 
 def test_table() -> None:
@@ -148,9 +148,9 @@ def test_files(
     monkeypatch.setattr(bench, "open_device", open_device)
     monkeypatch.setattr(bench, "measure", measure)
     bench.main(["--rounds", "4", "--output", str(tmp_path / "new")])
-    found = json.loads((tmp_path / "new" / "kernels.json").read_text())
-    assert list(found["results"]) == [f"{n}-{b}" for n in bench.SHAPES for b in bench.BATCHES]
-    assert found["results"]["vgg19-8"]["kernels_ms"]["sums"]["calls"] == 4
+    result = json.loads((tmp_path / "new" / "kernels.json").read_text())
+    assert list(result["results"]) == [f"{n}-{b}" for n in bench.SHAPES for b in bench.BATCHES]
+    assert result["results"]["vgg19-8"]["kernels_ms"]["sums"]["calls"] == 4
     assert "Made by `python -m bench.bench_kernels" in (tmp_path / "new" / "kernels.md").read_text()
     assert "| sums | 1000 / 1000 |" in capsys.readouterr().out
     assert all(device.closed for device in devices)

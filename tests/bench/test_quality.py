@@ -60,22 +60,22 @@ def test_a_part_says_that_it_is_one(
     words = ["--bundle", str(digits_bundle), "--limit", "2", "--rounds", "1"]
     words += ["--methods", "collection-cam,xrai"]
     bench.main([*words, "--output", str(output), "--work", str(tmp_path / "work")])
-    found = json.loads(output.read_text())
-    assert found["limit"] == 2
-    assert found["settings"]["images"] == 2
-    assert set(found["results"]) == {"Methods", "theta", "layers"}
-    assert set(found["results"]["theta"]) == {"collection-cam", "theta=0.5"}
-    assert found["results"]["Methods"]["collection-cam"]["deletion"]["images"] == 2
-    assert found["ms"]["collection-cam"]["calls"] == 1
-    assert list(found["not_run"]) == ["xrai"]
-    assert tuple(found["origins"]) == DIGITS_LAYERS
+    result = json.loads(output.read_text())
+    assert result["limit"] == 2
+    assert result["settings"]["images"] == 2
+    assert set(result["results"]) == {"Methods", "theta", "layers"}
+    assert set(result["results"]["theta"]) == {"collection-cam", "theta=0.5"}
+    assert result["results"]["Methods"]["collection-cam"]["deletion"]["images"] == 2
+    assert result["ms"]["collection-cam"]["calls"] == 1
+    assert list(result["not_run"]) == ["xrai"]
+    assert tuple(result["origins"]) == DIGITS_LAYERS
     for share in ("weight", "energy"):
-        assert sum(one[share] for one in found["origins"].values()) == pytest.approx(100)
-    layers = found["results"]["layers"]
-    default = found["results"]["Methods"]["collection-cam"]
+        assert sum(shares[share] for shares in result["origins"].values()) == pytest.approx(100)
+    layers = result["results"]["layers"]
+    default = result["results"]["Methods"]["collection-cam"]
     assert layers["collection-cam, 4 of 4 layers"] == default
     text = output.with_suffix(".md").read_text()
     assert "**A part of the 500 test images: 2.**" in text
     assert "- xrai was not measured: the bundle has no input_gradient graph" in text
     assert "## Ablation: layers" in text
-    assert "--methods collection-cam,xrai --limit 2" in found["command"]
+    assert "--methods collection-cam,xrai --limit 2" in result["command"]

@@ -50,17 +50,17 @@ def test_table_has_the_paper_beside() -> None:
 
 def test_one_bundle_is_measured(tiny_bundle: Path) -> None:
     names = ["collection-cam", "grad-cam", "recipro-cam"]
-    found = bench.measure(tiny_bundle, rounds=2, duration=0.0, names=names)
-    json.dumps(found)
-    assert list(found["methods"]) == ["collection-cam", "grad-cam"]
-    assert "--head" in found["refused"]["recipro-cam"]
-    own = found["methods"]["collection-cam"]
-    assert own["ms"]["calls"] == 2
-    assert own["ratio"] == 1
-    assert found["masks"] >= 2
-    text = bench.markdown(bench.report({"tiny-32": found}, "python -m bench.bench_table2"))
+    result = bench.measure(tiny_bundle, rounds=2, duration=0.0, names=names)
+    json.dumps(result)
+    assert list(result["methods"]) == ["collection-cam", "grad-cam"]
+    assert "--head" in result["refused"]["recipro-cam"]
+    figures = result["methods"]["collection-cam"]
+    assert figures["ms"]["calls"] == 2
+    assert figures["ratio"] == 1
+    assert result["masks"] >= 2
+    text = bench.markdown(bench.report({"tiny-32": result}, "python -m bench.bench_table2"))
     assert "Made by `python -m bench.bench_table2`." in text
-    assert found["backend"] in text
+    assert result["backend"] in text
     assert ", fp32, random weights" in text
 
 

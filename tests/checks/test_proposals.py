@@ -106,9 +106,9 @@ def square(side: int, size: tuple[int, int]) -> Image.Image:
 def test_selective_search_finds_a_square(mode: proposals.Mode) -> None:
     pytest.importorskip("cv2", reason="OpenCV is not installed")
     picture = square(40, (120, 90))
-    found = proposals.selective_search(picture, mode)
-    assert max(iou(box, (30, 20, 70, 60)) for box in found) > 0.9
-    assert all(0 <= left < right <= 120 and 0 <= top < low <= 90 for left, top, right, low in found)
+    boxes = proposals.selective_search(picture, mode)
+    assert max(iou(box, (30, 20, 70, 60)) for box in boxes) > 0.9
+    assert all(0 <= left < right <= 120 and 0 <= top < low <= 90 for left, top, right, low in boxes)
 
 
 def test_selective_search_is_the_same_every_time() -> None:
@@ -125,8 +125,8 @@ def test_selective_search_is_the_same_every_time() -> None:
 def test_large_pictures_are_searched_at_a_smaller_size() -> None:
     pytest.importorskip("cv2", reason="OpenCV is not installed")
     picture = square(400, (1500, 600))
-    found = proposals.selective_search(picture)
-    assert max(iou(box, (30, 20, 430, 420)) for box in found) > 0.9
+    boxes = proposals.selective_search(picture)
+    assert max(iou(box, (30, 20, 430, 420)) for box in boxes) > 0.9
 
 
 def test_an_unknown_mode() -> None:

@@ -48,10 +48,10 @@ def last_stage(method: Method) -> sanity.Stage:
     with limited_threads(1):
         classifier, images = open_randomised(digits_model(), (96, 96), None, settings)
         assert classifier.layers == DIGITS_LAYERS
-        found = sanity.compare_randomised(
+        check = sanity.compare_randomised(
             classifier, images, method, mean=settings.mean, std=settings.std
         )
-        return found.of("cascading")[-1]
+        return check.of("cascading")[-1]
 
 
 def passes(stage: sanity.Stage) -> bool:
@@ -98,8 +98,8 @@ def test_a_map_turned_upside_down_is_alike() -> None:
 
         def explain(self, classifier: Classifier, batch: Batch, clock: Stopwatch) -> MethodResult:
             self.calls.append(1)
-            found = super().explain(classifier, batch, clock)
-            return found if len(self.calls) == 1 else MethodResult.of_maps(-found.raw_saliency)
+            result = super().explain(classifier, batch, clock)
+            return result if len(self.calls) == 1 else MethodResult.of_maps(-result.raw_saliency)
 
     images = noise(2, 3, 32, 48)
     stage = sanity.compare_randomised(
@@ -126,18 +126,18 @@ def test_layers_from_the_last_one_down() -> None:
     assert tiny_classifier().parts == ("head", "conv2", "conv1")
 
 
-@pytest.mark.parametrize("chosen", [("head",), ("conv2",), ("conv1", "head")])
-def test_only_the_chosen_layers_become_random(chosen: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("layers", [("head",), ("conv2",), ("conv1", "head")])
+def test_only_these_layers_become_random(layers: tuple[str, ...]) -> None:
     """Compared with the module itself, its layers exchanged for what the classifier drew."""
     classifier, images = tiny_classifier(), noise(2, 3, 32, 48)
-    classifier.randomise(chosen)
+    classifier.randomise(layers)
     model = tiny()
     drawn = dict(classifier._program.graph.named_buffers())
     owners = {"norm1": "conv1"}
     with torch.no_grad():
         for name, value in [*model.named_parameters(), *model.named_buffers()]:
             module = name.split(".")[0]
-            if owners.get(module, module) in chosen and "num_batches" not in name:
+            if owners.get(module, module) in layers and "num_batches" not in name:
                 new = next(v for n, v in drawn.items() if n[2:] == name.replace(".", "_"))
                 assert value.dim() < 2 or not torch.equal(new, value)
                 value.copy_(new)
@@ -274,7 +274,7 @@ def test_picture_has_a_row_for_each_image_and_mode() -> None:
         (left, first), (_, second) = places(image)
         trained, *drawn = (places(render.overlay(image, values[number])) for values in maps)
         assert [y for _, y in trained] == [first, second]
-        assert [[y for _, y in found] for found in drawn] == [[first], [first], [second], [second]]
+        assert [[y for _, y in peaks] for peaks in drawn] == [[first], [first], [second], [second]]
         columns = [left, trained[0][0], *(x for ((x, _),) in drawn)]
         assert columns[:4] == sorted(set(columns))
         assert columns[4:] == columns[2:4]

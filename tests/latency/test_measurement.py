@@ -151,8 +151,8 @@ def test_every_image_is_measured() -> None:
 
 def test_the_last_batch_is_filled_up() -> None:
     explainer = cast(ccam.Explainer, FakeExplainer(FakeClock()))
-    found = make_cases(explainer, [picture(value) for value in (1, 2, 3)], 2)
-    assert [case.images.ravel().tolist() for case in found] == [[1, 2], [3, 1]]
+    cases = make_cases(explainer, [picture(value) for value in (1, 2, 3)], 2)
+    assert [case.images.ravel().tolist() for case in cases] == [[1, 2], [3, 1]]
 
 
 def test_floor_of_many_images_is_cut_like_an_explanation() -> None:
@@ -209,7 +209,7 @@ def test_every_slot_is_warmed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Calls one after the other would all take the same slot, and leave the others cold."""
     fake = FakeExplainer(FakeClock())
     explainer = cast(ccam.Explainer, fake)
-    found = make_cases(explainer, [picture(1), picture(2)], 1)
+    cases = make_cases(explainer, [picture(1), picture(2)], 1)
     slots, opened = fake_slots(3)
     fake.slots = slots
     on: list[tuple[int, float]] = []
@@ -219,7 +219,7 @@ def test_every_slot_is_warmed(monkeypatch: pytest.MonkeyPatch) -> None:
             on.append((opened.index(slot), float(images.sum())))
 
     monkeypatch.setattr(fake, "explain", explain)
-    measurement._warm_slots(explainer, found, 3)
+    measurement._warm_slots(explainer, cases, 3)
     assert sorted(on) == sorted(3 * [(slot, value) for slot in range(3) for value in (1.0, 2.0)])
     with slots.take(), slots.take(), slots.take():  # all are free again
         assert len(opened) == 3
@@ -345,8 +345,8 @@ def test_floor_runs_the_passes_of_an_explanation(digits: ccam.Explainer) -> None
     assert case.targets.tolist() == result.targets.tolist()
     scores = digits.networks.masked_logits(case.images, case.masks, case.owner)
     for image in range(2):
-        own = scores[case.owner == image, case.targets[image]]
+        own_scores = scores[case.owner == image, case.targets[image]]
         counted = result.weights[image] > 0
         base = digits.bundle.precision("fp32").baseline_logits[case.targets[image]]
-        np.testing.assert_allclose(own - base, result.mic[image][counted], atol=1e-4)
+        np.testing.assert_allclose(own_scores - base, result.mic[image][counted], atol=1e-4)
     floor_call(digits, case)()

@@ -22,11 +22,11 @@ from tests.networks import digits_model, tiny
 MODELS = ("module", "program", "script")
 
 
-def digits_as(kind: str, folder: Path) -> Model:
-    """The example classifier, as each kind of model file gives it."""
-    if kind == "program":
+def digits_as(form: str, folder: Path) -> Model:
+    """The example classifier, as each form of model file gives it."""
+    if form == "program":
         return trace_model(digits_model(), (3, 96, 96))
-    if kind == "script":
+    if form == "script":
         example = torch.zeros(2, 3, 96, 96)
         script = torch.jit.trace(digits_model(), example)  # type: ignore[no-untyped-call]
         torch.jit.save(script, folder / "script.pt")
@@ -35,17 +35,17 @@ def digits_as(kind: str, folder: Path) -> Model:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("form", MODELS)
 @pytest.mark.parametrize("index", [0, 3])
 def test_peer_agrees_with_the_explainer(
-    digits: ccam.Explainer, index: int, kind: str, tmp_path: Path
+    digits: ccam.Explainer, index: int, form: str, tmp_path: Path
 ) -> None:
     images, _ = digits.preprocess([example_pictures()[index]])
     result = digits.explain(images)
     shape = digits.bundle.manifest.input
-    model = digits_as(kind, tmp_path)
+    model = digits_as(form, tmp_path)
     peer = plain_pytorch.of_model(
-        model, DIGITS_LAYERS if kind != "script" else _found(model), shape
+        model, DIGITS_LAYERS if form != "script" else layers_of(model), shape
     )
     saliency, count = peer.explain(torch.from_numpy(images[0].copy()))
     different = np.abs(saliency.numpy() - result.raw_saliency[0]) > 1e-4
@@ -53,7 +53,7 @@ def test_peer_agrees_with_the_explainer(
     assert count == np.count_nonzero(result.weights[0])
 
 
-def _found(script: Model) -> list[str]:
+def layers_of(script: Model) -> list[str]:
     """A script has no names of modules: its layers are nodes of its trace."""
     assert isinstance(script, ScriptedModel)
     program = build_program(trace_model(script, (3, 96, 96)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable
 
@@ -50,10 +51,12 @@ def test_load_of_one_thread(duration: float, calls: int) -> None:
 def test_load_runs_threads_at_the_same_time() -> None:
     """Every call waits for one of the other thread; alone, the first would time out."""
     both = threading.Barrier(2)
-    calls: list[Callable[[], object]] = [lambda: both.wait(20), lambda: both.wait(20)]
-    load = measure_load(calls, 0.0, fewest=50)
+    ticks = itertools.count()
+    calls: list[Callable[[], object]] = [lambda: both.wait(60), lambda: both.wait(60)]
+    load = measure_load(calls, 0.0, fewest=50, now=lambda: next(ticks))
     assert [len(seconds) for seconds in load.threads] == [50, 50]
-    assert sum(load.seconds) > load.wall > max(load.seconds)
+    # Two threads read the clock before their first call, and twice for each of 50 calls.
+    assert load.wall == 2 * (1 + 2 * 50) - 1 > max(load.seconds)
     assert load.rate == pytest.approx(100 / load.wall)
 
 
@@ -93,6 +96,6 @@ def test_spread_leaves_the_kinds_out() -> None:
     assert summarise([10, 100] * 4).spread > 1
     assert spread_within_inputs([[10, 100] * 4, [10, 100]], inputs=2) == 0
     assert spread_within_inputs([[8, 100, 10, 100, 12, 100]], inputs=2) == 0
-    own = spread_within_inputs([[8, 80, 10, 100, 12, 120]], inputs=2)
-    assert own == pytest.approx(summarise([0.8, 1, 1.2] * 2).spread)
+    spread = spread_within_inputs([[8, 80, 10, 100, 12, 120]], inputs=2)
+    assert spread == pytest.approx(summarise([0.8, 1, 1.2] * 2).spread)
     assert spread_within_inputs([[1, 2, 3, 4, 5]], inputs=1) == summarise([1, 2, 3, 4, 5]).spread

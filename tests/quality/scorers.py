@@ -18,8 +18,8 @@ class LinearScorer:
 
     def logits(self, images: Floats) -> Floats:
         flat = images.reshape(len(images), -1)
-        found: Floats = (flat.astype(np.float64) @ self.weights.T).astype(np.float32)
-        return found
+        logits: Floats = (flat.astype(np.float64) @ self.weights.T).astype(np.float32)
+        return logits
 
     def masked_logits(self, images: Floats, masks: Floats, owner: NDArray[np.int64]) -> Floats:
         self.sizes.append(len(masks))

@@ -103,10 +103,10 @@ def test_uc_merced_by_name_and_by_alphabet(tmp_path: Path) -> None:
 @pytest.mark.parametrize("split", get_args(scenes.Split))
 def test_scenes_are_the_generators(split: scenes.Split) -> None:
     pytest.importorskip("sklearn", reason="scikit-learn is not installed")
-    for word, kind in (("scenes", "single"), ("scenes:several", "several")):
+    for word, digits in (("scenes", "single"), ("scenes:several", "several")):
         dataset = open_dataset(word, manifest(classes=10), split)
         item = dataset[31]
-        scene = scenes.make_scene(split, 31, kind)  # type: ignore[arg-type]
+        scene = scenes.make_scene(split, 31, digits)  # type: ignore[arg-type]
         assert (item.name, item.target) == (f"{split}-scene-31", scene.digits[0])
         assert item.boxes.tolist() == [list(box) for box in scene.boxes]
         np.testing.assert_array_equal(np.asarray(item.read()), scene.image)
@@ -189,14 +189,14 @@ BROKEN = [
 MAKE: dict[str, Callable[[Path], Path]] = {"imagenet": imagenet, "cub": cub}
 
 
-@pytest.mark.parametrize(("kind", "damage", "message"), BROKEN)
+@pytest.mark.parametrize(("layout", "damage", "message"), BROKEN)
 def test_bad_layouts_are_one_line(
-    tmp_path: Path, kind: str, damage: Callable[[Path], object], message: str
+    tmp_path: Path, layout: str, damage: Callable[[Path], object], message: str
 ) -> None:
-    root = MAKE[kind](tmp_path)
+    root = MAKE[layout](tmp_path)
     damage(root)
     with pytest.raises(DatasetError, match=message) as caught:
-        list(open_dataset(f"{kind}:{root}", manifest(classes=3)))
+        list(open_dataset(f"{layout}:{root}", manifest(classes=3)))
     assert "\n" not in str(caught.value)
 
 

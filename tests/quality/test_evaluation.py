@@ -161,7 +161,7 @@ def test_numbers_are_pytorchs(digits: ccam.Explainer, tmp_path: Path, protocol: 
         assert row.curves["insertion"][-1] == pytest.approx(float(whole[followed]), abs=1e-5)
         if protocol == "paper":
             assert row.curves["insertion"][0] == pytest.approx(float(zeros[followed]), abs=1e-5)
-        areas = {kind: 100 * np.trapezoid(points) / 12 for kind, points in row.curves.items()}
+        areas = {curve: 100 * np.trapezoid(points) / 12 for curve, points in row.curves.items()}
         assert row.values["deletion"] == pytest.approx(areas["deletion"])
         assert row.values["overall"] == pytest.approx(areas["insertion"] - areas["deletion"])
         left, top, right, bottom = item.boxes[0].astype(int)

@@ -16,7 +16,7 @@ from ccam_deploy.quality.metrics import PROTOCOLS, CurveName
 from tests.helpers import noise
 from tests.quality.scorers import LinearScorer, random_scorer
 
-KINDS: tuple[CurveName, CurveName] = ("deletion", "insertion")
+CURVE_NAMES: tuple[CurveName, CurveName] = ("deletion", "insertion")
 NONE = np.zeros((0, 4))
 
 
@@ -33,13 +33,13 @@ def distinct(count: int, height: int, width: int, seed: int = 0) -> Floats:
 
 
 def rise_curve(
-    scorer: LinearScorer, image: Floats, saliency: Floats, kind: CurveName, step: int
+    scorer: LinearScorer, image: Floats, saliency: Floats, curve: CurveName, step: int
 ) -> list[float]:
     """One run of RISE's CausalMetric: pixel by pixel, one image at a time, PyTorch's softmax."""
     height, width = saliency.shape
     everywhere = [(y, x) for y in range(height) for x in range(width)]
     order = sorted(everywhere, key=lambda place: -saliency[place])
-    start, finish = (blurred_by_rise(image), image) if kind == "insertion" else (image, 0 * image)
+    start, finish = (blurred_by_rise(image), image) if curve == "insertion" else (image, 0 * image)
     current = start.copy()
     best = int(scorer.logits(image[None])[0].argmax())
     scores = []
@@ -63,19 +63,19 @@ def blurred_by_rise(image: Floats) -> Floats:
     return blurred[0].numpy().astype(np.float32)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("curve", CURVE_NAMES)
 @pytest.mark.parametrize("shape", [(3, 24, 16), (3, 19, 23)], ids=["whole steps", "a rest"])
-def test_curves_are_rises(kind: CurveName, shape: tuple[int, int, int]) -> None:
+def test_curves_are_rises(curve: CurveName, shape: tuple[int, int, int]) -> None:
     scorer = random_scorer(shape)
     images, maps = noise(3, *shape), distinct(3, *shape[1:])
     best = scorer.logits(images).argmax(axis=1)
-    got = metrics.curves(scorer, images, maps, best, PROTOCOLS["rise"], kind, chunk=4)
-    for image, saliency, curve in zip(images, maps, got, strict=True):
-        expected = rise_curve(scorer, image, saliency, kind, step=8 * shape[2])
-        assert len(curve) == len(expected) == 1 + -(-shape[1] // 8)
-        np.testing.assert_allclose(curve, expected, atol=2e-6)
+    got = metrics.curves(scorer, images, maps, best, PROTOCOLS["rise"], curve, chunk=4)
+    for image, saliency, points in zip(images, maps, got, strict=True):
+        expected = rise_curve(scorer, image, saliency, curve, step=8 * shape[2])
+        assert len(points) == len(expected) == 1 + -(-shape[1] // 8)
+        np.testing.assert_allclose(points, expected, atol=2e-6)
         own_area = (sum(expected) - expected[0] / 2 - expected[-1] / 2) / (len(expected) - 1)
-        assert metrics.area(curve[None])[0] == pytest.approx(own_area, abs=2e-6)
+        assert metrics.area(points[None])[0] == pytest.approx(own_area, abs=2e-6)
 
 
 def test_blur_is_rises() -> None:
@@ -103,10 +103,10 @@ def test_paper_curves_by_hand() -> None:
     image, saliency = np.ones((1, 1, 12, 2), np.float32), distinct(1, 12, 2)
     scorer, one = count_scorer(12, 2), np.array([1])
     seen = {"deletion": [24, 8, 0], "insertion": [0, 16, 24]}
-    for kind in KINDS:
-        curve = metrics.curves(scorer, image, saliency, one, PROTOCOLS["paper"], kind, 2)
-        expected = 1 / (1 + np.exp(-np.array(seen[kind], np.float64)))
-        np.testing.assert_allclose(curve[0], expected, rtol=1e-12)
+    for curve in CURVE_NAMES:
+        points = metrics.curves(scorer, image, saliency, one, PROTOCOLS["paper"], curve, 2)
+        expected = 1 / (1 + np.exp(-np.array(seen[curve], np.float64)))
+        np.testing.assert_allclose(points[0], expected, rtol=1e-12)
 
 
 def test_area_by_hand() -> None:
@@ -122,13 +122,13 @@ def test_perfect_map_beats_every_other() -> None:
     image, one = np.ones((1, 1, 24, 8), np.float32), np.array([1])
 
     def overall(saliency: Floats) -> float:
-        found = {
-            kind: metrics.area(
-                metrics.curves(scorer, image, saliency, one, PROTOCOLS["paper"], kind, 16)
+        areas = {
+            curve: metrics.area(
+                metrics.curves(scorer, image, saliency, one, PROTOCOLS["paper"], curve, 16)
             )[0]
-            for kind in KINDS
+            for curve in CURVE_NAMES
         }
-        return float(found["insertion"] - found["deletion"])
+        return float(areas["insertion"] - areas["deletion"])
 
     best = overall(shares)
     assert best > 0
@@ -164,19 +164,21 @@ def test_constant_map_takes_rows_from_the_top() -> None:
         np.testing.assert_allclose(curve[0], [1 / (1 + np.exp(-16)), 0.5, 0.5], rtol=1e-12)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_no_more_than_a_chunk_is_held(kind: CurveName) -> None:
+@pytest.mark.parametrize("curve", CURVE_NAMES)
+def test_no_more_than_a_chunk_is_held(curve: CurveName) -> None:
     """Chunks cut across images; whichever size they have, the curves are the same."""
     scorer = random_scorer((3, 40, 8))
     images, maps, classes = noise(3, 3, 40, 8), distinct(3, 40, 8), np.array([0, 1, 2])
-    found = []
+    results = []
     for chunk in (1, 5, 100):
         scorer.sizes.clear()
-        found.append(metrics.curves(scorer, images, maps, classes, PROTOCOLS["rise"], kind, chunk))
+        results.append(
+            metrics.curves(scorer, images, maps, classes, PROTOCOLS["rise"], curve, chunk)
+        )
         assert max(scorer.sizes) == min(chunk, 18)
         assert sum(scorer.sizes) == 18
-    np.testing.assert_allclose(found[0], found[2], atol=1e-6)
-    np.testing.assert_allclose(found[1], found[2], atol=1e-6)
+    np.testing.assert_allclose(results[0], results[2], atol=1e-6)
+    np.testing.assert_allclose(results[1], results[2], atol=1e-6)
 
 
 def test_softmax_is_pytorchs() -> None:

@@ -60,18 +60,18 @@ def test_bootstrap_is_scipys() -> None:
     expected = stats.bootstrap(
         (values,), np.mean, n_resamples=20_000, method="percentile", rng=np.random.default_rng(1)
     ).confidence_interval
-    found = report.bootstrap(values, seed=0)
-    assert found.mean == pytest.approx(values.mean())
+    estimate = report.bootstrap(values, seed=0)
+    assert estimate.mean == pytest.approx(values.mean())
     width = expected.high - expected.low
-    assert found.low == pytest.approx(expected.low, abs=0.06 * width)
-    assert found.high == pytest.approx(expected.high, abs=0.06 * width)
-    assert found == report.bootstrap(values, seed=0)
-    assert found != report.bootstrap(values, seed=1)
+    assert estimate.low == pytest.approx(expected.low, abs=0.06 * width)
+    assert estimate.high == pytest.approx(expected.high, abs=0.06 * width)
+    assert estimate == report.bootstrap(values, seed=0)
+    assert estimate != report.bootstrap(values, seed=1)
 
 
 def test_bootstrap_leaves_out_what_was_not_measured() -> None:
-    found = report.bootstrap(np.array([7.0, np.nan, 7.0]), seed=0)
-    assert (found.mean, found.low, found.high, found.images) == (7, 7, 7, 2)
+    estimate = report.bootstrap(np.array([7.0, np.nan, 7.0]), seed=0)
+    assert (estimate.mean, estimate.low, estimate.high, estimate.images) == (7, 7, 7, 2)
     with pytest.raises(ValueError, match="nothing to estimate"):
         report.bootstrap(np.array([np.nan]), seed=0)
 
@@ -97,11 +97,11 @@ def test_table_marks_the_best() -> None:
 
 def test_every_file_names_its_definitions() -> None:
     summary = report.summarise(SETTINGS, rows())
-    found = json.loads(json.dumps(report.as_json(summary), allow_nan=False))
-    assert found["definitions"]["deletion"] == METRICS["deletion"].definition
-    assert "blurred by an 11×11 Gaussian" in found["protocol"]
-    assert found["results"]["one"]["proportion"]["images"] == 3
-    assert found["settings"] == SETTINGS
+    plain = json.loads(json.dumps(report.as_json(summary), allow_nan=False))
+    assert plain["definitions"]["deletion"] == METRICS["deletion"].definition
+    assert "blurred by an 11×11 Gaussian" in plain["protocol"]
+    assert plain["results"]["one"]["proportion"]["images"] == 3
+    assert plain["settings"] == SETTINGS
     text = report.markdown(summary)
     for name in ("deletion", "proportion", "pointing"):
         assert f"- {name}: {METRICS[name].definition}." in text
@@ -179,8 +179,8 @@ def test_maps_are_a_grid(digits: ccam.Explainer) -> None:
     one = Variant("one", ccam.CollectionCAM())
     sizes = {}
     for shown, methods in ((1, 1), (1, 2), (9, 1)):
-        found = [Row(n, "", "one", n, 0.5, {}) for n in range(shown)]
-        content = charts.draw_maps(digits, data, [one] * methods, found)
+        rows = [Row(n, "", "one", n, 0.5, {}) for n in range(shown)]
+        content = charts.draw_maps(digits, data, [one] * methods, rows)
         with Image.open(io.BytesIO(content)) as picture:
             sizes[shown, methods] = picture.size
     width, height = sizes[1, 1]

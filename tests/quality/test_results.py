@@ -48,8 +48,8 @@ def assert_same(one: Row, other: Row) -> None:
         mine, theirs = one.values[name], other.values[name]
         assert mine == theirs or (math.isnan(mine) and math.isnan(theirs))
     assert set(one.curves) == set(other.curves)
-    for kind in one.curves:
-        np.testing.assert_array_equal(one.curves[kind], other.curves[kind])
+    for curve in one.curves:
+        np.testing.assert_array_equal(one.curves[curve], other.curves[curve])
 
 
 def test_rows_come_back_to_the_bit(tmp_path: Path) -> None:
@@ -57,8 +57,8 @@ def test_rows_come_back_to_the_bit(tmp_path: Path) -> None:
     content = (written.folder / RESULTS).read_bytes()
     again = Results(written.folder, FACTS, METRICS)
     assert list(again.rows) == [key for group in GROUPS for key in group]
-    for key, found in again.rows.items():
-        assert_same(found, row(*key))
+    for key, loaded in again.rows.items():
+        assert_same(loaded, row(*key))
     again.keep(GROUPS)
     assert (written.folder / RESULTS).read_bytes() == content
     assert content.startswith(

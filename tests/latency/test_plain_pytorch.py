@@ -35,7 +35,9 @@ def digits_as(form: str, folder: Path) -> Model:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("form", MODELS)
+@pytest.mark.parametrize(
+    "form", [pytest.param(form, marks=[pytest.mark.slow] * (form == "script")) for form in MODELS]
+)
 @pytest.mark.parametrize("index", [0, 3])
 def test_peer_agrees_with_the_explainer(
     digits: ccam.Explainer, index: int, form: str, tmp_path: Path

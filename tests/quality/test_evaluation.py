@@ -186,6 +186,7 @@ def test_protocols_follow_their_class(digits: ccam.Explainer, tmp_path: Path) ->
         assert [row.target for row in results.rows.values()] == list(range(10))
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_gives_the_same_file(digits_bundle: Path, tmp_path: Path) -> None:
     """Broken off after any group, also in the middle of one."""
     with ccam.load(digits_bundle, batch_size=4) as explainer:

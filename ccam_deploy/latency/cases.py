@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from ccam_deploy.arrays import Classes, Floats
+from ccam_deploy.engines.base import row_chunks
 from ccam_deploy.errors import OptionError
 from ccam_deploy.explainer import Explainer
 from ccam_deploy.latency.timing import Call
@@ -95,7 +96,7 @@ def floor_call(explainer: Explainer, case: Case) -> Call:
     one_hot = np.zeros_like(case.logits)
     one_hot[np.arange(len(case.images)), case.targets] = 1
     size = max(explainer.batch_size, *np.bincount(case.owner, minlength=2).tolist())
-    chunks = [slice(start, start + size) for start in range(0, len(case.masks), size)]
+    chunks = list(row_chunks(len(case.masks), size))
 
     def run() -> None:
         networks.gradients(networks.backbone(case.images), one_hot)

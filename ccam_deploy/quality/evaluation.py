@@ -13,6 +13,7 @@ import numpy as np
 
 from ccam_deploy import __version__
 from ccam_deploy.bundle.folder import digest_without_plans
+from ccam_deploy.engines.base import row_chunks
 from ccam_deploy.engines.tensorrt import library
 from ccam_deploy.errors import DatasetError, ImageError, OptionError
 from ccam_deploy.explainer import Explainer
@@ -168,8 +169,8 @@ class Evaluation:
 
     @cached_property
     def _groups(self) -> list[tuple[int, ...]]:
-        size = self.explainer.batch_size
-        return [self.places[start : start + size] for start in range(0, len(self.places), size)]
+        chunks = row_chunks(len(self.places), self.explainer.batch_size)
+        return [self.places[rows] for rows in chunks]
 
     def _open_images(
         self, places: tuple[int, ...], pass_over: Callable[[str], None] | None

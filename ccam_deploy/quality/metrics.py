@@ -16,6 +16,7 @@ from scipy.ndimage import correlate1d, gaussian_filter1d
 from scipy.special import softmax
 
 from ccam_deploy.arrays import Classes, Doubles, Floats
+from ccam_deploy.engines.base import row_chunks
 from ccam_deploy.errors import OptionError
 
 CurveName = Literal["deletion", "insertion"]
@@ -126,7 +127,7 @@ PROTOCOLS = {
 class Scorer(Protocol):
     """The one call of the classifier that metrics need; see engines.Classifier."""
 
-    def masked_logits(self, images: Floats, masks: Floats, owner: NDArray[np.int64]) -> Floats:
+    def masked_logits(self, images: Floats, masks: Floats, owner: Classes) -> Floats:
         """Compute logits [N, classes] of images[owner[n]] times masks[n], masks [N, H, W]."""
         ...
 
@@ -167,10 +168,9 @@ def masked_logits(scorer: Scorer, images: Floats, masks: Floats, chunk: int) -> 
         [B, classes] float32.
     """
     parts = []
-    for start in range(0, len(images), chunk):
-        part = slice(start, start + chunk)
-        owner = np.arange(len(images[part]), dtype=np.int64)
-        parts.append(scorer.masked_logits(images[part], masks[part], owner))
+    for rows in row_chunks(len(images), chunk):
+        owner = np.arange(rows.stop - rows.start, dtype=np.int64)
+        parts.append(scorer.masked_logits(images[rows], masks[rows], owner))
     return np.concatenate(parts)
 
 
@@ -242,8 +242,8 @@ def curves(
     places = ranks(saliency)
     start = blur(images) if curve == "insertion" and protocol.blurred else None
     values = np.empty(count * points)
-    for begin in range(0, len(values), chunk):
-        owner, done = np.divmod(np.arange(begin, min(begin + chunk, len(values))), points)
+    for rows in row_chunks(len(values), chunk):
+        owner, done = np.divmod(np.arange(rows.start, rows.stop), points)
         changed = places[owner] < done[:, None, None] * step
         if start is None:
             shown = changed if curve == "insertion" else ~changed
@@ -252,7 +252,7 @@ def curves(
             mixed = np.where(changed[:, None], images[owner], start[owner])
             whole = np.ones(changed.shape, np.float32)
             logits = scorer.masked_logits(mixed, whole, np.arange(len(mixed), dtype=np.int64))
-        values[begin : begin + chunk] = probabilities(logits, classes[owner])
+        values[rows] = probabilities(logits, classes[owner])
     return values.reshape(count, points)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 from numba import cuda
@@ -16,31 +17,32 @@ from ccam_deploy.kernels.cuda.collectives import (
     block_sum,
 )
 from ccam_deploy.kernels.cuda.geometry import CHANNELS, FIRST_CHANNEL, LARGEST_K
-from ccam_deploy.kernels.cuda.ward import (
-    BEFORE,
-    MERGED,
-    ORDER,
-    PARENT,
-    SIZE,
-    SLOTS,
-    SPREAD,
-    STALE,
-    build,
-)
+from ccam_deploy.kernels.cuda.hierarchy import Exact, Links, coarse_of, exact_of, links_of
+from ccam_deploy.kernels.cuda.ward import SLOTS, build
 
 WORST_QUALITY = -1.0
-STATE = SPREAD + 1
-"""Rows of `exact` that the ratio needs."""
-NAMES = STALE
-"""The row of `links` that holds the label of a slot; it is free once the hierarchy stands."""
+
+
+class Cut(NamedTuple):
+    """The clusters that are left after the last merges were undone, in shared memory.
+
+    Attributes:
+        centroid: [4, LARGEST_K] float64.
+        size: [LARGEST_K] float64, the number of channels.
+        spread: [LARGEST_K] float64, the sum of squared distances to the centroid.
+    """
+
+    centroid: Array
+    size: Array
+    spread: Array
 
 
 @cuda.jit
 def partition(
     table: Array,
-    exact_of_all: Array,
-    coarse_of_all: Array,
-    links_of_all: Array,
+    all_exact: Array,
+    all_coarse: Array,
+    all_links: Array,
     scales: Array,
     k_range: Array,
     labels: Array,
@@ -50,7 +52,7 @@ def partition(
 ) -> None:
     """Build the hierarchy and cut it. One block per layer and pair: grid (L, P).
 
-    exact_of_all, coarse_of_all, links_of_all, scales: from `ward.begin` and `ward.search`.
+    all_exact, all_coarse, all_links, scales: from `ward.begin` and `ward.search`.
     k_range: [2] int32, k_min and k_max, the numbers of collections to try.
     labels: [P, channels] int32, collections numbered by their first channel.   counts: [P, L]
     int32, the number of collections, left 0 where a statistic is not finite.   quality:
@@ -71,9 +73,9 @@ def partition(
             labels[pair, first + channel] = 0
         return
     start = pair * labels.shape[1] + first
-    exact = exact_of_all[:, start : start + channels]
-    coarse = coarse_of_all[:, start : start + channels]
-    links = links_of_all[:, start : start + channels]
+    exact = exact_of(all_exact, start, start + channels)
+    coarse = coarse_of(all_coarse, start, start + channels)
+    links = links_of(all_links, start, start + channels)
     turns = build(exact, coarse, links, scales[pair, layer])
     largest = min(k_max, distinct(exact, links))
     highest_merges(exact, links, largest - 1, top)
@@ -85,18 +87,18 @@ def partition(
 
 
 @cuda.jit(device=True)
-def distinct(exact: Array, links: Array) -> int:
+def distinct(exact: Exact, links: Links) -> int:
     """The number of distinct channels: one more than the merges that are not at height 0."""
     scratch = cuda.shared.array(MOST_WARPS, np.int32)
-    own = np.int32(0)
-    for slot in range(cuda.threadIdx.x, links.shape[1], cuda.blockDim.x):
-        if links[PARENT, slot] >= 0 and exact[MERGED, slot] > 0:
-            own += np.int32(1)
-    return int(1 + block_sum(own, scratch))
+    merges = np.int32(0)
+    for slot in range(cuda.threadIdx.x, links.parent.shape[0], cuda.blockDim.x):
+        if links.parent[slot] >= 0 and exact.merge_height[slot] > 0:
+            merges += np.int32(1)
+    return int(1 + block_sum(merges, scratch))
 
 
 @cuda.jit(device=True)
-def highest_merges(exact: Array, links: Array, count: int, top: Array) -> None:
+def highest_merges(exact: Exact, links: Links, count: int, top: Array) -> None:
     """Write the slots that the last `count` merges took away, the last merge first."""
     heights = cuda.shared.array(MOST_WARPS, np.float64)
     orders = cuda.shared.array(MOST_WARPS, np.int32)
@@ -104,9 +106,9 @@ def highest_merges(exact: Array, links: Array, count: int, top: Array) -> None:
     before_height, before_order = math.inf, np.int32(0)
     for place in range(count):
         height, order = -1.0, np.int32(0)
-        for slot in range(cuda.threadIdx.x, links.shape[1], cuda.blockDim.x):
-            if links[PARENT, slot] >= 0:
-                its_height, its_order = exact[MERGED, slot], links[ORDER, slot]
+        for slot in range(cuda.threadIdx.x, links.parent.shape[0], cuda.blockDim.x):
+            if links.parent[slot] >= 0:
+                its_height, its_order = exact.merge_height[slot], links.order[slot]
                 if later(before_height, before_order, its_height, its_order) and later(
                     its_height, its_order, height, order
                 ):
@@ -139,35 +141,35 @@ def later(height: float, order: int, other_height: float, other_order: int) -> b
 
 
 @cuda.jit(device=True)
-def choose(exact: Array, links: Array, top: Array, k_min: int, largest: int, quality: Array) -> int:
+def choose(exact: Exact, links: Links, top: Array, k_min: int, largest: int, quality: Array) -> int:
     """Undo the last merges one by one; return the number of collections of the best ratio.
 
     largest: the number of collections to stop at.   quality: from k_min on, written.
     The smallest of equally good numbers is taken.
     """
-    state = cuda.shared.array((STATE, LARGEST_K), np.float64)
+    centroid = cuda.shared.array((4, LARGEST_K), np.float64)
+    size = cuda.shared.array(LARGEST_K, np.float64)
+    spread = cuda.shared.array(LARGEST_K, np.float64)
+    clusters = Cut(centroid, size, spread)
     slots = cuda.shared.array(LARGEST_K, np.int32)
     ratios = cuda.shared.array(LARGEST_K, np.float64)
     thread = cuda.threadIdx.x
-    best, chosen = -math.inf, 1
+    best, best_count = -math.inf, 1
     for count in range(1, largest + 1):
         if count == 1:
             if thread == 0:
                 slots[0] = 0
-            if thread < STATE:
-                state[thread, 0] = exact[thread, 0]
+                put(clusters, 0, exact.centroid, exact.size, exact.spread, 0)
         else:
             added = top[count - 2]
-            if thread < count - 1 and slots[thread] == links[PARENT, added]:
-                for row in range(STATE):
-                    state[row, thread] = exact[BEFORE + row, added]
+            if thread < count - 1 and slots[thread] == links.parent[added]:
+                put(clusters, thread, exact.old_centroid, exact.old_size, exact.old_spread, added)
             if thread == count - 1:
                 slots[thread] = added
-                for row in range(STATE):
-                    state[row, thread] = exact[row, added]
+                put(clusters, thread, exact.centroid, exact.size, exact.spread, added)
         cuda.syncthreads()
         if count > 1 and thread < count:
-            ratios[thread] = ratio(state, thread, count)
+            ratios[thread] = ratio(clusters, thread, count)
         cuda.syncthreads()
         if count >= min(k_min, largest):
             mean = WORST_QUALITY
@@ -177,24 +179,33 @@ def choose(exact: Array, links: Array, top: Array, k_min: int, largest: int, qua
                     mean += ratios[cluster]
                 mean /= count
             if mean > best:
-                best, chosen = mean, count
+                best, best_count = mean, count
             if thread == 0 and count >= k_min:
                 quality[count - k_min] = mean
-    return chosen
+    return best_count
 
 
 @cuda.jit(device=True)
-def ratio(state: Array, own: int, count: int) -> Number:
-    """One cluster's dispersion-separation ratio (eq. 12-14)."""
+def put(clusters: Cut, place: int, centroid: Array, size: Array, spread: Array, slot: int) -> None:
+    """Write a slot's cluster to a place of the cut."""
+    for axis in range(4):
+        clusters.centroid[axis, place] = centroid[axis, slot]
+    clusters.size[place] = size[slot]
+    clusters.spread[place] = spread[slot]
+
+
+@cuda.jit(device=True)
+def ratio(clusters: Cut, place: int, count: int) -> Number:
+    """The dispersion-separation ratio of one of `count` clusters (eq. 12-14)."""
     separation = math.inf
     for other in range(count):
-        if other != own:
+        if other != place:
             gap = 0.0
             for axis in range(4):
-                difference = state[axis, own] - state[axis, other]
+                difference = clusters.centroid[axis, place] - clusters.centroid[axis, other]
                 gap += difference * difference
             separation = min(separation, gap)
-    dispersion = state[SPREAD, own] / state[SIZE, own]
+    dispersion = clusters.spread[place] / clusters.size[place]
     total = separation + dispersion
     if total > 0:
         return (separation - dispersion) / total
@@ -202,9 +213,9 @@ def ratio(state: Array, own: int, count: int) -> Number:
 
 
 @cuda.jit(device=True)
-def number(links: Array, top: Array, count: int, labels: Array) -> None:
+def number(links: Links, top: Array, count: int, labels: Array) -> None:
     """Label each channel by the rank of its cluster's slot, which is its first channel."""
-    names = links[NAMES]
+    names = links.stale  # free once the hierarchy stands
     thread, threads = cuda.threadIdx.x, cuda.blockDim.x
     for slot in range(thread, names.shape[0], threads):
         names[slot] = -1
@@ -221,5 +232,5 @@ def number(links: Array, top: Array, count: int, labels: Array) -> None:
     for channel in range(thread, labels.shape[0], threads):
         slot = channel
         while names[slot] < 0:
-            slot = links[PARENT, slot]
+            slot = links.parent[slot]
         labels[channel] = names[slot]

@@ -14,6 +14,9 @@ CHANNELS, HEIGHT, WIDTH, FEATURES, GRADIENTS, FIRST_CHANNEL, FIRST_PIXEL, FIRST_
 """Columns of the table of layers: a layer's size, then where its part starts in the features and
 gradients (in elements), and among all layers' channels, pixels and tiles of TILE pixels."""
 
+EXACT_ROWS, COARSE_ROWS, LINK_ROWS = 14, 6, 7
+"""Rows of the arrays that hold Ward's hierarchy, see `hierarchy`."""
+
 TILE = 32
 LARGEST_K = 32
 LARGEST_LAYER = 4096
@@ -169,9 +172,9 @@ class Geometry:
         }
         workspace = {
             "scaled_psi": Spec((pairs, self.channels, 4), np.float32),
-            "exact": Spec((15, slots), np.float64),
-            "coarse": Spec((6, slots), np.float32),
-            "links": Spec((7, slots), np.int32),
+            "exact": Spec((EXACT_ROWS, slots), np.float64),
+            "coarse": Spec((COARSE_ROWS, slots), np.float32),
+            "links": Spec((LINK_ROWS, slots), np.int32),
             "scales": Spec((pairs, layers), np.float64),
             "unscaled": Spec((pairs, self.k_max * self.pixels), np.float64),
             "finished": Spec((pairs, layers, self.k_max), np.int32, zeroed=True),

@@ -31,24 +31,10 @@ from ccam_deploy.kernels.cuda.collectives import (
     warp_min,
 )
 from ccam_deploy.kernels.cuda.geometry import CHANNELS, FIRST_CHANNEL
+from ccam_deploy.kernels.cuda.hierarchy import Coarse, Exact, Links, coarse_of, exact_of, links_of
 
-# Rows of `exact`, np.float64, one column per slot: a cluster's centroid in rows 0-3, and
-SIZE, SPREAD, HEIGHT = 4, 5, 6
-"""its channels, its sum of squared distances to the centroid, the height at which it arose."""
-BEFORE = 7
-"""For a slot that was merged into another: rows 0-6 of that other one before the merge."""
-MERGED = 14
-"""For a slot that was merged into another: the height of that merge."""
-
-# Rows of `coarse`, float32: the scaled centroid in rows 0-3, and
-COARSE_SIZE, ERROR = 4, 5
-"""its channels, and a bound on the distance from the scaled centroid to the true one."""
-
-# Rows of `links`, int32:
-NEAREST, PARENT, ORDER, CHANGED, LIVE, OTHER_LIVE, STALE = range(7)
-"""the nearest cluster; the slot merged into, or -1; when, as round · SLOTS + slot; the last round
-in which the cluster changed; two lists of live slots; the slots whose nearest is out of date."""
 SLOTS = 1 << 13
+"""More than there are channels: an order is a round and a slot in one number."""
 
 BELOW, ABOVE = np.float32(1 - 2**-9), np.float32(1 + 2**-9)
 CROSS_TERM = np.float32(2**11)
@@ -61,23 +47,26 @@ INFINITY = np.float32(np.inf)
 def begin(
     table: Array,
     psi: Array,
-    exact_of_all: Array,
-    coarse_of_all: Array,
-    links_of_all: Array,
+    all_exact: Array,
+    all_coarse: Array,
+    all_links: Array,
     scales: Array,
     counts: Array,
 ) -> None:
     """Make each channel a cluster. One block per layer and pair: grid (L, P).
 
-    psi: [P, channels, 4] float32.   exact_of_all: [15, P · channels] float64, coarse_of_all:
-    [6, ...] float32 and links_of_all: [7, ...] int32: the hierarchy.   scales: [P, L] float64,
+    psi: [P, channels, 4] float32.   all_exact, all_coarse, all_links: [n, P · channels],
+    the hierarchy's groups, see `hierarchy`.   scales: [P, L] float64,
     the power of two that brings a layer's largest statistic to 1.   counts: [P, L] int32, 0
     where a statistic is not finite, else 1.
     """
     scratch = cuda.shared.array(MOST_WARPS, np.float64)
     layer, pair = cuda.blockIdx.x, cuda.blockIdx.y
     first, channels = table[layer, FIRST_CHANNEL], table[layer, CHANNELS]
-    column = pair * psi.shape[1] + first
+    start = pair * psi.shape[1] + first
+    exact = exact_of(all_exact, start, start + channels)
+    coarse = coarse_of(all_coarse, start, start + channels)
+    links = links_of(all_links, start, start + channels)
 
     largest, sound = 0.0, 1
     for channel in range(cuda.threadIdx.x, channels, cuda.blockDim.x):
@@ -97,27 +86,26 @@ def begin(
         counts[pair, layer] = 1 if sound != 0 else 0
 
     for channel in range(cuda.threadIdx.x, channels, cuda.blockDim.x):
-        slot = column + channel
         for axis in range(4):
             value = np.float64(psi[pair, first + channel, axis])
-            exact_of_all[axis, slot] = value
-            coarse_of_all[axis, slot] = value * scale
-        exact_of_all[SIZE, slot] = 1
-        exact_of_all[SPREAD, slot] = 0
-        exact_of_all[HEIGHT, slot] = 0
-        coarse_of_all[COARSE_SIZE, slot] = 1
-        coarse_of_all[ERROR, slot] = 0
-        links_of_all[PARENT, slot] = -1
-        links_of_all[CHANGED, slot] = 0
-        links_of_all[LIVE, slot] = channel
+            exact.centroid[axis, channel] = value
+            coarse.centroid[axis, channel] = value * scale
+        exact.size[channel] = 1
+        exact.spread[channel] = 0
+        exact.height[channel] = 0
+        coarse.size[channel] = 1
+        coarse.error[channel] = 0
+        links.parent[channel] = -1
+        links.changed[channel] = 0
+        links.live[channel] = channel
 
 
 @cuda.jit
 def search(
     table: Array,
-    exact_of_all: Array,
-    coarse_of_all: Array,
-    links_of_all: Array,
+    all_exact: Array,
+    all_coarse: Array,
+    all_links: Array,
     counts: Array,
 ) -> None:
     """Find each channel's nearest. A warp takes channels in turn: grid (any, L, P)."""
@@ -125,29 +113,29 @@ def search(
     if counts[pair, layer] == 0:
         return
     channels = table[layer, CHANNELS]
-    start = pair * (links_of_all.shape[1] // counts.shape[0]) + table[layer, FIRST_CHANNEL]
-    exact = exact_of_all[:, start : start + channels]
-    coarse = coarse_of_all[:, start : start + channels]
-    links = links_of_all[:, start : start + channels]
+    start = pair * (all_links.shape[1] // counts.shape[0]) + table[layer, FIRST_CHANNEL]
+    exact = exact_of(all_exact, start, start + channels)
+    coarse = coarse_of(all_coarse, start, start + channels)
+    links = links_of(all_links, start, start + channels)
     warps = cuda.blockDim.x // WARP
     warp = cuda.blockIdx.x * warps + cuda.threadIdx.x // WARP
     for slot in range(warp, channels, cuda.gridDim.x * warps):
-        found = nearest(exact, coarse, links[LIVE], channels, slot)
+        other = nearest(exact, coarse, links.live, channels, slot)
         if cuda.laneid == 0:
-            links[NEAREST, slot] = found
+            links.nearest[slot] = other
 
 
 @cuda.jit(device=True)
-def build(exact: Array, coarse: Array, links: Array, scale: float) -> int:
+def build(exact: Exact, coarse: Coarse, links: Links, scale: float) -> int:
     """Merge a layer's clusters until one is left, with all threads of a block.
 
-    exact, coarse, links: the columns of the layer, as `begin` and `search` left them.
+    exact, coarse, links: the layer's clusters, as `begin` and `search` left them.
     Returns the number of rounds.
     """
     counters = cuda.shared.array(2, np.int32)
     thread, threads = cuda.threadIdx.x, cuda.blockDim.x
-    alive = links.shape[1]
-    source, target = LIVE, OTHER_LIVE
+    alive = links.live.shape[0]
+    source, target = links.live, links.other_live
     turn = 0
     while alive > 1:
         turn += 1
@@ -156,26 +144,26 @@ def build(exact: Array, coarse: Array, links: Array, scale: float) -> int:
             counters[1] = 0
         merged = 0
         for place in range(thread, alive, threads):
-            slot = links[source, place]
-            other = links[NEAREST, slot]
-            if slot < other and links[NEAREST, other] == slot:
+            slot = source[place]
+            other = links.nearest[slot]
+            if slot < other and links.nearest[other] == slot:
                 join(exact, coarse, links, scale, slot, other, turn)
                 merged = 1
         all_look = cuda.syncthreads_or(merged) == 0
         for place in range(thread, alive, threads):
-            slot = links[source, place]
-            if links[PARENT, slot] < 0:
-                links[target, cuda.atomic.add(counters, 0, 1)] = slot
-                near = links[NEAREST, slot]
-                if all_look or links[CHANGED, slot] == turn or links[CHANGED, near] == turn:
-                    links[STALE, cuda.atomic.add(counters, 1, 1)] = slot
+            slot = source[place]
+            if links.parent[slot] < 0:
+                target[cuda.atomic.add(counters, 0, 1)] = slot
+                near = links.nearest[slot]
+                if all_look or links.changed[slot] == turn or links.changed[near] == turn:
+                    links.stale[cuda.atomic.add(counters, 1, 1)] = slot
         cuda.syncthreads()
         alive, stale = counters[0], counters[1]
         for place in range(thread // WARP, stale, threads // WARP):
-            slot = links[STALE, place]
-            found = nearest(exact, coarse, links[target], alive, slot)
+            slot = links.stale[place]
+            other = nearest(exact, coarse, target, alive, slot)
             if cuda.laneid == 0:
-                links[NEAREST, slot] = found
+                links.nearest[slot] = other
         source, target = target, source
         cuda.syncthreads()
     return turn
@@ -183,48 +171,51 @@ def build(exact: Array, coarse: Array, links: Array, scale: float) -> int:
 
 @cuda.jit(device=True)
 def join(
-    exact: Array, coarse: Array, links: Array, scale: float, slot: int, other: int, turn: int
+    exact: Exact, coarse: Coarse, links: Links, scale: float, slot: int, other: int, turn: int
 ) -> None:
     """Merge the cluster in `other` into that in `slot`, which comes before it."""
     cost = distance(exact, slot, other)
-    for row in range(BEFORE):
-        exact[BEFORE + row, other] = exact[row, slot]
-    size = exact[SIZE, slot] + exact[SIZE, other]
-    share = exact[SIZE, other] / size
+    for axis in range(4):
+        exact.old_centroid[axis, other] = exact.centroid[axis, slot]
+    exact.old_size[other] = exact.size[slot]
+    exact.old_spread[other] = exact.spread[slot]
+    size = exact.size[slot] + exact.size[other]
+    share = exact.size[other] / size
     largest = 0.0
     for axis in range(4):
-        value = exact[axis, slot]
-        value += share * (exact[axis, other] - value)
-        exact[axis, slot] = value
+        value = exact.centroid[axis, slot]
+        value += share * (exact.centroid[axis, other] - value)
+        exact.centroid[axis, slot] = value
         value *= scale
-        coarse[axis, slot] = value
+        coarse.centroid[axis, slot] = value
         largest = max(largest, abs(value))
-    exact[SIZE, slot] = size
-    exact[SPREAD, slot] += exact[SPREAD, other] + cost
+    exact.size[slot] = size
+    exact.spread[slot] += exact.spread[other] + cost
     # Rounding may put a merge below one that it contains; the order of the two must stand.
-    height = max(cost, max(exact[HEIGHT, slot], exact[HEIGHT, other]))
-    exact[HEIGHT, slot] = height
-    exact[MERGED, other] = height
-    coarse[COARSE_SIZE, slot] = size
-    coarse[ERROR, slot] = largest * CENTROID_ERROR
-    links[PARENT, other] = slot
-    links[ORDER, other] = turn * SLOTS + other
-    links[CHANGED, slot] = turn
-    links[CHANGED, other] = turn
+    height = max(cost, max(exact.height[slot], exact.height[other]))
+    exact.height[slot] = height
+    exact.merge_height[other] = height
+    coarse.size[slot] = size
+    coarse.error[slot] = largest * CENTROID_ERROR
+    links.parent[other] = slot
+    links.order[other] = turn * SLOTS + other
+    links.changed[slot] = turn
+    links.changed[other] = turn
 
 
 @cuda.jit(device=True)
-def distance(exact: Array, one: int, other: int) -> Number:
+def distance(exact: Exact, slot: int, other: int) -> Number:
     """Ward's distance: the squared error that merging two clusters adds (eq. 10, 11)."""
     gap = 0.0
     for axis in range(4):
-        difference = exact[axis, one] - exact[axis, other]
+        difference = exact.centroid[axis, slot] - exact.centroid[axis, other]
         gap += difference * difference
-    return gap * (exact[SIZE, one] * exact[SIZE, other] / (exact[SIZE, one] + exact[SIZE, other]))
+    size, other_size = exact.size[slot], exact.size[other]
+    return gap * (size * other_size / (size + other_size))
 
 
 @cuda.jit(device=True)
-def bounds(coarse: Array, one: int, other: int) -> tuple[Number, Number]:
+def bounds(coarse: Coarse, slot: int, other: int) -> tuple[Number, Number]:
     """What the scaled distance is at least and at most, from float32 alone.
 
     With b computed for ‖Δ‖ and e the error of the centroids,
@@ -232,49 +223,49 @@ def bounds(coarse: Array, one: int, other: int) -> tuple[Number, Number]:
     """
     gap = np.float32(0)
     for axis in range(4):
-        difference = coarse[axis, one] - coarse[axis, other]
+        difference = coarse.centroid[axis, slot] - coarse.centroid[axis, other]
         gap += difference * difference
-    error = coarse[ERROR, one] + coarse[ERROR, other]
+    error = coarse.error[slot] + coarse.error[other]
     slack = error * error * CROSS_TERM + UNDERFLOW
-    size, other_size = coarse[COARSE_SIZE, one], coarse[COARSE_SIZE, other]
+    size, other_size = coarse.size[slot], coarse.size[other]
     weight = size * other_size / (size + other_size)
     return weight * (gap * BELOW - slack), weight * (gap * ABOVE + slack)
 
 
 @cuda.jit(device=True)
-def nearest(exact: Array, coarse: Array, live: Array, alive: int, slot: int) -> int:
+def nearest(exact: Exact, coarse: Coarse, live: Array, alive: int, slot: int) -> int:
     """The live cluster nearest to that in `slot`, found by the 32 threads of a warp."""
     lane = cuda.laneid
     least, second, ceiling = INFINITY, INFINITY, INFINITY
-    found = -1
+    closest = -1
     for place in range(lane, alive, WARP):
         other = live[place]
         if other != slot:
             low, high = bounds(coarse, slot, other)
             ceiling = min(ceiling, high)
             if low < least:
-                least, second, found = low, least, other
+                least, second, closest = low, least, other
             else:
                 second = min(second, low)
     ceiling = warp_min(ceiling)
     candidates = cuda.ballot_sync(ALL_LANES, least <= ceiling)
     doubtful = cuda.ballot_sync(ALL_LANES, second <= ceiling)
     if doubtful == 0 and cuda.popc(candidates) == 1:
-        return int(cuda.shfl_sync(ALL_LANES, found, cuda.ffs(candidates) - 1))
+        return int(cuda.shfl_sync(ALL_LANES, closest, cuda.ffs(candidates) - 1))
 
     best = math.inf
-    found = SLOTS
+    closest = SLOTS
     for place in range(lane, alive, WARP):
         other = live[place]
         if other != slot and bounds(coarse, slot, other)[0] <= ceiling:
             cost = distance(exact, slot, other)
-            if cost < best or (cost == best and slot ^ other < slot ^ found):
-                best, found = cost, other
+            if cost < best or (cost == best and slot ^ other < slot ^ closest):
+                best, closest = cost, other
     step = WARP >> 1
     while step > 0:
         cost = cuda.shfl_xor_sync(ALL_LANES, best, step)
-        other = cuda.shfl_xor_sync(ALL_LANES, found, step)
-        if cost < best or (cost == best and slot ^ other < slot ^ found):
-            best, found = cost, other
+        other = cuda.shfl_xor_sync(ALL_LANES, closest, step)
+        if cost < best or (cost == best and slot ^ other < slot ^ closest):
+            best, closest = cost, other
         step >>= 1
-    return int(found)
+    return int(closest)

@@ -80,6 +80,7 @@ TARGETS = {"1": 2, "3": 4, "5": 6}
 """The target layers of `network`, and of which module each is the input."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dual", [False, True])
 def test_every_rule_against_the_walk(images: Tensor, dual: bool) -> None:
     """In double precision, to 1e-6 of float32 weights; classes and duals may be mixed."""
@@ -92,6 +93,7 @@ def test_every_rule_against_the_walk(images: Tensor, dual: bool) -> None:
         torch.testing.assert_close(maps, expected[place].sum(1), rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_classes_and_duals_add_up(images: Tensor) -> None:
     graph = graph_of(network(), 16, list(TARGETS))
     both = graph(images, WINNERS, -2 * WINNERS)
@@ -148,6 +150,7 @@ def test_by_hand() -> None:
     assert not got.any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_probability_is_kept(seed: int) -> None:
     """Where weights and values are positive, every layer has what the classes were given."""
@@ -179,6 +182,7 @@ def normalised(turned: bool) -> nn.Sequential:
     ).eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("names", [["1"], ["1", "2"]], ids=["folded", "kept"])
 def test_normalisation_turns_the_weights_before_it(turned: bool, names: list[str]) -> None:

@@ -45,6 +45,7 @@ def test_gradients_of_the_trained_example(digits: ccam.Explainer) -> None:
         assert worst.max() <= 5e-2
 
 
+@pytest.mark.slow
 def test_gradient_graph_is_exact_in_double_precision() -> None:
     """Where rounding decides no ReLU, the graph and autograd agree on every image and layer."""
     model = digits_model()
@@ -199,7 +200,12 @@ BODIES: dict[str, nn.Module] = {
 }
 
 
-@pytest.mark.parametrize("name", BODIES)
+QUICK = ("conv-grouped", "max-pool-overlapping", "layer-norm", "squeeze-and-excitation")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in QUICK)) for n in BODIES]
+)
 def test_gradient_graph_of_each_operator(name: str) -> None:
     torch.manual_seed(1)
     model = Wrapped(BODIES[name]).eval()

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import torch
-from torch.export import ExportedProgram
 
 from ccam_deploy import __version__
-from ccam_deploy.arrays import Floats
 from ccam_deploy.bundle.folder import Bundle, read_bundle, record_files, write_manifest
 from ccam_deploy.bundle.manifest import (
     FORMAT,
     OPTIONAL_GRAPHS,
     WEIGHTS,
-    Fidelity,
     Layer,
     Manifest,
     Precision,
@@ -33,16 +31,11 @@ from ccam_deploy.export import excitation
 from ccam_deploy.export.architecture import Model
 from ccam_deploy.export.graphs import Graphs, convert_graphs
 from ccam_deploy.export.layers import find_layers
-from ccam_deploy.export.program import decompose, program_from, trace_model
+from ccam_deploy.export.preparation import PreparedModel, prepare_model
+from ccam_deploy.export.program import program_from
 from ccam_deploy.export.quantise import EIGHT_BIT_TYPES, masked_batches, quantise
 from ccam_deploy.export.reference import TorchClassifier
-from ccam_deploy.export.settings import (
-    INPUT_SIZE,
-    ExportSettings,
-    calibration_images,
-    check_settings,
-    preprocessing_of,
-)
+from ccam_deploy.export.settings import ExportSettings
 from ccam_deploy.export.weight_file import WeightFile, write_graphs
 from ccam_deploy.fidelity.comparison import compare_observations
 from ccam_deploy.fidelity.observation import Observation, observe, save_observation
@@ -50,16 +43,34 @@ from ccam_deploy.fidelity.tolerance import RANDOM_TOLERANCE, TOLERANCE, broken_b
 from ccam_deploy.image_files import MIN_SIDE
 
 RECORDED_IMAGES = 2
-_DTYPES: dict[PrecisionName, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16}
-_WANTED: dict[str, tuple[PrecisionName, ...]] = {
+"""How many calibration images a bundle records, to be verified on."""
+
+_TYPES: dict[PrecisionName, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16}
+_PRECISIONS: dict[str, tuple[PrecisionName, ...]] = {
     "fp32": ("fp32",),
     "fp16": ("fp32", "fp16"),
     "int8": ("fp32", "fp16", "int8"),
     "fp8": ("fp32", "fp16", "fp8"),
 }
+"""What each precision is exported with: those that it takes graphs from come first."""
+
 _REFERENCE = "reference.npz"
 _LARGEST_SCALE = 2.0**15
-_WANTED_PEAK = 256.0
+_SCALED_PEAK = 256.0
+_TOOLS = ("torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What PyTorch computes, which the graphs must compute too.
+
+    Attributes:
+        observation: What it computes for the calibration images.
+        baseline: The logits of an input of zeros, one per class.
+    """
+
+    observation: Observation
+    baseline: tuple[float, ...]
 
 
 def export(
@@ -72,178 +83,176 @@ def export(
 ) -> Bundle:
     """Export a classifier to a bundle, checked against PyTorch; the model is left as it was.
 
-    model: a torch.nn.Module that turns images [B, C, H, W] into logits [B, classes], or a
-        program that torch.export made of one, with a dynamic batch.
-    output: the bundle's folder; a bundle that is there is replaced.
-    input_size: height, width, 224×224 by default; a program has its own.
-    layers: names of the target layers, found automatically by default.
-    precision: "fp32"; "fp16" for half-precision graphs as well; "int8" or "fp8" for those and a
-        classifier graph in 8 bits, calibrated on the calibration images under their masks.
-    Raises an ExportError where the model cannot be exported or the graphs do not agree with it,
-    BundleError where the bundle cannot be written; nothing is left behind then.
+    Args:
+        model: A torch.nn.Module that turns images [B, C, H, W] into logits [B, classes], or a
+            program that torch.export made of one, with a dynamic batch.
+        output: The bundle's folder; a bundle in it is replaced.
+        input_size: Height, width, 224×224 by default; a program has its own.
+        layers: Names of the target layers, found automatically by default.
+        precision: "fp32"; "fp16" for half-precision graphs as well; "int8" or "fp8" for those and
+            a classifier graph in 8 bits, calibrated on the calibration images under their masks.
+        settings: What to record and check beside the model itself.
+
+    Returns:
+        The bundle.
+
+    Raises:
+        ExportError: The model cannot be exported, or the graphs do not agree with it.
+        OptionError: An argument or a setting does not suit the model.
+        BundleError: The bundle cannot be written. Nothing is left behind in any case.
     """
-    if precision not in _WANTED:
-        raise OptionError(f'precision "{precision}" is unknown; there are {", ".join(_WANTED)}')
-    if input_size and min(input_size) < MIN_SIDE:
-        raise OptionError(f"input_size is {input_size}; both must be {MIN_SIDE} or more")
+    precisions = _validated_precisions(precision, input_size)
     require_replaceable(output)
-    chosen = settings or ExportSettings()
-    chosen.progress("tracing the model")
-    exported = model
-    if not isinstance(model, ExportedProgram):
-        exported = trace_model(model, (len(chosen.mean), *(input_size or INPUT_SIZE)))
-    assert isinstance(exported, ExportedProgram)
-    functional = decompose(exported)
-    program = program_from(functional, keep=layers or ())
-    check_settings(chosen, program)
-    if input_size and input_size != program.input_shape[1:]:
-        raise OptionError(
-            f"input_size is {input_size}; the program takes {program.input_shape[1:]}"
-        )
-    found = find_layers(program, layers)
-    names = [layer.name for layer in found]
-    converted = {}
-    for kind, dtype in _DTYPES.items():
-        if kind in _WANTED[precision]:
-            chosen.progress(f"converting the {kind} graphs of {', '.join(names)}")
-            converted[kind] = convert_graphs(program, found, dtype, chosen.head, chosen.gradients)
-    if chosen.gradients and (reason := excitation.why_not(program, found)):
-        chosen.progress(f"leaving the excitation graph out: {reason}")
-    preprocessing = preprocessing_of(chosen, program)
-    images = calibration_images(chosen, program, preprocessing)
-    chosen.progress(f"explaining {len(images)} calibration images with PyTorch")
-    graphs = dict(converted["fp32"].items())
-    expected, baseline = _reference(functional, names, images, graphs)
+    settings = settings or ExportSettings()
+    prepared = prepare_model(model, input_size, layers, settings)
+    converted = _convert(prepared, precisions, settings)
+    reference = _reference(prepared, converted["fp32"], settings)
     with staged_bundle(output) as folder:
-        files = _write(_WANTED[precision], converted, expected, folder, chosen.progress)
-        save_observation(folder / _REFERENCE, _first(expected, RECORDED_IMAGES))
-        precisions = {}
-        for kind, own in files.items():
-            chosen.progress(f"checking the {kind} graphs against PyTorch")
-            usual = RANDOM_TOLERANCE if chosen.random_weights else TOLERANCE
-            bounds = {**usual[kind], **chosen.tolerance.get(kind, {})}
-            missing = set(OPTIONAL_GRAPHS) - set(own)
-            tolerance = {name: value for name, value in bounds.items() if name not in missing}
-            scale = 1.0 if kind == "fp32" else _gradient_scale(expected)
-            paths = {name: folder / file for name, file in own.items()}
-            report = _check(kind, paths, scale, expected, names, tolerance)
-            precisions[kind] = Precision(own, scale, tuple(baseline), report, tolerance, _REFERENCE)
+        files = _write(precisions, converted, reference.observation, folder, settings)
+        save_observation(folder / _REFERENCE, reference.observation.first(RECORDED_IMAGES))
+        entries = {
+            name: _compare(name, graph_files, folder, reference, prepared, settings)
+            for name, graph_files in files.items()
+        }
         manifest = Manifest(
             format=FORMAT,
-            name=chosen.name or Path(output).name,
-            input=program.input_shape,
-            preprocessing=preprocessing,
-            classes=program.classes,
-            labels=chosen.labels,
-            layers=tuple(Layer(layer.name, *layer.shape) for layer in found),
-            precisions=precisions,
-            random_weights=chosen.random_weights,
-            source=chosen.source or type(model).__name__,
-            tools=_tools(),
+            name=settings.name or Path(output).name,
+            input=prepared.program.input_shape,
+            preprocessing=prepared.preprocessing,
+            classes=prepared.program.classes,
+            labels=settings.labels,
+            layers=tuple(Layer(layer.name, *layer.shape) for layer in prepared.layers),
+            precisions=entries,
+            random_weights=settings.random_weights,
+            source=settings.source or type(model).__name__,
+            tools=_tool_versions(),
             files=record_files(folder),
         )
         write_manifest(folder, manifest)
     return read_bundle(output)
 
 
-def _reference(
-    functional: ExportedProgram, names: Sequence[str], images: Floats, graphs: Collection[str]
-) -> tuple[Observation, list[float]]:
-    """What PyTorch computes for the images, and the logits of an input of zeros.
+def _validated_precisions(
+    precision: str, input_size: tuple[int, int] | None
+) -> tuple[PrecisionName, ...]:
+    """All precisions to export; raises OptionError before an export takes its time."""
+    if precision not in _PRECISIONS:
+        known = ", ".join(_PRECISIONS)
+        raise OptionError(f'precision "{precision}" is unknown; there are {known}')
+    if input_size and min(input_size) < MIN_SIDE:
+        raise OptionError(f"input_size is {input_size}; both must be {MIN_SIDE} or more")
+    return _PRECISIONS[precision]
+
+
+def _convert(
+    prepared: PreparedModel, precisions: Sequence[PrecisionName], settings: ExportSettings
+) -> dict[PrecisionName, Graphs]:
+    """The graphs of each precision that has its own floating-point type."""
+    program, layers = prepared.program, prepared.layers
+    converted = {}
+    for name, dtype in _TYPES.items():
+        if name in precisions:
+            settings.progress(f"converting the {name} graphs of {', '.join(prepared.layer_names)}")
+            converted[name] = convert_graphs(
+                program, layers, dtype, settings.head, settings.gradients
+            )
+    if settings.gradients and (reason := excitation.why_not(program, layers)):
+        settings.progress(f"leaving the excitation graph out: {reason}")
+    return converted
+
+
+def _reference(prepared: PreparedModel, graphs: Graphs, settings: ExportSettings) -> Reference:
+    """What PyTorch computes.
 
     The graph that runs is the traced model as it is, before anything was folded or differentiated.
     """
-    plain = program_from(functional, fold=False)
-    classifier = TorchClassifier(plain, find_layers(plain, names))
+    images = prepared.images
+    settings.progress(f"explaining {len(images)} calibration images with PyTorch")
+    plain = program_from(prepared.functional, fold=False)
+    classifier = TorchClassifier(plain, find_layers(plain, prepared.layer_names))
     probe = np.concatenate([np.zeros_like(images[:1]), images])
     baseline, *logits = classifier.backbone(probe).logits
     if not np.isfinite([baseline, *logits]).all():
         raise SourceError("the model gives NaN or infinite logits on the calibration images")
-    expected = observe(classifier, images, names, graphs=graphs)
-    return expected, [float(value) for value in baseline]
+    observation = observe(classifier, images, prepared.layer_names, graphs=dict(graphs.items()))
+    return Reference(observation, tuple(float(value) for value in baseline))
 
 
 def _write(
-    wanted: Sequence[PrecisionName],
+    precisions: Sequence[PrecisionName],
     converted: Mapping[PrecisionName, Graphs],
-    expected: Observation,
+    observation: Observation,
     folder: Path,
-    progress: Callable[[str], None],
+    settings: ExportSettings,
 ) -> dict[PrecisionName, dict[str, str]]:
     """Write the graphs of each precision and their weights; returns graph name -> file name.
 
-    What a precision has no graph of its own for, it takes from the wider one before it.
+    A graph that a precision lacks is that of the wider one before it.
     """
     models: dict[PrecisionName, list[tuple[str, ir.Model]]] = {
-        kind: list(graphs.items()) for kind, graphs in converted.items()
+        name: list(graphs.items()) for name, graphs in converted.items()
     }
-    for eight in EIGHT_BIT_TYPES:
-        if eight in wanted:
-            progress(f"calibrating the {eight} classifier on {len(expected.images)} masked images")
-            batches = masked_batches(expected)
-            quantised = quantise(converted["fp16"].classifier, batches, eight)
-            models[eight] = [("classifier", quantised)]
+    for eight_bits in EIGHT_BIT_TYPES:
+        if eight_bits in precisions:
+            count = len(observation.images)
+            settings.progress(f"calibrating the {eight_bits} classifier on {count} masked images")
+            batches = masked_batches(observation)
+            quantised = quantise(converted["fp16"].classifier, batches, eight_bits)
+            models[eight_bits] = [("classifier", quantised)]
     files: dict[PrecisionName, dict[str, str]] = {}
     wider: dict[str, str] = {}
     with closing(WeightFile(folder / WEIGHTS)) as weights:
-        for kind, own in models.items():
-            progress(f"writing the {kind} graphs")
-            suffix = "" if kind == "fp32" else f".{kind}"
-            files[kind] = wider = wider | write_graphs(own, folder, weights, suffix)
+        for name, named_models in models.items():
+            settings.progress(f"writing the {name} graphs")
+            suffix = "" if name == "fp32" else f".{name}"
+            files[name] = wider = wider | write_graphs(named_models, folder, weights, suffix)
     return files
 
 
-def _gradient_scale(expected: Observation) -> float:
-    """The power of two that lifts the largest recorded gradient to a few hundred."""
-    recorded = [*expected.gradients, *expected.input_gradients.values()]
-    peak = max(float(np.abs(gradient).max()) for gradient in recorded)
-    if peak == 0:
-        return 1.0
-    return min(2.0 ** math.floor(math.log2(_WANTED_PEAK / peak)), _LARGEST_SCALE)
-
-
-def _check(
-    kind: str,
-    paths: Mapping[str, Path],
-    scale: float,
-    expected: Observation,
-    names: Sequence[str],
-    tolerance: Mapping[str, float],
-) -> Fidelity:
+def _compare(
+    name: PrecisionName,
+    files: dict[str, str],
+    folder: Path,
+    reference: Reference,
+    prepared: PreparedModel,
+    settings: ExportSettings,
+) -> Precision:
+    """Run the graphs of one precision; raises ToleranceError where they differ from PyTorch."""
+    settings.progress(f"checking the {name} graphs against PyTorch")
+    expected, layers = reference.observation, prepared.layer_names
+    scale = 1.0 if name == "fp32" else _gradient_scale(expected)
+    paths = {graph: folder / file for graph, file in files.items()}
     networks = load_networks(paths, scale, "onnxruntime-cpu")
     try:
-        got = observe(networks, expected.images, names, expected.targets, paths)
+        got = observe(networks, expected.images, layers, expected.targets, paths)
     finally:
         networks.close()
-    report = compare_observations(got, expected)
-    broken = broken_bounds(report, tolerance, names)
+    fidelity = compare_observations(got, expected)
+    usual = RANDOM_TOLERANCE if settings.random_weights else TOLERANCE
+    missing = set(OPTIONAL_GRAPHS).difference(files)
+    tolerance = usual[name].with_bounds(settings.tolerance.get(name, {})).without(missing)
+    broken = broken_bounds(fidelity, tolerance, layers)
     if broken:
-        raise ToleranceError(f"the {kind} graphs do not agree with PyTorch: " + "; ".join(broken))
-    return report
+        raise ToleranceError(f"the {name} graphs do not agree with PyTorch: {'; '.join(broken)}")
+    return Precision(files, scale, reference.baseline, fidelity, tolerance.bounds(), _REFERENCE)
 
 
-def _first(observation: Observation, images: int) -> Observation:
-    """An observation of the first few images alone."""
-    return Observation(
-        observation.images[:images],
-        observation.targets[:images],
-        observation.logits[:images],
-        observation.masked_logits[: 4 * images],
-        tuple(values[:images] for values in observation.features),
-        tuple(values[:images] for values in observation.gradients),
-        tuple(values[:images] for values in observation.labels),
-        observation.saliency[:images],
-        {name: values[:images] for name, values in observation.optional.items()},
-        tuple(values[:images] for values in observation.excitation),
-    )
+def _gradient_scale(observation: Observation) -> float:
+    """The power of two that lifts the largest recorded gradient to a few hundred."""
+    optional = (observation.input_gradient, observation.guided_gradient)
+    gradients = [*observation.gradients, *(values for values in optional if values is not None)]
+    peak = max(float(np.abs(gradient).max()) for gradient in gradients)
+    if peak == 0:
+        return 1.0
+    return min(2.0 ** math.floor(math.log2(_SCALED_PEAK / peak)), _LARGEST_SCALE)
 
 
-def _tools() -> dict[str, str]:
-    names = ("torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy")
-    found = {"ccam-deploy": __version__}
-    for name in names:
+def _tool_versions() -> dict[str, str]:
+    """Versions of what made the bundle."""
+    versions = {"ccam-deploy": __version__}
+    for name in _TOOLS:
         try:
-            found[name] = metadata.version(name)
+            versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return versions

@@ -8,21 +8,15 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, fx
-from torch.export import ExportedProgram
 
 from ccam_deploy.arrays import Floats
-from ccam_deploy.errors import OptionError, SourceError
+from ccam_deploy.errors import SourceError
 from ccam_deploy.export.architecture import Model
 from ccam_deploy.export.layers import find_layers
-from ccam_deploy.export.program import Program, build_program, module_of, trace_model
+from ccam_deploy.export.preparation import prepare_model
+from ccam_deploy.export.program import Program, module_of, program_from
 from ccam_deploy.export.reference import TorchClassifier
-from ccam_deploy.export.settings import (
-    INPUT_SIZE,
-    ExportSettings,
-    calibration_images,
-    check_settings,
-    preprocessing_of,
-)
+from ccam_deploy.export.settings import ExportSettings
 
 _PARAMETER, _BUFFER = "p_", "b_"
 _LEARNT_BUFFERS = ("running_mean", "running_var", "weight", "bias")
@@ -90,25 +84,24 @@ def open_randomised(
 ) -> tuple[RandomisedClassifier, Floats]:
     """A model ready to be randomised, and its settings' images as its input [B, C, H, W].
 
-    The arguments are those of `export`; the model is left as it was.
-    Raises an ExportError where the model cannot be traced, OptionError for settings that do not
-    suit it.
+    Args:
+        model: The arguments are those of `export`; the model is left as it was.
+        input_size: Height, width.
+        layers: Names of the target layers.
+        settings: The images, and how they become the model's input.
+        seed: Of the random parameters.
+
+    Returns:
+        The classifier, and the images [B, C, H, W] float32.
+
+    Raises:
+        ExportError: The model cannot be traced.
+        OptionError: A setting does not suit the model.
     """
-    chosen = settings or ExportSettings()
-    chosen.progress("tracing the model")
-    exported = model
-    if not isinstance(model, ExportedProgram):
-        exported = trace_model(model, (len(chosen.mean), *(input_size or INPUT_SIZE)))
-    assert isinstance(exported, ExportedProgram)
-    folded = build_program(exported, keep=layers or ())
-    check_settings(chosen, folded)
-    if input_size and input_size != folded.input_shape[1:]:
-        raise OptionError(f"input_size is {input_size}; the program takes {folded.input_shape[1:]}")
     # Target layers as an export finds them: where normalisation is folded away.
-    names = [layer.name for layer in find_layers(folded, layers)]
-    classifier = RandomisedClassifier(build_program(exported, fold=False), names, seed)
-    images = calibration_images(chosen, folded, preprocessing_of(chosen, folded))
-    return classifier, images
+    prepared = prepare_model(model, input_size, layers, settings or ExportSettings())
+    unfolded = program_from(prepared.functional, fold=False)
+    return RandomisedClassifier(unfolded, prepared.layer_names, seed), prepared.images
 
 
 def _groups(program: Program) -> dict[str, list[str]]:

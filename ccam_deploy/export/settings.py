@@ -18,7 +18,7 @@ from ccam_deploy.bundle.manifest import (
 from ccam_deploy.errors import OptionError
 from ccam_deploy.examples.photographs import photographs
 from ccam_deploy.export.program import Program
-from ccam_deploy.fidelity.tolerance import TOLERANCE
+from ccam_deploy.fidelity.tolerance import QUANTITIES, TOLERANCE
 from ccam_deploy.preprocess import prepare_images
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -70,11 +70,13 @@ class ExportSettings:
             raise OptionError(f"std is {self.std}; every value must be above 0")
         if not all(math.isfinite(value) for value in (*self.mean, *self.std)):
             raise OptionError(f"mean is {self.mean} and std {self.std}; they must be finite")
-        for kind, bounds in self.tolerance.items():
+        for precision, bounds in self.tolerance.items():
             for name in bounds:
-                if name not in TOLERANCE.get(kind, {}):
-                    known = ", ".join(TOLERANCE["fp32"])
-                    raise OptionError(f'tolerance "{kind}.{name}" is unknown; there are {known}')
+                if precision not in TOLERANCE or name not in QUANTITIES:
+                    known = ", ".join(QUANTITIES)
+                    raise OptionError(
+                        f'tolerance "{precision}.{name}" is unknown; there are {known}'
+                    )
 
 
 def check_settings(settings: ExportSettings, program: Program) -> None:

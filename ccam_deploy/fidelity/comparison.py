@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType
 
 from ccam_deploy.arrays import Floats
 from ccam_deploy.bundle.manifest import Fidelity
@@ -12,14 +14,21 @@ from ccam_deploy.fidelity.similarity import spearman, ssim, top_overlap
 
 
 def compare_observations(got: Observation, expected: Observation) -> Fidelity:
-    """Measure how far one observation is from another of the same images."""
-    excitation = tuple(map(_median_error, got.excitation, expected.excitation))
-    pairs = list(zip(got.saliency, expected.saliency, strict=True))
-    ranks = [spearman(one, other) for one, other in pairs]
-    same = [
+    """Measure how far one observation is from another of the same images.
+
+    Args:
+        got: What the graphs compute.
+        expected: What PyTorch computes, or computed at the export.
+
+    Returns:
+        The differences, with a value for each optional graph that `got` has.
+    """
+    maps = list(zip(got.saliency, expected.saliency, strict=True))
+    ranks = [spearman(one, other) for one, other in maps]
+    equal_partitions = [
         np.array_equal(one, other)
-        for mine, theirs in zip(got.labels, expected.labels, strict=True)
-        for one, other in zip(mine, theirs, strict=True)
+        for layer, expected_layer in zip(got.labels, expected.labels, strict=True)
+        for one, other in zip(layer, expected_layer, strict=True)
     ]
     return Fidelity(
         logits=relative_error(got.logits, expected.logits),
@@ -27,19 +36,26 @@ def compare_observations(got: Observation, expected: Observation) -> Fidelity:
         features=tuple(map(_median_error, got.features, expected.features)),
         gradients=tuple(map(_median_error, got.gradients, expected.gradients)),
         saliency_rank=float(np.median(ranks)),
-        saliency_similarity=float(np.median([ssim(one, other) for one, other in pairs])),
-        saliency_overlap=float(np.median([top_overlap(one, other) for one, other in pairs])),
+        saliency_similarity=float(np.median([ssim(one, other) for one, other in maps])),
+        saliency_overlap=float(np.median([top_overlap(one, other) for one, other in maps])),
         worst_saliency_rank=float(np.min(ranks)),
-        partitions=float(np.mean(same)),
+        partitions=float(np.mean(equal_partitions)),
         images=len(got.images),
-        excitation=excitation or UNSET,
-        **{
-            name: (relative_error if name == "head" else _median_error)(
-                values, expected.optional[name]
-            )
-            for name, values in got.optional.items()
-        },
+        head=_if_run(relative_error, got.head, expected.head),
+        input_gradient=_if_run(_median_error, got.input_gradient, expected.input_gradient),
+        guided_gradient=_if_run(_median_error, got.guided_gradient, expected.guided_gradient),
+        excitation=tuple(map(_median_error, got.excitation, expected.excitation)) or UNSET,
     )
+
+
+def _if_run(
+    error: Callable[[Floats, Floats], float], got: Floats | None, expected: Floats | None
+) -> float | UnsetType:
+    """The error of an optional graph, unset where it was not run."""
+    if got is None:
+        return UNSET
+    assert expected is not None
+    return error(got, expected)
 
 
 def _median_error(got: Floats, expected: Floats) -> float:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,25 +12,37 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ccam_deploy.arrays import Floats
-from ccam_deploy.bundle.manifest import IMAGE_GRADIENTS, OPTIONAL_GRAPHS
+from ccam_deploy.bundle.manifest import OPTIONAL_GRAPHS
 from ccam_deploy.engines import Classifier
 from ccam_deploy.errors import IntegrityError, brief
 from ccam_deploy.kernels import cpu
 from ccam_deploy.methods import Batch, CollectionCAM, Stopwatch
 
+_MASKS = 4
+_ARRAYS = ("images", "targets", "logits", "masked_logits", "saliency")
+_OPTIONAL_ARRAYS = ("head", "input_gradient", "guided_gradient")
+_LAYERED = ("features", "gradients", "labels", "excitation")
+
 
 @dataclass(frozen=True)
 class Observation:
-    """What a classifier gives for some images, explained for their best class.
+    """What a classifier computes for some images, explained for one class each.
 
-    images: [B, C, H, W] float32.   targets: [B] int64.   logits: [B, classes] float32.
-    masked_logits: [4·B, classes] float32, of each image under four fixed masks.
-    features, gradients: per layer; feature maps [B, C, h, w], or their statistics [B, C, 2].
-    labels: per layer [B, C] int32, the partitions.   saliency: [B, H, W] float32 in [0, 1].
-    optional: what the optional graphs gave that were run, by name: the head's logits
-        [B, classes] float32 of the last layer's features, gradients [B, C, H, W] of the images.
-    excitation: [B, h, w] float32 per layer, of the class and half of its dual together; none where
-        the classifier has no graph for it.
+    Attributes:
+        images: [B, C, H, W] float32, preprocessed.
+        targets: [B] int64, the classes.
+        logits: [B, classes] float32.
+        masked_logits: [4·B, classes] float32, of each image under four fixed masks.
+        features: Per layer [B, C, h, w] float32; in a summary mean and deviation, [B, C, 2].
+        gradients: The same of the logit's gradients.
+        labels: Per layer [B, C] int32, the partitions.
+        saliency: [B, H, W] float32 in [0, 1].
+        head: [B, classes] float32, logits of the last layer's features; None, like the two
+            below, where the classifier has no graph for it.
+        input_gradient: [B, C, H, W] float32, the images' gradient.
+        guided_gradient: [B, C, H, W] float32, the images' guided gradient.
+        excitation: Per layer [B, h, w] float32, of the class and half of its dual together; empty
+            where the classifier has no graph for it.
     """
 
     images: Floats
@@ -41,16 +53,39 @@ class Observation:
     gradients: tuple[Floats, ...]
     labels: tuple[NDArray[np.int32], ...]
     saliency: Floats
-    optional: dict[str, Floats] = field(default_factory=dict)
+    head: Floats | None = None
+    input_gradient: Floats | None = None
+    guided_gradient: Floats | None = None
     excitation: tuple[Floats, ...] = ()
 
-    @property
-    def input_gradients(self) -> dict[str, Floats]:
-        """The images' gradients among the optional values."""
-        return {name: self.optional[name] for name in IMAGE_GRADIENTS if name in self.optional}
+    def optional_graphs(self) -> tuple[str, ...]:
+        """Return the names of the optional graphs that were run."""
+        values = {name: getattr(self, name) for name in OPTIONAL_GRAPHS}
+        return tuple(name for name, value in values.items() if value is not None and len(value))
+
+    def first(self, count: int) -> Observation:
+        """Return the observation of the first few images alone."""
+
+        def cut(values: Floats | None) -> Floats | None:
+            return None if values is None else values[:count]
+
+        return Observation(
+            images=self.images[:count],
+            targets=self.targets[:count],
+            logits=self.logits[:count],
+            masked_logits=self.masked_logits[: _MASKS * count],
+            features=tuple(values[:count] for values in self.features),
+            gradients=tuple(values[:count] for values in self.gradients),
+            labels=tuple(values[:count] for values in self.labels),
+            saliency=self.saliency[:count],
+            head=cut(self.head),
+            input_gradient=cut(self.input_gradient),
+            guided_gradient=cut(self.guided_gradient),
+            excitation=tuple(values[:count] for values in self.excitation),
+        )
 
     def summary(self) -> Observation:
-        """The same with mean and deviation of each channel in place of the maps."""
+        """Return the same with mean and deviation of each channel in place of the maps."""
         psi = list(map(cpu.channel_statistics, self.features, self.gradients))
         return replace(
             self,
@@ -76,7 +111,16 @@ def observe(
 ) -> Observation:
     """Run everything that an explanation needs on some images and keep the values.
 
-    graphs: those of the classifier; the optional ones among them are run as well.
+    Args:
+        classifier: What computes.
+        images: [B, C, H, W] float32, preprocessed.
+        layers: Names of the classifier's target layers.
+        targets: [B] int64, the classes to explain; the best of each image by default.
+        graphs: Names of the classifier's graphs; the optional ones among them are run as well.
+        chunk: The most masked images that the classifier runs at a time.
+
+    Returns:
+        All that was computed.
     """
     activations = classifier.backbone(images)
     classes = activations.logits.argmax(axis=1) if targets is None else targets
@@ -85,69 +129,61 @@ def observe(
     one_hot[rows, classes] = 1
     half = np.float32(0.5) * one_hot
     gradients = classifier.gradients(activations, one_hot)
-    optional = {
-        name: classifier.input_gradient(images, one_hot, guided=name == "guided_gradient")
-        for name in IMAGE_GRADIENTS
-        if name in graphs
-    }
-    if "head" in graphs:
-        optional["head"] = classifier.head_logits(activations.features[-1])
+
+    def input_gradient(name: str) -> Floats | None:
+        if name not in graphs:
+            return None
+        return classifier.input_gradient(images, one_hot, guided=name == "guided_gradient")
+
     masks = fixed_masks(*images.shape[2:])
-    masked = [classifier.masked_logits(images, masks, np.repeat(row, 4)) for row in rows]
+    masked = [classifier.masked_logits(images, masks, np.repeat(row, _MASKS)) for row in rows]
     baseline = np.zeros(activations.logits.shape[1], np.float32)
     batch = Batch(images, activations, rows, classes, tuple(layers), baseline, chunk)
     result = CollectionCAM().explain(classifier, batch, Stopwatch())
     return Observation(
-        images,
-        classes,
-        activations.logits,
-        np.concatenate(masked),
-        activations.features,
-        gradients,
-        tuple(layer.labels for layer in result.layers),
-        cpu.min_max(result.raw_saliency),
-        optional,
-        classifier.excitation(images, one_hot, half) if "excitation" in graphs else (),
+        images=images,
+        targets=classes,
+        logits=activations.logits,
+        masked_logits=np.concatenate(masked),
+        features=activations.features,
+        gradients=gradients,
+        labels=tuple(layer.labels for layer in result.layers),
+        saliency=cpu.min_max(result.raw_saliency),
+        head=classifier.head_logits(activations.features[-1]) if "head" in graphs else None,
+        input_gradient=input_gradient("input_gradient"),
+        guided_gradient=input_gradient("guided_gradient"),
+        excitation=classifier.excitation(images, one_hot, half) if "excitation" in graphs else (),
     )
 
 
 def save_observation(path: Path, observation: Observation) -> None:
     """Write an observation's summary to an .npz file."""
-    brief = observation.summary()
-    values: dict[str, Any] = {
-        "images": brief.images,
-        "targets": brief.targets,
-        "logits": brief.logits,
-        "masked_logits": brief.masked_logits,
-        "saliency": brief.saliency,
-        **brief.optional,
-    }
-    for index in range(len(brief.labels)):
-        values[f"features_{index}"] = brief.features[index]
-        values[f"gradients_{index}"] = brief.gradients[index]
-        values[f"labels_{index}"] = brief.labels[index]
-    for index, maps in enumerate(brief.excitation):
-        values[f"excitation_{index}"] = maps
+    summary = observation.summary()
+    names = [*_ARRAYS, *(name for name in _OPTIONAL_ARRAYS if name in summary.optional_graphs())]
+    values: dict[str, Any] = {name: getattr(summary, name) for name in names}
+    for name in _LAYERED:
+        for index, maps in enumerate(getattr(summary, name)):
+            values[f"{name}_{index}"] = maps
     np.savez_compressed(path, **values)
 
 
 def load_observation(path: Path) -> Observation:
-    """Read what `save` wrote. Raises IntegrityError for another file."""
+    """Read an observation's summary from the file that save_observation wrote.
+
+    Raises:
+        IntegrityError: The file is missing or another one.
+    """
     try:
         with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as values:
-            layers = range(sum(name.startswith("labels_") for name in values.files))
-            excited = range(sum(name.startswith("excitation_") for name in values.files))
-            return Observation(
-                values["images"],
-                values["targets"],
-                values["logits"],
-                values["masked_logits"],
-                tuple(values[f"features_{index}"] for index in layers),
-                tuple(values[f"gradients_{index}"] for index in layers),
-                tuple(values[f"labels_{index}"] for index in layers),
-                values["saliency"],
-                {name: values[name] for name in OPTIONAL_GRAPHS if name in values.files},
-                tuple(values[f"excitation_{index}"] for index in excited),
-            )
+            arrays = {name: values[name] for name in _ARRAYS}
+            arrays |= {name: values[name] for name in _OPTIONAL_ARRAYS if name in values.files}
+            layers: dict[str, Any] = {name: tuple(_layers(values, name)) for name in _LAYERED}
+            return Observation(**arrays, **layers)
     except Exception as error:
         raise IntegrityError(f"{path} is no record of an export: {brief(error)}") from error
+
+
+def _layers(values: Mapping[str, Floats], name: str) -> Iterator[Floats]:
+    """The arrays of one quantity, layer by layer."""
+    for index in range(sum(key.rpartition("_")[0] == name for key in values)):
+        yield values[f"{name}_{index}"]

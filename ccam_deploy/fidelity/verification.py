@@ -16,7 +16,7 @@ from ccam_deploy.errors import IntegrityError
 from ccam_deploy.explanation import Explanation
 from ccam_deploy.fidelity.comparison import compare_observations
 from ccam_deploy.fidelity.observation import load_observation, observe
-from ccam_deploy.fidelity.tolerance import broken_bounds
+from ccam_deploy.fidelity.tolerance import Tolerance, broken_bounds
 
 
 def verify_bundle(
@@ -27,21 +27,31 @@ def verify_bundle(
 ) -> tuple[Fidelity, list[str]]:
     """Run a bundle's graphs on the images recorded at export and compare all values.
 
-    explain: how maps and partitions are made here, which a GPU does with kernels of its own; by
-        default by the CPU's kernels between the classifier's graphs.
-    Returns the comparison, and phrases for what breaks its tolerance.
+    Args:
+        bundle: The bundle, with the record of its export.
+        classifier: Its graphs, opened on some engine.
+        precision: The precision to compare.
+        explain: Makes maps and partitions in the way to be verified, such as a GPU's kernels; by
+            default the CPU's kernels make them between the classifier's graphs.
+
+    Returns:
+        The comparison, and phrases for what breaks its tolerance.
+
+    Raises:
+        OptionError: The bundle lacks the precision.
+        IntegrityError: The record cannot be read, or lacks an optional graph.
     """
-    chosen = bundle.precision(precision)
+    entry = bundle.precision(precision)
     layers = [layer.name for layer in bundle.manifest.layers]
-    expected = load_observation(bundle.path(chosen.reference))
-    recorded = {*expected.optional, *(("excitation",) if expected.excitation else ())}
+    expected = load_observation(bundle.path(entry.reference))
     for name in OPTIONAL_GRAPHS:
-        if name in chosen.graphs and name not in recorded:
-            raise IntegrityError(f"{chosen.reference} holds no {name}; export the bundle again")
-    got = observe(classifier, expected.images, layers, expected.targets, chosen.graphs).summary()
+        if name in entry.graphs and name not in expected.optional_graphs():
+            raise IntegrityError(f"{entry.reference} holds no {name}; export the bundle again")
+    got = observe(classifier, expected.images, layers, expected.targets, entry.graphs).summary()
     if explain is not None:
-        made = explain(expected.images, expected.targets)
-        labels = tuple(layer.labels for layer in made.layers)
-        got = replace(got, labels=labels, saliency=made.saliency)
+        explanation = explain(expected.images, expected.targets)
+        labels = tuple(layer.labels for layer in explanation.layers)
+        got = replace(got, labels=labels, saliency=explanation.saliency)
     fidelity = compare_observations(got, expected)
-    return fidelity, broken_bounds(fidelity, chosen.tolerance, layers)
+    tolerance = Tolerance().with_bounds(entry.tolerance)
+    return fidelity, broken_bounds(fidelity, tolerance, layers)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 import ccam_deploy as ccam
 from ccam_deploy.arrays import Floats
 from ccam_deploy.bundle.folder import Bundle, read_bundle
+from ccam_deploy.bundle.manifest import Precision, PrecisionName
 from ccam_deploy.engines import Networks, open_networks
 from ccam_deploy.errors import IntegrityError, OptionError
 from ccam_deploy.explanation import Explanation
@@ -26,7 +27,7 @@ from ccam_deploy.fidelity.observation import (
     load_observation,
     save_observation,
 )
-from ccam_deploy.fidelity.tolerance import TOLERANCE, broken_bounds
+from ccam_deploy.fidelity.tolerance import RANDOM_TOLERANCE, TOLERANCE, Tolerance, broken_bounds
 from ccam_deploy.fidelity.verification import verify_bundle
 from tests.helpers import noise
 
@@ -99,7 +100,7 @@ def test_differences_by_hand() -> None:
     assert report.saliency_similarity < 0.5
     assert report.saliency_overlap == 0
     assert report.partitions == pytest.approx(5 / 6)
-    assert broken_bounds(report, {"logits": 0.05, "gradients": 0.01}, LAYERS) == [
+    assert broken_bounds(report, Tolerance(logits=0.05, gradients=0.01), LAYERS) == [
         "logits 0.1 is above 0.05",
         "gradients of low 2 is above 0.01",
     ]
@@ -156,11 +157,50 @@ def test_tolerance_is_met_at_its_bound() -> None:
     report = dataclasses.replace(
         compare_observations(observation(), observation()), logits=0.25, saliency_rank=0.5
     )
-    assert broken_bounds(report, {"logits": 0.25, "saliency_rank": 0.5}, LAYERS) == []
-    assert broken_bounds(report, {"logits": 0.24, "saliency_rank": 0.51}, LAYERS) == [
+    assert broken_bounds(report, Tolerance(logits=0.25, saliency_rank=0.5), LAYERS) == []
+    assert broken_bounds(report, Tolerance(logits=0.24, saliency_rank=0.51), LAYERS) == [
         "logits 0.25 is above 0.24",
         "saliency_rank 0.5 is below 0.51",
     ]
+
+
+@pytest.mark.parametrize("tolerance", [*TOLERANCE.values(), *RANDOM_TOLERANCE.values()])
+def test_every_bound_can_fail(tolerance: Tolerance) -> None:
+    """Zeros in place of gradients have an error of 1, so that a bound above it checks nothing."""
+    for quantity, bound in tolerance.bounds().items():
+        assert 0 < bound < 1, quantity
+
+
+def test_a_quantity_without_a_bound_is_not_checked_but_must_be_finite() -> None:
+    report = compare_observations(observation(), observation())
+    off = dataclasses.replace(report, gradients=(0.0, 50.0), saliency_rank=-1.0)
+    assert broken_bounds(off, RANDOM_TOLERANCE["fp16"], LAYERS) == []
+    broken = dataclasses.replace(report, gradients=(0.0, np.inf))
+    assert broken_bounds(broken, RANDOM_TOLERANCE["fp16"], LAYERS) == [
+        "gradients of high inf is not finite"
+    ]
+
+
+def test_bounds_are_replaced_by_name() -> None:
+    tolerance = Tolerance(logits=0.1, head=0.2).with_bounds({"logits": 0.3, "features": 0.4})
+    assert tolerance.bounds() == {"logits": 0.3, "features": 0.4, "head": 0.2}
+    assert tolerance.without(["head", "logits"]).bounds() == {"features": 0.4}
+    with pytest.raises(OptionError, match=r'tolerance "logit" is unknown; there are logits, .+'):
+        tolerance.with_bounds({"logit": 0.1})
+
+
+def test_a_bundle_with_bounds_that_cannot_fail_still_verifies(
+    bundle: Bundle, networks: Networks
+) -> None:
+    """Exports of random weights recorded such bounds once."""
+    entry = bundle.precision("fp32")
+    bounds = {**entry.tolerance, "gradients": 10.0, "saliency_rank": -1.0, "saliency_overlap": 0.0}
+    precisions: dict[PrecisionName, Precision] = {
+        "fp32": dataclasses.replace(entry, tolerance=bounds)
+    }
+    manifest = dataclasses.replace(bundle.manifest, precisions=precisions)
+    _, phrases = verify_bundle(Bundle(bundle.folder, manifest), networks, "fp32")
+    assert phrases == []
 
 
 def test_fixed_masks_are_slopes_in_four_directions() -> None:

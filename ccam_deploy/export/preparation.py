@@ -1,0 +1,82 @@
+"""The first steps of an export: a model becomes a program with target layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch.export import ExportedProgram
+
+from ccam_deploy.arrays import Floats
+from ccam_deploy.bundle.manifest import Preprocessing
+from ccam_deploy.errors import OptionError
+from ccam_deploy.export.architecture import Model
+from ccam_deploy.export.layers import TargetLayer, find_layers
+from ccam_deploy.export.program import Program, decompose, program_from, trace_model
+from ccam_deploy.export.settings import (
+    INPUT_SIZE,
+    ExportSettings,
+    calibration_images,
+    check_settings,
+    preprocessing_of,
+)
+
+
+@dataclass(frozen=True)
+class PreparedModel:
+    """A traced classifier whose settings and layers suit it.
+
+    Attributes:
+        functional: The model as it was traced, in functional operators.
+        program: The same as a graph with its batch normalisation folded away.
+        layers: The target layers in `program`, shallow ones first.
+        preprocessing: How images become the model's input.
+        images: [B, C, H, W] float32, the calibration images as the model's input.
+    """
+
+    functional: ExportedProgram
+    program: Program
+    layers: tuple[TargetLayer, ...]
+    preprocessing: Preprocessing
+    images: Floats
+
+    @property
+    def layer_names(self) -> list[str]:
+        """Names of the target layers."""
+        return [layer.name for layer in self.layers]
+
+
+def prepare_model(
+    model: Model,
+    input_size: tuple[int, int] | None,
+    layers: Sequence[str] | None,
+    settings: ExportSettings,
+) -> PreparedModel:
+    """Trace a model and find its target layers; the model is left as it was.
+
+    Args:
+        model: See `export`, like the others.
+        input_size: Height, width; the default for a module, its own for a program.
+        layers: Names of the target layers, found automatically by default.
+        settings: Say what must suit the model.
+
+    Returns:
+        What an export or a sanity check starts from.
+
+    Raises:
+        ExportError: The model cannot be traced, or a layer is no feature map of it.
+        OptionError: A setting does not suit the model.
+    """
+    settings.progress("tracing the model")
+    exported = model
+    if not isinstance(exported, ExportedProgram):
+        exported = trace_model(exported, (len(settings.mean), *(input_size or INPUT_SIZE)))
+    functional = decompose(exported)
+    program = program_from(functional, keep=layers or ())
+    check_settings(settings, program)
+    own_size = program.input_shape[1:]
+    if input_size and input_size != own_size:
+        raise OptionError(f"input_size is {input_size}; the program takes {own_size}")
+    preprocessing = preprocessing_of(settings, program)
+    images = calibration_images(settings, program, preprocessing)
+    return PreparedModel(functional, program, find_layers(program, layers), preprocessing, images)

@@ -34,33 +34,65 @@ if TYPE_CHECKING:
     )
     from ccam_deploy.explainer import Explainer, Images, load
     from ccam_deploy.explanation import Explanation
-    from ccam_deploy.methods import CollectionCAM
-    from ccam_deploy.targets import Targets
+    from ccam_deploy.methods import (
+        CAM,
+        RISE,
+        XRAI,
+        CollectionCAM,
+        ExcitationBackprop,
+        GradCAM,
+        GradCAMPlusPlus,
+        GuidedBackprop,
+        IntegratedGradients,
+        LayerCAM,
+        Method,
+        ReciproCAM,
+        ScoreCAM,
+        SmoothGrad,
+    )
+    from ccam_deploy.render import Look
+    from ccam_deploy.targets import Target, Targets, Top
 
 __version__ = "0.1.0"
-__all__ = [
+__all__ = [  # noqa: RUF022 (as a reader sorts them)
     "BackendError",
     "Bundle",
     "BundleError",
+    "CAM",
     "CcamError",
     "CollectionCAM",
     "DatasetError",
+    "ExcitationBackprop",
     "Explainer",
     "Explanation",
     "ExportError",
+    "GradCAM",
+    "GradCAMPlusPlus",
+    "GuidedBackprop",
     "ImageError",
     "Images",
+    "IntegratedGradients",
     "IntegrityError",
+    "LayerCAM",
     "LayerError",
+    "Look",
     "LoweringError",
     "Manifest",
     "ManifestError",
+    "Method",
     "OptionError",
     "OutputError",
+    "RISE",
+    "ReciproCAM",
+    "ScoreCAM",
+    "SmoothGrad",
     "SourceError",
+    "Target",
     "TargetError",
     "Targets",
     "ToleranceError",
+    "Top",
+    "XRAI",
     "load",
 ]
 
@@ -86,8 +118,24 @@ _NAMES_BY_MODULE = {
     ),
     "explainer": ("Explainer", "Images", "load"),
     "explanation": ("Explanation",),
-    "methods": ("CollectionCAM",),
-    "targets": ("Targets",),
+    "methods": (
+        "CAM",
+        "CollectionCAM",
+        "ExcitationBackprop",
+        "GradCAM",
+        "GradCAMPlusPlus",
+        "GuidedBackprop",
+        "IntegratedGradients",
+        "LayerCAM",
+        "Method",
+        "RISE",
+        "ReciproCAM",
+        "ScoreCAM",
+        "SmoothGrad",
+        "XRAI",
+    ),
+    "render": ("Look",),
+    "targets": ("Target", "Targets", "Top"),
 }
 _HOMES = {name: module for module, names in _NAMES_BY_MODULE.items() for name in names}
 

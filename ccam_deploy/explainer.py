@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -30,7 +31,7 @@ from ccam_deploy.methods import (
 from ccam_deploy.methods.collection_cam.cost import Budget, Costs, Run, budgeted, validate_budget
 from ccam_deploy.methods.collection_cam.cuda import DeviceCollectionCAM
 from ccam_deploy.methods.factory import MethodFactory
-from ccam_deploy.preprocess import Geometry, prepare_images
+from ccam_deploy.preprocess import Geometry, Source, prepare_images
 from ccam_deploy.targets import Targets, pairs_of, target_codes
 
 Images = Floats | Sequence[Image.Image] | Image.Image
@@ -160,7 +161,9 @@ class Explainer:
             results.append(
                 runner.run(prepared, batch.owner, batch.codes, self._methods.context, clock)
             )
-        return self._assemble(requested, results, tuple(geometries), clock, budget)
+        settings = self._settings(requested, budget)
+        source = Source(self.bundle.manifest, pictures, tuple(geometries))
+        return self._assemble(results, source, settings, dict(clock.seconds))
 
     def require_method(self, method: str | Method) -> None:
         """Make sure that a method can run on this bundle, in a pass or two of its graphs.
@@ -276,13 +279,23 @@ class Explainer:
 
         return run
 
+    def _settings(self, method: Method, budget: Budget | None) -> dict[str, Any]:
+        return {
+            "method": method.name,
+            "options": dataclasses.asdict(method),
+            "bundle": self.bundle.manifest.name,
+            "backend": self.networks.backend,
+            "precision": self.precision,
+            "batch_size": self.batch_size,
+            **({"budget": dataclasses.asdict(budget)} if budget else {}),
+        }
+
     def _assemble(
         self,
-        method: Method,
         batches: Sequence[BatchResult],
-        geometries: tuple[Geometry, ...],
-        clock: Stopwatch,
-        budget: Budget | None,
+        source: Source,
+        settings: dict[str, Any],
+        timings: dict[str, float],
     ) -> Explanation:
         joined = MethodResult.joined([batch.result for batch in batches])
         return Explanation(
@@ -297,17 +310,9 @@ class Explainer:
             masks=joined.masks,
             weights=joined.weights,
             mic=joined.mic,
-            timings=dict(clock.seconds),
-            settings={
-                "method": method.name,
-                "options": dataclasses.asdict(method),
-                "bundle": self.bundle.manifest.name,
-                "backend": self.networks.backend,
-                "precision": self.precision,
-                "batch_size": self.batch_size,
-                **({"budget": dataclasses.asdict(budget)} if budget else {}),
-            },
-            geometries=geometries,
+            timings=timings,
+            settings=settings,
+            source=source,
         )
 
 

@@ -1,41 +1,63 @@
-"""What an explanation gives back."""
+"""What an explanation gives back: maps, what led to them, and pictures of them."""
 
 from __future__ import annotations
 
+import io
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
+from scipy.special import softmax
 
-from ccam_deploy.arrays import Floats
-from ccam_deploy.errors import ImageError
+from ccam_deploy import render
+from ccam_deploy.arrays import Classes, Floats
+from ccam_deploy.errors import ImageError, OptionError
+from ccam_deploy.files import unused, write_file
 from ccam_deploy.methods import LayerPartition, MaskSequence
-from ccam_deploy.preprocess import Geometry
+from ccam_deploy.preprocess import Geometry, Source
+from ccam_deploy.render import Look
+
+FORMATS = ("overlay", "heatmap", "panel", "npz", "json")
+_SUFFIX = {"overlay": "overlay.png", "heatmap": "heatmap.png", "npz": "npz", "json": "json"}
 
 
 @dataclass(frozen=True)
 class Explanation:
     """Saliency maps for P (image, class) pairs of B images, image by image.
 
-    saliency: [P, H, W] float32, each map scaled to [0, 1].
-    raw_saliency: [P, H, W] float32, as the method defines it.
-    targets: [P] int64, each map's class.   image_index: [P] int64, its image; with one class an
-        image, 0..B-1.   logits: [B, classes] float32, of the images as they are.
-    layers: each target layer's collections.   masks[p]: [N, H, W] float32 in [0, 1], N masks from
-        the shallowest layer to the deepest.   weights[p]: [N] float32, the masks' weights α,
-        0 for a flat mask.   mic[p]: [N] float32, their increase of confidence over the baseline.
-        Only Collection-CAM gives all four. Score-CAM gives the weight and increase of each channel
-        [C]; what a method does not give has length 0.
-    timings: seconds in each stage.   settings: method, options and engine that gave the result,
-        and the budget where there was one, as cost.Budget tells it.
-    geometries: where each image's input lies in the original; empty for array input.
+    `explanation[3]` is the explanation of the fourth pair alone, `explanation[:2]` that of the
+    first two; iterating gives the pairs one by one. A method's argument `pair` counts from 0.
+
+    Only Collection-CAM gives layers, masks, weights and mic. Score-CAM gives the weight and the
+    increase of each channel; what a method does not give has length 0.
+
+    Attributes:
+        saliency: [P, H, W] float32, each map scaled to [0, 1].
+        raw_saliency: [P, H, W] float32, as the method defines it.
+        targets: [P] int64, each map's class.
+        image_index: [P] int64, each map's image; with one class an image, 0 to B - 1.
+        logits: [B, classes] float32, of the images as they are.
+        layers: Each target layer's collections.
+        masks: For each pair [N, H, W] float32 in [0, 1], its N masks, from the shallowest layer
+            to the deepest.
+        weights: For each pair [N] float32, the masks' weights α; 0 for a flat mask.
+        mic: For each pair [N] float32, the masks' increase of confidence over the baseline.
+        timings: Seconds in each stage.
+        settings: Method, options and engine that gave the result, and the budget where there was
+            one; see methods.collection_cam.cost.Budget.
+        source: The images that were explained, by reference.
     """
 
     saliency: Floats
     raw_saliency: Floats
-    targets: NDArray[np.int64]
-    image_index: NDArray[np.int64]
+    targets: Classes
+    image_index: Classes
     logits: Floats
     layers: tuple[LayerPartition, ...]
     masks: MaskSequence
@@ -43,23 +65,302 @@ class Explanation:
     mic: tuple[Floats, ...]
     timings: dict[str, float]
     settings: dict[str, Any]
-    geometries: tuple[Geometry, ...] = field(default=(), repr=False)
+    source: Source = field(repr=False)
 
     def __len__(self) -> int:
         return len(self.targets)
 
-    def probability(self, pair: int) -> float:
-        """The softmax probability of a pair's class."""
+    def __getitem__(self, pairs: int | slice) -> Explanation:
+        if isinstance(pairs, slice):
+            return self._take(np.arange(len(self))[pairs])
+        if not -len(self) <= pairs < len(self):
+            raise IndexError(f"pair {pairs} is out of range; the explanation has {len(self)} pairs")
+        return self._take(np.array([pairs % len(self)]))
+
+    def __iter__(self) -> Iterator[Explanation]:
+        return (self[pair] for pair in range(len(self)))
+
+    @property
+    def geometries(self) -> tuple[Geometry, ...]:
+        """Where each image's input lies in its picture; empty for array input."""
+        return self.source.geometries
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The name of each pair's class, its number where the bundle has no names."""
+        return tuple(self.source.manifest.label(int(target)) for target in self.targets)
+
+    def probability(self, pair: int = 0) -> float:
+        """Give the softmax probability of a pair's class, in [0, 1]."""
         logits = self.logits[self.image_index[pair]].astype(np.float64)
-        exponent = np.exp(logits - logits.max())
-        return float(exponent[self.targets[pair]] / exponent.sum())
+        return float(softmax(logits)[self.targets[pair]])
 
-    def on_original(self, pair: int) -> Floats:
-        """A pair's saliency on the original image: [height, width] float32, 0 where unseen.
+    def on_original(self, pair: int = 0) -> Floats:
+        """Bring a pair's saliency to the original image.
 
-        Raises ImageError where the explanation was made from an array.
+        Returns:
+            [height, width] float32 of the picture, in [0, 1]; 0 where the network saw nothing.
+
+        Raises:
+            ImageError: The explanation was made from an array.
         """
         if not self.geometries:
             raise ImageError("the explanation was made from an array, which has no original image")
-        geometry = self.geometries[int(self.image_index[pair])]
-        return geometry.to_original(self.saliency[pair])
+        return self.geometries[int(self.image_index[pair])].to_original(self.saliency[pair])
+
+    def picture(self, pair: int = 0) -> Image.Image:
+        """Give a pair's image as an RGB picture, restored where an array was explained."""
+        return self.source.picture(int(self.image_index[pair]))
+
+    def overlay(self, pair: int = 0, look: Look | None = None) -> Image.Image:
+        """Draw a pair's map over its picture.
+
+        What a centre crop cut off stays as it is, around a thin frame.
+
+        Args:
+            pair: Which pair.
+            look: Colour map, opacity and colour bar; None for the defaults.
+
+        Returns:
+            An RGB picture, no side longer than 1,024 pixels (and the colour bar).
+
+        Raises:
+            OptionError: The colour map is unknown, or the opacity is out of range.
+        """
+        look = look or render.Look()
+        picture, saliency = render.shrunk(self.picture(pair), self._on_picture(pair))
+        seen = None
+        if self.geometries:
+            seen = self.geometries[int(self.image_index[pair])].seen_in(picture.size)
+        return render.overlay(picture, saliency, look.colormap, look.opacity, look.bar, seen)
+
+    def heatmap(self, pair: int = 0, look: Look | None = None) -> Image.Image:
+        """Draw a pair's map alone, of the picture's size.
+
+        Args:
+            pair: Which pair.
+            look: Colour map and colour bar; None for the defaults.
+
+        Returns:
+            An RGB picture, no side longer than 1,024 pixels (and the colour bar).
+
+        Raises:
+            OptionError: The colour map is unknown.
+        """
+        look = look or render.Look()
+        _, saliency = render.shrunk(self.picture(pair), self._on_picture(pair))
+        return render.heatmap(saliency, look.colormap, look.bar)
+
+    def panel(self, image: int = 0, look: Look | None = None) -> Image.Image:
+        """Draw an image beside the maps of all its classes, with names and probabilities.
+
+        Args:
+            image: Which image, 0 to B - 1.
+            look: Colour map, opacity and colour bar; None for the defaults.
+
+        Raises:
+            OptionError: The explanation has no such image, the colour map is unknown, or the
+                opacity is out of range.
+        """
+        pairs = np.flatnonzero(self.image_index == image)
+        if not len(pairs):
+            raise OptionError(
+                f"image is {image}; the explanation has images 0 to {len(self.logits) - 1}"
+            )
+        tiles = [("image", render.thumbnail(self.source.picture(image)))]
+        for pair in map(int, pairs):
+            caption = f"{self.labels[pair]} {self.probability(pair):.3f}"
+            tiles.append((caption, render.thumbnail(self.overlay(pair, look))))
+        return render.panel(tiles)
+
+    def save(
+        self,
+        folder: str | Path,
+        formats: Sequence[str] = ("overlay",),
+        look: Look | None = None,
+        names: Sequence[str | Path] | None = None,
+    ) -> list[list[Path]]:
+        """Write files for each pair; see ExplanationWriter.
+
+        Args:
+            folder: Where to write; it is made where it is missing.
+            formats: Some of "overlay", "heatmap", "panel", "npz" and "json".
+            look: Colour map, opacity and colour bar; None for the defaults.
+            names: The images' file names, which the files are called after; None for those of the
+                PIL images' files, or "image-1" and so on.
+
+        Returns:
+            The paths written for each pair; an image's panel stands with its last pair.
+
+        Raises:
+            OptionError: A format is unknown.
+            OutputError: A file cannot be written.
+        """
+        return ExplanationWriter(folder, formats, look).write(self, names)
+
+    def _on_picture(self, pair: int) -> Floats:
+        return self.on_original(pair) if self.geometries else self.saliency[pair]
+
+    def _take(self, pairs: NDArray[np.intp]) -> Explanation:
+        images, owner = np.unique(self.image_index[pairs], return_inverse=True)
+        return Explanation(
+            self.saliency[pairs],
+            self.raw_saliency[pairs],
+            self.targets[pairs],
+            owner.astype(np.int64),
+            self.logits[images],
+            tuple(layer.take(pairs) for layer in self.layers),
+            self.masks.take(pairs),
+            tuple(self.weights[pair] for pair in pairs),
+            tuple(self.mic[pair] for pair in pairs),
+            self.timings,
+            self.settings,
+            self.source.take(images.tolist()),
+        )
+
+
+class ExplanationWriter:
+    """Writes files of the chosen formats for each image and class.
+
+    Files are called FILE-CLASS.FORMAT, and an image's panel FILE-panel.png. Where several images
+    of several folders or calls share a name, later ones get a number; classes that share a name
+    get theirs.
+
+    Args:
+        folder: Where files are written.
+        formats: Some of FORMATS.
+        look: Colour map, opacity and colour bar; None for the defaults.
+
+    Raises:
+        OptionError: A format is unknown.
+    """
+
+    def __init__(
+        self, folder: str | Path, formats: Sequence[str] = ("overlay",), look: Look | None = None
+    ) -> None:
+        for name in formats:
+            if name not in FORMATS:
+                raise OptionError(f'format "{name}" is unknown; there are {", ".join(FORMATS)}')
+        self._folder = Path(folder)
+        self._formats = tuple(formats)
+        self._look = look or Look()
+        self._stems: Counter[str] = Counter()
+        self._names: Counter[str] = Counter()
+
+    def write(
+        self, explanation: Explanation, names: Sequence[str | Path] | None = None
+    ) -> list[list[Path]]:
+        """Write the files of an explanation.
+
+        Args:
+            explanation: What to write.
+            names: The images' file names; None for those of the PIL images' files.
+
+        Returns:
+            The paths written for each pair; an image's panel stands with its last pair.
+
+        Raises:
+            OptionError: There are not as many names as images.
+            OutputError: A file cannot be written.
+        """
+        files = _file_names(explanation) if names is None else list(map(str, names))
+        if len(files) != len(explanation.logits):
+            raise OptionError(f"there are {len(files)} names for {len(explanation.logits)} images")
+        stems = [unused(Path(file).stem, self._stems) for file in files]
+        written = []
+        for pair, image in enumerate(map(int, explanation.image_index)):
+            name = unused(f"{stems[image]}-{_class_word(explanation, pair)}", self._names)
+            paths = [
+                self._save(f"{name}.{_SUFFIX[form]}", self._content(form, explanation, pair, files))
+                for form in self._formats
+                if form != "panel"
+            ]
+            last = pair + 1 == len(explanation) or explanation.image_index[pair + 1] != image
+            if last and "panel" in self._formats:
+                content = render.png(explanation.panel(image, self._look))
+                paths.append(self._save(f"{stems[image]}-panel.png", content))
+            written.append(paths)
+        return written
+
+    def _save(self, name: str, content: bytes) -> Path:
+        path = self._folder / name
+        write_file(path, content)
+        return path
+
+    def _content(
+        self, form: str, explanation: Explanation, pair: int, files: Sequence[str]
+    ) -> bytes:
+        if form == "overlay":
+            return render.png(explanation.overlay(pair, self._look))
+        if form == "heatmap":
+            return render.png(explanation.heatmap(pair, self._look))
+        if form == "npz":
+            return _npz(explanation, pair)
+        return _json(explanation, pair, files[int(explanation.image_index[pair])])
+
+
+def _file_names(explanation: Explanation) -> list[str]:
+    images = explanation.source.images
+    return [
+        getattr(image, "filename", "") or f"image-{number + 1}"
+        for number, image in enumerate(images)
+    ]
+
+
+def _class_word(explanation: Explanation, pair: int) -> str:
+    """The class as part of a file name, with its number where another class has the same."""
+    words = Counter(_word(label) for label in explanation.source.manifest.labels)
+    word = _word(explanation.labels[pair])
+    return word if words[word] <= 1 else f"{word}-{explanation.targets[pair]}"
+
+
+def _word(label: str) -> str:
+    """A label as part of a file name."""
+    kept = "".join(letter if letter.isalnum() else "-" for letter in label.lower())
+    return "-".join(part for part in kept.split("-") if part)[:40] or "class"
+
+
+def _npz(explanation: Explanation, pair: int) -> bytes:
+    """All arrays of one pair; see Explanation for their meaning."""
+    values: dict[str, Any] = {
+        "saliency": explanation.saliency[pair],
+        "raw_saliency": explanation.raw_saliency[pair],
+        "target": explanation.targets[pair],
+        "logits": explanation.logits[explanation.image_index[pair]],
+        "masks": explanation.masks[pair],
+        "weights": explanation.weights[pair],
+        "mic": explanation.mic[pair],
+    }
+    if explanation.geometries:
+        values["original"] = explanation.on_original(pair)
+    for layer in explanation.layers:
+        values[f"labels.{layer.name}"] = layer.labels[pair]
+        values[f"quality.{layer.name}"] = layer.quality[pair]
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **values)
+    return buffer.getvalue()
+
+
+def _json(explanation: Explanation, pair: int, file: str) -> bytes:
+    """Everything but the maps."""
+    target = int(explanation.targets[pair])
+    value = {
+        "file": file,
+        "target": target,
+        "class": explanation.labels[pair],
+        "probability": explanation.probability(pair),
+        "logit": float(explanation.logits[explanation.image_index[pair], target]),
+        "layers": {
+            layer.name: {
+                "collections": int(layer.count[pair]),
+                "quality": [float(value) for value in layer.quality[pair]],
+            }
+            for layer in explanation.layers
+        },
+        "weights": [float(value) for value in explanation.weights[pair]],
+        "mic": [float(value) for value in explanation.mic[pair]],
+        "settings": explanation.settings,
+    }
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode(
+        "utf-8", "backslashreplace"
+    )

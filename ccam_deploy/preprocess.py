@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ccam_deploy.arrays import Floats
-from ccam_deploy.bundle.manifest import Preprocessing
+from ccam_deploy.bundle.manifest import Manifest, Preprocessing
 from ccam_deploy.errors import ImageError, brief
 from ccam_deploy.image_files import MAX_PIXELS, as_shown, check_size
 
@@ -19,11 +19,13 @@ _VIA = {"P": "RGBA", "PA": "RGBA", "La": "LA", "LAB": "RGB"}
 
 @dataclass(frozen=True)
 class Geometry:
-    """Where the network's input lies in the original image; all sizes are height, width.
+    """Where the network's input lies in the original image; all sizes are height, width in pixels.
 
-    original: the image as it is shown, turned as its EXIF data says.
-    scaled: its size after scaling.   corner: top, left of the input inside the scaled image.
-    size: the network's input.
+    Attributes:
+        original: Size of the image as it is shown, turned as its EXIF data says.
+        scaled: Its size after scaling.
+        corner: Top, left of the input inside the scaled image.
+        size: Size of the network's input.
     """
 
     original: tuple[int, int]
@@ -31,10 +33,33 @@ class Geometry:
     corner: tuple[int, int]
     size: tuple[int, int]
 
-    def to_original(self, saliency: Floats) -> Floats:
-        """Bring a map [H, W] of the input back to the original image; 0 where nothing was seen.
+    def seen_in(self, size: tuple[int, int]) -> tuple[int, int, int, int]:
+        """Find the part of the picture that the network saw.
 
-        Returns [height, width] float32 of the original's size.
+        Args:
+            size: Width, height of the picture as it is drawn; the original's size or another.
+
+        Returns:
+            left, top, right, bottom in pixels, right and bottom exclusive.
+        """
+        scale = np.divide(size[::-1], self.scaled)
+        start = np.maximum(self.corner, 0)
+        end = np.minimum(np.add(self.corner, self.size), self.scaled)
+        top, left = np.floor(start * scale + 0.5).astype(int).tolist()
+        bottom, right = np.floor(end * scale + 0.5).astype(int).tolist()
+        return left, top, right, bottom
+
+    def to_original(self, saliency: Floats) -> Floats:
+        """Bring a map of the input back to the original image.
+
+        Args:
+            saliency: [H, W] float32, of the input's size.
+
+        Returns:
+            [height, width] float32 of the original's size, 0 where the network saw nothing.
+
+        Raises:
+            ImageError: The map has another size.
         """
         if saliency.shape != self.size:
             raise ImageError(f"the map is {list(saliency.shape)}, the input {list(self.size)}")
@@ -48,10 +73,13 @@ class Geometry:
         return np.asarray(shown, dtype=np.float32)
 
     def to_input(self, boxes: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Bring boxes [K, 4] of the original image to the input, cut at its border.
+        """Bring boxes of the original image to the input, cut at its border.
 
-        A box is left, top, right, bottom in pixels, right and bottom exclusive. Those of which
-        nothing is left in the input are dropped.
+        Args:
+            boxes: [K, 4] float64: left, top, right, bottom in pixels, right and bottom exclusive.
+
+        Returns:
+            [L, 4] float64, without the boxes of which nothing is left in the input.
         """
         scale = np.divide(self.scaled, self.original)
         top, left = self.corner
@@ -60,6 +88,37 @@ class Geometry:
         cut = np.clip(moved, 0, [width, height, width, height])
         kept: NDArray[np.float64] = cut[(cut[:, 2] > cut[:, 0]) & (cut[:, 3] > cut[:, 1])]
         return kept
+
+
+@dataclass(frozen=True)
+class Source:
+    """The images that were explained, by reference, and the bundle's facts about them.
+
+    Attributes:
+        manifest: The bundle's manifest.
+        images: B PIL images, or [B, C, H, W] float32.
+        geometries: Where each image's input lies in the picture; empty for an array.
+    """
+
+    manifest: Manifest
+    images: Floats | Sequence[Image.Image]
+    geometries: tuple[Geometry, ...]
+
+    def picture(self, image: int) -> Image.Image:
+        """An image as an RGB picture, restored where an array was explained."""
+        if not isinstance(self.images, np.ndarray):
+            return to_grey_or_rgb(as_shown(self.images[image]), 3)
+        how = self.manifest.preprocessing
+        return restore_image(self.images[image], how.mean, how.std).convert("RGB")
+
+    def take(self, images: Sequence[int]) -> Source:
+        """Keep some of the images."""
+        if isinstance(self.images, np.ndarray):
+            kept: Floats | Sequence[Image.Image] = self.images[list(images)]
+        else:
+            kept = [self.images[image] for image in images]
+        places = tuple(self.geometries[image] for image in images) if self.geometries else ()
+        return Source(self.manifest, kept, places)
 
 
 def to_grey_or_rgb(picture: Image.Image, channels: int) -> Image.Image:

@@ -27,11 +27,19 @@ _MARGIN = 4
 _SMALLEST_TILE = 192
 _LARGEST_SIDE = 1024
 _BOXED_SIDE = 384
+_FRAME_SHARE = 300
+"""A frame is one pixel wide for so many pixels of the picture's shorter side."""
 
 
 @dataclass(frozen=True)
 class Look:
-    """How maps are shown. opacity: how much of the image an overlay hides, in [0, 1]."""
+    """How maps are shown.
+
+    Attributes:
+        colormap: A name among COLORMAPS.
+        opacity: How much of the picture an overlay hides, in [0, 1].
+        bar: Whether a colour bar stands beside the map.
+    """
 
     colormap: str = DEFAULT_COLORMAP
     opacity: float = 0.5
@@ -74,11 +82,22 @@ def overlay(
     colormap: str = DEFAULT_COLORMAP,
     opacity: float = 0.5,
     bar: bool = False,
+    seen: Box | None = None,
 ) -> Image.Image:
-    """A saliency map [H, W] in [0, 1] laid over the picture of the same size.
+    """Lay a saliency map over the picture.
 
-    opacity: how much of the picture the colours hide, in [0, 1].
-    Raises OptionError for another size or opacity.
+    Args:
+        picture: The picture, of any mode.
+        saliency: [H, W] float32 in [0, 1], of the picture's size.
+        colormap: A name among COLORMAPS.
+        opacity: How much of the picture the colours hide, in [0, 1].
+        bar: Add a colour bar.
+        seen: The part of the picture that the network saw. Outside of it the picture stays as it
+            is, and a thin frame shows where it ends. None for the whole picture.
+
+    Raises:
+        OptionError: The map has another size, the opacity is out of range, or the colour map is
+            unknown.
     """
     if not 0 <= opacity <= 1:
         raise OptionError(f"opacity is {opacity}; it must be in [0, 1]")
@@ -90,6 +109,8 @@ def overlay(
     base = np.asarray(picture.convert("RGB"), np.float32)
     mixed = base * (1 - opacity) + colours(saliency, colormap).astype(np.float32) * opacity
     result = Image.fromarray((mixed + 0.5).astype(np.uint8))
+    if seen is not None and seen != (0, 0, *picture.size):
+        result = _inside(picture.convert("RGB"), result, seen)
     return _with_bar(result, colormap) if bar else result
 
 
@@ -176,6 +197,18 @@ def png(picture: Image.Image) -> bytes:
 
 def _scaled(picture: Image.Image, height: int) -> Image.Image:
     return picture.resize((max(round(picture.width * height / picture.height), 1), height))
+
+
+def _inside(picture: Image.Image, coloured: Image.Image, seen: Box) -> Image.Image:
+    """The coloured picture in a box, framed, and the plain one around it."""
+    result = picture.copy()
+    result.paste(coloured.crop(seen), seen[:2])
+    width = max(1, min(picture.size) // _FRAME_SHARE)
+    left, top, right, bottom = seen
+    ImageDraw.Draw(result).rectangle(
+        (left, top, right - 1, bottom - 1), outline="white", width=width
+    )
+    return result
 
 
 def _with_bar(picture: Image.Image, colormap: str) -> Image.Image:

@@ -110,7 +110,7 @@ def test_explaining_needs_no_export_library() -> None:
     assert not loaded & {"torch", "onnx", "onnx_ir", "onnxscript", "tensorrt"}
 
 
-ALIASES = {"Images": explainer.Images, "Targets": targets.Targets}
+ALIASES = {"Images": explainer.Images, "Target": targets.Target, "Targets": targets.Targets}
 """Types that have no name of their own."""
 
 

@@ -226,3 +226,24 @@ def test_boxes_are_outlined_where_they_are() -> None:
     assert extent(boxed, red) == (200, 20, 240, 80)
     assert colour_of(boxed, 80, 50) == (0, 0, 0)
     assert render.boxed(Image.new("RGB", (600, 300)), {}).size == (600, 300)
+
+
+def test_outside_of_what_was_seen_the_picture_stays() -> None:
+    """A frame of one pixel, blended colours inside of it, and not a pixel changed around it."""
+    pixels = np.random.default_rng(0).integers(0, 200, (40, 90, 3)).astype(np.uint8)
+    saliency = np.random.default_rng(1).random((40, 90)).astype(np.float32)
+    picture, seen = Image.fromarray(pixels), (25, 0, 65, 40)
+    plain = np.asarray(render.overlay(picture, saliency))
+    shown = np.asarray(render.overlay(picture, saliency, seen=seen))
+    outside = np.ones((40, 90), np.bool_)
+    outside[:, 25:65] = False
+    np.testing.assert_array_equal(shown[outside], pixels[outside])
+    np.testing.assert_array_equal(shown[1:39, 26:64], plain[1:39, 26:64])
+    frame = np.concatenate([shown[0, 25:65], shown[39, 25:65], shown[:, 25], shown[:, 64]])
+    assert (frame == 255).all()
+
+
+def test_a_picture_that_was_seen_whole_has_no_frame() -> None:
+    picture, saliency = Image.new("RGB", (6, 4), "gray"), np.zeros((4, 6), np.float32)
+    whole = render.overlay(picture, saliency, seen=(0, 0, 6, 4))
+    np.testing.assert_array_equal(whole, render.overlay(picture, saliency))

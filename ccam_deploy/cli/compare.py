@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +23,6 @@ from ccam_deploy.cli.options import (
 from ccam_deploy.errors import OptionError
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from ccam_deploy.explanation import Explanation
     from ccam_deploy.render import Look, Tile
 
@@ -101,7 +100,7 @@ def compare(bundle: Path, image: Path, **options: Any) -> None:
     first = next(iter(results.values()))
     for row, target in enumerate(first.targets):
         caption = f"{manifest.label(int(target))} {first.probability(row):.3f}"
-        rows.append([(caption, shown), *_tiles(results, row, picture, look)])
+        rows.append([(caption, shown), *_tiles(results, row, look)])
     write_file(output, render.png(render.grid(rows)))
     say(f"  {output}")
 
@@ -112,15 +111,11 @@ def _words(result: Explanation) -> str:
     return " ".join(f"{key}={json.dumps(value)}" for key, value in options.items())
 
 
-def _tiles(
-    results: dict[str, Explanation], row: int, picture: Image.Image, look: Look
-) -> list[Tile]:
+def _tiles(results: dict[str, Explanation], row: int, look: Look) -> list[Tile]:
     """Each method's map over the picture; the colour bar, if wanted, on the last one."""
-    from ccam_deploy import render
-
-    tiles = []
-    for name, result in results.items():
-        small, saliency = render.shrunk(picture, result.on_original(row))
-        bar = look.bar and name == list(results)[-1]
-        tiles.append((name, render.overlay(small, saliency, look.colormap, look.opacity, bar)))
-    return tiles
+    plain = replace(look, bar=False)
+    last = list(results)[-1]
+    return [
+        (name, result.overlay(row, look if name == last else plain))
+        for name, result in results.items()
+    ]

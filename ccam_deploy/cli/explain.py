@@ -88,7 +88,7 @@ def explain(bundle: Path, images: tuple[Path, ...], as_json: bool, **options: An
     """
     from ccam_deploy import render
     from ccam_deploy.cli import choices
-    from ccam_deploy.cli.writer import Writer
+    from ccam_deploy.explanation import ExplanationWriter
     from ccam_deploy.image_files import find_images
     from ccam_deploy.methods.collection_cam.cost import validate_budget
 
@@ -103,7 +103,7 @@ def explain(bundle: Path, images: tuple[Path, ...], as_json: bool, **options: An
     with choices.explainer_of(bundle, options, options["batch_size"]) as explainer:
         targets = choices.targets_of(options["targets"], explainer.bundle.manifest)
         look = render.Look(options["colormap"], options["opacity"], options["color_bar"])
-        writer = Writer(options["output"], kinds, look, explainer.bundle.manifest)
+        writer = ExplanationWriter(options["output"], kinds, look)
         together = explainer.batch_size
         if budget is not None:
             together = 1
@@ -123,9 +123,10 @@ def explain(bundle: Path, images: tuple[Path, ...], as_json: bool, **options: An
                         pictures, [targets] * len(pictures), method=method, budget_ms=budget
                     )
                     spent = (time.perf_counter() - started) * 1000
-                    lines = _lines(explainer, result, [f for f, _ in read], spent)
-                    for line, written in zip(lines, writer.write(result, read), strict=True):
-                        line["files"] = written
+                    names = [file for file, _ in read]
+                    lines = _lines(explainer, result, names, spent)
+                    for line, written in zip(lines, writer.write(result, names), strict=True):
+                        line["files"] = [str(path) for path in written]
                         if not as_json:
                             _print(line)
                     results += lines

@@ -203,7 +203,8 @@ class _Proposer:
         peaks.sort(key=lambda entry: -entry[1].value)
         ranked = proposals.selective_search(picture, options["mode"], options["seed"])
         guided = proposals.guided(ranked, [peak for _, peak in peaks], options["boxes"])
-        overlay = render.overlay(*render.shrunk(picture, np.max(maps, axis=0)))
+        shown, highest = render.shrunk(picture, np.max(maps, axis=0))
+        overlay = render.overlay(shown, highest, seen=result.geometries[0].seen_in(shown.size))
         return _Proposal(classes, peaks, ranked[: len(guided)], guided, overlay)
 
 
@@ -223,8 +224,7 @@ def _on_images(
     """Propose boxes for the files that can be read, and draw them; a line for each other one."""
     from ccam_deploy import render
     from ccam_deploy.cli import choices
-    from ccam_deploy.cli.writer import unused
-    from ccam_deploy.files import write_file
+    from ccam_deploy.files import unused, write_file
 
     manifest = proposer.explainer.bundle.manifest
     stems: Counter[str] = Counter()

@@ -3,7 +3,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test test-quick test-all lint types format docs bench clean
+.PHONY: demo test test-quick test-all lint types format docs notebook bench clean
 
 demo: .venv/.cpu
 	$(BIN)/ccam-deploy export --recipe export/digits.toml --output engines/digits
@@ -31,6 +31,11 @@ format: .venv/.all
 
 docs: .venv/.all
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+notebook: .venv/.all
+	$(PIP) --editable '.[notebook]'
+	$(BIN)/python -m nbconvert --to notebook --execute --inplace \
+		--ExecutePreprocessor.record_timing=False --log-level=WARN docs/notebooks/tour.ipynb
 
 bench: .venv/.all
 	$(BIN)/python -m bench.bench_overhead --output bench/results/overhead-cpu.json

@@ -108,6 +108,13 @@ def anchors(page: Path) -> set[str]:
     }
 
 
+def test_architecture_names_files_that_exist() -> None:
+    files = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("ccam_deploy/**/*.py")}
+    files |= {path.relative_to(ROOT).as_posix() for path in ROOT.glob("tests/*.py")}
+    for name in re.findall(r"[\w/]+\.py\b", text_of(ROOT / "ARCHITECTURE.md")):
+        assert any(f"/{file}".endswith(f"/{name}") for file in files), name
+
+
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_python_blocks_are_python(page: Path) -> None:
     for code in blocks(page, "python"):

@@ -20,6 +20,7 @@ from tests.helpers import RECIPES, ROOT
 README = ROOT / "README.md"
 DOCS = ROOT / "docs"
 API = DOCS / "api"
+NOTEBOOK = DOCS / "notebooks" / "tour.ipynb"
 RESULTS = ROOT / "bench" / "results"
 PAGES = sorted(
     page
@@ -162,3 +163,14 @@ def test_tutorial_runs(
     names: dict[str, object] = {}
     for code in blocks(tutorial, "python"):
         exec(compile(code, str(tutorial), "exec"), names)
+
+
+def test_notebook_was_executed_without_errors() -> None:
+    """In order, from the first cell to the last, with nothing in it of the machine."""
+    text = text_of(NOTEBOOK)
+    cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert {output["output_type"] for output in outputs} == {"execute_result", "stream"}
+    assert {output.get("name", "stdout") for output in outputs} == {"stdout"}
+    assert not re.search(r"/(home|tmp|work|root|usr)\b|/Users\b|site-packages", text)

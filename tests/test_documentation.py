@@ -148,6 +148,7 @@ def shown_commands(page: Path) -> Iterator[tuple[str, list[str]]]:
                 yield words[1], words[2:]
 
 
+@pytest.mark.slow
 def test_tutorial_runs(
     digits_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

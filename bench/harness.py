@@ -78,10 +78,10 @@ def export_command(network: str, folder: Path, *options: str, backend: str = "au
     Returns:
         The words of the command.
     """
-    command = [sys.executable, "-c", "from ccam_deploy.cli.main import main; main()", "export"]
+    command = [sys.executable, "-m", "ccam_deploy", "export"]
     command += ["--recipe", str(recipe_path(network)), *options, "--output", str(folder)]
     if backend in FLAVOURS:
-        command += ["--build", "--backend", backend]
+        command += ["--build", "--library", backend]
     return command
 
 

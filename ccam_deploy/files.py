@@ -137,3 +137,19 @@ def unused(name: str, taken: Counter[str]) -> str:
         free = f"{name}-{taken[name]}"
     taken[free] += 1
     return free
+
+
+def require_writable_folder(path: Path) -> None:
+    """Make sure that files can be written to a folder, which need not exist yet.
+
+    Raises:
+        OutputError: They cannot; nothing is left behind.
+    """
+    if path.exists() and not path.is_dir():
+        raise OutputError(f"cannot write to {path}: it is a file, not a folder")
+    place = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise OutputError(f"cannot write to {path}: {error.strerror or error}") from error

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import click
 
-from ccam_deploy.cli.network import load_network, need_torch
+from ccam_deploy.cli.network import load_network, require_torch
 from ccam_deploy.cli.options import (
     BACKENDS,
-    BATCH_SIZE,
-    bundle_argument,
-    engine_options,
-    precision_option,
-    print_json,
-    say,
+    PATH,
+    AsJson,
+    BundleFolder,
+    EngineOptions,
+    ImageFiles,
+    ModelSource,
+    OutputPath,
 )
+from ccam_deploy.cli.parameters import Integers, Option, Words, with_options
+from ccam_deploy.cli.printing import print_json, say, write_json
 from ccam_deploy.errors import OptionError
 
 if TYPE_CHECKING:
@@ -31,90 +35,72 @@ if TYPE_CHECKING:
     from ccam_deploy.latency.report import LatencyReport
 
 TORCH = "torch"
-_STDOUT = "-"
 _LARGEST_ERROR = 0.05
+
+Batches = Annotated[
+    tuple[int, ...],
+    Option("--batch", "Images in a call; each number is measured by itself.", Integers()),
+]
+Concurrency = Annotated[
+    int,
+    Option("--concurrency", "Threads that call one explainer at the same time.", click.INT),
+]
+Duration = Annotated[
+    float,
+    Option(
+        "--duration",
+        "Seconds that each measurement lasts: the load, the turns with the classifier alone, and "
+        "those with each --compare.",
+        click.FLOAT,
+    ),
+]
+Warmup = Annotated[
+    float, Option("--warmup", "Seconds of load before each batch is measured.", click.FLOAT)
+]
+Compared = Annotated[
+    tuple[str, ...], Option("--compare", "Other backends, or torch, to measure in turn.", Words())
+]
+PyTorchModel = Annotated[
+    Path | None,
+    Option("--model", "Model file for --compare torch, as export takes it.", PATH),
+]
+Plot = Annotated[
+    Path | None,
+    Option("--plot", "Draw latency and stages to a .png, .svg or .pdf file.", PATH),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchOptions:
+    """The options of `bench`."""
+
+    bundle: BundleFolder
+    images: ImageFiles = ()
+    engine: EngineOptions
+    batches: Batches = (1,)
+    concurrency: Concurrency = 1
+    duration: Duration = 10.0
+    warmup: Warmup = 2.0
+    compare: Compared = ()
+    model: PyTorchModel = None
+    source: ModelSource
+    output: OutputPath = None
+    plot: Plot = None
+    as_json: AsJson = False
 
 
 @click.command()
-@bundle_argument
-@click.argument("images", nargs=-1, type=click.Path(path_type=Path))
-@engine_options
-@precision_option
-@click.option(
-    "--batch",
-    default="1",
-    show_default=True,
-    metavar="N,M",
-    help="Images a call; one measurement for each of the numbers.",
-)
-@click.option(
-    "--batch-size",
-    default=BATCH_SIZE,
-    show_default=True,
-    type=click.IntRange(min=1),
-    help="Images, and masked images, that go through an engine at a time.",
-)
-@click.option(
-    "--concurrency",
-    default=1,
-    show_default=True,
-    help="Threads that call one explainer; on a GPU each has a stream of its own.",
-)
-@click.option(
-    "--duration",
-    default=10.0,
-    show_default=True,
-    help="Seconds of steady load for each batch size, as many of taking turns with the floor, "
-    "and as many with each that is compared.",
-)
-@click.option(
-    "--warmup", default=2.0, show_default=True, help="Seconds before each batch size is measured."
-)
-@click.option(
-    "--compare",
-    default="",
-    metavar="NAMES",
-    help="Other backends, or torch, to measure in turn; separated by commas.  [default: none]",
-)
-@click.option(
-    "--model",
-    type=click.Path(path_type=Path),
-    help="For --compare torch: the bundle's model, as export takes it.",
-)
-@click.option("--arch", help="The network of a --model that is a file of weights.")
-@click.option(
-    "--recipe",
-    "recipe_path",
-    type=click.Path(path_type=Path),
-    help="For --compare torch: the recipe that the bundle was exported with.",
-)
-@click.option("--random-weights", is_flag=True, help="The recipe's network has its random weights.")
-@click.option(
-    "--allow-pickle",
-    is_flag=True,
-    help="Read pickled objects; this runs whatever code the file holds.",
-)
-@click.option(
-    "--json",
-    "json_path",
-    type=click.Path(path_type=Path, allow_dash=True),
-    help="Write everything, samples included, to a file; - for stdout.",
-)
-@click.option(
-    "--plot",
-    "plot_path",
-    type=click.Path(path_type=Path),
-    help="Write a chart of latency and stages: .png, .svg or .pdf; needs the extra plot.",
-)
-@click.pass_context
-def bench(
-    context: click.Context, /, bundle: Path, images: tuple[Path, ...], **options: Any
-) -> None:
-    """Measure what an explanation of IMAGES costs.
+@with_options(BenchOptions)
+def bench(options: BenchOptions) -> None:
+    """Measure how long an explanation of IMAGES takes.
 
-    Reports latency from images in memory to the result, its stages, what it costs over the
-    classifier's passes alone (the floor), cold start and memory. Without IMAGES a photograph is
-    explained.
+    Measures the latency from images in memory to the result, its stages, the overhead over the
+    classifier's passes alone (the floor), the cold start and the memory. Without IMAGES, a
+    photograph that comes with the package is explained.
+
+    Prints a table; --output writes everything, samples included, to a JSON file. --plot needs the
+    extra "plot". --compare torch runs Collection-CAM in plain PyTorch and needs the bundle's model:
+    --model, or --recipe, with the options that it was exported with.
     """
     from msgspec.structs import replace
 
@@ -122,28 +108,20 @@ def bench(
     from ccam_deploy.latency import measurement
 
     settings = measurement.LatencySettings(
-        _numbers(options["batch"]),
-        options["concurrency"],
-        options["duration"],
-        options["warmup"],
+        options.batches, options.concurrency, options.duration, options.warmup
     )
-    compare = _compare(options)
-    _check_outputs(options["json_path"], options["plot_path"])
-    found = find_images(images) if images else [_photograph()]
-    report = _measure(bundle, found, settings, compare, options)
-    names = [str(file) for file in images] or ["a photograph of the package"]
-    report = replace(
-        report, command=_command(context), settings=replace(report.settings, images=names)
-    )
-    _write(report, options["json_path"], options["plot_path"])
+    _validate_comparison(options)
+    _require_outputs(options)
+    files = find_images(options.images) if options.images else [_photograph()]
+    report = _measure(options, files, settings)
+    names = [str(file) for file in options.images] or ["a photograph of the package"]
+    command = _command(click.get_current_context())
+    report = replace(report, command=command, settings=replace(report.settings, images=names))
+    _write(report, options)
 
 
 def _measure(
-    bundle: Path,
-    files: Sequence[Path],
-    settings: LatencySettings,
-    compare: Sequence[str],
-    options: Mapping[str, Any],
+    options: BenchOptions, files: Sequence[Path], settings: LatencySettings
 ) -> LatencyReport:
     """Measure everything; the command and the images' names are filled in later."""
     from msgspec.structs import asdict
@@ -156,27 +134,26 @@ def _measure(
     from ccam_deploy.latency.measurement import measure_latency
 
     pictures = [load_image(file) for file in files]
-    how = {key: options[key] for key in ("backend", "precision", "batch_size", "threads")}
-    how["slots"] = settings.concurrency
+    setup = {**dataclasses.asdict(options.engine), "slots": settings.concurrency}
     before = load_average()
     notes: list[str] = []
     with ExitStack() as stack:
-        explainer = stack.enter_context(load(bundle, **how))
+        explainer = stack.enter_context(load(options.bundle, **setup))
         for note in explainer.networks.notes:
             say(f"passed over {note}", err=True)
-        how["backend"] = explainer.networks.backend
+        setup["backend"] = explainer.networks.backend
         facts = explainer.explain(pictures[:1]).settings
         peers: dict[str, Peer] = {}
-        for name in compare:
+        for name in options.compare:
             if name == TORCH:
-                peers[name] = _torch(explainer, options, notes)
+                peers[name] = _torch_peer(explainer, options, notes)
             else:
-                other = stack.enter_context(load(explainer.bundle, **{**how, "backend": name}))
-                peers[name] = _other(other)
+                other = stack.enter_context(load(explainer.bundle, **{**setup, "backend": name}))
+                peers[name] = _bundle_peer(other)
         starts = []
         for batch in settings.batches:
             say(f"batch {batch}: cold start", err=True)
-            starts.append(measure_cold_start(bundle, files, batch, how))
+            starts.append(measure_cold_start(options.bundle, files, batch, setup))
         batches = measure_latency(explainer, pictures, settings, peers, partial(say, err=True))
         notes += [note for note in explainer.notes if note not in explainer.networks.notes]
     notes += latency_report.doubts(batches, before)
@@ -192,12 +169,12 @@ def _measure(
             backend=facts["backend"],
             precision=facts["precision"],
             batch_size=facts["batch_size"],
-            threads=options["threads"],
+            threads=options.engine.threads,
             concurrency=settings.concurrency,
-            slots=how["slots"] if explainer.networks.slots else None,
+            slots=setup["slots"] if explainer.networks.slots else None,
             duration_s=settings.duration,
             warmup_s=settings.warmup,
-            compare=list(compare),
+            compare=list(options.compare),
             images=[],
         ),
         bundle=latency_report.MeasuredBundle.of(explainer.bundle.manifest),
@@ -207,8 +184,8 @@ def _measure(
     )
 
 
-def _write(report: LatencyReport, json_path: Path | None, plot_path: Path | None) -> None:
-    """Print warnings and the table or JSON, then write the files: what was measured is not lost."""
+def _write(report: LatencyReport, options: BenchOptions) -> None:
+    """Print first, then write the files: what was measured is not lost."""
     import msgspec
 
     from ccam_deploy import plotting
@@ -218,60 +195,57 @@ def _write(report: LatencyReport, json_path: Path | None, plot_path: Path | None
 
     for note in report.warnings:
         say(f"warning: {note}", err=True)
-    if str(json_path) == _STDOUT:
-        print_json(msgspec.to_builtins(report))
+    content = msgspec.to_builtins(report)
+    if options.as_json:
+        print_json(content)
     else:
         click.echo(report_text(report))
-        if json_path:
-            content = json.dumps(msgspec.to_builtins(report), indent=2, ensure_ascii=False) + "\n"
-            write_file(json_path, content.encode())
-    if plot_path:
+    if options.output:
+        write_json(options.output, content)
+    if options.plot:
         settings = report.settings
         title = f"{settings.bundle}, {settings.precision} on {settings.backend}"
-        plot_format = plotting.plot_format(plot_path)
-        write_file(plot_path, charts.draw_latency(report.batches, title, plot_format))
+        plot_format = plotting.plot_format(options.plot)
+        write_file(options.plot, charts.draw_latency(report.batches, title, plot_format))
 
 
-def _numbers(words: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(word) for word in words.split(","))
-    except ValueError:
-        raise OptionError(f'--batch "{words}" is not numbers such as 1,8') from None
-
-
-def _compare(options: Mapping[str, Any]) -> list[str]:
-    """The names to compare with; each is known, and torch has a model."""
-    names = [word.strip() for word in options["compare"].split(",") if word.strip()]
+def _validate_comparison(options: BenchOptions) -> None:
+    """Each name to compare with is known, and torch has a model."""
     known = [*BACKENDS[1:], TORCH]
-    for name in names:
+    for name in options.compare:
         if name not in known:
             raise OptionError(f'--compare "{name}" is unknown; there are {", ".join(known)}')
-    if TORCH in names:
-        if options["model"] is None and options["recipe_path"] is None:
+    source = options.source
+    if TORCH in options.compare:
+        if options.model is None and source.recipe is None:
             raise OptionError(
                 "--compare torch needs the bundle's model in PyTorch: "
                 "give --model FILE, or --recipe FILE"
             )
-        need_torch("--compare torch", "export")
-        return names
-    for option in ("model", "arch", "recipe", "random_weights", "allow_pickle"):
-        if options["recipe_path" if option == "recipe" else option]:
-            flag = option.replace("_", "-")
-            raise OptionError(f"--{flag} goes with --compare torch")
-    return names
+        require_torch("--compare torch", "export")
+        return
+    for flag, value in (
+        ("--model", options.model),
+        ("--arch", source.arch),
+        ("--recipe", source.recipe),
+        ("--random-weights", source.random_weights),
+        ("--allow-pickle", source.allow_pickle),
+    ):
+        if value:
+            raise OptionError(f"{flag} goes with --compare torch")
 
 
-def _check_outputs(json_path: Path | None, plot_path: Path | None) -> None:
+def _require_outputs(options: BenchOptions) -> None:
     """See, before anything is measured, that both files can be written."""
     from ccam_deploy import plotting
     from ccam_deploy.files import require_writable
 
-    if json_path and str(json_path) != _STDOUT:
-        require_writable(json_path)
-    if plot_path:
-        plotting.plot_format(plot_path)
+    if options.output:
+        require_writable(options.output)
+    if options.plot:
+        plotting.plot_format(options.plot)
         plotting.require_matplotlib()
-        require_writable(plot_path)
+        require_writable(options.plot)
 
 
 def _photograph() -> Path:
@@ -281,33 +255,26 @@ def _photograph() -> Path:
     return Path(ccam_deploy.__file__).parent / "examples" / "photographs" / "flower.jpg"
 
 
-def _other(explainer: Explainer) -> Peer:
+def _bundle_peer(explainer: Explainer) -> Peer:
     return lambda case: explainer.explain(case.images)
 
 
-def _torch(explainer: Explainer, options: Mapping[str, Any], notes: list[str]) -> Peer:
-    """Collection-CAM in plain PyTorch, one forward for each mask, on the same kind of device."""
+def _torch_peer(explainer: Explainer, options: BenchOptions, notes: list[str]) -> Peer:
+    """Collection-CAM in plain PyTorch, one forward for each mask, on the same type of device."""
     import numpy as np
 
     from ccam_deploy.export.recipe import read_recipe
     from ccam_deploy.latency import plain_pytorch
     from ccam_deploy.latency.conditions import CPU
 
-    path = options["recipe_path"]
-    model = load_network(
-        options["model"],
-        read_recipe(path) if path else None,
-        path.parent if path else Path(),
-        options["arch"],
-        options["random_weights"],
-        options["allow_pickle"],
-    )
+    recipe = read_recipe(options.source.recipe) if options.source.recipe else None
+    model = load_network(options.model, recipe, options.source)
     manifest = explainer.bundle.manifest
     on_cpu = explainer.networks.backend == CPU
     device = "cpu" if on_cpu else plain_pytorch.best_device()
     if device == "cpu" and not on_cpu:
         notes.append("torch cannot use a GPU here, so it ran on the CPU")
-    plain_pytorch.use_threads(options["threads"])
+    plain_pytorch.use_threads(options.engine.threads)
     layers = [layer.name for layer in manifest.layers]
     peer = plain_pytorch.of_model(model, layers, manifest.input, device)
     probe = np.random.default_rng(0).standard_normal((1, *manifest.input), np.float32)
@@ -328,13 +295,19 @@ def _torch(explainer: Explainer, options: Mapping[str, Any], notes: list[str]) -
 
 def _command(context: click.Context) -> str:
     """The command with every argument and option that is not at its default."""
-    words: list[str] = ["ccam-deploy", str(context.info_name)]
+    words = ["ccam-deploy", str(context.info_name)]
     for parameter in context.command.params:
         value = context.params[parameter.name] if parameter.name else None
         if isinstance(parameter, click.Argument):
-            words += map(str, value if isinstance(value, Sequence | tuple) else [value])
-        elif value != parameter.get_default(context) and value is not None:
-            words.append(parameter.opts[0])
-            if value is not True:
-                words.append(str(value))
+            words += map(str, value if isinstance(value, tuple) else [value])
+        elif value is not None and value != parameter.get_default(context):
+            words += _option_words(parameter.opts[0], value)
     return shlex.join(words)
+
+
+def _option_words(flag: str, value: Any) -> Iterator[str]:
+    yield flag
+    if isinstance(value, tuple):
+        yield ",".join(map(str, value))
+    elif value is not True:
+        yield str(value)

@@ -2,37 +2,36 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated
 
 import click
 
-from ccam_deploy.cli.options import (
-    PRECISIONS,
-    bundle_argument,
-    json_option,
-    plan_options,
-    print_json,
-)
+from ccam_deploy.cli.options import AsJson, BundleFolder, PlanOptions, Precision
+from ccam_deploy.cli.parameters import Option, with_options
+from ccam_deploy.cli.printing import print_json
+
+Force = Annotated[bool, Option("--force", "Build even where the plans are up to date.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildOptions:
+    """The options of `build`."""
+
+    bundle: BundleFolder
+    precision: Precision = "fp32"
+    plans: PlanOptions
+    force: Force = False
+    as_json: AsJson = False
 
 
 @click.command()
-@bundle_argument
-@click.option(
-    "--precision",
-    type=click.Choice(PRECISIONS),
-    default="fp32",
-    show_default=True,
-    help="The bundle's graphs to build.",
-)
-@plan_options
-@click.option("--force", is_flag=True, help="Build also where the plans are up to date.")
-@json_option
-def build(bundle: Path, precision: str, force: bool, as_json: bool, **options: Any) -> None:
-    """Build a bundle's graphs into TensorRT plans and add them to it.
+@with_options(BuildOptions)
+def build(options: BuildOptions) -> None:
+    """Build TensorRT plans and add them to BUNDLE.
 
-    Plans that the bundle has already, of the same graphs and for the same TensorRT, devices and
-    batch, are kept.
+    Plans that are up to date, for the same graphs, library, devices and batch, are kept. Prints
+    each plan's file and size.
     """
     import msgspec
 
@@ -40,10 +39,11 @@ def build(bundle: Path, precision: str, force: bool, as_json: bool, **options: A
     from ccam_deploy.bundle.manifest import PrecisionName
     from ccam_deploy.cli.planner import Planner
 
-    planner = Planner(**options, force=force)
-    built = planner.build(read_bundle(bundle), msgspec.convert(precision, PrecisionName))
-    if as_json:
+    planner = Planner(options.plans, options.force)
+    precision = msgspec.convert(options.precision, PrecisionName)
+    built = planner.build(read_bundle(options.bundle), precision)
+    if options.as_json:
         plans = msgspec.to_builtins(built.plans)
-        print_json({"bundle": str(bundle), "up_to_date": not built.fresh, "plans": plans})
+        print_json({"bundle": str(options.bundle), "up_to_date": not built.fresh, "plans": plans})
     else:
         planner.report(built)

@@ -1,18 +1,16 @@
-"""What a command's options choose: an explainer, methods with their options, classes."""
+"""What commands make of their options: an explainer, methods, classes, pictures."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
-import click
-
-from ccam_deploy.cli.options import BATCH_SIZE, parse_assignments, say
+from ccam_deploy.cli.options import EngineOptions, parse_assignments
+from ccam_deploy.cli.printing import say
 from ccam_deploy.errors import ImageError, OptionError
 
 if TYPE_CHECKING:
@@ -27,38 +25,39 @@ _WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false"}
 
 
 def make_methods(names: Sequence[str], pairs: Sequence[str]) -> dict[str, Method]:
-    """Each named method with its options.
+    """Make each named method with its options.
 
-    pairs: METHOD:KEY=VALUE for one method, KEY=VALUE for each that has the option.
-    Raises OptionError for an unknown method, option or value.
+    Args:
+        names: Names of methods.
+        pairs: METHOD:KEY=VALUE for one method, KEY=VALUE for each that has the option.
+
+    Returns:
+        The methods by their names.
+
+    Raises:
+        OptionError: A method, an option or a value is unknown.
     """
     from ccam_deploy.methods import method_named
 
-    kinds = {name: method_named(name) for name in names}
-    given: dict[str, dict[str, str]] = {name: {} for name in kinds}
+    types = {name: method_named(name) for name in names}
+    values: dict[str, dict[str, str]] = {name: {} for name in types}
     for word, value in parse_assignments(pairs).items():
         method, colon, key = word.rpartition(":")
-        if colon and method not in kinds:
+        if colon and method not in types:
             raise OptionError(
-                f'option "{word}" is for method "{method}"; the methods are {", ".join(kinds)}'
+                f'option "{word}" is for method "{method}"; the methods are {", ".join(types)}'
             )
-        wanted = {method: kinds[method]} if colon else kinds
-        takers = [name for name, kind in wanted.items() if key in _keys(kind)]
+        candidates = [method] if colon else list(types)
+        takers = [name for name in candidates if key in _keys(types[name])]
         if not takers:
-            known = "; ".join(f"{name} has {', '.join(_keys(wanted[name]))}" for name in wanted)
+            known = "; ".join(f"{name} has {', '.join(_keys(types[name]))}" for name in candidates)
             raise OptionError(f'option "{key}" is unknown; {known}')
         for name in takers:
-            given[name][key] = value
-    return {name: _converted(kind, given[name]) for name, kind in kinds.items()}
+            values[name][key] = value
+    return {name: _make_method(kind, values[name]) for name, kind in types.items()}
 
 
-def best(word: str) -> int | None:
-    """N of topN, the N best classes; None for the number or name of a class."""
-    match = re.fullmatch(r"top(\d{1,9})", word)
-    return int(match[1]) if match else None
-
-
-def targets_of(words: Sequence[str], manifest: Manifest) -> list[Target]:
+def parse_targets(words: Sequence[str], manifest: Manifest) -> list[Target]:
     """Turn the words of --target into targets: topN into the N best classes.
 
     Raises:
@@ -68,27 +67,33 @@ def targets_of(words: Sequence[str], manifest: Manifest) -> list[Target]:
 
     targets: list[Target] = []
     for word in words:
-        count = best(word)
-        targets.append(manifest.class_index(word) if count is None else Top(count))
+        match = re.fullmatch(r"top(\d{1,9})", word)
+        targets.append(Top(int(match[1])) if match else manifest.class_index(word))
     return targets
 
 
 @contextmanager
-def explainer_of(
-    bundle: Path, options: Mapping[str, Any], batch_size: int = BATCH_SIZE
-) -> Iterator[Explainer]:
-    """Open a bundle as --backend, --precision and --threads say.
+def open_explainer(bundle: Path, engine: EngineOptions) -> Iterator[Explainer]:
+    """Open a bundle as the options say, and close it at the end of the block.
 
-    Prints on stderr what is not as asked, before and after, and that random weights mean nothing.
+    Prints notes on stderr: a backend that was passed over, random weights, and at the end what
+    ran slower or otherwise than asked.
+
+    Yields:
+        The explainer.
+
+    Raises:
+        BundleError: The bundle is damaged or not one.
+        BackendError: The backend does not work here.
     """
     from ccam_deploy.explainer import load
 
     with load(
         bundle,
-        backend=options["backend"],
-        precision=options["precision"],
-        batch_size=batch_size,
-        threads=options["threads"],
+        backend=engine.backend,
+        precision=engine.precision,
+        batch_size=engine.batch_size,
+        threads=engine.threads,
     ) as explainer:
         for note in explainer.networks.notes:
             say(f"passed over {note}", err=True)
@@ -99,16 +104,43 @@ def explainer_of(
             say(note, err=True)
 
 
-@contextmanager
-def progress(label: str, length: int) -> Iterator[Any]:
-    """A progress bar on stderr, where stderr is a terminal."""
-    hidden = not sys.stderr.isatty()
-    with click.progressbar(length=length, label=label, file=sys.stderr, hidden=hidden) as bar:
-        yield bar
+def find_inputs(images: Sequence[Path], output: Path) -> list[Path]:
+    """Find the image files to explain, but none that an earlier run wrote.
+
+    Args:
+        images: Files, and folders that are searched through.
+        output: The folder for results; images found in it are left out.
+
+    Raises:
+        ImageError: A path does not exist, or a folder holds no images.
+        OptionError: A folder of images is the folder for results too.
+    """
+    from ccam_deploy.image_files import find_images
+
+    place = output.resolve()
+    files = []
+    for path in images:
+        found = find_images([path])
+        if path.is_dir():
+            if path.resolve() == place:
+                raise OptionError(
+                    f"--output {output} is the folder of the images too; give another one, or the "
+                    "next run explains what this one writes"
+                )
+            inside = path.resolve() in place.parents
+            found = [f for f in found if not (inside and place in f.resolve().parents)]
+            if not found:
+                raise ImageError(f"{path} holds no images but those in --output {output}")
+        files += found
+    return files
 
 
 def read_picture(file: Path, manifest: Manifest) -> Image.Image:
-    """A file as an RGB picture. Raises ImageError, naming the file, where the bundle takes none."""
+    """Read a file as an RGB picture that a bundle's network can take.
+
+    Raises:
+        ImageError: The file cannot be read, or the network cannot take it; it is named.
+    """
     from ccam_deploy.image_files import load_image
     from ccam_deploy.preprocess import input_geometry, to_grey_or_rgb
 
@@ -120,30 +152,30 @@ def read_picture(file: Path, manifest: Manifest) -> Image.Image:
         raise ImageError(f"{file}: {error}") from error
 
 
-def _keys(kind: type[Any]) -> list[str]:
-    return [field.name for field in dataclasses.fields(kind)]
+def _keys(method: type[Any]) -> list[str]:
+    return [field.name for field in dataclasses.fields(method)]
 
 
-def _converted(kind: type[Method], given: Mapping[str, str]) -> Method:
+def _make_method(method: type[Method], words: Mapping[str, str]) -> Method:
     import msgspec
 
-    values: dict[str, Any] = dict(given)
+    values: dict[str, Any] = dict(words)
     if "layers" in values:
         values["layers"] = [part.strip() for part in values["layers"].split(",")]
     try:
-        return msgspec.convert(values, kind, strict=False)
+        return msgspec.convert(values, method, strict=False)
     except msgspec.ValidationError as error:
-        raise OptionError(_explained(str(error), kind, values)) from error
+        raise OptionError(_explain_refusal(str(error), method, values)) from error
 
 
-def _explained(words: str, kind: type[Any], values: Mapping[str, Any]) -> str:
-    """What is wrong with an option's value, from msgspec's words."""
-    match = re.fullmatch(r"(Expected `(\w+)`|Invalid enum value).* - at `\$\.(\w+)`", words)
+def _explain_refusal(message: str, method: type[Any], values: Mapping[str, Any]) -> str:
+    """What is wrong with an option's value, from msgspec's message."""
+    match = re.fullmatch(r"(Expected `(\w+)`|Invalid enum value).* - at `\$\.(\w+)`", message)
     if not match or match[3] not in values:
-        return f"an option has an unusable value: {words}"
-    hint = get_type_hints(kind)[match[3]]
+        return f"an option has an unusable value: {message}"
+    hint = get_type_hints(method)[match[3]]
     if get_origin(hint) is Literal:
-        wanted = f"one of {', '.join(get_args(hint))}"
+        allowed = f"one of {', '.join(get_args(hint))}"
     else:
-        wanted = _WORDS.get(match[2], match[2])
-    return f'{match[3]} is "{values[match[3]]}"; it must be {wanted}'
+        allowed = _WORDS.get(match[2], match[2])
+    return f'{match[3]} is "{values[match[3]]}"; it must be {allowed}'

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import click
 
 from ccam_deploy.cli.options import (
-    BATCH_SIZE,
     METHODS,
-    bundle_argument,
-    engine_options,
-    json_option,
-    pairs_option,
-    precision_option,
-    print_json,
-    say,
+    AsJson,
+    BundleFolder,
+    EngineOptions,
+    Limit,
+    MethodNames,
+    MethodPairs,
+    OutputFolder,
+    Seed,
 )
+from ccam_deploy.cli.parameters import Argument, Option, Words, unset, with_options
+from ccam_deploy.cli.printing import print_json, progress, say, write_json
+from ccam_deploy.cli.signals import Terminated
 from ccam_deploy.errors import DatasetError
 
 if TYPE_CHECKING:
@@ -41,154 +43,126 @@ METRICS = (
 )
 PROTOCOLS = ("paper", "rise")
 SCENES = 500
-"""How many scenes are measured where no limit is given."""
+"""How many scenes are measured without --limit."""
+
+DatasetName = Annotated[str, Argument()]
+MetricNames = Annotated[
+    tuple[str, ...] | None, Option("--metrics", f"Metrics: {', '.join(METRICS)}.", Words())
+]
+Protocol = Annotated[
+    str,
+    Option(
+        "--protocol",
+        "How deletion and insertion change an image: as in the paper, or as in RISE.",
+        click.Choice(PROTOCOLS),
+    ),
+]
+ExplainedClass = Annotated[
+    Literal["predicted", "label"],
+    Option(
+        "--explain-class",
+        "Class to explain: the classifier's best, or the data set's label.",
+        click.Choice(["predicted", "label"]),
+    ),
+]
+Split = Annotated[
+    str | None,
+    Option("--split", "Part of scenes or cub to measure.", click.Choice(["train", "test"])),
+]
+Plots = Annotated[
+    bool, Option("--plots/--no-plots", 'Draw curves and maps; needs the extra "plot".')
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions:
+    """The options of `evaluate`."""
+
+    bundle: BundleFolder
+    dataset: DatasetName
+    methods: MethodNames = (METHODS[0],)
+    pairs: MethodPairs = ()
+    metrics: MetricNames = unset("all that the data set allows")
+    protocol: Protocol = PROTOCOLS[0]
+    explain_class: ExplainedClass = "predicted"
+    split: Split = unset("test")
+    limit: Limit = unset(f"all; {SCENES} scenes")
+    seed: Seed = 0
+    engine: EngineOptions
+    output: OutputFolder = Path("evaluation")
+    plots: Plots = True
+    as_json: AsJson = False
 
 
 @click.command()
-@bundle_argument
-@click.argument("dataset")
-@click.option(
-    "--methods",
-    "method_words",
-    default=METHODS[0],
-    show_default=True,
-    metavar="A,B,C",
-    help=f"What to measure, separated by commas: {', '.join(METHODS)}.",
-)
-@pairs_option
-@click.option(
-    "--metrics",
-    "metric_words",
-    default="all",
-    show_default=True,
-    metavar="A,B,C",
-    help=f"How to measure, separated by commas: {', '.join(METRICS)}; all for those that the "
-    "data set allows.",
-)
-@click.option(
-    "--protocol",
-    default=PROTOCOLS[0],
-    show_default=True,
-    type=click.Choice(PROTOCOLS),
-    help="How deletion and insertion change an image: as the paper has it, or as RISE.",
-)
-@click.option(
-    "--target",
-    default="predicted",
-    show_default=True,
-    type=click.Choice(("predicted", "label")),
-    help="The class to explain: the classifier's best, or the data set's.",
-)
-@click.option(
-    "--split",
-    type=click.Choice(("train", "test")),
-    help="The part of scenes or cub to take.  [default: test]",
-)
-@click.option(
-    "--limit",
-    type=click.IntRange(min=1),
-    help=f"How many images, drawn at random.  [default: all; {SCENES} scenes]",
-)
-@click.option(
-    "--seed",
-    default=0,
-    show_default=True,
-    type=click.IntRange(min=0),
-    help="Of the draw and of the intervals.",
-)
-@engine_options
-@precision_option
-@click.option(
-    "--batch-size",
-    default=BATCH_SIZE,
-    show_default=True,
-    type=click.IntRange(min=1),
-    help="Images, and changed images, that go through an engine at a time.",
-)
-@click.option(
-    "--output",
-    default="evaluation",
-    show_default=True,
-    type=click.Path(path_type=Path, file_okay=False),
-    help="Where results are written; what is there already is gone on with.",
-)
-@click.option(
-    "--plots/--no-plots",
-    default=True,
-    show_default=True,
-    help="Draw curves and maps; needs the extra plot.",
-)
-@json_option
-def evaluate(bundle: Path, dataset: str, as_json: bool, **options: Any) -> None:
-    """Measure how good the maps of some methods are on DATASET.
+@with_options(EvaluateOptions)
+def evaluate(options: EvaluateOptions) -> None:
+    """Measure the quality of some methods' maps on DATASET.
 
-    DATASET is a folder of images (in folders named like classes, or without classes), scenes,
-    scenes:several, imagenet:FOLDER, cub:FOLDER or ucmerced:FOLDER.
+    DATASET is a folder of images, in folders named like classes or without classes, or one of
+    scenes, scenes:several, imagenet:FOLDER, cub:FOLDER and ucmerced:FOLDER. With --limit, images
+    are drawn at random.
 
-    Prints a table, and writes to --output: results.csv, a row for each image and method;
-    summary.md, summary.json and report.html; curves.png and maps.png. An interrupted run goes on
-    when the same command is given again. Images that cannot be read are passed over; then the exit
-    code is 2.
+    Prints a table, and writes to the folder --output: results.csv, a row for each image and
+    method; summary.md, summary.json and report.html; curves.png and maps.png. After an
+    interruption, the same command continues where it stopped. Images that cannot be read are
+    skipped; the exit code is 2 then.
     """
     from ccam_deploy import plotting
     from ccam_deploy.cli import choices
+    from ccam_deploy.files import require_writable_folder
     from ccam_deploy.quality import datasets, evaluation, metrics, report
     from ccam_deploy.quality.variants import make_variants
 
-    names = _words(options["method_words"])
-    plain = make_variants(names)
-    methods = choices.make_methods(names, options["pairs"])
-    contenders = [replace(one, method=methods[one.name]) for one in plain]
-    wanted = () if options["metric_words"].strip() == "all" else _words(options["metric_words"])
-    metrics.reject_unknown(wanted, options["protocol"])
-    if options["plots"]:
+    methods = choices.make_methods(options.methods, options.pairs)
+    variants = make_variants(options.methods)
+    contenders = [replace(variant, method=methods[variant.name]) for variant in variants]
+    metric_names = options.metrics or ()
+    metrics.reject_unknown(metric_names, options.protocol)
+    if options.plots:
         plotting.require_matplotlib()
-    with choices.explainer_of(bundle, options, options["batch_size"]) as explainer:
-        data = datasets.open_dataset(dataset, explainer.bundle.manifest, options["split"])
-        limit = options["limit"] or (SCENES if isinstance(data, datasets.Scenes) else 0)
+    require_writable_folder(options.output)
+    with choices.open_explainer(options.bundle, options.engine) as explainer:
+        data = datasets.open_dataset(options.dataset, explainer.bundle.manifest, options.split)
         settings = evaluation.EvaluationSettings(
-            wanted, options["protocol"], limit, options["seed"], options["target"]
+            metrics=metric_names,
+            protocol=options.protocol,
+            limit=options.limit or (SCENES if isinstance(data, datasets.Scenes) else 0),
+            seed=options.seed,
+            target=options.explain_class,
         )
         measured = evaluation.Evaluation(explainer, data, contenders, settings)
-        results = measured.open(options["output"], dataset)
+        results = measured.open(options.output, options.dataset)
         _run(measured, results)
-        rows = list(results.rows.values())
-        summary = report.summarise(measured.facts(dataset), rows)
+        summary = report.summarise(measured.facts(options.dataset), list(results.rows.values()))
         if len(summary.unread) == len(measured.places):
-            raise DatasetError(f"no image of {dataset} could be read")
-        _write(measured, results, summary, options["plots"])
-    if as_json:
+            raise DatasetError(f"no image of {options.dataset} could be read")
+        _write(measured, results, summary, options.plots)
+    if options.as_json:
         print_json(report.as_json(summary))
     else:
         click.echo(report.markdown(summary), nl=False)
         click.echo(err=True)
-        say(f"written to {options['output']}", err=True)
+        say(f"written to {options.output}", err=True)
     if summary.unread:
         sys.exit(2)
 
 
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(word.strip() for word in text.split(",") if word.strip())
-
-
 def _run(measured: Evaluation, results: Results) -> None:
-    """Measure what is missing, with a progress bar on stderr where that is a terminal."""
+    """Measure the rows that are missing."""
     done = len(results.rows)
     if done:
-        say(f"going on from {done} of {measured.total} rows", err=True)
-    bar = click.progressbar(
-        length=measured.total, label="measuring", file=sys.stderr, hidden=not sys.stderr.isatty()
-    )
+        say(f"continuing after {done} of {measured.total} rows", err=True)
     try:
-        with bar:
+        with progress("measuring", measured.total) as bar:
             bar.update(done)
             for count in measured.run(results, lambda line: say(f"error: {line}", err=True)):
                 bar.update(count)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Terminated):
         click.echo(err=True)
         say(
             f"{len(results.rows)} of {measured.total} rows are in {results.folder}; "
-            "the same command goes on from there",
+            "the same command continues there",
             err=True,
         )
         raise
@@ -209,7 +183,6 @@ def _write(measured: Evaluation, results: Results, summary: Summary, plots: bool
         )
         pictures["Maps"] = maps
         write_file(folder / "maps.png", maps)
-    text = json.dumps(report.as_json(summary), indent=2, ensure_ascii=False) + "\n"
-    write_file(folder / "summary.json", text.encode("utf-8", "backslashreplace"))
+    write_json(folder / "summary.json", report.as_json(summary))
     write_file(folder / "summary.md", report.markdown(summary).encode("utf-8", "backslashreplace"))
     write_file(folder / "report.html", report.page(summary, pictures).encode("utf-8", "replace"))

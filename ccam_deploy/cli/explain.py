@@ -4,147 +4,155 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import click
 
 from ccam_deploy.cli.options import (
-    BATCH_SIZE,
-    bundle_argument,
-    engine_options,
-    json_option,
-    look_options,
-    method_choice,
-    precision_option,
-    print_json,
-    say,
+    AsJson,
+    BundleFolder,
+    ColorBar,
+    EngineOptions,
+    ImageFiles,
+    Limit,
+    LookOptions,
+    MethodOptions,
+    OutputFolder,
+    TargetClasses,
 )
+from ccam_deploy.cli.parameters import Option, Words, unset, with_options
+from ccam_deploy.cli.printing import print_json, progress, say
 from ccam_deploy.errors import ImageError, OptionError
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from ccam_deploy.bundle.manifest import Manifest
-    from ccam_deploy.explainer import Explainer
-    from ccam_deploy.explanation import Explanation
+    from ccam_deploy.explanation import Explanation, ExplanationWriter
     from ccam_deploy.targets import Target
 
-KINDS = ("overlay", "heatmap", "panel", "npz", "json")
+FILES = ("overlay", "heatmap", "panel", "npz", "json")
+
+Budget = Annotated[
+    float | None,
+    Option(
+        "--budget-ms",
+        "Most milliseconds for an image with all its classes; lowers collection-cam's k_max.",
+        click.FloatRange(min=0, min_open=True),
+    ),
+]
+Save = Annotated[
+    tuple[str, ...],
+    Option("--save", f"Files to write: {', '.join(FILES)}; or none.", Words()),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExplainOptions:
+    """The options of `explain`."""
+
+    bundle: BundleFolder
+    images: ImageFiles
+    targets: TargetClasses = ("top1",)
+    method: MethodOptions
+    budget_ms: Budget = unset("none")
+    limit: Limit = unset("all")
+    engine: EngineOptions
+    output: OutputFolder = Path("explanations")
+    save: Save = ("overlay",)
+    look: LookOptions
+    color_bar: ColorBar = False
+    as_json: AsJson = False
 
 
 @click.command()
-@bundle_argument
-@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option(
-    "--target",
-    "targets",
-    multiple=True,
-    default=["top1"],
-    show_default=True,
-    help="The classes to explain: topN for the N best, or a class's number or name; may be "
-    "repeated.",
-)
-@method_choice
-@click.option(
-    "--budget-ms",
-    type=click.FloatRange(min=0, min_open=True),
-    help="The most milliseconds for an image, all its classes together; collection-cam's k_max is "
-    "lowered to keep it.  [default: no bound]",
-)
-@engine_options
-@precision_option
-@click.option(
-    "--batch-size",
-    default=BATCH_SIZE,
-    show_default=True,
-    type=click.IntRange(min=1),
-    help="Images, and masked images, that go through an engine at a time.",
-)
-@click.option(
-    "--output",
-    default="explanations",
-    show_default=True,
-    type=click.Path(path_type=Path, file_okay=False),
-    help="Where files are written.",
-)
-@click.option(
-    "--save",
-    default="overlay",
-    show_default=True,
-    help=f"What to write: {', '.join(KINDS)}, separated by commas, or none.",
-)
-@look_options
-@click.option("--color-bar", is_flag=True, help="Add a color bar to overlays and heat maps.")
-@json_option
-def explain(bundle: Path, images: tuple[Path, ...], as_json: bool, **options: Any) -> None:
+@with_options(ExplainOptions)
+def explain(options: ExplainOptions) -> None:
     """Explain a classifier's decisions on IMAGES, files or folders.
 
-    Prints one line for each image and class: file, class, score, masks of each layer, its even
-    share of the milliseconds of its batch; then the files that were written. With --budget-ms
-    images are explained one by one, after it was measured what that costs here, and the k_max of
-    each is printed too.
+    Prints for each image and class: file, class, score, masks of each layer, and milliseconds (its
+    even share of the batch); then the files that were written to the folder --output. Images that
+    cannot be read are skipped; the exit code is 2 then.
+
+    With --budget-ms, images are explained one by one, after a measurement of what that costs on
+    this machine, and the k_max of each is printed too.
     """
-    from ccam_deploy import render
     from ccam_deploy.cli import choices
     from ccam_deploy.explanation import ExplanationWriter
-    from ccam_deploy.image_files import find_images
+    from ccam_deploy.files import require_writable_folder
     from ccam_deploy.methods.collection_cam.cost import validate_budget
 
-    kinds = _kinds(options["save"])
-    (method,) = choices.make_methods([options["method"]], options["pairs"]).values()
-    budget = options["budget_ms"]
-    validate_budget(budget, method)
-    render.check_colormap(options["colormap"])
-    files = find_images(images)
-    failed = 0
-    results: list[dict[str, Any]] = []
-    with choices.explainer_of(bundle, options, options["batch_size"]) as explainer:
-        targets = choices.targets_of(options["targets"], explainer.bundle.manifest)
-        look = render.Look(options["colormap"], options["opacity"], options["color_bar"])
-        writer = ExplanationWriter(options["output"], kinds, look)
-        together = explainer.batch_size
-        if budget is not None:
-            together = 1
+    formats = _formats(options.save)
+    (method,) = choices.make_methods([options.method.method], options.method.pairs).values()
+    validate_budget(options.budget_ms, method)
+    look = options.look.look(options.color_bar)
+    files = choices.find_inputs(options.images, options.output)[: options.limit]
+    if formats:
+        require_writable_folder(options.output)
+    with choices.open_explainer(options.bundle, options.engine) as explainer:
+        manifest = explainer.bundle.manifest
+        targets = choices.parse_targets(options.targets, manifest)
+        writer = ExplanationWriter(options.output, formats, look)
+        if options.budget_ms is not None:
             say("measuring what an explanation costs here", err=True)
-            explainer.calibrate(1, _most_classes(targets, explainer.bundle.manifest), method)
-        with choices.progress("explaining", len(files)) as bar:
-            for start in range(0, len(files), together):
-                chunk = files[start : start + together]
-                read, problems = _read(chunk, explainer.bundle.manifest)
-                for problem in problems:
-                    say(f"error: {problem}", err=True)
-                failed += len(problems)
-                if read:
-                    pictures = [picture for _, picture in read]
-                    started = time.perf_counter()
-                    result = explainer.explain(
-                        pictures, [targets] * len(pictures), method=method, budget_ms=budget
-                    )
-                    spent = (time.perf_counter() - started) * 1000
-                    names = [file for file, _ in read]
-                    lines = _lines(explainer, result, names, spent)
-                    for line, written in zip(lines, writer.write(result, names), strict=True):
-                        line["files"] = [str(path) for path in written]
-                        if not as_json:
-                            _print(line)
-                    results += lines
-                bar.update(len(chunk))
-    if as_json:
-        print_json(results)
-    if failed:
+            explainer.calibrate(1, _most_classes(targets, manifest), method)
+
+        def explain_pictures(pictures: Sequence[Image.Image]) -> Explanation:
+            return explainer.explain(
+                pictures, [targets] * len(pictures), method=method, budget_ms=options.budget_ms
+            )
+
+        size = explainer.batch_size if options.budget_ms is None else 1
+        batches = [files[start : start + size] for start in range(0, len(files), size)]
+        reports = []
+        with progress("explaining", len(files)) as bar:
+            for batch in batches:
+                for report in _explain_batch(batch, manifest, explain_pictures, writer):
+                    reports.append(report)
+                    if not options.as_json:
+                        _print(report)
+                bar.update(len(batch))
+    if options.as_json:
+        print_json(reports)
+    if len({report["file"] for report in reports}) < len(set(files)):
         sys.exit(2)
 
 
-def _kinds(words: str) -> tuple[str, ...]:
-    if words.strip() == "none":
+def _explain_batch(
+    files: Sequence[Path],
+    manifest: Manifest,
+    explain_pictures: Callable[[Sequence[Image.Image]], Explanation],
+    writer: ExplanationWriter,
+) -> list[dict[str, Any]]:
+    """Explain the files that can be read, and write what was asked for.
+
+    Returns:
+        A report for each image and class.
+    """
+    read = _read(files, manifest)
+    if not read:
+        return []
+    started = time.perf_counter()
+    result = explain_pictures([picture for _, picture in read])
+    milliseconds = (time.perf_counter() - started) * 1000
+    names = [file for file, _ in read]
+    reports = _reports(manifest, result, names, milliseconds)
+    for report, written in zip(reports, writer.write(result, names), strict=True):
+        report["files"] = [str(path) for path in written]
+    return reports
+
+
+def _formats(words: Sequence[str]) -> tuple[str, ...]:
+    """The names of the files to write for each image and class."""
+    if tuple(words) == ("none",):
         return ()
-    kinds = tuple(dict.fromkeys(word.strip() for word in words.split(",")))
-    for kind in kinds:
-        if kind not in KINDS:
-            raise OptionError(f'--save "{kind}" is unknown; there are {", ".join(KINDS)} and none')
-    return kinds
+    for word in words:
+        if word not in FILES:
+            raise OptionError(f'--save "{word}" is unknown; there are {", ".join(FILES)} and none')
+    return tuple(words)
 
 
 def _most_classes(targets: Sequence[Target], manifest: Manifest) -> int:
@@ -155,26 +163,23 @@ def _most_classes(targets: Sequence[Target], manifest: Manifest) -> int:
     return min(sum(counts), manifest.classes)
 
 
-def _read(
-    files: Sequence[Path], manifest: Manifest
-) -> tuple[list[tuple[Path, Image.Image]], list[str]]:
-    """The images that the network can take, and a line about each other one."""
+def _read(files: Sequence[Path], manifest: Manifest) -> list[tuple[Path, Image.Image]]:
+    """The images that the network can take; an error is printed for each other file."""
     from ccam_deploy.cli import choices
 
-    read, problems = [], []
+    read = []
     for file in files:
         try:
             read.append((file, choices.read_picture(file, manifest)))
         except ImageError as error:
-            problems.append(str(error))
-    return read, problems
+            say(f"error: {error}", err=True)
+    return read
 
 
-def _lines(
-    explainer: Explainer, result: Explanation, files: Sequence[Path], spent: float
+def _reports(
+    manifest: Manifest, result: Explanation, files: Sequence[Path], milliseconds: float
 ) -> list[dict[str, Any]]:
-    """What is reported of each image and class; milliseconds are shared evenly."""
-    manifest = explainer.bundle.manifest
+    """What is reported for each image and class; the milliseconds are shared evenly."""
     budget = {key: value for key, value in result.settings.items() if key == "budget"}
     return [
         {
@@ -184,22 +189,22 @@ def _lines(
             "probability": result.probability(pair),
             "logit": float(result.logits[result.image_index[pair], target]),
             "masks": {layer.name: int(layer.count[pair]) for layer in result.layers},
-            "milliseconds": spent / len(result),
+            "milliseconds": milliseconds / len(result),
             **budget,
         }
         for pair, target in enumerate(result.targets)
     ]
 
 
-def _print(line: dict[str, Any]) -> None:
-    counts = "+".join(str(count) for count in line["masks"].values())
+def _print(report: dict[str, Any]) -> None:
+    counts = "+".join(str(count) for count in report["masks"].values())
     masks = f"masks {counts}, " if counts else ""
     budget = ""
-    if "budget" in line:
-        budget = f", k_max {line['budget']['k_max']} for {line['budget']['ms']:g} ms"
+    if "budget" in report:
+        budget = f", k_max {report['budget']['k_max']} for {report['budget']['ms']:g} ms"
     say(
-        f"{line['file']}: class {line['class']}, score {line['probability']:.3f}, "
-        f"{masks}{line['milliseconds']:.1f} ms{budget}"
+        f"{report['file']}: class {report['class']}, score {report['probability']:.3f}, "
+        f"{masks}{report['milliseconds']:.1f} ms{budget}"
     )
-    for file in line["files"]:
+    for file in report["files"]:
         say(f"  {file}")

@@ -2,125 +2,142 @@
 
 from __future__ import annotations
 
+import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import click
 from click.core import ParameterSource
 
-from ccam_deploy.cli.network import Prepared, model_options, need_torch, prepare
+from ccam_deploy.cli.network import PreparedModel, prepare_model, require_torch
 from ccam_deploy.cli.options import (
-    PLAN_OPTIONS,
-    PRECISIONS,
-    json_option,
-    plan_options,
-    print_json,
-    say,
+    PATH,
+    AsJson,
+    InputOptions,
+    LayerNames,
+    ModelFile,
+    ModelSource,
+    OutputPath,
+    PlanOptions,
+    PrecisionOrNone,
 )
+from ccam_deploy.cli.parameters import Option, unset, with_options
+from ccam_deploy.cli.printing import print_json, say
 from ccam_deploy.errors import BackendError, CcamError, OptionError
 
 if TYPE_CHECKING:
     from ccam_deploy.bundle.folder import Bundle
     from ccam_deploy.cli.planner import Planner
 
+Labels = Annotated[
+    Path | None, Option("--labels", "Text file with the names of the classes, one a line.", PATH)
+]
+Head = Annotated[
+    bool,
+    Option("--head", "Add the graph from the last target layer to the logits, for recipro-cam."),
+]
+Gradients = Annotated[
+    bool,
+    Option(
+        "--gradients",
+        "Add graphs of the gradient with respect to the image, for integrated-gradients, "
+        "smoothgrad, xrai, guided-backprop and excitation-backprop.",
+    ),
+]
+CalibrationImages = Annotated[
+    Path | None,
+    Option(
+        "--calibration-images",
+        "Image, or folder of images, to check the bundle with; the first 16 are used.",
+        PATH,
+    ),
+]
+BuildPlans = Annotated[bool, Option("--build", "Build TensorRT plans after the export.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """The options of `export`."""
+
+    model: ModelFile = None
+    source: ModelSource
+    inputs: InputOptions
+    layers: LayerNames = unset("the recipe's, else the last of each of the last four resolutions")
+    labels: Labels = None
+    precision: PrecisionOrNone = unset("the recipe's, else fp32")
+    head: Head = False
+    gradients: Gradients = False
+    calibration_images: CalibrationImages = unset("the recipe's, else two photographs")
+    output: OutputPath = unset("engines/NAME")
+    build: BuildPlans = False
+    plans: PlanOptions
+    as_json: AsJson = False
+
 
 @click.command()
-@model_options
-@click.option(
-    "--random-weights",
-    is_flag=True,
-    help="Give the recipe's network random weights, for work on latency.",
-)
-@click.option(
-    "--layers",
-    help="Target layers, names separated by commas.  [default: the last "
-    "tensors of the last four resolutions]",
-)
-@click.option(
-    "--labels",
-    type=click.Path(path_type=Path),
-    help="A text file with the names of the classes, one a line.",
-)
-@click.option(
-    "--precision",
-    type=click.Choice(PRECISIONS),
-    help="fp16 adds half-precision graphs to the fp32 ones; int8 or fp8 add those and an 8-bit "
-    "classifier graph.  [default: fp32]",
-)
-@click.option(
-    "--head",
-    is_flag=True,
-    help="Add the graph from the last target layer to the logits, which --method recipro-cam "
-    "needs.",
-)
-@click.option(
-    "--gradients",
-    is_flag=True,
-    help="Write graphs of the image's gradient too, for integrated gradients, SmoothGrad, XRAI and "
-    "guided and excitation backpropagation.",
-)
-@click.option(
-    "--output",
-    type=click.Path(path_type=Path),
-    help="The bundle's folder.  [default: engines/NAME]",
-)
-@click.option(
-    "--calibration-images",
-    type=click.Path(path_type=Path),
-    help="A folder of real images, or one image, for the check against PyTorch; the first 16 are "
-    "used.  [default: the recipe's, else two photographs of the package]",
-)
-@click.option(
-    "--build",
-    is_flag=True,
-    help="Then build the graphs into TensorRT plans; the options below go with it.",
-)
-@plan_options
-@json_option
-def export(model: Path | None, as_json: bool, **options: Any) -> None:
-    """Export a classifier to a bundle, checked against PyTorch.
+@with_options(ExportOptions)
+def export(options: ExportOptions) -> None:
+    """Export a classifier to a bundle, and check it against PyTorch.
 
-    MODEL is an exported program (.pt2), a file of weights with --arch or --recipe, a TorchScript
-    file, or with --allow-pickle a pickled module. Without MODEL, --recipe makes its own network.
+    MODEL is an exported program (.pt2), a weights file with --arch or --recipe, a TorchScript
+    file, or with --allow-pickle a pickled module. Without MODEL, the network is the recipe's own.
+
+    A bundle always has fp32 graphs; --precision fp16 adds half-precision ones, int8 and fp8 add
+    those and an 8-bit classifier. --library, --max-batch, --device and --timing-cache go with
+    --build. An older bundle at --output is replaced.
     """
-    need_torch("export", "export,cpu")
+    require_torch("export", "export,cpu")
     from ccam_deploy.export import export as run
 
     planner = _planner(options)
-    prepared = _prepare(model, options)
+    if options.output:
+        _require_output(options.output)
+    prepared = _prepare(options)
+    output = options.output or Path("engines") / prepared.settings.name
+    _require_output(output)
     recipe = prepared.recipe
-    name = recipe.name if recipe else (model.stem if model else "")
-    output = options["output"] or Path("engines") / name
-    names = prepared.layers(options["layers"])
-    precision = options["precision"] or (recipe.precision if recipe else "fp32")
-    size = prepared.input_size(options["input_size"])
+    precision = options.precision or (recipe.precision if recipe else "fp32")
     if planner:
-        planner.check(precision)
-    bundle = run(prepared.network, output, size, names, precision, prepared.settings)
-    if not as_json:
+        planner.require_precision(precision)
+    layers = prepared.target_layers(options.layers)
+    bundle = run(
+        prepared.network, output, prepared.input_size, layers, precision, prepared.settings
+    )
+    if not options.as_json:
         _report(bundle)
     if planner:
-        bundle = _build(planner, bundle, as_json)
-    if as_json:
+        bundle = _build(planner, bundle, options.as_json)
+    if options.as_json:
         import msgspec
 
         manifest = msgspec.to_builtins(bundle.manifest)
         print_json({"bundle": str(bundle.folder), "manifest": manifest})
 
 
-def _planner(options: dict[str, Any]) -> Planner | None:
-    """What builds the plans, checked before the export takes its time; none without --build."""
-    context = click.get_current_context()
-    wanted = options.pop("build")
-    given = {name: options.pop(name) for name in PLAN_OPTIONS}
-    if not wanted:
-        for name, option in PLAN_OPTIONS.items():
-            if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
-                raise OptionError(f"{option} goes with --build")
-        return None
-    from ccam_deploy.cli.planner import Planner
+def _require_output(output: Path) -> None:
+    """See, before the export takes its time, that the bundle can be written."""
+    from ccam_deploy.bundle.staging import require_replaceable
+    from ccam_deploy.files import require_writable_folder
 
-    return Planner(**given)
+    require_replaceable(output)
+    require_writable_folder(output.parent)
+
+
+def _planner(options: ExportOptions) -> Planner | None:
+    """What builds the plans, made before the export takes its time; None without --build."""
+    context = click.get_current_context()
+    if options.build:
+        from ccam_deploy.cli.planner import Planner
+
+        return Planner(options.plans)
+    names = [field.name for field in dataclasses.fields(PlanOptions)]
+    for parameter in context.command.params:
+        if parameter.name in names:
+            source = context.get_parameter_source(parameter.name)
+            if source is ParameterSource.COMMANDLINE:
+                raise OptionError(f"{parameter.opts[0]} goes with --build")
+    return None
 
 
 def _build(planner: Planner, bundle: Bundle, as_json: bool) -> Bundle:
@@ -138,30 +155,29 @@ def _build(planner: Planner, bundle: Bundle, as_json: bool) -> Bundle:
     return bundle
 
 
-def _prepare(path: Path | None, options: dict[str, Any]) -> Prepared:
-    """The network, and its settings with what is an export's alone."""
-    from dataclasses import replace
-
+def _prepare(options: ExportOptions) -> PreparedModel:
+    """The network, and its settings with those that only an export has."""
     from ccam_deploy.export.recipe import read_labels
 
-    images = options["calibration_images"]
-    prepared = prepare(path, options, [images] if images else [], options["random_weights"])
-    changes: dict[str, Any] = {"gradients": options["gradients"]}
-    if options["head"]:
+    images = [options.calibration_images] if options.calibration_images else []
+    prepared = prepare_model(options.model, options.source, options.inputs, images)
+    changes: dict[str, Any] = {"gradients": options.gradients}
+    if options.head:
         changes["head"] = True
-    if options["labels"]:
-        changes["labels"] = read_labels(options["labels"])
-    return replace(prepared, settings=replace(prepared.settings, **changes))
+    if options.labels:
+        changes["labels"] = read_labels(options.labels)
+    settings = dataclasses.replace(prepared.settings, **changes)
+    return dataclasses.replace(prepared, settings=settings)
 
 
 def _report(bundle: Bundle) -> None:
     manifest = bundle.manifest
     layers = ", ".join(layer.name for layer in manifest.layers)
     say(f"{bundle.folder}: {manifest.classes} classes, layers {layers}")
-    for kind, precision in manifest.precisions.items():
-        report = precision.fidelity
+    for name, precision in manifest.precisions.items():
+        fidelity = precision.fidelity
         say(
-            f"{kind} against PyTorch: logits {report.logits:.1e}, "
-            f"gradients {max(report.gradients):.1e}, "
-            f"saliency rank correlation {report.saliency_rank:.4f}"
+            f"{name} against PyTorch: logits {fidelity.logits:.1e}, "
+            f"gradients {max(fidelity.gradients):.1e}, "
+            f"saliency rank correlation {fidelity.saliency_rank:.4f}"
         )

@@ -2,35 +2,50 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import click
 
-from ccam_deploy.cli.options import bundle_argument, json_option, print_json
+from ccam_deploy.cli.options import AsJson, BundleFolder
+from ccam_deploy.cli.parameters import with_options
+from ccam_deploy.cli.printing import print_json
 from ccam_deploy.text import text_table
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from ccam_deploy.bundle.folder import Bundle
-    from ccam_deploy.bundle.manifest import Fidelity
+    from ccam_deploy.bundle.manifest import Fidelity, Manifest
+
+Table = list[tuple[str, ...]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class InfoOptions:
+    """The options of `info`."""
+
+    bundle: BundleFolder
+    as_json: AsJson = False
 
 
 @click.command()
-@bundle_argument
-@json_option
-def info(bundle: Path, as_json: bool) -> None:
-    """Show what a bundle holds."""
+@with_options(InfoOptions)
+def info(options: InfoOptions) -> None:
+    """Show what BUNDLE contains.
+
+    Prints its input, classes, target layers and TensorRT plans, and how far its graphs are from
+    PyTorch in float32.
+    """
     from ccam_deploy.bundle.folder import read_bundle
 
-    opened = read_bundle(bundle)
-    if as_json:
+    bundle = read_bundle(options.bundle)
+    if options.as_json:
         import msgspec
 
-        print_json(msgspec.to_builtins(opened.manifest))
+        print_json(msgspec.to_builtins(bundle.manifest))
         return
-    click.echo(_text(opened))
+    click.echo(_text(bundle))
 
 
 def _optional_graphs(reports: Sequence[Fidelity]) -> Iterator[tuple[str, list[str]]]:
@@ -48,25 +63,35 @@ def _optional_graphs(reports: Sequence[Fidelity]) -> Iterator[tuple[str, list[st
 
 def _text(bundle: Bundle) -> str:
     manifest = bundle.manifest
-    how = manifest.preprocessing
+    layers: Table = [("layer", "channels", "height", "width")]
+    layers += [(x.name, str(x.channels), str(x.height), str(x.width)) for x in manifest.layers]
+    tables = [_facts(manifest), layers, _fidelity(manifest)]
+    if manifest.plans:
+        tables.append(_plans(manifest))
+    return "\n\n".join(text_table(rows) for rows in tables)
+
+
+def _facts(manifest: Manifest) -> Table:
+    fit = manifest.preprocessing
     channels, height, width = manifest.input
-    total = sum(record.bytes for record in manifest.files.values())
+    size = sum(record.bytes for record in manifest.files.values())
     weights = ", random weights" if manifest.random_weights else ""
-    fitting = "stretched" if how.resize == "stretch" else f"cut from {how.cover[0]}x{how.cover[1]}"
-    facts: list[tuple[str, ...]] = [
+    resize = "stretched" if fit.resize == "stretch" else f"cut from {fit.cover[0]}x{fit.cover[1]}"
+    return [
         ("name", f"{manifest.name} (from {manifest.source}{weights})"),
-        ("input", f"{channels} channels, {height}x{width}, {fitting}, {how.interpolation}"),
-        ("mean", ", ".join(f"{value:g}" for value in how.mean)),
-        ("std", ", ".join(f"{value:g}" for value in how.std)),
+        ("input", f"{channels} channels, {height}x{width}, {resize}, {fit.interpolation}"),
+        ("mean", ", ".join(f"{value:g}" for value in fit.mean)),
+        ("std", ", ".join(f"{value:g}" for value in fit.std)),
         ("classes", f"{manifest.classes}, {'named' if manifest.labels else 'without names'}"),
-        ("size", f"{total / 1e6:.1f} MB in {len(manifest.files)} files"),
+        ("size", f"{size / 1e6:.1f} MB in {len(manifest.files)} files"),
         ("made with", ", ".join(f"{name} {v}" for name, v in manifest.tools.items())),
     ]
-    layers: list[tuple[str, ...]] = [("layer", "channels", "height", "width")]
-    layers += [(x.name, str(x.channels), str(x.height), str(x.width)) for x in manifest.layers]
-    names = list(manifest.precisions)
-    reports = [manifest.precisions[name].fidelity for name in names]
-    comparison: list[tuple[str, ...]] = [("against PyTorch in float32", *names)]
+
+
+def _fidelity(manifest: Manifest) -> Table:
+    """A column for each precision."""
+    reports = [precision.fidelity for precision in manifest.precisions.values()]
+    rows: Table = [("against PyTorch in float32", *manifest.precisions)]
     for title, values in (
         ("logits, relative error", [f"{r.logits:.1e}" for r in reports]),
         ("masked logits", [f"{r.masked_logits:.1e}" for r in reports]),
@@ -80,15 +105,14 @@ def _text(bundle: Bundle) -> str:
         *_optional_graphs(reports),
         ("images", [str(r.images) for r in reports]),
     ):
-        comparison.append((title, *values))
-    parts: list[list[tuple[str, ...]]] = [facts, layers, comparison]
-    if manifest.plans:
-        plans: list[tuple[str, ...]] = [
-            ("plan", "precision", "library", "compute capabilities", "batch")
-        ]
-        for plan in manifest.plans:
-            library = f"{plan.library} {plan.version}"
-            devices = ", ".join(plan.devices)
-            plans.append((plan.graph, plan.precision, library, devices, str(plan.max_batch)))
-        parts.append(plans)
-    return "\n\n".join(text_table(rows) for rows in parts)
+        rows.append((title, *values))
+    return rows
+
+
+def _plans(manifest: Manifest) -> Table:
+    rows: Table = [("plan", "precision", "library", "compute capabilities", "batch")]
+    for plan in manifest.plans:
+        library = f"{plan.library} {plan.version}"
+        devices = ", ".join(plan.devices)
+        rows.append((plan.graph, plan.precision, library, devices, str(plan.max_batch)))
+    return rows

@@ -19,7 +19,7 @@ from ccam_deploy.cli.evaluate import evaluate
 from ccam_deploy.cli.explain import explain
 from ccam_deploy.cli.export import export
 from ccam_deploy.cli.info import info
-from ccam_deploy.cli.options import say
+from ccam_deploy.cli.printing import say
 from ccam_deploy.cli.propose import propose
 from ccam_deploy.cli.sanity import sanity
 from ccam_deploy.cli.signals import Terminated, termination_as_exit

@@ -1,18 +1,19 @@
-"""Options and helpers that several commands share."""
+"""The options that several commands have: one meaning, one type and one help text for each."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Annotated
 
 import click
 
+from ccam_deploy.cli.parameters import Argument, Numbers, Option, Size, Words, unset
 from ccam_deploy.errors import OptionError
-from ccam_deploy.text import one_line
 
-Command = TypeVar("Command", bound=Callable[..., Any])
+if TYPE_CHECKING:
+    from ccam_deploy.render import Look
 
 # Repeated from modules whose imports would slow --help down; a test holds them equal.
 BACKENDS = ("auto", "tensorrt", "tensorrt-rtx", "onnxruntime-cuda", "onnxruntime-cpu")
@@ -37,164 +38,231 @@ PRECISIONS = ("fp32", "fp16", "int8", "fp8")
 BATCH_SIZE = 16
 COLORMAP = "jet"
 OPACITY = 0.5
+MAX_SEED = 2**32 - 1
 
+PATH = click.Path(path_type=Path)
+COUNT = click.IntRange(min=1)
 
-def bundle_argument(command: Command) -> Command:
-    """BUNDLE, the folder of a bundle."""
-    return click.argument("bundle", type=click.Path(path_type=Path))(command)
+BundleFolder = Annotated[Path, Argument(PATH)]
+ImageFiles = Annotated[tuple[Path, ...], Argument(PATH, many=True)]
+ModelFile = Annotated[Path | None, Argument(PATH)]
 
-
-def json_option(command: Command) -> Command:
-    """--json, for programs."""
-    return click.option("--json", "as_json", is_flag=True, help="Print JSON for a program.")(
-        command
-    )
-
-
-def precision_option(command: Command) -> Command:
-    """--precision, for what runs one of a bundle's precisions."""
-    return click.option(
-        "--precision",
-        default="fp32",
-        show_default=True,
-        type=click.Choice(PRECISIONS),
-        help="The graphs to run.",
-    )(command)
-
-
-def engine_options(command: Command) -> Command:
-    """--backend, --threads: how a bundle is run."""
-    for option in (
-        click.option(
-            "--threads",
-            default=0,
-            show_default=True,
-            type=click.IntRange(min=0),
-            help="Threads inside an operator on a CPU; 0 lets the engine choose.",
-        ),
-        click.option(
-            "--backend",
-            default="auto",
-            show_default=True,
-            type=click.Choice(BACKENDS),
-            help="The engine; auto takes the best that works here.",
-        ),
-    ):
-        command = option(command)
-    return command
-
-
-def method_choice(command: Command) -> Command:
-    """--method, --option: how maps are made; see cli.choices for what they become."""
-    for option in (
-        click.option(
-            "--option",
-            "pairs",
-            multiple=True,
-            metavar="KEY=VALUE",
-            help="An option of the method, such as theta=0.2 or k_max=6; may be repeated.",
-        ),
-        click.option(
-            "--method",
-            default=METHODS[0],
-            show_default=True,
-            type=click.Choice(METHODS),
-            help="How maps are made.",
-        ),
-    ):
-        command = option(command)
-    return command
-
-
-def pairs_option(command: Command) -> Command:
-    """--option of several methods; see cli.choices for what they become."""
-    return click.option(
+AsJson = Annotated[bool, Option("--json", "Print the results as JSON.")]
+OutputFolder = Annotated[Path, Option("--output", "Where to write the results.", PATH)]
+OutputPath = Annotated[Path | None, Option("--output", "Where to write the results.", PATH)]
+Limit = Annotated[int | None, Option("--limit", "Use at most this many images.", COUNT)]
+Seed = Annotated[
+    int, Option("--seed", "Seed of the random numbers.", click.IntRange(0, MAX_SEED), metavar="N")
+]
+TargetClasses = Annotated[
+    tuple[str, ...],
+    Option(
+        "--target",
+        "Class to explain: its number or name, or topN for the N best. Can be repeated.",
+        multiple=True,
+        metavar="CLASS",
+    ),
+]
+LayerNames = Annotated[
+    tuple[str, ...] | None, Option("--layers", "Names of the target layers.", Words())
+]
+MethodName = Annotated[str, Option("--method", "Explanation method.", click.Choice(METHODS))]
+MethodNames = Annotated[
+    tuple[str, ...], Option("--methods", f"Explanation methods: {', '.join(METHODS)}.", Words())
+]
+MethodPairs = Annotated[
+    tuple[str, ...],
+    Option(
         "--option",
-        "pairs",
+        "Option of a method, such as theta=0.2 or rise:masks=1000. Can be repeated.",
         multiple=True,
         metavar="[METHOD:]KEY=VALUE",
-        help="An option of one method, or of each that has it; may be repeated.",
-    )(command)
+    ),
+]
+BackendName = Annotated[
+    str,
+    Option(
+        "--backend",
+        "Engine to run the graphs with; auto takes the best that works here.",
+        click.Choice(BACKENDS),
+    ),
+]
+Precision = Annotated[
+    str, Option("--precision", "Numeric precision of the graphs.", click.Choice(PRECISIONS))
+]
+PrecisionOrNone = Annotated[
+    str | None, Option("--precision", "Numeric precision of the graphs.", click.Choice(PRECISIONS))
+]
+Threads = Annotated[
+    int,
+    Option("--threads", "CPU threads; 0 lets the engine choose.", click.IntRange(min=0)),
+]
+BatchSize = Annotated[
+    int,
+    Option(
+        "--batch-size",
+        "Images, masked ones included, that an engine takes at a time.",
+        click.IntRange(min=1),
+    ),
+]
+ColorMap = Annotated[str, Option("--colormap", "Color map of saliency maps.")]
+Opacity = Annotated[
+    float,
+    Option(
+        "--opacity",
+        "Opacity of a map over its image; 0 shows the image alone.",
+        click.FloatRange(0, 1),
+    ),
+]
+ColorBar = Annotated[bool, Option("--color-bar", "Draw a color bar beside the maps.")]
+Architecture = Annotated[
+    str | None,
+    Option(
+        "--arch",
+        "Network of a weights file, such as torchvision.models:resnet18(num_classes=21).",
+        metavar="MODULE:FACTORY",
+    ),
+]
+RecipeFile = Annotated[
+    Path | None, Option("--recipe", "TOML file that describes the network; see export/.", PATH)
+]
+RandomWeights = Annotated[
+    bool, Option("--random-weights", "Give the recipe's network random weights.")
+]
+AllowPickle = Annotated[
+    bool,
+    Option("--allow-pickle", "Load pickled objects, which can run any code that they contain."),
+]
+InputSize = Annotated[
+    tuple[int, int] | None, Option("--input-size", "Height and width of the input.", Size())
+]
+Mean = Annotated[
+    tuple[float, ...] | None,
+    Option("--mean", "Mean of each channel, for pixel values from 0 to 1.", Numbers()),
+]
+Std = Annotated[
+    tuple[float, ...] | None,
+    Option("--std", "Standard deviation of each channel.", Numbers()),
+]
+Resize = Annotated[
+    str | None,
+    Option(
+        "--resize",
+        "How images get the input's size: cut out the middle, or stretch.",
+        click.Choice(["crop", "stretch"]),
+    ),
+]
+Cover = Annotated[
+    tuple[int, int] | None,
+    Option("--cover", "Size that an image is scaled to cover before it is cropped.", Size()),
+]
+Library = Annotated[
+    str,
+    Option(
+        "--library",
+        "TensorRT library to build with; tensorrt-rtx needs no GPU.",
+        click.Choice(TENSORRT),
+    ),
+]
+MaxBatch = Annotated[int, Option("--max-batch", "Largest batch that a plan takes.", COUNT)]
+Devices = Annotated[
+    tuple[str, ...],
+    Option(
+        "--device",
+        "Compute capability to build for, such as 8.9. Can be repeated; without it, tensorrt "
+        "builds for the GPU in this machine, tensorrt-rtx for all from 8.0 on.",
+        multiple=True,
+        metavar="X.Y",
+    ),
+]
+TimingCacheFile = Annotated[
+    Path | None,
+    Option(
+        "--timing-cache",
+        "File that keeps kernel timings, to speed up later builds; tensorrt only.",
+        click.Path(path_type=Path, dir_okay=False),
+    ),
+]
 
 
-def look_options(command: Command) -> Command:
-    """--colormap, --opacity: how maps are drawn."""
-    for option in (
-        click.option(
-            "--opacity",
-            default=OPACITY,
-            show_default=True,
-            type=click.FloatRange(0, 1),
-            help="How much of the image an overlay hides.",
-        ),
-        click.option(
-            "--colormap", default=COLORMAP, show_default=True, help="The colours of maps."
-        ),
-    ):
-        command = option(command)
-    return command
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """How a bundle's graphs are run."""
+
+    backend: BackendName = "auto"
+    precision: Precision = "fp32"
+    threads: Threads = 0
+    batch_size: BatchSize = BATCH_SIZE
 
 
-def plan_options(command: Command) -> Command:
-    """--backend, --max-batch, --device, --timing-cache: what TensorRT plans are built for."""
-    for option in (
-        click.option(
-            "--timing-cache",
-            type=click.Path(path_type=Path, dir_okay=False),
-            help="A file where tensorrt keeps how fast kernels were, to build faster next time; "
-            "tensorrt-rtx has none.",
-        ),
-        click.option(
-            "--device",
-            "devices",
-            multiple=True,
-            metavar="X.Y",
-            help="A compute capability to build for, such as 8.9; may be repeated.  [default: all "
-            "from 8.0 on that tensorrt-rtx supports; for tensorrt the GPU that is here]",
-        ),
-        click.option(
-            "--max-batch",
-            type=click.IntRange(min=1),
-            default=MAX_BATCH,
-            show_default=True,
-            help="The most images that a plan takes at a time.",
-        ),
-        click.option(
-            "--backend",
-            type=click.Choice(TENSORRT),
-            default="tensorrt",
-            show_default=True,
-            help="The TensorRT to build with; tensorrt-rtx needs no GPU for it.",
-        ),
-    ):
-        command = option(command)
-    return command
+@dataclass(frozen=True, kw_only=True)
+class MethodOptions:
+    """An explanation method and its options; see cli.choices for what they become."""
+
+    method: MethodName = METHODS[0]
+    pairs: MethodPairs = ()
 
 
-PLAN_OPTIONS = {
-    "backend": "--backend",
-    "max_batch": "--max-batch",
-    "devices": "--device",
-    "timing_cache": "--timing-cache",
-}
+@dataclass(frozen=True, kw_only=True)
+class LookOptions:
+    """How maps are drawn."""
+
+    colormap: ColorMap = COLORMAP
+    opacity: Opacity = OPACITY
+
+    def look(self, color_bar: bool = False) -> Look:
+        """Return them as the renderer takes them.
+
+        Raises:
+            OptionError: There is no such color map.
+        """
+        from ccam_deploy import render
+
+        render.check_colormap(self.colormap)
+        return render.Look(self.colormap, self.opacity, color_bar)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSource:
+    """What a PyTorch network is loaded from, beside a model file."""
+
+    arch: Architecture = None
+    recipe: RecipeFile = None
+    random_weights: RandomWeights = False
+    allow_pickle: AllowPickle = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputOptions:
+    """What a network takes as its input, and how images become that."""
+
+    input_size: InputSize = unset("the recipe's, the program's, else 224x224")
+    mean: Mean = unset("the recipe's, else ImageNet's")
+    std: Std = unset("the recipe's, else ImageNet's")
+    resize: Resize = unset("the recipe's, else crop")
+    cover: Cover = unset("the recipe's, else the input's size / 0.875")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """What TensorRT plans are built with and for."""
+
+    library: Library = TENSORRT[0]
+    max_batch: MaxBatch = MAX_BATCH
+    devices: Devices = ()
+    timing_cache: TimingCacheFile = None
 
 
 def parse_assignments(pairs: Sequence[str]) -> dict[str, str]:
-    """KEY=VALUE words as a dictionary. Raises OptionError for words of another form."""
-    found = {}
+    """Split words of the form KEY=VALUE.
+
+    Raises:
+        OptionError: A word has another form.
+    """
+    values = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals or not key:
             raise OptionError(f'option "{pair}" is not key=value')
-        found[key.strip()] = value.strip()
-    return found
-
-
-def say(text: str, err: bool = False) -> None:
-    """Print one line, whatever the names in it hold."""
-    click.echo(one_line(text), err=err)
-
-
-def print_json(value: Any) -> None:
-    """Print a value as indented JSON on stdout."""
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+        values[key.strip()] = value.strip()
+    return values

@@ -1,17 +1,17 @@
-"""Building plans from the command line: the options as settings, progress, and a report."""
+"""Builds plans for commands: their options as settings, progress bars, and a report."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
 
-from ccam_deploy.cli.options import say
+from ccam_deploy.cli.options import PlanOptions
+from ccam_deploy.cli.printing import say
 from ccam_deploy.cli.signals import held_signals
 from ccam_deploy.engines.tensorrt import library
 from ccam_deploy.engines.tensorrt.build import BuildSettings, Built
@@ -25,27 +25,34 @@ _BAR_WIDTH = 16
 
 
 class Planner:
-    """Builds plans as the options of `plan_options` say; made early, for it checks them."""
+    """Builds plans as a command's options say.
 
-    def __init__(
-        self,
-        backend: str,
-        max_batch: int,
-        devices: tuple[str, ...],
-        timing_cache: Path | None,
-        force: bool = False,
-    ) -> None:
-        """Raises BackendError or OptionError for what cannot be built here."""
-        self.library = library.load_library(msgspec.convert(backend, library.Flavour))
-        self.settings = BuildSettings(max_batch, devices, timing_cache, force)
+    Attributes:
+        library: The TensorRT to build with.
+        settings: What plans are built for.
+
+    Raises:
+        BackendError: The library cannot be loaded, or there is no GPU that it needs.
+        OptionError: The library cannot build for these options.
+    """
+
+    def __init__(self, options: PlanOptions, force: bool = False) -> None:
+        self.library = library.load_library(msgspec.convert(options.library, library.Flavour))
+        self.settings = BuildSettings(
+            options.max_batch, options.devices, options.timing_cache, force
+        )
         self.settings.check(self.library)
 
-    def check(self, precision: str) -> None:
-        """Raise OptionError for a precision that a device to build for does not have."""
+    def require_precision(self, precision: str) -> None:
+        """Make sure that the devices to build for have a precision.
+
+        Raises:
+            OptionError: One of them does not.
+        """
         self.settings.check(self.library, precision)
 
     def build(self, bundle: Bundle, precision: PrecisionName) -> Built:
-        """Build one precision, with its progress on stderr."""
+        """Build the plans of one precision, with its progress on stderr."""
         with held_signals() as release, _progress() as bars:
 
             def progress(graph: str, share: float, phase: str) -> None:
@@ -55,7 +62,7 @@ class Planner:
             return run(bundle, self.library, precision, self.settings, progress)
 
     def report(self, built: Built) -> None:
-        """Print what was built, or that nothing had to be."""
+        """Print which plans were built, or that nothing had to be."""
         if not built.fresh:
             precision = built.plans[0].precision
             say(
@@ -73,16 +80,16 @@ class _Progress:
     """A bar for each graph where stderr is a terminal, a line for each elsewhere."""
 
     def __init__(self) -> None:
-        self._what = self._phase = ""
+        self._graph = self._phase = ""
         self._bar: Any = None
 
-    def __call__(self, what: str, share: float, phase: str) -> None:
-        if what != self._what:
+    def __call__(self, graph: str, share: float, phase: str) -> None:
+        if graph != self._graph:
             self.close()
-            self._what = what
+            self._graph = graph
             self._bar = click.progressbar(
                 length=100,
-                label=f"building {what}",
+                label=f"building {graph}",
                 item_show_func=lambda phase: phase,
                 show_eta=False,
                 width=_BAR_WIDTH,
@@ -95,7 +102,7 @@ class _Progress:
             self._bar.update(done - self._bar.pos, phase)
 
     def close(self) -> None:
-        """End the line of the bar."""
+        """End the bar's line."""
         if self._bar is not None:
             self._bar.__exit__(None, None, None)
 

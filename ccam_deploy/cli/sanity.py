@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, replace
+import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import click
 
-from ccam_deploy.cli.network import Prepared, model_options, need_torch, prepare
-from ccam_deploy.cli.options import json_option, look_options, method_choice, print_json, say
+from ccam_deploy.cli.network import PreparedModel, prepare_model, require_torch
+from ccam_deploy.cli.options import (
+    COUNT,
+    PATH,
+    AsJson,
+    InputOptions,
+    Limit,
+    LookOptions,
+    MethodOptions,
+    ModelFile,
+    ModelSource,
+    OutputFolder,
+    Seed,
+    Threads,
+)
+from ccam_deploy.cli.parameters import Option, unset, with_options
+from ccam_deploy.cli.printing import print_json, progress, say, write_json
 from ccam_deploy.errors import OptionError
 from ccam_deploy.text import text_table
 
@@ -27,143 +42,151 @@ if TYPE_CHECKING:
 SCENES = "scenes"
 _SHOWN_IMAGES = 3
 
+CheckedImages = Annotated[
+    tuple[Path, ...],
+    Option(
+        "--images",
+        'Image, or folder of images, to explain; or "scenes", the synthetic ones. Can be repeated. '
+        "Without it, the recipe's calibration images, or else two photographs.",
+        PATH,
+        multiple=True,
+    ),
+]
+Depth = Annotated[
+    int | None,
+    Option("--depth", "Randomise only this many layers, from the last one back.", COUNT),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SanityOptions:
+    """The options of `sanity`."""
+
+    model: ModelFile = None
+    source: ModelSource
+    inputs: InputOptions
+    images: CheckedImages = ()
+    limit: Limit = 8
+    depth: Depth = unset("all")
+    seed: Seed = 0
+    method: MethodOptions
+    threads: Threads = 0
+    look: LookOptions
+    output: OutputFolder = Path("sanity")
+    as_json: AsJson = False
+
 
 @click.command()
-@model_options
-@click.option(
-    "--images",
-    multiple=True,
-    type=click.Path(path_type=Path),
-    help='A file or folder of images, may be repeated; or "scenes", the synthetic ones.  '
-    "[default: the recipe's calibration images, else two photographs of the package]",
-)
-@click.option(
-    "--count",
-    default=8,
-    show_default=True,
-    type=click.IntRange(1, 16),
-    help="The most images that are explained.",
-)
-@click.option(
-    "--layers",
-    "limit",
-    type=click.IntRange(min=1),
-    help="How many layers to randomise, from the last one down.  [default: all]",
-)
-@click.option(
-    "--seed",
-    default=0,
-    show_default=True,
-    type=click.IntRange(0, 2**32 - 1),
-    help="What the random parameters come from.",
-)
-@method_choice
-@click.option(
-    "--threads",
-    default=0,
-    show_default=True,
-    type=click.IntRange(min=0),
-    help="PyTorch's threads; 0 lets it choose.",
-)
-@click.option(
-    "--output",
-    default="sanity",
-    show_default=True,
-    type=click.Path(path_type=Path, file_okay=False),
-    help="The folder for sanity.png and sanity.json.",
-)
-@look_options
-@json_option
-def sanity(model: Path | None, as_json: bool, **options: Any) -> None:
-    """Check that maps change when a network's parameters are randomised (Adebayo et al. 2018).
+@with_options(SanityOptions)
+def sanity(options: SanityOptions) -> None:
+    """Check that maps change when a network is randomised.
 
-    MODEL is given as to export, and runs in PyTorch. Its layers are randomised from the last one
-    down, each with all before it (cascading) and each alone (independent); printed is how alike
-    the maps stay: mean absolute rank correlation, SSIM, and correlation of HOG features. Needs the
-    extra "sanity".
+    This is the test of Adebayo et al. (2018). MODEL is a model file as for `export`; it runs in
+    PyTorch. The parameters of its layers become random numbers, from the last layer back: each
+    together with those after it (cascading), and each alone (independent).
+
+    Prints how alike the maps stay by mean absolute rank correlation, SSIM, and correlation of HOG
+    features, and writes sanity.json and sanity.png to the folder --output. Needs the extra
+    "sanity".
     """
-    need_torch("sanity", "export,sanity")
+    require_torch("sanity", "export,sanity")
     from ccam_deploy import render
-    from ccam_deploy.checks import sanity as checks
     from ccam_deploy.cli import choices
     from ccam_deploy.export.randomise import limited_threads
+    from ccam_deploy.export.settings import MAX_CALIBRATION_IMAGES
     from ccam_deploy.fidelity.similarity import require_scikit_image
-    from ccam_deploy.files import require_writable, write_file
+    from ccam_deploy.files import require_writable_folder, write_file
 
-    (method,) = choices.make_methods([options["method"]], options["pairs"]).values()
-    render.check_colormap(options["colormap"])
+    (method,) = choices.make_methods([options.method.method], options.method.pairs).values()
+    look = options.look.look()
+    limit = options.limit or MAX_CALIBRATION_IMAGES
+    if limit > MAX_CALIBRATION_IMAGES:
+        raise OptionError(f"--limit is {limit}; a check takes at most {MAX_CALIBRATION_IMAGES}")
     require_scikit_image()
-    require_writable(options["output"] / "sanity.json")
-    on_scenes = options["images"] == (Path(SCENES),)
-    prepared = prepare(model, options, () if on_scenes else options["images"])
-    settings = _with_images(prepared.settings, on_scenes, options["count"])
-    with limited_threads(options["threads"]):
-        classifier, images, result = _run(prepared, settings, method, options)
+    picture, report = options.output / "sanity.png", options.output / "sanity.json"
+    require_writable_folder(options.output)
+    on_scenes = options.images == (Path(SCENES),)
+    files = () if on_scenes else options.images
+    prepared = prepare_model(options.model, options.source, options.inputs, files)
+    if on_scenes:
+        prepared = _with_scenes(prepared, limit)
+    with limited_threads(options.threads):
+        classifier, images, result = _run(prepared, method, options, limit)
+    settings = prepared.settings
     content = {
-        "settings": {
-            "model": settings.name or settings.source,
-            "method": method.name,
-            "options": asdict(method),
-            "images": len(images),
-            "seed": options["seed"],
-            "target_layers": list(classifier.layers),
-            "definitions": checks.DEFINITIONS,
-        },
+        "settings": _facts(settings, method, options, classifier, images),
         "stages": _stages(result),
-        "picture": str(options["output"] / "sanity.png"),
+        "picture": str(picture),
     }
-    look = render.Look(options["colormap"], options["opacity"])
-    drawn = _drawn(result, images[:_SHOWN_IMAGES], settings, look)
-    write_file(options["output"] / "sanity.png", render.png(drawn))
-    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    write_file(options["output"] / "sanity.json", text.encode("utf-8", "backslashreplace"))
-    if as_json:
+    write_file(picture, render.png(_drawn(result, images[:_SHOWN_IMAGES], settings, look)))
+    write_json(report, content)
+    if options.as_json:
         print_json(content)
         return
     click.echo(text_table(_rows(result)))
-    say(f"  {content['picture']}")
-    say(f"  {options['output'] / 'sanity.json'}")
+    say(f"  {picture}")
+    say(f"  {report}")
 
 
-def _with_images(settings: ExportSettings, on_scenes: bool, count: int) -> ExportSettings:
-    """The settings, with scenes as their images where those are wanted."""
+def _facts(
+    settings: ExportSettings,
+    method: Method,
+    options: SanityOptions,
+    classifier: RandomisedClassifier,
+    images: Floats,
+) -> dict[str, Any]:
+    """All that the numbers depend on, and what they mean."""
+    from ccam_deploy.checks import sanity as checks
+
+    return {
+        "model": settings.name or settings.source,
+        "method": method.name,
+        "options": dataclasses.asdict(method),
+        "images": len(images),
+        "seed": options.seed,
+        "target_layers": list(classifier.layers),
+        "definitions": checks.DEFINITIONS,
+    }
+
+
+def _with_scenes(prepared: PreparedModel, count: int) -> PreparedModel:
+    """The model with synthetic scenes as its images."""
     from PIL import Image
 
     from ccam_deploy.examples.scenes import make_scenes
 
-    if not on_scenes:
-        return settings
-    scenes = make_scenes("test", count)
-    return replace(settings, calibration=[Image.fromarray(scene.image) for scene in scenes])
+    scenes = [Image.fromarray(scene.image) for scene in make_scenes("test", count)]
+    settings = dataclasses.replace(prepared.settings, calibration=scenes)
+    return dataclasses.replace(prepared, settings=settings)
 
 
 def _run(
-    prepared: Prepared, settings: ExportSettings, method: Method, options: dict[str, Any]
+    prepared: PreparedModel, method: Method, options: SanityOptions, limit: int
 ) -> tuple[RandomisedClassifier, Floats, SanityCheck]:
     """Open the network and check it; the images are those that were explained [B, C, H, W]."""
     from ccam_deploy.checks import sanity as checks
-    from ccam_deploy.cli import choices
     from ccam_deploy.export.randomise import open_randomised
 
+    settings = prepared.settings
     classifier, images = open_randomised(
         prepared.network,
-        prepared.input_size(options["input_size"]),
-        prepared.layers(None),
+        prepared.input_size,
+        prepared.target_layers(None),
         settings,
-        options["seed"],
+        options.seed,
     )
-    count = options["limit"] or len(classifier.parts)
-    if count > len(classifier.parts):
+    depth = options.depth or len(classifier.parts)
+    if depth > len(classifier.parts):
         raise OptionError(
-            f"--layers is {count}; the model has {len(classifier.parts)} with parameters"
+            f"--depth is {depth}; the model has {len(classifier.parts)} layers with parameters"
         )
-    images = images[: options["count"]]
-    with choices.progress("randomising", 2 * count) as bar:
+    images = images[:limit]
+    with progress("randomising", 2 * depth) as bar:
         result = checks.compare_randomised(
             classifier,
             images,
             method,
-            count,
+            depth,
             lambda: bar.update(1),
             mean=settings.mean,
             std=settings.std,
@@ -174,7 +197,7 @@ def _run(
 def _drawn(
     result: SanityCheck, images: Floats, settings: ExportSettings, look: Look
 ) -> Image.Image:
-    """The check's picture, of some images [B, C, H, W]."""
+    """The check's picture, for images [B, C, H, W]."""
     from ccam_deploy.checks import sanity as checks
     from ccam_deploy.preprocess import restore_image
 

@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from ccam_deploy.cli.options import bundle_argument, engine_options, json_option, print_json, say
+from ccam_deploy.cli.options import AsJson, BackendName, BundleFolder, Threads
+from ccam_deploy.cli.parameters import with_options
+from ccam_deploy.cli.printing import print_json, say
 from ccam_deploy.errors import IntegrityError
+
+if TYPE_CHECKING:
+    from ccam_deploy.bundle.manifest import Fidelity
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyOptions:
+    """The options of `verify`."""
+
+    bundle: BundleFolder
+    backend: BackendName = "auto"
+    threads: Threads = 0
+    as_json: AsJson = False
 
 
 @click.command()
-@bundle_argument
-@engine_options
-@json_option
-def verify(bundle: Path, backend: str, threads: int, as_json: bool) -> None:
-    """Check a bundle: schema, hashes, and each graph against the values recorded at export.
+@with_options(VerifyOptions)
+def verify(options: VerifyOptions) -> None:
+    """Check that BUNDLE is intact and works as exported.
 
-    Maps are made as `explain` makes them here, on a GPU all of them on the GPU.
+    Checks the manifest, the hash of every file, and every graph against the values that were
+    recorded at export, on the backend that `explain` would use here.
     """
     import msgspec
 
@@ -26,36 +40,44 @@ def verify(bundle: Path, backend: str, threads: int, as_json: bool) -> None:
     from ccam_deploy.explainer import load
     from ccam_deploy.fidelity.verification import verify_bundle
 
-    opened = read_bundle(bundle)
-    strangers = unlisted_files(opened)
-    if strangers:
-        raise IntegrityError(f"{bundle} has files that its manifest does not list: {strangers[0]}")
+    bundle = read_bundle(options.bundle)
+    unlisted = unlisted_files(bundle)
+    if unlisted:
+        raise IntegrityError(
+            f"{options.bundle} has files that its manifest does not list: {unlisted[0]}"
+        )
     reports: dict[str, Any] = {}
     problems = []
-    for kind in opened.manifest.precisions:
-        with load(opened, backend=backend, precision=kind, threads=threads) as explainer:
+    for precision in bundle.manifest.precisions:
+        with load(
+            bundle, backend=options.backend, precision=precision, threads=options.threads
+        ) as explainer:
             networks = explainer.networks
             for note in networks.notes:
                 say(f"passed over {note}", err=True)
-            report, broken = verify_bundle(opened, networks, kind, explainer.explain)
-        reports[kind] = {"backend": networks.backend, **msgspec.to_builtins(report)}
-        problems += [f"{kind}: {problem}" for problem in broken]
-        if not as_json:
-            others = [
-                f", {name.replace('_', ' ')} {error:.1e}"
-                for name, error in report.optional_graphs().items()
-            ]
-            say(
-                f"{kind} on {networks.backend}: logits {report.logits:.1e}, "
-                f"masked logits {report.masked_logits:.1e}, features {max(report.features):.1e}, "
-                f"gradients {max(report.gradients):.1e}, "
-                f"saliency rank correlation {report.saliency_rank:.4f}, "
-                f"SSIM {report.saliency_similarity:.4f}, "
-                f"top 10 % in common {report.saliency_overlap:.1%}{''.join(others)}"
-            )
-    if as_json:
-        print_json({"files": len(opened.manifest.files), "graphs": reports})
+            report, broken = verify_bundle(bundle, networks, precision, explainer.explain)
+        reports[precision] = {"backend": networks.backend, **msgspec.to_builtins(report)}
+        problems += [f"{precision}: {problem}" for problem in broken]
+        if not options.as_json:
+            _report(f"{precision} on {networks.backend}", report)
+    count = len(bundle.manifest.files)
+    if options.as_json:
+        print_json({"files": count, "graphs": reports})
     if problems:
         raise IntegrityError("the graphs do not give what was recorded: " + "; ".join(problems))
-    if not as_json:
-        say(f"{bundle}: {len(opened.manifest.files)} files and all graphs are as exported")
+    if not options.as_json:
+        say(f"{options.bundle}: {count} files and all graphs are as exported")
+
+
+def _report(title: str, report: Fidelity) -> None:
+    graphs = [
+        f", {name.replace('_', ' ')} {error:.1e}"
+        for name, error in report.optional_graphs().items()
+    ]
+    say(
+        f"{title}: logits {report.logits:.1e}, masked logits {report.masked_logits:.1e}, "
+        f"features {max(report.features):.1e}, gradients {max(report.gradients):.1e}, "
+        f"saliency rank correlation {report.saliency_rank:.4f}, "
+        f"SSIM {report.saliency_similarity:.4f}, "
+        f"top 10 % in common {report.saliency_overlap:.1%}{''.join(graphs)}"
+    )

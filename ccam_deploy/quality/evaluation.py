@@ -84,7 +84,9 @@ class Evaluation:
         if settings.target not in ("predicted", "label"):
             raise OptionError(f'target is "{settings.target}"; it must be predicted or label')
         if settings.target == "label" and not dataset.has_classes:
-            raise OptionError("the data set has no classes to explain; use --target predicted")
+            raise OptionError(
+                "the data set has no classes to explain; use --explain-class predicted"
+            )
         self.places = draw_places(len(dataset), settings.limit, settings.seed)
         require_runnable(explainer, self.variants)
 

@@ -67,8 +67,8 @@ def test_plans_are_built_for_tensorrt_alone(tmp_path: Path) -> None:
     """Each command is one that `export` takes."""
     options = bench_table2.export_options("224", "fp16")
     for backend, tail in (
-        ("tensorrt", ["--build", "--backend", "tensorrt"]),
-        ("tensorrt-rtx", ["--build", "--backend", "tensorrt-rtx"]),
+        ("tensorrt", ["--build", "--library", "tensorrt"]),
+        ("tensorrt-rtx", ["--build", "--library", "tensorrt-rtx"]),
         ("auto", []),
         ("onnxruntime-cuda", []),
     ):
@@ -79,7 +79,7 @@ def test_plans_are_built_for_tensorrt_alone(tmp_path: Path) -> None:
         assert words[words.index(str(folder)) + 1 :] == tail
         assert (parsed["input_size"], parsed["precision"]) == ((224, 224), "fp16")
         assert parsed["build"] == bool(tail)
-        assert parsed["recipe_path"].exists()
+        assert parsed["recipe"].exists()
 
 
 @pytest.mark.parametrize(

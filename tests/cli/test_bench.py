@@ -44,7 +44,7 @@ def digits_result(digits_bundle: Path, tmp_path_factory: pytest.TempPathFactory)
         *example_files()[:2],
         *("--batch", "1,3", "--duration", "0.5", "--warmup", "0.1", "--threads", "1"),
         *("--compare", "onnxruntime-cpu,torch", "--recipe", RECIPES / "digits.toml"),
-        *("--json", folder / "sub" / "found.json", "--plot", folder / "found.svg"),
+        *("--output", folder / "sub" / "found.json", "--plot", folder / "found.svg"),
     )
     assert (folder / "found.svg").read_text().startswith("<?xml")
     found: dict[str, Any] = json.loads((folder / "sub" / "found.json").read_text())
@@ -168,7 +168,7 @@ def test_json_on_stdout_alone(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
         return load(*arguments, **how)
 
     monkeypatch.setattr(explainer, "load", noted)
-    done = success("bench", tiny_bundle, *QUICK, "--json", "-", "--concurrency", 2)
+    done = success("bench", tiny_bundle, *QUICK, "--json", "--concurrency", 2)
     found = json.loads(done.stdout)
     (report,) = found["batches"]
     assert slots == [2]
@@ -202,8 +202,8 @@ class TestBadInput:
         [
             (("--backend", "tpu"), "'tpu' is not one of"),
             (("--batch", "0"), "batch is [0]; it must be at least 1"),
-            (("--batch", "1,x"), '--batch "1,x" is not numbers such as 1,8'),
-            (("--batch", ""), '--batch "" is not numbers such as 1,8'),
+            (("--batch", "1,x"), "'--batch': \"1,x\" is not a list of whole numbers such as 1,8"),
+            (("--batch", ""), "'--batch': \"\" is not a list of whole numbers such as 1,8"),
             (("--concurrency", "0"), "concurrency is 0; it must be 1 to 64"),
             (("--duration", "0"), "duration is 0; it must be above 0 seconds"),
             (("--duration", "-3"), "duration is -3; it must be above 0 seconds"),
@@ -227,7 +227,7 @@ class TestBadInput:
         broken.write_bytes(b"\x89PNG\r\n\x1a\n")
         assert f"{broken} is not an image" in failure("bench", tiny_bundle, broken)
 
-    @pytest.mark.parametrize(("option", "name"), [("--json", "x.json"), ("--plot", "x.png")])
+    @pytest.mark.parametrize(("option", "name"), [("--output", "x.json"), ("--plot", "x.png")])
     def test_file_that_cannot_be_written(
         self, tiny_bundle: Path, tmp_path: Path, option: str, name: str
     ) -> None:
@@ -269,14 +269,14 @@ class TestBadInput:
 
 def test_full_disk_leaves_nothing(tiny_bundle: Path, tmp_path: Path) -> None:
     with full_disk(100):
-        message = failure("bench", tiny_bundle, *QUICK, "--json", tmp_path / "x.json")
+        message = failure("bench", tiny_bundle, *QUICK, "--output", tmp_path / "x.json")
     assert f"cannot write {tmp_path / 'x.json'}: " in message
     assert not list(tmp_path.iterdir())
 
 
 def test_model_file_for_torch(tiny_bundle: Path, tmp_path: Path) -> None:
     torch.save(tiny().state_dict(), tmp_path / "tiny.pt")
-    words = ("--compare", "torch", "--arch", "tests.networks:tiny", "--json", "-")
+    words = ("--compare", "torch", "--arch", "tests.networks:tiny", "--json")
     done = success("bench", tiny_bundle, *QUICK, *words, "--model", tmp_path / "tiny.pt")
     assert json.loads(done.stdout)["batches"][0]["compare"]["torch"]["ratio"] > 0
 

@@ -24,7 +24,7 @@ from tests.networks import tiny
 
 pytest.importorskip("tensorrt_rtx")
 
-RTX = ["--backend", "tensorrt-rtx", "--device", "8.9", "--max-batch", "2"]
+RTX = ["--library", "tensorrt-rtx", "--device", "8.9", "--max-batch", "2"]
 
 
 @pytest.fixture
@@ -185,20 +185,20 @@ def test_a_failed_build_leaves_the_exported_bundle(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--backend", "tensorrt"], "--backend goes with --build"),
+        (["--library", "tensorrt"], "--library goes with --build"),
         (["--max-batch", "8"], "--max-batch goes with --build"),
         (["--device", "8.9"], "--device goes with --build"),
         (["--timing-cache", "times.bin"], "--timing-cache goes with --build"),
         (
-            ["--build", "--backend", "tensorrt-rtx", "--device", "1.0"],
+            ["--build", "--library", "tensorrt-rtx", "--device", "1.0"],
             "tensorrt-rtx does not support compute capability 1.0",
         ),
         (
-            ["--build", "--backend", "tensorrt-rtx", "--timing-cache", "times.bin"],
+            ["--build", "--library", "tensorrt-rtx", "--timing-cache", "times.bin"],
             "tensorrt-rtx has no timing cache",
         ),
         (
-            ["--precision", "fp8", "--build", "--backend", "tensorrt-rtx", "--device", "8.6"],
+            ["--precision", "fp8", "--build", "--library", "tensorrt-rtx", "--device", "8.6"],
             "compute capability 8.6 has no FP8",
         ),
     ],

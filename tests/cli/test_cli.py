@@ -460,7 +460,22 @@ def test_verify(tiny_bundle: Path, here: Path) -> None:
             ["explain", "tiny", "one.png", "--save", "overlay,gif"],
             '--save "gif" is unknown; there are overlay, heatmap, panel, npz, json and none',
         ),
-        (["explain", "tiny", "one.png", "--output", "text.pt"], "'text.pt' is a file. See ccam-"),
+        (
+            ["explain", "tiny", "one.png", "--output", "text.pt"],
+            "cannot write to text.pt: it is a file, not a folder",
+        ),
+        (
+            ["explain", "tiny", "one.png", "--output", "text.pt/sub"],
+            "cannot write to text.pt/sub: Not a directory",
+        ),
+        (
+            ["export", "net.pt2", "--output", "text.pt/sub"],
+            "cannot write to text.pt: it is a file, not a folder",
+        ),
+        (
+            ["explain", "tiny", "pictures", "--output", "pictures"],
+            "--output pictures is the folder of the images too; give another one, or the next run",
+        ),
         (["explain", "tiny", "one.png", "--precision", "fp16"], "the bundle has no fp16 graphs"),
         (
             ["explain", "tiny", "one.png", "--precision", "int8"],
@@ -483,6 +498,8 @@ def test_bad_input(
     models: Path, tiny_bundle: Path, here: Path, words: list[str], message: str
 ) -> None:
     (here / "empty").mkdir()
+    (here / "pictures").mkdir()
+    picture(here / "pictures" / "one.png")
     (here / "text.pt").write_text("not a model\n")
     for name in ("net.pt", "net.pt2", "aside.pt2"):
         shutil.copy(models / name, here)
@@ -614,3 +631,26 @@ def test_what_is_no_file_is_not_read(tiny_bundle: Path, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.png")
     done = CliRunner().invoke(main, ["explain", str(tiny_bundle), str(tmp_path / "pipe.png")])
     assert (done.exit_code, done.stderr) == (2, f"error: {tmp_path / 'pipe.png'} is not a file\n")
+
+
+def test_what_an_earlier_run_wrote_is_not_explained(tiny_bundle: Path, here: Path) -> None:
+    """Also where the results lie below the folder of the images; a file by its name is taken."""
+    picture(here / "one.png")
+    first, again = (
+        json.loads(success("explain", tiny_bundle, ".", "--json").stdout) for _ in range(2)
+    )
+    assert [report["file"] for report in first] == [report["file"] for report in again]
+    (written,) = first[0]["files"]
+    (report,) = json.loads(success("explain", tiny_bundle, written, "--json").stdout)
+    assert report["file"] == written
+    (here / "one.png").unlink()
+    message = ". holds no images but those in --output explanations"
+    assert failure("explain", tiny_bundle, ".") == message
+
+
+def test_explain_takes_at_most_the_limit(tiny_bundle: Path, here: Path) -> None:
+    for name in ("a.png", "b.png", "c.png"):
+        picture(here / name)
+    words = ("explain", tiny_bundle, "c.png", "a.png", "b.png", "--save", "none", "--limit", 2)
+    reports = json.loads(success(*words, "--json").stdout)
+    assert [report["file"] for report in reports] == ["c.png", "a.png"]

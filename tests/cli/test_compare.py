@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -108,3 +109,15 @@ def test_an_image_that_is_none(digits_bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("not an image\n")
     message = failure("compare", digits_bundle, tmp_path / "text.png")
     assert "text.png is not an image of a known format" in message
+
+
+def test_json(digits_bundle: Path, tmp_path: Path) -> None:
+    output = tmp_path / "panel.png"
+    words = ("--methods", "grad-cam, layer-cam", "--option", "relu=false", "--target", "8")
+    printed = success("compare", digits_bundle, SCENE, *words, "--output", output, "--json").stdout
+    content = json.loads(printed)
+    assert (content["classes"], content["picture"]) == (["8"], str(output))
+    assert [entry["method"] for entry in content["methods"]] == ["grad-cam", "layer-cam"]
+    assert all(entry["options"]["relu"] is False for entry in content["methods"])
+    assert all(entry["milliseconds"] > 0 for entry in content["methods"])
+    assert output.is_file()

@@ -22,14 +22,16 @@ def found(monkeypatch: pytest.MonkeyPatch, *backends: Finding) -> None:
 def test_table(monkeypatch: pytest.MonkeyPatch) -> None:
     found(monkeypatch, CPU, CUDA)
     assert success("doctor").stdout.splitlines() == [
-        "backend           works  found",
+        "backend           works  details",
         "onnxruntime-cpu   yes    onnxruntime 1.32.0",
         "onnxruntime-cuda  no     there is no driver",
-        "                         do first: install the driver",
         "",
-        "what GPU backends need  works  found",
-        "driver                  no     there is no driver",
-        "                               do first: install the driver",
+        "needed for a GPU  works  details",
+        "driver            no     there is no driver",
+        "",
+        "to fix:",
+        "  onnxruntime-cuda, driver",
+        "    install the driver",
     ]
 
 

@@ -69,7 +69,7 @@ def test_a_second_run_changes_nothing(written: Path, digits_bundle: Path) -> Non
         *("evaluate", digits_bundle, "scenes", "--limit", 6, "--batch-size", 4),
         *("--output", written, "--json"),
     )
-    assert "going on from 6 of 6 rows" in done.stderr
+    assert "continuing after 6 of 6 rows" in done.stderr
     assert {path.name: path.read_bytes() for path in written.iterdir()} == before
     assert json.loads(done.stdout) == json.loads(before["summary.json"])
 
@@ -110,7 +110,7 @@ def test_interrupt_and_go_on(
     }
     done = success(*words, "--output", tmp_path / "broken")
     assert calls == [2, 2, 2, 1]
-    assert "going on from 2 of 5 rows" in done.stderr
+    assert "continuing after 2 of 5 rows" in done.stderr
     for name in FILES - {"curves.png", "maps.png"}:
         one, other = ((tmp_path / run / name).read_bytes() for run in ("whole", "broken"))
         assert one == other, name
@@ -151,7 +151,7 @@ def test_options_reach_the_measurement(digits_bundle: Path, tmp_path: Path) -> N
     """A folder without boxes, the label explained, RISE's protocol, chosen metrics."""
     root = image_folder(tmp_path / "data", ["3", "7"], each=1)
     done = success(
-        *("evaluate", digits_bundle, root, "--target", "label", "--protocol", "rise"),
+        *("evaluate", digits_bundle, root, "--explain-class", "label", "--protocol", "rise"),
         *("--metrics", "insertion, average-drop", "--methods", "collection-cam,grad-cam,grad-cam"),
         *("--option", "k_max=4", "--option", "grad-cam:relu=false"),
         *("--precision", "fp16", "--threads", 1, "--backend", "onnxruntime-cpu", "--seed", 5),
@@ -189,7 +189,7 @@ def test_bad_words_are_one_line(digits_bundle: Path, tmp_path: Path) -> None:
         (("imagenet:nowhere",), "nowhere is not ImageNet: there is no such folder"),
         ((data, "--split", "test"), "has no split; scenes and cub have"),
         ((data, "--metrics", "pointing"), "pointing needs boxes"),
-        ((data, "--target", "label"), "the data set has no classes to explain"),
+        ((data, "--explain-class", "label"), "the data set has no classes to explain"),
         (("scenes", "--limit", 0), "0 is not in the range x>=1"),
     ):
         assert message in failure("evaluate", digits_bundle, *words, "--output", output)

@@ -27,7 +27,7 @@ def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_check_is_printed_and_written(weights: Path) -> None:
     content_before = weights.read_bytes()
-    words = ("sanity", weights, *ARCH, "--images", EXAMPLES, "--count", 2, "--layers", 2)
+    words = ("sanity", weights, *ARCH, "--images", EXAMPLES, "--limit", 2, "--depth", 2)
     lines = success(*words).stdout.splitlines()
     assert lines[0].split() == ["randomised", "layer", "|Spearman|", "SSIM", "HOG"]
     numbers = r"\d\.\d{3} +-?\d\.\d{3} +-?\d\.\d{3}"
@@ -49,7 +49,7 @@ def test_a_check_is_printed_and_written(weights: Path) -> None:
 
 def test_scenes_and_other_methods(weights: Path) -> None:
     pytest.importorskip("sklearn", reason="scikit-learn is not installed")
-    words = ("--images", "scenes", "--count", 3, "--method", "grad-cam", "--layers", 1, "--json")
+    words = ("--images", "scenes", "--limit", 3, "--method", "grad-cam", "--depth", 1, "--json")
     content = json.loads(success("sanity", weights, *ARCH, *words).stdout)
     assert content["settings"]["method"] == "grad-cam"
     assert content["settings"]["options"] == {"layer": "", "relu": True}
@@ -60,7 +60,8 @@ def test_scenes_and_other_methods(weights: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--layers", "9"], "--layers is 9; the model has 3 with parameters"),
+        (["--depth", "9"], "--depth is 9; the model has 3 layers with parameters"),
+        (["--limit", "17"], "--limit is 17; a check takes at most 16"),
         (["--seed", "-1"], "-1 is not in the range 0<=x<=4294967295"),
         (["--images", "none"], "none does not exist"),
         (["--method", "magic"], "'magic' is not one of 'collection-cam'"),

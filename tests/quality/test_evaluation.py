@@ -237,7 +237,7 @@ def test_images_without_boxes_or_classes(digits: ccam.Explainer, tmp_path: Path)
     results = measured.open(tmp_path, "pictures")
     list(measured.run(results))
     assert [row.index for row in results.rows.values()] == [0, 1]
-    with pytest.raises(OptionError, match="has no classes to explain; use --target predicted"):
+    with pytest.raises(OptionError, match="has no classes to explain; use --explain-class pre"):
         Evaluation(digits, data, TWO, EvaluationSettings(target="label"))
     with pytest.raises(OptionError, match="proportion needs boxes, which the data set does not"):
         Evaluation(digits, data, TWO, EvaluationSettings(("deletion", "proportion")))

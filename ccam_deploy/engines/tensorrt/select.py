@@ -86,7 +86,7 @@ def _conditions(
 ) -> tuple[_Condition, ...]:
     """In an order in which each one's problem makes sense of the plans that met those before."""
     title, folder = TITLES[flavour], bundle.folder
-    words = ["ccam-deploy", "build", str(folder), "--backend", flavour, "--precision", precision]
+    words = ["ccam-deploy", "build", str(folder), "--library", flavour, "--precision", precision]
     if max_batch is not None and max_batch > DEFAULT_MAX_BATCH:
         words += ["--max-batch", str(max_batch)]
     build = build_for_device = shlex.join(words)

@@ -56,7 +56,7 @@ def refusal(bundle: Bundle, capability: str = "8.9", **options: Any) -> str:
     return str(caught.value)
 
 
-BUILD = "ccam-deploy build engines/x --backend tensorrt-rtx --precision fp32"
+BUILD = "ccam-deploy build engines/x --library tensorrt-rtx --precision fp32"
 
 
 def test_what_fits_is_given_by_graph(bare: Bundle) -> None:
@@ -115,7 +115,7 @@ def test_another_gpu_for_a_library_that_builds_where_it_is(bare: Bundle) -> None
     bundle = having(bare, {"library": "tensorrt", "version": "11.4", "devices": ("8.9",)})
     assert refusal(bundle, "9.0", flavour="tensorrt", version="11.4") == (
         "the plans of engines/x are for compute capability 8.9, the GPU here has 9.0: "
-        "ccam-deploy build engines/x --backend tensorrt --precision fp32"
+        "ccam-deploy build engines/x --library tensorrt --precision fp32"
     )
 
 
@@ -152,7 +152,7 @@ def test_every_graph_needs_its_plan(bare: Bundle) -> None:
 
 
 def test_a_folder_with_a_space_is_quoted(bare: Bundle) -> None:
-    assert "build '/tmp/my nets' --backend" in refusal(replace(bare, folder=Path("/tmp/my nets")))
+    assert "build '/tmp/my nets' --library" in refusal(replace(bare, folder=Path("/tmp/my nets")))
 
 
 def test_a_precision_that_the_bundle_lacks(bare: Bundle) -> None:

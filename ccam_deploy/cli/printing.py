@@ -1,0 +1,52 @@
+"""What commands print, and the JSON that they write."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ccam_deploy.text import one_line
+
+
+def say(text: str, err: bool = False) -> None:
+    """Print one line, whatever the names in it hold."""
+    click.echo(one_line(text), err=err)
+
+
+def print_json(value: Any) -> None:
+    """Print a value as indented JSON on stdout."""
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as indented JSON to a file, which appears whole or not at all.
+
+    Raises:
+        OutputError: The file cannot be written.
+    """
+    from ccam_deploy.files import write_file
+
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    write_file(path, text.encode("utf-8", "backslashreplace"))
+
+
+@contextmanager
+def progress(label: str, length: int) -> Iterator[Any]:
+    """Show a progress bar on stderr where that is a terminal.
+
+    Args:
+        label: What is going on, in a word.
+        length: How many steps there are.
+
+    Yields:
+        click's bar; call its `update` with the number of steps that were done.
+    """
+    hidden = not sys.stderr.isatty()
+    with click.progressbar(length=length, label=label, file=sys.stderr, hidden=hidden) as bar:
+        yield bar

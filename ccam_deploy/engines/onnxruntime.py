@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 Device = Literal["cpu", "cuda"]
 
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+PROVIDERS: dict[Device, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _DTYPES: dict[str, np.dtype[Any]] = {
     "tensor(float)": np.dtype(np.float32),
     "tensor(float16)": np.dtype(np.float16),
@@ -70,11 +70,18 @@ class OnnxRuntimeGraph:
 class OnnxRuntimeEngine(Engine):
     """One ONNX graph in an ONNX Runtime session.
 
-    threads: threads inside an operator; 0 lets ONNX Runtime choose. Raises BackendError where the
-    device that was asked for is not the one that the session got.
+    Raises:
+        BackendError: The graph cannot be loaded on the device.
     """
 
     def __init__(self, path: Path, device: Device = "cpu", threads: int = 0) -> None:
+        """Load the graph.
+
+        Args:
+            path: The ONNX file.
+            device: Where to run it.
+            threads: Threads inside an operator; 0 lets ONNX Runtime choose.
+        """
         self._path = path
         self._device = device
         self._threads = threads
@@ -97,10 +104,19 @@ class OnnxRuntimeEngine(Engine):
 def open_session(
     model: Path | bytes, device: Device, threads: int = 0, stream: int = 0
 ) -> onnxruntime.InferenceSession:
-    """Load a model, from a file or from memory, on a device and on nothing else.
+    """Load a model on a device and on no other.
 
-    threads: inside an operator; 0 lets ONNX Runtime choose.   stream: of CUDA; 0 for its own.
-    Raises BackendError where the model cannot be loaded, or comes to another device.
+    Args:
+        model: A file, or the bytes of one.
+        device: Where to run it.
+        threads: Threads inside an operator; 0 lets ONNX Runtime choose.
+        stream: The handle of a CUDA stream to work on; 0 for a stream of its own.
+
+    Returns:
+        The session.
+
+    Raises:
+        BackendError: The model cannot be loaded, or ONNX Runtime put it on another device.
     """
     runtime = _import()
     options = runtime.SessionOptions()
@@ -112,24 +128,24 @@ def open_session(
     # Quantised graphs run as they are written: fused, FP8 comes out wrong on a CPU, and INT8 may
     # saturate where a GPU does not.
     options.add_session_config_entry("session.disable_quant_qdq", "1")
-    provider = check_provider(device)
-    wanted: list[Any] = [provider]
+    provider = require_provider(device)
+    providers: list[Any] = [provider]
     if device == "cuda":  # it hands operators that it lacks to the CPU
-        own = {"use_tf32": "0"}  # which rounds the factors of float32 to 10 bits
+        cuda_options = {"use_tf32": "0"}  # which rounds the factors of float32 to 10 bits
         if stream:
-            own["user_compute_stream"] = str(stream)
-        wanted = [(provider, own), PROVIDERS["cpu"]]
+            cuda_options["user_compute_stream"] = str(stream)
+        providers = [(provider, cuda_options), PROVIDERS["cpu"]]
         _load_cuda(runtime)
     try:
-        session = runtime.InferenceSession(model, options, providers=wanted)
+        session = runtime.InferenceSession(model, options, providers=providers)
     except Exception as error:
-        what = model if isinstance(model, Path) else "a model"
-        raise BackendError(f"ONNX Runtime cannot load {what}: {brief(error)}") from error
-    got = session.get_providers()[0]
-    if got != provider:
+        name = model if isinstance(model, Path) else "a model"
+        raise BackendError(f"ONNX Runtime cannot load {name}: {brief(error)}") from error
+    used = session.get_providers()[0]
+    if used != provider:
         raise BackendError(
-            f"ONNX Runtime gave {got} where {provider} was asked for; "
-            "see that onnxruntime-gpu, a GPU and its driver are there"
+            f"ONNX Runtime gave {used} where {provider} was asked for; "
+            "check that onnxruntime-gpu, a GPU and its driver are there"
         )
     return session
 
@@ -144,8 +160,12 @@ def _load_cuda(runtime: Any) -> None:
         runtime.preload_dlls()
 
 
-def check_provider(device: Device) -> str:
-    """The name of a device's provider. Raises BackendError where it was not built in."""
+def require_provider(device: Device) -> str:
+    """Return the name of a device's provider.
+
+    Raises:
+        BackendError: The installed ONNX Runtime was built without it.
+    """
     provider = PROVIDERS[device]
     if provider not in _import().get_available_providers():
         raise BackendError(
@@ -173,6 +193,6 @@ def _import() -> Any:
 
 
 def devices() -> list[Device]:
-    """The devices that the installed ONNX Runtime was built for."""
-    built = _import().get_available_providers()
-    return [device for device, provider in PROVIDERS.items() if provider in built]  # type: ignore[misc]
+    """List the devices that the installed ONNX Runtime was built for."""
+    built_in = _import().get_available_providers()
+    return [device for device, provider in PROVIDERS.items() if provider in built_in]

@@ -1,11 +1,11 @@
-"""Open a bundle on a backend, the one that is named or the best that works here."""
+"""Open a bundle on the backend that is asked for, or on the best that works here."""
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 from ccam_deploy.bundle.folder import Bundle
 from ccam_deploy.engines.base import Engine
@@ -21,15 +21,18 @@ Backend = Literal["auto", "tensorrt", "tensorrt-rtx", "onnxruntime-cuda", "onnxr
 
 
 def available() -> list[Backend]:
-    """The backends that the installed packages offer, best first; a GPU may still be missing."""
+    """List the backends that the installed packages offer, best first; a GPU may be missing."""
     from ccam_deploy.engines import onnxruntime
 
-    found: list[Backend] = [
+    backends: list[Backend] = [
         flavour for flavour, module in FLAVOURS.items() if importlib.util.find_spec(module)
     ]
-    names: dict[str, Backend] = {"cuda": "onnxruntime-cuda", "cpu": "onnxruntime-cpu"}
-    built_for = onnxruntime.devices()
-    return found + [name for device, name in names.items() if device in built_for]
+    devices = onnxruntime.devices()
+    if "cuda" in devices:
+        backends.append("onnxruntime-cuda")
+    if "cpu" in devices:
+        backends.append("onnxruntime-cpu")
+    return backends
 
 
 def open_networks(
@@ -37,45 +40,64 @@ def open_networks(
 ) -> Networks:
     """Load a bundle's graphs on a backend.
 
-    backend: "auto" takes the first that works here, TensorRT where the bundle has plans for it; a
-        name takes that one or fails.
-    threads: threads inside an operator on a CPU; 0 lets the engine choose.
-    slots: how many callers a GPU serves at a time; each takes a stream and buffers of its own.
-    Raises OptionError for an unknown name, BackendError where no engine can be had.
+    Args:
+        bundle: The bundle.
+        backend: A name, or "auto" for the first that works here; TensorRT counts where the bundle
+            has plans for it.
+        precision: One of the bundle's.
+        threads: Threads inside an operator on a CPU; 0 lets the engine choose.
+        slots: How many callers a GPU serves at a time; each takes a stream and buffers of its own.
+
+    Returns:
+        The networks. With "auto", their notes say why better backends do not work.
+
+    Raises:
+        OptionError: A name is unknown, or a number out of range.
+        BackendError: The backend does not work here, or with "auto" none does.
     """
-    named = next((known for known in get_args(Backend) if known == backend), None)
-    if named is None:
-        known = ", ".join(get_args(Backend))
-        raise OptionError(f'backend "{backend}" is unknown; there are {known}')
+    choice = _choice(backend)
     if not 0 <= threads <= _MOST_THREADS:
         raise OptionError(f"threads is {threads}; it must be 0 to {_MOST_THREADS}")
     if not 1 <= slots <= MOST_SLOTS:
         raise OptionError(f"slots is {slots}; it must be 1 to {MOST_SLOTS}")
-    if named != "auto":
-        return _open(bundle, named, precision, threads, slots)
+    if choice == "auto":
+        return _open_best(bundle, precision, threads, slots)
+    return _open(bundle, choice, precision, threads, slots)
+
+
+def _choice(backend: str) -> Backend:
+    if backend not in get_args(Backend):
+        names = ", ".join(get_args(Backend))
+        raise OptionError(f'backend "{backend}" is unknown; there are {names}')
+    return cast(Backend, backend)
+
+
+def _open_best(bundle: Bundle, precision: str, threads: int, slots: int) -> Networks:
+    """Open the first backend that works; its notes say why the better ones do not."""
+    built_for = {plan.library for plan in bundle.manifest.plans}
     reasons: list[str] = []
-    built = {plan.library for plan in bundle.manifest.plans}
-    for candidate in available():
-        if candidate in FLAVOURS and candidate not in built:
+    for backend in available():
+        if backend in FLAVOURS and backend not in built_for:
             continue
         try:
-            networks = _open(bundle, candidate, precision, threads, slots)
+            networks = _open(bundle, backend, precision, threads, slots)
+        except BackendError as error:
+            reasons.append(f"{backend}: {error}")
+        else:
             networks.notes = tuple(reasons)
             return networks
-        except BackendError as error:
-            reasons.append(f"{candidate}: {error}")
     raise BackendError("no backend works here: " + "; ".join(reasons))
 
 
 def _open(bundle: Bundle, backend: Backend, precision: str, threads: int, slots: int) -> Networks:
-    chosen = bundle.precision(precision)
+    graphs = bundle.precision(precision)
     if backend == "tensorrt" or backend == "tensorrt-rtx":
         from ccam_deploy.engines.tensorrt.slots import tensorrt_slots
 
-        opened = tensorrt_slots(bundle, backend, precision, slots)
-        return _on_slots(opened, list(chosen.graphs), chosen.gradient_scale, backend)
-    paths = {name: bundle.path(file) for name, file in chosen.graphs.items()}
-    return load_networks(paths, chosen.gradient_scale, backend, threads, slots)
+        plan_slots = tensorrt_slots(bundle, backend, precision, slots)
+        return _on_slots(plan_slots, list(graphs.graphs), graphs.gradient_scale, backend)
+    paths = {name: bundle.path(file) for name, file in graphs.graphs.items()}
+    return load_networks(paths, graphs.gradient_scale, backend, threads, slots)
 
 
 def load_networks(

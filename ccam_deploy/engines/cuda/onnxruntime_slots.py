@@ -7,15 +7,23 @@ from pathlib import Path
 
 from ccam_deploy.engines.cuda.pycuda import CudaDevice
 from ccam_deploy.engines.cuda.slots import Slot, Slots
-from ccam_deploy.engines.onnxruntime import OnnxRuntimeGraph, check_provider
+from ccam_deploy.engines.onnxruntime import OnnxRuntimeGraph, require_provider
 
 
 def onnxruntime_slots(paths: Mapping[str, Path], most: int) -> Slots:
-    """Slots on ONNX graphs; a session works on one stream, so each slot has sessions of its own.
+    """Make slots on ONNX graphs; each has its own sessions, because a session uses one stream.
 
-    Raises BackendError where a package, the CUDA provider or a GPU is missing.
+    Args:
+        paths: The graphs' files, by name.
+        most: How many slots there may be at a time.
+
+    Returns:
+        The slots, one of them open.
+
+    Raises:
+        BackendError: A package, the CUDA provider or a GPU is missing.
     """
-    check_provider("cuda")
+    require_provider("cuda")
 
     def open_slot() -> Slot:
         device = CudaDevice()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ccam_deploy.engines.tensorrt import progress
+from ccam_deploy.engines.tensorrt import messages, progress
 from ccam_deploy.engines.tensorrt.library import Library
 from ccam_deploy.engines.tensorrt.timing_cache import TimingCache
 from ccam_deploy.errors import BackendError, OptionError
@@ -52,15 +52,26 @@ def build_plan(
 ) -> bytes:
     """Build one ONNX graph into a plan.
 
-    tuned_for: one optimisation profile each.   devices: compute capabilities, as `targets` gave.
-    timings: read, and added to.   report: called often while TensorRT builds.
-    Raises BackendError with TensorRT's own words where it rejects the graph.
+    Args:
+        library: The TensorRT that builds.
+        graph: The ONNX file.
+        tuned_for: The optimisation profiles.
+        devices: Compute capabilities, from `Library.targets`.
+        timings: Read, and extended by what the build measures.
+        report: Called often while TensorRT builds; what it raises ends the build and is raised
+            here, also KeyboardInterrupt.
+
+    Returns:
+        The plan, as its file holds it.
+
+    Raises:
+        BackendError: TensorRT rejects the graph; the message is its own.
     """
     trt = library.module
-    log, monitor = progress.logger(trt), progress.monitor(trt, report)
+    log, monitor = messages.logger(trt), progress.monitor(trt, report)
     builder = trt.Builder(log)
     if builder is None:
-        raise BackendError(f"{library.flavour} cannot build here: {log.last_error}")
+        raise log.error(f"{library.flavour} cannot build here")
     network = builder.create_network(_network_flags(trt))
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(graph)):
@@ -81,7 +92,7 @@ def build_plan(
         if failure is not None:
             raise failure
     if plan is None:
-        raise BackendError(f"{library.flavour} cannot build {graph.name}: {log.last_error}")
+        raise log.error(f"{library.flavour} cannot build {graph.name}")
     if timings is not None:
         timings.keep(config)
     return bytes(plan)

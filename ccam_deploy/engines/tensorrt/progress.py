@@ -1,7 +1,7 @@
-"""What TensorRT tells while it builds: its log, and how far it got.
+"""How far a build of TensorRT has got.
 
-TensorRT calls these objects from its own code, which swallows exceptions: each keeps what was
-raised, a Ctrl-C included, for the builder to raise again once TensorRT has returned.
+TensorRT calls the monitor from its own code, which swallows exceptions: it keeps what was raised,
+for the builder to raise again once TensorRT has returned.
 """
 
 from __future__ import annotations
@@ -11,14 +11,15 @@ from collections.abc import Callable
 from typing import Any
 
 Report = Callable[[float, str], None]
-"""Called with the share that is done, 0 to 1, and the name of the phase that goes on."""
+"""Called with the share that is done, 0 to 1, and the name of the current phase; what it raises
+ends the build."""
 
 
 class Phases:
-    """The share of a build that is done, from the phases in which TensorRT tells of it.
+    """Turns the phases that TensorRT reports into the share of a build that is done.
 
-    A phase has steps, and a step may be divided into phases of its own. Phases come that were
-    not foreseen; the share never goes back for them.
+    A phase has steps, and a step may be divided into phases of its own. Phases that were not
+    announced do not make the share go back.
     """
 
     def __init__(self) -> None:
@@ -54,35 +55,16 @@ class Phases:
         return self._share
 
 
-def logger(trt: Any) -> Any:
-    """A logger that keeps the first and the last error, and the last warning; it prints nothing.
-
-    first_error: empty where there was none.
-    """
-
-    class Log(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.first_error = ""
-            self.last_error = "no reason was given"
-            self.last_warning = ""
-            self.failure: BaseException | None = None
-
-        def log(self, severity: Any, message: str) -> None:
-            try:
-                if severity <= trt.ILogger.Severity.ERROR:
-                    self.last_error = " ".join(message.split())
-                    self.first_error = self.first_error or self.last_error
-                elif severity == trt.ILogger.Severity.WARNING:
-                    self.last_warning = " ".join(message.split())
-            except BaseException as error:
-                self.failure = error
-
-    return Log()
-
-
 def monitor(trt: Any, report: Report) -> Any:
-    """A progress monitor that passes on how far the build is, and ends it where that raises."""
+    """Make a progress monitor that reports how far the build is, and ends it where that raises.
+
+    Args:
+        trt: The TensorRT package.
+        report: Called at every phase and step, also by other threads.
+
+    Returns:
+        A `trt.IProgressMonitor`; its `failure` is what `report` raised, or None.
+    """
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -92,17 +74,17 @@ def monitor(trt: Any, report: Report) -> Any:
 
         def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
             self.phases.start(phase, steps)
-            self._tell()
+            self._report()
 
         def phase_finish(self, phase: str) -> None:
             self.phases.finish(phase)
-            self._tell()
+            self._report()
 
         def step_complete(self, phase: str, step: int) -> bool:
             self.phases.step(phase, step)
-            return self._tell()
+            return self._report()
 
-        def _tell(self) -> bool:
+        def _report(self) -> bool:
             try:
                 time.sleep(0)  # gives a pending Ctrl-C its turn, here where it can be caught
                 if self.failure is None:

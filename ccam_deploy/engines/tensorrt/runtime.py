@@ -16,14 +16,13 @@ import numpy as np
 
 from ccam_deploy.engines.base import TensorSpec
 from ccam_deploy.engines.cuda.device import Device, DeviceTensor
-from ccam_deploy.engines.tensorrt import progress
+from ccam_deploy.engines.tensorrt import messages
 from ccam_deploy.engines.tensorrt.library import Library
 from ccam_deploy.errors import BackendError
 
 ProfileName = Literal["latency", "throughput"]
 
 _TYPES = {"FLOAT": "float32", "HALF": "float16", "INT64": "int64", "BOOL": "bool"}
-_MOST_ERRORS = 8
 _MOST_CONTEXTS = 64
 
 
@@ -40,7 +39,7 @@ class SharedPlan:
         self.flavour = library.flavour
         self._trt = trt = library.module
         self._lock = threading.Lock()
-        self._log = progress.logger(trt)
+        self._log = messages.logger(trt)
         self._recorder = self.new_recorder()
         self._runtime = trt.Runtime(self._log)
         # Without a driver the runtime may be an empty shell, which no method call survives.
@@ -86,8 +85,8 @@ class SharedPlan:
         return context
 
     def new_recorder(self) -> Any:
-        """What TensorRT tells its errors to; its `error` makes ours of them."""
-        return _recorder(self._trt)
+        """A recorder of TensorRT's errors, whose `error` turns them into one of ours."""
+        return messages.recorder(self._trt)
 
     def close(self) -> None:
         """Free the plan; to be done after its graphs are closed."""
@@ -244,42 +243,3 @@ def _checked(spec: TensorSpec, tensors: Mapping[str, DeviceTensor]) -> DeviceTen
     if tensor.dtype != spec.dtype:
         raise BackendError(f'tensor "{spec.name}" is {tensor.dtype}, the plan has {spec.dtype}')
     return tensor
-
-
-def _recorder(trt: Any) -> Any:
-    class Recorder(trt.IErrorRecorder):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.IErrorRecorder.__init__(self)
-            self._errors: list[tuple[Any, str]] = []
-            self._dropped = False
-
-        def error(self, what: str) -> BackendError:
-            """An error with TensorRT's first words, which are then forgotten."""
-            words = self._errors[0][1] if self._errors else "no reason was given"
-            self.clear()
-            return BackendError(f"{what}: {' '.join(words.split())}")
-
-        def clear(self) -> None:
-            self._errors.clear()
-            self._dropped = False
-
-        def num_errors(self) -> int:
-            return len(self._errors)
-
-        def get_error_code(self, index: int) -> Any:
-            return self._errors[index][0]
-
-        def get_error_desc(self, index: int) -> str:
-            return self._errors[index][1]
-
-        def has_overflowed(self) -> bool:
-            return self._dropped
-
-        def report_error(self, code: Any, words: str) -> bool:
-            if len(self._errors) < _MOST_ERRORS:
-                self._errors.append((code, words))
-            else:
-                self._dropped = True
-            return True
-
-    return Recorder()

@@ -29,7 +29,7 @@ from ccam_deploy.methods.base import (
 )
 from ccam_deploy.methods.collection_cam.cpu import CollectionCAM, draw_masks
 from ccam_deploy.methods.collection_cam.memory import Setup
-from ccam_deploy.methods.collection_cam.pipeline import HostArrays, Pipeline
+from ccam_deploy.methods.collection_cam.pipeline import PairResults, Pipeline
 from ccam_deploy.methods.scores import score_of
 from ccam_deploy.targets import first_occurrences
 
@@ -92,7 +92,7 @@ class DeviceCollectionCAM:
                 )
                 logits.append(rows)
                 parts += found
-        targets = np.concatenate([part["targets"] for part in parts])
+        targets = np.concatenate([part.targets for part in parts])
         results = [self._result(pipeline.geometry, part, options) for part in parts]
         return np.concatenate(logits), targets, results
 
@@ -141,33 +141,35 @@ class DeviceCollectionCAM:
         )
         return Pipeline(slot.device, slot.graphs[use], setup, self._note)
 
-    def _result(self, geometry: Geometry, host: HostArrays, options: CollectionCAM) -> MethodResult:
+    def _result(
+        self, geometry: Geometry, results: PairResults, options: CollectionCAM
+    ) -> MethodResult:
         names = [layer.name for layer in self._manifest.layers]
         chosen = [names[index] for index in options.selected_layers(names)]
-        counts = host["counts"]
+        counts = results.counts
         for index, name in enumerate(chosen):
             if not counts[:, index].all():
                 raise not_finite(name)
         ends = np.cumsum([layer.channels for layer in geometry.layers])
-        labels = np.split(host["labels"], ends[:-1], axis=1)
+        labels = np.split(results.labels, ends[:-1], axis=1)
         per_pair = np.cumsum(counts.sum(axis=1))[:-1]
-        scores, weights, flat = (
-            np.split(host[name], per_pair) for name in ("scores", "weights", "flat")
-        )
+        scores = np.split(results.scores, per_pair)
+        weights = np.split(results.weights, per_pair)
+        flat = np.split(results.flat, per_pair)
         rows = np.broadcast_to(self._baseline, (len(counts), len(self._baseline)))
-        base = score_of(options.score, rows, host["targets"])
+        base = score_of(options.score, rows, results.targets)
         tried = options.k_max - options.k_min + 1
         return MethodResult(
-            host["raw"].reshape(-1, *geometry.size),
-            host["saliency"].reshape(-1, *geometry.size),
+            results.raw.reshape(-1, *geometry.size),
+            results.saliency.reshape(-1, *geometry.size),
             tuple(
-                LayerPartition(name, own, counts[:, index], host["quality"][:, index, :tried])
+                LayerPartition(name, own, counts[:, index], results.quality[:, index, :tried])
                 for index, (name, own) in enumerate(zip(chosen, labels, strict=True))
             ),
             MaskSequence(
                 [
                     partial(draw_masks, maps, geometry.size, options.theta)
-                    for maps in map(geometry.split_sums, host["sums"], counts)
+                    for maps in map(geometry.split_sums, results.sums, counts)
                 ]
             ),
             tuple(weights),
@@ -190,7 +192,7 @@ def _sizes(pipeline: Pipeline, images: Floats, options: CollectionCAM) -> list[t
         part = images[start : start + pipeline.batch]
         best = np.full(len(part), -1, np.int64)
         _, results = pipeline.run(part, np.arange(len(part)), best, k_range, Stopwatch())
-        found.append((len(part), sum(len(result["scores"]) for result in results)))
+        found.append((len(part), sum(len(result.scores) for result in results)))
     return found
 
 

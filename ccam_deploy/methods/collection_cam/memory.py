@@ -30,14 +30,19 @@ Arrays = Mapping[str, tuple[tuple[int, ...], DTypeLike]]
 class Setup:
     """What a pipeline is made for.
 
-    layers: all target layers of the bundle.   chosen: the places of those that are used.
-    input: channels, height, width.   classes: of the classifier.   batch: the most images, and
-    the most (image, class) pairs, of one run.   gradient_scale: what the gradient graph's input
-    is multiplied by.   cuda_graphs: whether turns are replayed.
+    Attributes:
+        layers: All target layers of the bundle.
+        selected: The places of the layers that are used, the final one last.
+        input: Channels, height and width of an image.
+        classes: The number of the classifier's classes.
+        batch: The most images, and the most (image, class) pairs, of one run.
+        gradient_scale: The factor of the gradient graph's input.
+        options: The method, with the largest k_max of any run.
+        cuda_graphs: Whether work that comes again is replayed.
     """
 
     layers: tuple[Layer, ...]
-    chosen: tuple[int, ...]
+    selected: tuple[int, ...]
     input: tuple[int, int, int]
     classes: int
     batch: int
@@ -83,8 +88,8 @@ class DeviceMemory:
         """Room for what the gradient graph needs of the backbone, a row for each pair."""
         if not self._gathered:
             specs = self._graphs["gradient"].inputs
-            wanted = [spec for spec in specs if spec.name != "output_gradient"]
-            self._gathered = self._region(_arrays(wanted, self.batch)).tensors
+            residuals = [spec for spec in specs if spec.name != "output_gradient"]
+            self._gathered = self._region(_arrays(residuals, self.batch)).tensors
         return self._gathered
 
     def view(self, tensor: DeviceTensor) -> Any:
@@ -157,7 +162,7 @@ class DeviceMemory:
         setup, options = self._setup, self._setup.options
         features, gradients = list(self.features.tensors), list(self.gradients.tensors)
         places = []
-        for index in setup.chosen:
+        for index in setup.selected:
             layer = setup.layers[index]
             feature, slope = self.tensors[features[index]], self.tensors[gradients[index]]
             places.append(

@@ -8,7 +8,7 @@ the masks through the classifier and adds them up; all results come to the host 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -33,7 +33,35 @@ from ccam_deploy.methods.collection_cam.memory import (
 _UNTIL_64, _FROM_64 = 2, 16
 """Numbers of masks are rounded up to multiples of these, so that fewer graphs are captured."""
 
-HostArrays = dict[str, NDArray[Any]]
+
+@dataclass(frozen=True)
+class PairResults:
+    """What the kernels gave for P pairs with n masks in all, on the host.
+
+    Attributes:
+        targets: [P] int64, classes.
+        labels: [P, C] int32, the collection of each channel of all layers, from 0 in each layer.
+        counts: [P, L] int32, the collections of each layer; 0 where a statistic is not finite.
+        quality: [P, L, k] float32, the mean dispersion-separation ratio of each number of
+            collections from k_min on.
+        sums: [P, s] float32, the collection sums; see Geometry.split_sums.
+        raw: [P, H · W] float32, the saliency before it is scaled.
+        saliency: [P, H · W] float32, in [0, 1].
+        flat: [n] uint8, 1 where a mask is all zeros.
+        scores: [n] float32, of the masked images.
+        weights: [n] float32, the softmax of the scores of each pair.
+    """
+
+    targets: NDArray[np.int64]
+    labels: NDArray[np.int32]
+    counts: NDArray[np.int32]
+    quality: Floats
+    sums: Floats
+    raw: Floats
+    saliency: Floats
+    flat: NDArray[np.uint8]
+    scores: Floats
+    weights: Floats
 
 
 class Pipeline:
@@ -65,7 +93,7 @@ class Pipeline:
         wanted: NDArray[np.int64],
         k_range: tuple[int, int],
         clock: Stopwatch,
-    ) -> tuple[Floats, list[HostArrays]]:
+    ) -> tuple[Floats, list[PairResults]]:
         """Explain P pairs of B images, B at most `batch`.
 
         Args:
@@ -77,9 +105,9 @@ class Pipeline:
             clock: Takes the seconds of each stage.
 
         Returns:
-            Logits [B, classes] float32, and for every `batch` pairs the results of the kernels by
-            name; see launch.Buffers. A layer whose statistics are not finite has a count of 0; the
-            other results of its pair mean nothing then.
+            Logits [B, classes] float32, and the results of every `batch` pairs. A layer whose
+            statistics are not finite has a count of 0; the other results of its pair mean nothing
+            then.
         """
         assert 1 <= k_range[0] <= k_range[1] <= self.geometry.k_max
         self._memory.pairs.host["k_range"][:] = k_range
@@ -116,7 +144,7 @@ class Pipeline:
         for start in range(0, masks, self._memory.chunk):
             self._classify(images, start, min(self._memory.chunk, masks - start))
 
-    def _run_pairs(self, images: int, pairs: int, first: bool) -> HostArrays:
+    def _run_pairs(self, images: int, pairs: int, first: bool) -> PairResults:
         runner = self._runner
         owner = self._memory.pairs.host["owner"][:pairs]
         direct = np.array_equal(owner, np.arange(images))
@@ -126,7 +154,7 @@ class Pipeline:
         runner.run(("explain", images, pairs, direct, first), "explain", work)
         runner.mark("")
         self._device.wait()
-        masks = int(self._memory.counted.host["starts"][pairs * len(self._setup.chosen)])
+        masks = int(self._memory.counted.host["starts"][pairs * len(self._setup.selected)])
         # Where no layer has finite statistics there are none; an engine runs on one at least.
         rows = min(max(_rounded(masks), 1), self.geometry.masks)
         work = partial(self._weigh, images, pairs, rows)
@@ -134,11 +162,11 @@ class Pipeline:
         runner.mark("")
         self._device.wait()
         host = self._memory.results.host
-        return {
+        return PairResults(
+            counts=self._memory.counted.host["counts"][:pairs].copy(),
             **{name: host[name][:masks].copy() for name in PER_MASK},
             **{name: host[name][:pairs].copy() for name in PER_PAIR},
-            "counts": self._memory.counted.host["counts"][:pairs].copy(),
-        }
+        )
 
     def _explain(self, images: int, pairs: int, direct: bool, first: bool) -> None:
         """Put the work up to the masks on the stream.

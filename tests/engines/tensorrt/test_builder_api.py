@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from ccam_deploy.engines.tensorrt import library, plans, progress, timing_cache
+from ccam_deploy.engines.tensorrt import library, messages, plans, progress, timing_cache
 
 trt = pytest.importorskip("tensorrt_rtx")
 
@@ -73,7 +73,7 @@ def source(*modules: Any) -> ast.Module:
     return ast.parse("\n".join(Path(module.__file__).read_text() for module in modules))
 
 
-USED = sorted(names_used(source(library, plans, progress, timing_cache)))
+USED = sorted(names_used(source(library, messages, plans, progress, timing_cache)))
 
 
 def test_the_names_are_found() -> None:

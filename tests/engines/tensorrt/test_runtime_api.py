@@ -82,22 +82,22 @@ def test_runtime_classes_have_what_is_used() -> None:
 
 @pytest.mark.parametrize("package", ["tensorrt_rtx", "tensorrt_lean"])
 def test_error_recorder_answers_every_call(package: str) -> None:
-    from ccam_deploy.engines.tensorrt.runtime import _recorder
+    from ccam_deploy.engines.tensorrt.messages import recorder
 
     trt = pytest.importorskip(package)
-    told = _recorder(trt)
+    errors = recorder(trt)
     for name in vars(trt.IErrorRecorder):
         if callable(getattr(trt.IErrorRecorder, name)) and not name.startswith("_"):
-            assert name in vars(type(told)), name
+            assert name in vars(type(errors)), name
     code = trt.ErrorCodeTRT.FAILED_EXECUTION
     for number in range(20):
-        told.report_error(code, f"error\n{number}")
-    assert told.num_errors() < 20
-    assert told.has_overflowed()
-    assert (told.get_error_code(0), told.get_error_desc(0)) == (code, "error\n0")
-    assert str(told.error("the plan")) == "the plan: error 0"
-    assert told.num_errors() == 0
-    assert str(told.error("the plan")) == "the plan: no reason was given"
+        errors.report_error(code, f"error\n{number}")
+    assert errors.num_errors() < 20
+    assert errors.has_overflowed()
+    assert (errors.get_error_code(0), errors.get_error_desc(0)) == (code, "error\n0")
+    assert str(errors.error("the plan")) == "the plan: error 0"
+    assert errors.num_errors() == 0
+    assert str(errors.error("the plan")) == "the plan: no reason was given"
 
 
 def test_cuda_bindings_have_what_is_used() -> None:

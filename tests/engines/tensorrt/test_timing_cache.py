@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ccam_deploy.engines.tensorrt import progress
+from ccam_deploy.engines.tensorrt import messages as tensorrt_messages
 from ccam_deploy.engines.tensorrt.library import load_library
 from ccam_deploy.engines.tensorrt.timing_cache import TimingCache
 from ccam_deploy.errors import BackendError, OutputError
@@ -77,7 +77,7 @@ def test_a_file_that_cannot_be_read_or_written(tmp_path: Path) -> None:
 def test_against_the_real_functions(tmp_path: Path) -> None:
     trt = pytest.importorskip("tensorrt_rtx")
     file = tmp_path / "times.bin"
-    messages = progress.logger(trt)
+    messages = tensorrt_messages.logger(trt)
     config = trt.Builder(messages).create_builder_config()
     cache = TimingCache(file)
     cache.attach(config, messages)
@@ -94,6 +94,8 @@ def test_the_workstation_library_times_nothing() -> None:
     pytest.importorskip("tensorrt_rtx")
     library = load_library("tensorrt-rtx")
     assert not library.times_kernels
-    config = library.module.Builder(progress.logger(library.module)).create_builder_config()
+    config = library.module.Builder(
+        tensorrt_messages.logger(library.module)
+    ).create_builder_config()
     with pytest.warns(DeprecationWarning, match="no-ops in TensorRT-RTX"):
         config.set_timing_cache(config.create_timing_cache(b""), False)

@@ -195,6 +195,17 @@ def _require_same_settings(folder: Path, content: bytes, settings: Mapping[str, 
     for name in {**known, **settings}:
         if known.get(name) != settings.get(name):
             raise OptionError(
-                f"{folder} holds an evaluation with {name} {json.dumps(known.get(name))}, "
-                f"not {json.dumps(settings.get(name))}; give its settings or another --output"
+                f"{folder} holds an evaluation with "
+                f"{_difference(name, known.get(name), settings.get(name))}; "
+                "give its settings or another --output"
             )
+
+
+def _difference(name: str, known: Any, other: Any) -> str:
+    """The first difference of two settings, however deep it lies: "name 1, not 2"."""
+    if not isinstance(known, dict) or not isinstance(other, dict):
+        return f"{name} {json.dumps(known)}, not {json.dumps(other)}"
+    if known.keys() != other.keys():
+        return f"{name} {', '.join(known)}, not {', '.join(other)}"
+    key = next(key for key in known if known[key] != other[key])
+    return _difference(f"{name}.{key}", known[key], other[key])

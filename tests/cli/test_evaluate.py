@@ -79,6 +79,10 @@ def test_other_settings_are_refused(written: Path, digits_bundle: Path) -> None:
     line = failure(*words, "--limit", 6, "--seed", 1)
     assert "holds an evaluation with seed 0, not 1; give its settings or another --output" in line
     assert "with images 6, not 7" in failure(*words, "--limit", 7)
+    line = failure(*words, "--limit", 6, "--methods", "grad-cam,collection-cam")
+    assert "with methods collection-cam, not grad-cam, collection-cam; give" in line
+    line = failure(*words, "--limit", 6, "--option", "k_max=4")
+    assert "with methods.collection-cam.options.k_max 10, not 4; give" in line
     assert "with names_sha256" in failure(*words, "--limit", 6, "--split", "train")
 
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.ndimage import uniform_filter
-from scipy.stats import rankdata
 
-from ccam_deploy.arrays import Floats
+from ccam_deploy.arrays import Doubles, Floats
 from ccam_deploy.errors import OptionError
 
 WINDOW = 7
@@ -16,31 +14,64 @@ WINDOW = 7
 _CELL, _BLOCK = 16, 3
 
 
-def spearman(one: Floats, other: Floats) -> float:
-    """Spearman's rank correlation of two maps of one shape, in [-1, 1].
+def spearman(first: Floats, second: Floats) -> float:
+    """Compute Spearman's rank correlation of two maps.
 
-    Two flat maps count as equal, a flat and a varied one as unrelated.
+    Args:
+        first: [H, W], or of any other shape.
+        second: A map of the same shape.
+
+    Returns:
+        A float in [-1, 1]. Two flat maps count as equal, a flat and a varied one as unrelated.
+        NaN where a map holds NaN.
     """
-    return _correlation(*(rankdata(np.asarray(v, np.float64).ravel()) for v in (one, other)))
+    return _correlation(_average_ranks(first), _average_ranks(second))
 
 
-def hog_similarity(one: Floats, other: Floats) -> float:
-    """Correlation of two maps' histograms of oriented gradients, in [-1, 1] (Adebayo et al. 2018).
+def _average_ranks(values: Floats) -> Doubles:
+    """The rank of each value, from 1; equal values share the mean of theirs. NaN makes all NaN.
 
-    9 orientations, cells of 16 pixels, smaller where a side holds no three of them, blocks of 3×3
-    cells. Two maps without gradients count as equal, one with and one without as unrelated.
-    Raises OptionError without scikit-image.
+    scipy.stats.rankdata gives the same, but takes a second to import.
+    """
+    if np.isnan(values).any():
+        return np.full(values.size, np.nan)
+    _, places, counts = np.unique(values.ravel(), return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    ranks: Doubles = (last - 0.5 * (counts - 1))[places]
+    return ranks
+
+
+def hog_similarity(first: Floats, second: Floats) -> float:
+    """Correlate two maps' histograms of oriented gradients (Adebayo et al. 2018).
+
+    There are 9 orientations, blocks of 3×3 cells, and cells of 16 pixels; the cells shrink where a
+    side is shorter than three of them.
+
+    Args:
+        first: [H, W].
+        second: A map of the same shape.
+
+    Returns:
+        A float in [-1, 1]. Two maps without gradients count as equal, one with and one without as
+        unrelated.
+
+    Raises:
+        OptionError: scikit-image is not installed.
     """
     require_scikit_image()
     from skimage.feature import hog
 
-    cell = max(1, min(_CELL, min(one.shape) // _BLOCK))
+    cell = max(1, min(_CELL, min(first.shape) // _BLOCK))
     settings = {"pixels_per_cell": (cell, cell), "cells_per_block": (_BLOCK, _BLOCK)}
-    return _correlation(*(hog(np.asarray(v, np.float64), **settings) for v in (one, other)))
+    return _correlation(*(hog(np.asarray(v, np.float64), **settings) for v in (first, second)))
 
 
 def require_scikit_image() -> None:
-    """Raise OptionError where scikit-image, which computes HOG features, is missing."""
+    """Make sure that scikit-image, which computes HOG features, can be imported.
+
+    Raises:
+        OptionError: It cannot.
+    """
     try:
         from skimage.feature import hog  # noqa: F401
     except ImportError as error:
@@ -50,21 +81,32 @@ def require_scikit_image() -> None:
         ) from error
 
 
-def _correlation(one: NDArray[np.float64], other: NDArray[np.float64]) -> float:
-    centred = [values - values.mean() for values in (one, other)]
+def _correlation(first: Doubles, second: Doubles) -> float:
+    """Pearson's correlation; 1 for two constant vectors, 0 where only one is constant."""
+    centred = [values - values.mean() for values in (first, second)]
     norms = [float(np.linalg.norm(values)) for values in centred]
     if not all(norms):
         return 1.0 if norms[0] == norms[1] else 0.0
     return float(centred[0] @ centred[1] / (norms[0] * norms[1]))
 
 
-def ssim(one: Floats, other: Floats) -> float:
-    """Mean structural similarity of two maps [H, W] in [0, 1] (Wang et al. 2004).
+def ssim(first: Floats, second: Floats) -> float:
+    """Compute the mean structural similarity of two maps (Wang et al. 2004).
 
-    7×7 uniform window, sample covariance, data range 1: scikit-image's defaults.
-    Raises ValueError for maps smaller than the window.
+    The settings are scikit-image's defaults: a uniform window of 7×7 pixels, the sample
+    covariance, and a data range of 1.
+
+    Args:
+        first: [H, W] in [0, 1].
+        second: A map of the same shape.
+
+    Returns:
+        A float in [-1, 1]; 1 for equal maps.
+
+    Raises:
+        ValueError: The maps are smaller than the window.
     """
-    x, y = (np.asarray(values, np.float64) for values in (one, other))
+    x, y = (np.asarray(values, np.float64) for values in (first, second))
     if min(x.shape) < WINDOW:
         raise ValueError(f"maps of {x.shape} are smaller than the {WINDOW}x{WINDOW} window")
     count = WINDOW**2
@@ -81,23 +123,30 @@ def ssim(one: Floats, other: Floats) -> float:
     return float(quality[margin:-margin, margin:-margin].mean())
 
 
-def top_overlap(one: Floats, other: Floats) -> float:
-    """Share that the most salient pixels of two maps of one shape have in common, in [0, 1].
+def top_overlap(first: Floats, second: Floats) -> float:
+    """Compute the share of their most salient pixels that two maps have in common.
 
     With A and B the k highest pixels of each, k being a tenth of all rounded up: |A ∩ B| / k.
-    Pixels that tie for the last places have equal parts in them, so that two flat maps count as
-    equal, and a flat map has a tenth in common with any other. NaN where a map holds NaN.
+    Pixels that tie for the last places share them equally.
+
+    Args:
+        first: [H, W].
+        second: A map of the same shape.
+
+    Returns:
+        A float in [0, 1]: 1 for two flat maps, 0.1 for a flat and a varied one. NaN where a map
+        holds NaN.
     """
-    if np.isnan(one).any() or np.isnan(other).any():
+    if np.isnan(first).any() or np.isnan(second).any():
         return float("nan")
-    count = -(-one.size // 10)
-    parts = [_parts(np.asarray(values).ravel(), count) for values in (one, other)]
-    return float(np.minimum(*parts).sum() / count)
+    count = -(-first.size // 10)
+    shares = [_top_shares(np.asarray(values).ravel(), count) for values in (first, second)]
+    return float(np.minimum(*shares).sum() / count)
 
 
-def _parts(values: Floats, count: int) -> NDArray[np.float64]:
-    """The part that each value has in the `count` highest ones; the parts add up to `count`."""
+def _top_shares(values: Floats, count: int) -> Doubles:
+    """How much of each value is among the `count` highest, in [0, 1]; the sum is `count`."""
     last = np.partition(values, -count)[-count]
     above, equal = values > last, values == last
-    parts: NDArray[np.float64] = above + equal * ((count - above.sum()) / equal.sum())
-    return parts
+    shares: Doubles = above + equal * ((count - above.sum()) / equal.sum())
+    return shares

@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.ndimage import gaussian_filter
-from scipy.stats import spearmanr
+from scipy.stats import rankdata, spearmanr
 
 from ccam_deploy.arrays import Floats
-from ccam_deploy.fidelity.similarity import spearman, ssim, top_overlap
+from ccam_deploy.fidelity.similarity import _average_ranks, spearman, ssim, top_overlap
 
 metrics = pytest.importorskip("skimage.metrics", reason="scikit-image is not installed")
 
@@ -42,6 +42,24 @@ def test_spearman_shares_ranks_among_equals(values: list[int], seed: int) -> Non
     other = np.random.default_rng(seed).permutation(one)
     expected = spearmanr(one, other).statistic
     assert spearman(one, other) == pytest.approx(expected, abs=1e-12)
+
+
+@given(
+    arrays(
+        st.sampled_from([np.float32, np.float64]),
+        st.tuples(st.integers(1, 8), st.integers(1, 30)),
+        elements=st.floats(width=32) | st.sampled_from([-1.0, -0.0, 0.0, 0.5, 1.0]),
+    )
+)
+def test_ranks_are_scipys_to_the_bit(values: Floats) -> None:
+    expected = rankdata(values.astype(np.float64).ravel())
+    assert _average_ranks(values).tobytes() == expected.tobytes()
+
+
+def test_ranks_of_a_map_are_scipys_to_the_bit() -> None:
+    values = smooth(2, 224, 224).round(3)
+    expected = rankdata(values.astype(np.float64).ravel())
+    assert _average_ranks(values).tobytes() == expected.tobytes()
 
 
 def test_spearman_by_hand() -> None:

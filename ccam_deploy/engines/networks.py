@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ccam_deploy.arrays import Floats
-from ccam_deploy.engines.base import Array, Engine
+from ccam_deploy.engines.base import OWNER, Array, Engine
 from ccam_deploy.engines.cuda.slots import Slots
 from ccam_deploy.errors import OptionError
 
@@ -154,19 +154,13 @@ class Networks:
 
     def masked_logits(self, images: Floats, masks: Floats, owner: NDArray[np.int64]) -> Floats:
         """Logits [N, classes] of masked images; see Classifier."""
-        most = self.engines["classifier"].limits.get("batch", len(images))
-        if len(images) <= most:
-            return self._masked_logits(images, masks, owner)
-        parts: list[tuple[NDArray[np.intp], Floats]] = []
-        for start in range(0, len(images), most):
-            own = np.flatnonzero((owner >= start) & (owner < start + most))
-            if len(own):
-                part = images[start : start + most]
-                parts.append((own, self._masked_logits(part, masks[own], owner[own] - start)))
-        logits = np.empty((len(masks), parts[0][1].shape[1]), np.float32)
-        for own, values in parts:
-            logits[own] = values
-        return logits
+        feeds = {
+            "images": self._cast("classifier", "images", images),
+            "masks": self._cast("classifier", "masks", masks[:, None]),
+            OWNER: owner,
+        }
+        logits = self.engines["classifier"].run(feeds)["logits"]
+        return logits.astype(np.float32, copy=False)
 
     def head_logits(self, features: Floats) -> Floats:
         """Logits [N, classes] of the last layer's feature maps; see Classifier."""
@@ -174,15 +168,6 @@ class Networks:
             raise OptionError("the bundle has no head graph; export it with --head")
         feeds = {"features": self._cast("head", "features", features)}
         return self.engines["head"].run(feeds)["logits"].astype(np.float32, copy=False)
-
-    def _masked_logits(self, images: Floats, masks: Floats, owner: NDArray[np.int64]) -> Floats:
-        feeds = {
-            "images": self._cast("classifier", "images", images),
-            "masks": self._cast("classifier", "masks", masks[:, None]),
-            "owner": owner,
-        }
-        logits = self.engines["classifier"].run(feeds)["logits"]
-        return logits.astype(np.float32, copy=False)
 
     def close(self) -> None:
         """Close the engines."""

@@ -133,7 +133,7 @@ def test_runs_on_host_arrays() -> None:
     graph = Gather(device)
     slots = Slots(lambda: Slot(device, {"throughput": {"classifier": graph}}), 1)
     with HostedGraph(slots, "classifier") as engine:
-        for batch, masks in ((2, 3), (1, 6), (2, 1), (2, 15)):
+        for batch, masks in ((2, 3), (1, 6), (2, 1), (2, 15), (5, 4), (5, 23)):
             given = feeds(batch, masks)
             out = engine.run(given)
             wanted = given["images"][given["owner"]] * given["masks"]
@@ -163,19 +163,11 @@ def test_results_are_not_overwritten() -> None:
     np.testing.assert_array_equal(first, before)
 
 
-@pytest.mark.parametrize(
-    ("masks", "owners", "message"),
-    [
-        (4, 4, '"batch" is 3 in input "images"; the engine takes at most 2'),
-        (4, 3, '"masks" is 3 in input "owner", 4 in another one'),
-    ],
-)
-def test_unfit_sizes_are_refused(masks: int, owners: int, message: str) -> None:
-    device = NumpyDevice()
-    engine = hosted(device)
-    given = feeds(3 if owners == masks else 1, masks)
-    given["owner"] = given["owner"][:owners]
-    with pytest.raises(BackendError, match=message):
+def test_unfit_sizes_are_refused() -> None:
+    engine = hosted(NumpyDevice())
+    given = feeds(1, 4)
+    given["owner"] = given["owner"][:3]
+    with pytest.raises(BackendError, match='"masks" is 3 in input "owner", 4 in another one'):
         engine.run(given)
 
 

@@ -129,13 +129,13 @@ class Explanation:
         """
         look = look or render.Look()
         picture, saliency = render.shrunk(self.picture(pair), self._on_picture(pair))
-        seen = None
-        if self.geometries:
-            seen = self.geometries[int(self.image_index[pair])].seen_in(picture.size)
+        seen = self._seen_in(picture, pair)
         return render.overlay(picture, saliency, look.colormap, look.opacity, look.bar, seen)
 
     def heatmap(self, pair: int = 0, look: Look | None = None) -> Image.Image:
         """Draw a pair's map alone, of the picture's size.
+
+        What a centre crop cut off is light grey, around a thin frame.
 
         Args:
             pair: Which pair.
@@ -148,8 +148,8 @@ class Explanation:
             OptionError: The colour map is unknown.
         """
         look = look or render.Look()
-        _, saliency = render.shrunk(self.picture(pair), self._on_picture(pair))
-        return render.heatmap(saliency, look.colormap, look.bar)
+        picture, saliency = render.shrunk(self.picture(pair), self._on_picture(pair))
+        return render.heatmap(saliency, look.colormap, look.bar, self._seen_in(picture, pair))
 
     def panel(self, image: int = 0, look: Look | None = None) -> Image.Image:
         """Draw an image beside the maps of all its classes, with names and probabilities.
@@ -200,6 +200,12 @@ class Explanation:
 
     def _on_picture(self, pair: int) -> Floats:
         return self.on_original(pair) if self.geometries else self.saliency[pair]
+
+    def _seen_in(self, picture: Image.Image, pair: int) -> render.Box | None:
+        """The part of a pair's drawn picture that the network saw; None where it is all."""
+        if not self.geometries:
+            return None
+        return self.geometries[int(self.image_index[pair])].seen_in(picture.size)
 
     def _take(self, pairs: NDArray[np.intp]) -> Explanation:
         images, owner = np.unique(self.image_index[pairs], return_inverse=True)

@@ -27,6 +27,8 @@ _MARGIN = 4
 _SMALLEST_TILE = 192
 _LARGEST_SIDE = 1024
 _BOXED_SIDE = 384
+_UNSEEN = (224, 224, 224)
+"""The colour of a heat map where the network saw nothing."""
 _FRAME_SHARE = 300
 """A frame is one pixel wide for so many pixels of the picture's shorter side."""
 
@@ -70,9 +72,30 @@ def _table(colormap: str) -> NDArray[np.uint8]:
     return scaled
 
 
-def heatmap(saliency: Floats, colormap: str = DEFAULT_COLORMAP, bar: bool = False) -> Image.Image:
-    """A plain heat map of a saliency map [H, W] in [0, 1], with a colour bar if wanted."""
+def heatmap(
+    saliency: Floats,
+    colormap: str = DEFAULT_COLORMAP,
+    bar: bool = False,
+    seen: Box | None = None,
+) -> Image.Image:
+    """Draw a saliency map alone.
+
+    Args:
+        saliency: [H, W] float32 in [0, 1].
+        colormap: A name among COLORMAPS.
+        bar: Add a colour bar.
+        seen: The part of the map that the network saw. What is outside of it is light grey, and a
+            thin frame shows where it ends. None for the whole map.
+
+    Returns:
+        An RGB picture, H by W pixels and the colour bar.
+
+    Raises:
+        OptionError: The colour map is unknown.
+    """
     picture = Image.fromarray(colours(saliency, colormap))
+    if seen is not None and seen != (0, 0, *picture.size):
+        picture = _inside(Image.new("RGB", picture.size, _UNSEEN), picture, seen)
     return _with_bar(picture, colormap) if bar else picture
 
 

@@ -75,6 +75,11 @@ def test_what_a_centre_crop_cut_off_stays_as_it_is(digits: ccam.Explainer) -> No
     blended = np.asarray(render.overlay(Image.fromarray(pixels), result.on_original()))
     np.testing.assert_array_equal(shown[inside], blended[inside])
     assert not result.on_original()[outside].any()
+    heat = np.asarray(result.heatmap())
+    assert (heat[outside] == 224).all()
+    np.testing.assert_array_equal(heat[inside], render.colours(result.on_original())[inside])
+    lowest = render.colours(np.zeros((1, 1), np.float32))[0, 0]
+    assert not (heat[outside] == lowest).all(axis=1).any()
 
 
 def test_arrays_are_drawn_on_the_restored_picture(digits: ccam.Explainer) -> None:

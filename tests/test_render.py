@@ -241,9 +241,16 @@ def test_outside_of_what_was_seen_the_picture_stays() -> None:
     np.testing.assert_array_equal(shown[1:39, 26:64], plain[1:39, 26:64])
     frame = np.concatenate([shown[0, 25:65], shown[39, 25:65], shown[:, 25], shown[:, 64]])
     assert (frame == 255).all()
+    heat = np.asarray(render.heatmap(saliency, seen=seen))
+    assert (heat[outside] == 224).all()
+    np.testing.assert_array_equal(heat[1:39, 26:64], render.colours(saliency)[1:39, 26:64])
+    frame = np.concatenate([heat[0, 25:65], heat[39, 25:65], heat[:, 25], heat[:, 64]])
+    assert (frame == 255).all()
 
 
 def test_a_picture_that_was_seen_whole_has_no_frame() -> None:
     picture, saliency = Image.new("RGB", (6, 4), "gray"), np.zeros((4, 6), np.float32)
     whole = render.overlay(picture, saliency, seen=(0, 0, 6, 4))
     np.testing.assert_array_equal(whole, render.overlay(picture, saliency))
+    heat = render.heatmap(saliency, seen=(0, 0, 6, 4))
+    np.testing.assert_array_equal(heat, render.heatmap(saliency))

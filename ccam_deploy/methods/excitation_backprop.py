@@ -40,18 +40,10 @@ class ExcitationBackprop(Method):
         winners = batch.one_hot
         duals = -winners if self.contrastive else np.zeros_like(winners)
         with clock.stage("gradient"):
-            parts = [
-                classifier.excitation(batch.images[batch.owner[rows]], winners[rows], duals[rows])
-                for rows in _chunks(len(winners), batch.chunk)
-            ]
-        maps = np.concatenate([part[place] for part in parts])
+            maps = classifier.excitation(batch.images[batch.owner], winners, duals)[place]
         if not np.isfinite(maps).all():
             raise not_finite(batch.layers[place])
         with clock.stage("combine"):
             if self.contrastive:
                 maps = np.maximum(maps, 0)
             return MethodResult.of_maps(cpu.upsample(maps, batch.size))
-
-
-def _chunks(count: int, size: int) -> list[slice]:
-    return [slice(start, start + size) for start in range(0, count, size)]

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from ccam_deploy.arrays import Floats
 from ccam_deploy.engines import Classifier
+from ccam_deploy.engines.base import row_chunks
 from ccam_deploy.errors import OptionError
 from ccam_deploy.methods.base import Batch, Method, MethodResult, Stopwatch
 
@@ -81,9 +82,8 @@ def mean_gradient(
     total = np.zeros((len(batch.owner), *batch.images.shape[1:]), np.float64)
     one_hot = batch.one_hot
     count = len(weights)
-    for first in range(0, len(total) * count, batch.chunk):
-        rows = np.arange(first, min(first + batch.chunk, len(total) * count))
-        pairs, places = rows // count, rows % count
+    for rows in row_chunks(len(total) * count, batch.chunk):
+        pairs, places = np.divmod(np.arange(rows.start, rows.stop), count)
         gradients = classifier.input_gradient(inputs(pairs, places), one_hot[pairs])
         if square:
             gradients = gradients**2

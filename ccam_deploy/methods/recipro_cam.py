@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ccam_deploy.engines import Classifier
+from ccam_deploy.engines.base import row_chunks
 from ccam_deploy.kernels import cpu
 from ccam_deploy.methods.base import Batch, Method, MethodResult, Stopwatch, not_finite
 from ccam_deploy.methods.scores import Score, require_score, score_of
@@ -40,9 +41,9 @@ class ReciproCAM(Method):
         for image in np.unique(batch.owner):
             pairs = np.flatnonzero(batch.owner == image)
             flat = features[image].reshape(channels, -1)
-            for start in range(0, height * width, batch.chunk):
+            for rows in row_chunks(height * width, batch.chunk):
                 with clock.stage("masks"):
-                    places = np.arange(start, min(start + batch.chunk, height * width))
+                    places = np.arange(rows.start, rows.stop)
                     alone = np.zeros((len(places), channels, height * width), np.float32)
                     alone[np.arange(len(places)), :, places] = flat[:, places].T
                 with clock.stage("classifier"):

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from ccam_deploy.arrays import Floats
 from ccam_deploy.engines import Classifier
+from ccam_deploy.engines.base import row_chunks
 from ccam_deploy.errors import OptionError
 from ccam_deploy.kernels import cpu
 from ccam_deploy.methods.base import Batch, Method, MethodResult, Stopwatch
@@ -88,17 +89,16 @@ class RISE(Method):
     def _chunks(self, batch: Batch) -> Iterator[Floats]:
         """The masks, some at a time."""
         if self.file:
-            given = read_masks(self.file, batch.size)
-            for start in range(0, len(given), batch.chunk):
-                masks = np.array(given[start : start + batch.chunk], np.float32)
+            stored = read_masks(self.file, batch.size)
+            for rows in row_chunks(len(stored), batch.chunk):
+                masks = np.array(stored[rows], np.float32)
                 if not (masks.min() >= 0 and masks.max() <= 1):
                     raise OptionError(f"{self.file} has masks outside of [0, 1]")
                 yield masks
             return
         source = np.random.default_rng(self.seed)
-        for start in range(0, self.masks, batch.chunk):
-            count = min(batch.chunk, self.masks - start)
-            yield random_masks(source, count, self.cells, self.p, batch.size)
+        for rows in row_chunks(self.masks, batch.chunk):
+            yield random_masks(source, rows.stop - rows.start, self.cells, self.p, batch.size)
 
 
 def random_masks(

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from ccam_deploy.arrays import Floats
 from ccam_deploy.engines import Classifier
+from ccam_deploy.engines.base import row_chunks
 from ccam_deploy.errors import OptionError
 from ccam_deploy.kernels import cpu
 from ccam_deploy.methods.base import Batch, Method, MethodResult, Stopwatch, not_finite
@@ -89,8 +90,8 @@ class ScoreCAM(Method):
             used = [(image, self._channels(features[image])) for image in np.unique(batch.owner)]
             images = np.repeat([i for i, _ in used], [len(own) for _, own in used])
             channels = np.concatenate([own for _, own in used])
-        for start in range(0, len(images), batch.chunk):
-            image, channel = images[start : start + batch.chunk], channels[start:][: batch.chunk]
+        for rows in row_chunks(len(images), batch.chunk):
+            image, channel = images[rows], channels[rows]
             with clock.stage("masks"):
                 masks = cpu.min_max(cpu.upsample(features[image, channel], batch.size))
                 shown, owner = np.unique(image, return_inverse=True)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from ccam_deploy.arrays import Floats
 from ccam_deploy.engines import Classifier
+from ccam_deploy.engines.base import row_chunks
 from ccam_deploy.errors import OptionError
 from ccam_deploy.kernels import cpu
 from ccam_deploy.methods.base import (
@@ -87,14 +88,14 @@ class CollectionCAM(Method):
 
     def explain(self, classifier: Classifier, batch: Batch, clock: Stopwatch) -> MethodResult:
         """Explain every pair of a batch; see Method."""
-        chosen = self.selected_layers(batch.layers)
+        selected_layers = self.selected_layers(batch.layers)
         with clock.stage("gradient"):
             activations = batch.activations.take(batch.owner)
             gradients = classifier.gradients(activations, self._output_gradient(batch))
         layers, sums = [], []
-        for index in chosen:
+        for index in selected_layers:
             features = activations.features[index]
-            final = index == chosen[-1]
+            final = index == selected_layers[-1]
             partition, maps = self._partition(
                 batch.layers[index], features, gradients[index], final, clock
             )
@@ -109,15 +110,15 @@ class CollectionCAM(Method):
             rows = np.broadcast_to(batch.baseline, (len(scores), len(batch.baseline)))
             base = score_of(self.score, rows, batch.targets)
             mic = tuple(
-                np.where(c, s - b, np.float32(0))
-                for s, c, b in zip(scores, counted, base, strict=True)
+                np.where(is_counted, pair_scores - zero_score, np.float32(0))
+                for pair_scores, is_counted, zero_score in zip(scores, counted, base, strict=True)
             )
             saliency = cpu.min_max(raw)
         draws = [partial(draw_masks, sums, batch.size, self.theta) for sums in per_pair]
         return MethodResult(raw, saliency, tuple(layers), MaskSequence(draws), weights, mic)
 
     def require_support(self, classifier: Classifier, batch: Batch) -> None:
-        """See that the layers are there; see Method."""
+        """Look up the layers; see Method."""
         self.selected_layers(batch.layers)
 
     def _output_gradient(self, batch: Batch) -> Floats:
@@ -125,8 +126,8 @@ class CollectionCAM(Method):
         if self.score == "logit":
             return batch.one_hot
         shares = probabilities(batch.activations.logits[batch.owner])
-        own = shares[np.arange(len(shares)), batch.targets][:, None]
-        return own * (batch.one_hot - shares)
+        target_shares = shares[np.arange(len(shares)), batch.targets][:, None]
+        return target_shares * (batch.one_hot - shares)
 
     def _partition(
         self, name: str, features: Floats, gradients: Floats, final: bool, clock: Stopwatch
@@ -174,33 +175,31 @@ class CollectionCAM(Method):
                 pairs = np.repeat([p.pair for p in pieces], [len(p.masks) for p in pieces])
                 logits = classifier.masked_logits(batch.images, masks, batch.owner[pairs])
             with clock.stage("combine"):
-                got = score_of(self.score, logits, batch.targets[pairs])
+                chunk_scores = score_of(self.score, logits, batch.targets[pairs])
                 start = 0
                 for piece in pieces:
-                    own = got[start : start + len(piece.masks)]
+                    piece_scores = chunk_scores[start : start + len(piece.masks)]
                     start += len(piece.masks)
-                    scores[piece.pair][piece.places] = own
+                    scores[piece.pair][piece.places] = piece_scores
                     counted[piece.pair][piece.places] = True
-                    weighted.add(piece.pair, own, piece.masks)
+                    weighted.add(piece.pair, piece_scores, piece.masks)
         return scores, counted
 
     def _pieces(
         self, batch: Batch, per_pair: Sequence[tuple[Floats, ...]], clock: Stopwatch
     ) -> Iterator[_Piece]:
+        """Draw the masks of all pairs, a chunk at a time, without the flat ones."""
         for pair, sums in enumerate(per_pair):
             place = 0
             for maps in sums:
-                for start in range(0, len(maps), batch.chunk):
+                for rows in row_chunks(len(maps), batch.chunk):
                     with clock.stage("masks"):
-                        part = maps[start : start + batch.chunk]
-                        masks, flat = cpu.render_masks(part, batch.size, self.theta)
+                        masks, flat = cpu.render_masks(maps[rows], batch.size, self.theta)
                         kept = np.flatnonzero(~flat)
-                    place += len(part)
                     if len(kept):
-                        places = place - len(part) + kept
-                        yield _Piece(
-                            pair, places, masks if kept.size == len(masks) else masks[kept]
-                        )
+                        drawn = masks if kept.size == len(masks) else masks[kept]
+                        yield _Piece(pair, place + rows.start + kept, drawn)
+                place += len(maps)
 
 
 def draw_masks(sums: Sequence[Floats], size: tuple[int, int], theta: float) -> Floats:

@@ -1,4 +1,4 @@
-"""The run time: a bundle's engines and a method give explanations, without PyTorch."""
+"""The run time: explains images with a bundle's engines, without PyTorch."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from ccam_deploy.preprocess import Geometry, Source, prepare_images
 from ccam_deploy.targets import Targets, pairs_of, target_codes
 
 Images = Floats | Sequence[Image.Image] | Image.Image
-"""[B, C, H, W] float32, preprocessed; or PIL images of any size and mode, or one."""
+"""[B, C, H, W] float32, preprocessed; or one or more PIL images of any size and mode."""
 _Input = tuple[Floats, tuple[Geometry, ...]]
 
 DEFAULT_BATCH = 16
@@ -62,9 +62,9 @@ class Explainer:
     Args:
         bundle: The bundle.
         networks: Its engines.
-        precision: The precision that they have.
-        batch_size: How many images, and how many masked images, run at a time.
-        cuda_graphs: Replay on a GPU what comes again at the same sizes.
+        precision: The engines' precision.
+        batch_size: The most images, and the most masked images, that run at a time.
+        cuda_graphs: Capture a GPU's work, and replay it for calls of the same sizes.
         now: Seconds on a clock that only goes forward.
     """
 
@@ -102,7 +102,7 @@ class Explainer:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What is not as asked or as fast as it could be, a line each."""
+        """What differs from the request or could be faster, a line each."""
         return self.networks.notes + (self.on_device.notes if self.on_device else ())
 
     def explain(
@@ -119,17 +119,17 @@ class Explainer:
         Args:
             images: [B, C, H, W] float32, preprocessed as the manifest says, or PIL images of any
                 size and mode.
-            targets: None for each image's best classes; a class for all images, by number or name,
+            targets: None for each image's best classes; for all images, a class by number or name,
                 or `Top(n)` for the n best; or for each image one of these or a list of them. All
                 classes of an image share its backbone pass, and each is explained once.
-            method: A method with its options, such as `GradCAM(layer="layer3")`, or the name of
-                one for its defaults.
+            method: A method with its options, such as `GradCAM(layer="layer3")`, or a method's
+                name for its defaults.
             top: How many of the best classes to explain where `targets` is None.
             budget_ms: Milliseconds that this call may take, from images to result; None for no
-                limit. Collection-CAM's k_max is lowered, never raised, to the largest with which
-                as many masks as there can be fit nine times out of ten, by what such calls cost
-                here; see `calibrate`. Other calls at the same time are not foreseen. All images
-                are prepared first.
+                limit. Collection-CAM's k_max is lowered to the largest that is expected to fit
+                nine times out of ten, even with the most masks, by the measured cost of such
+                calls; see `calibrate`. Concurrent calls are not accounted for. All images are
+                prepared first.
 
         Returns:
             The maps of all (image, class) pairs, image by image.
@@ -183,13 +183,12 @@ class Explainer:
     def calibrate(
         self, images: int = 1, classes: int = 1, method: str | Method | None = None
     ) -> None:
-        """Measure what calls on so many images, with so many classes each, cost here.
+        """Measure the cost of calls with some numbers of images and classes.
 
-        A call with `budget_ms` measures that itself where it was not done before, for its own
-        numbers and its method's layers, k_min and k_max. It takes as long as about twenty
-        explanations, outside of the budget; after `calibrate`, no call waits for it. Later calls
-        are expected to cost the same: calibrate again where the machine has become busier, or less
-        busy, and under the load that calls will meet.
+        The first call with `budget_ms` for new numbers, or with other layers, k_min or k_max,
+        measures them itself. That takes about as long as twenty explanations, which the budget
+        does not include; calibrate beforehand, so that no call has to wait for it. Calibrate under
+        the load that calls will meet, and again when the load of the machine changes.
 
         Args:
             images: How many images a call has, at least 1.
@@ -197,25 +196,26 @@ class Explainer:
             method: Collection-CAM with its options; None for its defaults.
 
         Raises:
-            OptionError: No call can have such numbers, or the method keeps no budget.
+            OptionError: The numbers are out of range, or the method cannot keep a budget.
         """
         if images < 1:
             raise OptionError(f"images is {images}; it must be at least 1")
         if not 1 <= classes <= self.bundle.manifest.classes:
             known = self.bundle.manifest.classes
             raise OptionError(f"classes is {classes}; it must be 1 to {known}")
-        measured = budgeted(make_method(method))
+        options = budgeted(make_method(method))
         for count in {rows.stop - rows.start for rows in row_chunks(images, self.batch_size)}:
-            self._costs.of(count, count * classes, measured, anew=True)
+            self._costs.of(count, count * classes, options, anew=True)
 
     def preprocess(self, images: Floats | Sequence[Image.Image]) -> _Input:
-        """Make the network's input of PIL images, or validate an array that is one already.
+        """Turn PIL images into the network's input, or validate an array that is such an input.
 
         Args:
             images: PIL images, or [B, C, H, W] float32.
 
         Returns:
-            [B, C, H, W] float32, and where each lies in its picture; nothing for an array.
+            [B, C, H, W] float32, and the place of each input in its picture; no places for an
+            array.
 
         Raises:
             ImageError: An image cannot be used.
@@ -247,7 +247,7 @@ class Explainer:
 
     def __exit__(
         self,
-        kind: type[BaseException] | None,
+        error_type: type[BaseException] | None,
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
@@ -268,7 +268,7 @@ class Explainer:
         return np.random.default_rng(0).standard_normal(shape, np.float32)
 
     def _rehearse(self, images: int, pairs: int) -> Run:
-        """Make a call on noise, with as many images and (image, class) pairs."""
+        """Make a call on noise with some numbers of images and (image, class) pairs."""
         noise, classes = self._noise(images), self.bundle.manifest.classes
         counts = np.bincount(np.arange(pairs) % images)
         targets = [[n % classes for n in range(count)] for count in counts]
@@ -332,18 +332,18 @@ def load(
         bundle: The bundle's folder, or a bundle that was read.
         backend: "auto" for the best that works here, or a backend by name.
         precision: "fp32", or "fp16", "int8" or "fp8" where the bundle has it.
-        batch_size: How many images, and how many masked images, go through an engine at a time;
-            it bounds memory.
+        batch_size: The most images, and the most masked images, that go through an engine at a
+            time; it bounds memory.
         threads: Threads inside an operator on a CPU; 0 lets the engine choose.
-        slots: How many calls run on a GPU at a time, each on a stream with its own buffers; more
-            calls wait. A CPU's engines are shared by all.
-        cuda_graphs: Replay on a GPU what comes again at the same sizes; without, results are the
-            same to the bit, and the stages of `timings` are finer.
+        slots: How many calls run on a GPU at a time, each on its stream with its buffers; further
+            calls wait. On a CPU all calls share the engines.
+        cuda_graphs: Capture a GPU's work, and replay it for calls of the same sizes. Without it,
+            results are the same to the bit, and the stages of `timings` are finer.
 
     Raises:
         BundleError: The bundle is damaged or not one.
-        BackendError: The backend or the precision does not work here.
-        OptionError: An option is out of range.
+        BackendError: The backend does not work here.
+        OptionError: An option is out of range, or the bundle does not have the precision.
     """
     opened = bundle if isinstance(bundle, Bundle) else read_bundle(bundle)
     _validate_batch_size(batch_size)

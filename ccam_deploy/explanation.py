@@ -1,4 +1,4 @@
-"""What an explanation gives back: maps, what led to them, and pictures of them."""
+"""The result of an explanation: maps, the masks and weights behind them, and pictures."""
 
 from __future__ import annotations
 
@@ -35,22 +35,22 @@ class Explanation:
     first two; iterating gives the pairs one by one. A method's argument `pair` counts from 0.
 
     Only Collection-CAM gives layers, masks, weights and mic. Score-CAM gives the weight and the
-    increase of each channel; what a method does not give has length 0.
+    increase of confidence (mic) of each channel. Values that a method does not give have length 0.
 
     Attributes:
         saliency: [P, H, W] float32, each map scaled to [0, 1].
         raw_saliency: [P, H, W] float32, as the method defines it.
         targets: [P] int64, each map's class.
-        image_index: [P] int64, each map's image; with one class an image, 0 to B - 1.
-        logits: [B, classes] float32, of the images as they are.
+        image_index: [P] int64, each map's image; with one class per image, 0 to B - 1.
+        logits: [B, classes] float32, of the images without a mask.
         layers: Each target layer's collections.
         masks: For each pair [N, H, W] float32 in [0, 1], its N masks, from the shallowest layer
             to the deepest.
         weights: For each pair [N] float32, the masks' weights α; 0 for a flat mask.
         mic: For each pair [N] float32, the masks' increase of confidence over the baseline.
         timings: Seconds in each stage.
-        settings: Method, options and engine that gave the result, and the budget where there was
-            one; see methods.collection_cam.cost.Budget.
+        settings: The method, its options and the engine behind the result, and the budget of a
+            call that had one; see methods.collection_cam.cost.Budget.
         source: The images that were explained, by reference.
     """
 
@@ -183,11 +183,11 @@ class Explanation:
         """Write files for each pair; see ExplanationWriter.
 
         Args:
-            folder: Where to write; it is made where it is missing.
+            folder: Where to write; a missing folder is made.
             formats: Some of "overlay", "heatmap", "panel", "npz" and "json".
             look: Colour map, opacity and colour bar; None for the defaults.
-            names: The images' file names, which the files are called after; None for those of the
-                PIL images' files, or "image-1" and so on.
+            names: File names of the images, after which the files are named; None for those of
+                the PIL images' files, or "image-1" and so on.
 
         Returns:
             The paths written for each pair; an image's panel stands with its last pair.
@@ -228,9 +228,9 @@ class Explanation:
 class ExplanationWriter:
     """Writes files of the chosen formats for each image and class.
 
-    Files are called FILE-CLASS.FORMAT, and an image's panel FILE-panel.png. Where several images
-    of several folders or calls share a name, later ones get a number; classes that share a name
-    get theirs.
+    Files are named FILE-CLASS.FORMAT, and an image's panel FILE-panel.png. Where images of several
+    folders or calls share a name, later files get a number; classes that share a name get the
+    number of their class.
 
     Args:
         folder: Where files are written.

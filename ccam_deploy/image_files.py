@@ -19,9 +19,15 @@ MIN_SIDE = 8
 
 
 def load_image(source: str | Path | bytes, name: str = "") -> Image.Image:
-    """Read an image file, or its bytes, as it is shown: turned as its EXIF data says.
+    """Read an image and turn it as its EXIF data says.
 
-    Raises ImageError for what is no image, truncated, too large or of another format.
+    Args:
+        source: The image file, or its bytes.
+        name: The image's name in messages; by default the file's.
+
+    Raises:
+        ImageError: It is no image, truncated, too large or too small, or of another format than
+            IMAGE_FORMATS.
     """
     name = name or ("image" if isinstance(source, bytes) else str(source))
     content = source if isinstance(source, bytes) else _read(Path(source))
@@ -31,7 +37,7 @@ def load_image(source: str | Path | bytes, name: str = "") -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             picture = Image.open(io.BytesIO(content), formats=IMAGE_FORMATS)
-            check_size(picture, name)
+            require_usable_size(picture, name)
             turned = as_shown(picture)
     except UnidentifiedImageError as error:
         known = ", ".join(IMAGE_FORMATS)
@@ -46,7 +52,7 @@ def load_image(source: str | Path | bytes, name: str = "") -> Image.Image:
 
 
 def as_shown(picture: Image.Image) -> Image.Image:
-    """The picture with its pixels read, turned as its EXIF data says."""
+    """Read a picture's pixels and turn them as its EXIF data says."""
     picture.load()
     turned = picture.getexif().get(ExifTags.Base.Orientation, 1) != 1
     return ImageOps.exif_transpose(picture) if turned else picture
@@ -63,8 +69,16 @@ def _read(path: Path) -> bytes:
         raise ImageError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def check_size(picture: Image.Image, name: str) -> None:
-    """Raise ImageError for a picture with too many pixels, or too few along a side."""
+def require_usable_size(picture: Image.Image, name: str) -> None:
+    """Refuse a picture that is too large or too small.
+
+    Args:
+        picture: The picture; its pixels need not be read.
+        name: The picture's name, for the message.
+
+    Raises:
+        ImageError: It has more than MAX_PIXELS pixels, or fewer than MIN_SIDE along a side.
+    """
     width, height = picture.size
     if width * height > MAX_PIXELS:
         raise ImageError(
@@ -75,11 +89,18 @@ def check_size(picture: Image.Image, name: str) -> None:
 
 
 def find_images(paths: Sequence[str | Path]) -> list[Path]:
-    """The image files among some files and folders; folders are searched through and sorted.
+    """List image files.
 
-    Raises ImageError for a path that does not exist, or a folder without images.
+    Args:
+        paths: Files, and folders that are searched with all their subfolders.
+
+    Returns:
+        The files as they are named, and those of each folder sorted.
+
+    Raises:
+        ImageError: A path does not exist, or a folder holds no images.
     """
-    found: list[Path] = []
+    files: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
             inside = sorted(
@@ -87,9 +108,9 @@ def find_images(paths: Sequence[str | Path]) -> list[Path]:
             )
             if not inside:
                 raise ImageError(f"{path} holds no images ({', '.join(IMAGE_SUFFIXES)})")
-            found += inside
+            files += inside
         elif path.exists():
-            found.append(path)
+            files.append(path)
         else:
             raise ImageError(f"{path} does not exist")
-    return found
+    return files

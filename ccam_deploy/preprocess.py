@@ -6,24 +6,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
-from ccam_deploy.arrays import Floats
+from ccam_deploy.arrays import Doubles, Floats
 from ccam_deploy.bundle.manifest import Manifest, Preprocessing
 from ccam_deploy.errors import ImageError, brief
-from ccam_deploy.image_files import MAX_PIXELS, as_shown, check_size
+from ccam_deploy.image_files import MAX_PIXELS, as_shown, require_usable_size
 
 _VIA = {"P": "RGBA", "PA": "RGBA", "La": "LA", "LAB": "RGB"}
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """Where the network's input lies in the original image; all sizes are height, width in pixels.
+    """Place of the network's input in the original image; all sizes are height, width in pixels.
 
     Attributes:
-        original: Size of the image as it is shown, turned as its EXIF data says.
-        scaled: Its size after scaling.
+        original: Size of the image, turned as its EXIF data says.
+        scaled: Size of the image after scaling.
         corner: Top, left of the input inside the scaled image.
         size: Size of the network's input.
     """
@@ -72,7 +71,7 @@ class Geometry:
         )
         return np.asarray(shown, dtype=np.float32)
 
-    def to_input(self, boxes: NDArray[np.float64]) -> NDArray[np.float64]:
+    def to_input(self, boxes: Doubles) -> Doubles:
         """Bring boxes of the original image to the input, cut at its border.
 
         Args:
@@ -86,7 +85,7 @@ class Geometry:
         moved = boxes * [*scale[::-1], *scale[::-1]] - [left, top, left, top]
         height, width = self.size
         cut = np.clip(moved, 0, [width, height, width, height])
-        kept: NDArray[np.float64] = cut[(cut[:, 2] > cut[:, 0]) & (cut[:, 3] > cut[:, 1])]
+        kept: Doubles = cut[(cut[:, 2] > cut[:, 0]) & (cut[:, 3] > cut[:, 1])]
         return kept
 
 
@@ -105,7 +104,7 @@ class Source:
     geometries: tuple[Geometry, ...]
 
     def picture(self, image: int) -> Image.Image:
-        """An image as an RGB picture, restored where an array was explained."""
+        """Give an image as an RGB picture, restored where an array was explained."""
         if not isinstance(self.images, np.ndarray):
             return to_grey_or_rgb(as_shown(self.images[image]), 3)
         how = self.manifest.preprocessing
@@ -122,10 +121,16 @@ class Source:
 
 
 def to_grey_or_rgb(picture: Image.Image, channels: int) -> Image.Image:
-    """An image of any mode as 8-bit grey (1 channel) or RGB (3); transparency is dropped.
+    """Convert an image of any mode to 8-bit grey or RGB; transparency is dropped.
 
-    16-bit values are scaled by their full range; floating-point ones are taken as [0, 1].
-    Raises ImageError for floating-point pixels that are not finite or outside [0, 1].
+    16-bit pixels are scaled by their full range, floating-point pixels are taken as [0, 1].
+
+    Args:
+        picture: The image.
+        channels: 1 for grey, 3 for RGB.
+
+    Raises:
+        ImageError: Floating-point pixels are not finite or outside [0, 1].
     """
     if picture.mode.startswith("I"):
         wide = np.clip(np.asarray(picture, dtype=np.int64), 0, 65535)
@@ -145,11 +150,18 @@ def to_grey_or_rgb(picture: Image.Image, channels: int) -> Image.Image:
 def prepare_images(
     pictures: Sequence[Image.Image], size: tuple[int, int], how: Preprocessing
 ) -> tuple[Floats, tuple[Geometry, ...]]:
-    """Make the network's input of some images, turned as their EXIF data says.
+    """Turn, scale, crop and normalise images for the network.
 
-    size: height, width of the input.
-    Returns [B, C, H, W] float32, scaled, cropped and normalised, and each image's geometry.
-    Raises ImageError for an image that is too small, too narrow, truncated or has unusable pixels.
+    Args:
+        pictures: B images, which are turned as their EXIF data says.
+        size: Height, width of the input.
+        how: How they are scaled, cropped and normalised.
+
+    Returns:
+        [B, C, H, W] float32, and each image's geometry.
+
+    Raises:
+        ImageError: An image is too small, too narrow, truncated or has unusable pixels.
     """
     if len(how.mean) not in (1, 3):
         raise ImageError(
@@ -158,7 +170,7 @@ def prepare_images(
     batch = np.empty((len(pictures), len(how.mean), *size), np.float32)
     geometries = []
     for row, picture in zip(batch, pictures, strict=True):
-        check_size(picture, "the image")
+        require_usable_size(picture, "the image")
         try:
             turned = as_shown(picture)
         except Exception as error:
@@ -179,9 +191,15 @@ def prepare_images(
 
 
 def restore_image(image: Floats, mean: Sequence[float], std: Sequence[float]) -> Image.Image:
-    """The picture, grey or RGB, that a preprocessed image [C, H, W] float32 shows.
+    """Undo the normalisation of an image.
 
-    mean, std: per channel, of pixels in [0, 1], that it was normalised with.
+    Args:
+        image: [C, H, W] float32, preprocessed; C is 1 or 3.
+        mean: Per channel, of pixels in [0, 1], that it was normalised with.
+        std: Per channel, of pixels in [0, 1], that it was normalised with.
+
+    Returns:
+        A grey or RGB picture.
     """
     offset, scale = (np.array(values, np.float32)[:, None, None] for values in (mean, std))
     pixels = np.clip((image * scale + offset) * 255 + 0.5, 0, 255).astype(np.uint8)
@@ -191,9 +209,15 @@ def restore_image(image: Floats, mean: Sequence[float], std: Sequence[float]) ->
 def input_geometry(
     original: tuple[int, int], size: tuple[int, int], how: Preprocessing
 ) -> Geometry:
-    """Where the network's input lies in an image; sizes are height, width.
+    """Find the place of the network's input in an image.
 
-    Raises ImageError for an image that is too long and narrow to be scaled.
+    Args:
+        original: Height, width of the image.
+        size: Height, width of the input.
+        how: How images are scaled and cropped.
+
+    Raises:
+        ImageError: The image is too long and narrow to be scaled.
     """
     if how.resize == "stretch":
         return Geometry(original, size, (0, 0), size)

@@ -30,7 +30,7 @@ _BOXED_SIDE = 384
 _UNSEEN = (224, 224, 224)
 """The colour of a heat map where the network saw nothing."""
 _FRAME_SHARE = 300
-"""A frame is one pixel wide for so many pixels of the picture's shorter side."""
+"""A frame is a pixel wide for every so many pixels of the picture's shorter side."""
 
 
 @dataclass(frozen=True)
@@ -48,14 +48,29 @@ class Look:
     bar: bool = False
 
 
-def check_colormap(name: str) -> None:
-    """Raise OptionError for a color map that does not exist."""
+def require_colormap(name: str) -> None:
+    """Refuse an unknown colour map.
+
+    Raises:
+        OptionError: The name is not among COLORMAPS.
+    """
     if name not in COLORMAPS:
         raise OptionError(f'color map "{name}" is unknown; there are {", ".join(COLORMAPS)}')
 
 
 def colours(saliency: Floats, colormap: str = DEFAULT_COLORMAP) -> NDArray[np.uint8]:
-    """A map [H, W] in [0, 1] as colours [H, W, 3] uint8. Raises OptionError for other maps."""
+    """Colour a map.
+
+    Args:
+        saliency: [H, W] float32 in [0, 1].
+        colormap: A name among COLORMAPS.
+
+    Returns:
+        [H, W, 3] uint8.
+
+    Raises:
+        OptionError: The colour map is unknown.
+    """
     table = _table(colormap)
     steps = np.clip(saliency * (len(table) - 1) + 0.5, 0, len(table) - 1)
     coloured: NDArray[np.uint8] = table[steps.astype(np.intp)]
@@ -64,7 +79,7 @@ def colours(saliency: Floats, colormap: str = DEFAULT_COLORMAP) -> NDArray[np.ui
 
 @lru_cache(maxsize=16)
 def _table(colormap: str) -> NDArray[np.uint8]:
-    check_colormap(colormap)
+    require_colormap(colormap)
     from cmap import Colormap
 
     table = np.asarray(Colormap(f"matlab:{colormap}" if colormap == "jet" else colormap).lut(256))
@@ -138,17 +153,27 @@ def overlay(
 
 
 def panel(tiles: Sequence[Tile], height: int = 0) -> Image.Image:
-    """Pictures side by side, each with its caption above.
+    """Put pictures side by side, each below its caption.
 
-    height: of every picture, in pixels; by default the tallest one's, at least 192.
+    Args:
+        tiles: At least one picture.
+        height: The height of every picture in pixels; 0 for that of the tallest, at least 192.
+
+    Raises:
+        OptionError: There is no picture.
     """
     return grid([tiles], height)
 
 
 def grid(rows: Sequence[Sequence[Tile]], height: int = 0) -> Image.Image:
-    """Panels one above another, their pictures in columns; every row has as many.
+    """Put panels one above another, their pictures in columns.
 
-    height: of every picture, in pixels; by default the tallest one's, at least 192.
+    Args:
+        rows: The pictures of each panel; all panels have equally many.
+        height: The height of every picture in pixels; 0 for that of the tallest, at least 192.
+
+    Raises:
+        OptionError: There is no picture.
     """
     tiles = [tile for row in rows for tile in row]
     if not tiles:
@@ -176,9 +201,13 @@ def grid(rows: Sequence[Sequence[Tile]], height: int = 0) -> Image.Image:
 
 
 def boxed(picture: Image.Image, groups: Mapping[Colour, Iterable[Box]]) -> Image.Image:
-    """The picture with boxes outlined, those of a group in its colour, the last group on top.
+    """Outline boxes in a picture.
 
     Small pictures are enlarged first, so that lines hide little of them.
+
+    Args:
+        picture: The picture.
+        groups: The boxes of each colour; later groups are drawn on top.
     """
     scale = max(1, round(_BOXED_SIDE / max(picture.size)))
     large = picture.convert("RGB").resize((picture.width * scale, picture.height * scale))
@@ -192,7 +221,12 @@ def boxed(picture: Image.Image, groups: Mapping[Colour, Iterable[Box]]) -> Image
 
 
 def shrunk(picture: Image.Image, saliency: Floats) -> tuple[Image.Image, Floats]:
-    """Picture and map, scaled down alike where a side is longer than 1,024 pixels."""
+    """Scale a picture and its map down where a side is longer than 1,024 pixels.
+
+    Args:
+        picture: The picture.
+        saliency: [H, W] float32, of the picture's size.
+    """
     small = thumbnail(picture)
     if small.size == picture.size:
         return picture, saliency
@@ -201,7 +235,7 @@ def shrunk(picture: Image.Image, saliency: Floats) -> tuple[Image.Image, Floats]
 
 
 def thumbnail(picture: Image.Image) -> Image.Image:
-    """The picture, scaled down where a side is longer than 1,024 pixels."""
+    """Scale a picture down where a side is longer than 1,024 pixels."""
     longest = max(picture.size)
     if longest <= _LARGEST_SIDE:
         return picture
@@ -212,7 +246,7 @@ def thumbnail(picture: Image.Image) -> Image.Image:
 
 
 def png(picture: Image.Image) -> bytes:
-    """The content of a PNG file."""
+    """Encode a picture as the content of a PNG file."""
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
     return buffer.getvalue()

@@ -1,7 +1,7 @@
-"""The classes to explain: what a caller writes, as a class number or a rank for each pair.
+"""The classes to explain: from a caller's targets to a class for each (image, class) pair.
 
-A code is a class number, or -1 - r for the class of rank r among an image's logits, which is known
-once the backbone has run.
+Targets become codes first. A code is a class number, or -1 - r for the class of rank r among an
+image's logits, which is known once the backbone has run.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def target_codes(
         top: How many of the best classes to explain where `targets` is None.
 
     Returns:
-        For each image its codes, each once.
+        The codes of each image, without duplicates.
 
     Raises:
         ImageError: There are no images.
@@ -65,11 +65,11 @@ def target_codes(
         raise TargetError(f"there are {len(targets)} targets for {images} images")
     codes = []
     for target in targets:
-        several = target if _is_list(target) else [target]
-        if not len(several):
+        image_targets = target if _is_list(target) else [target]
+        if not len(image_targets):
             raise TargetError("an image has an empty list of targets; give at least one class")
         codes.append(
-            tuple(dict.fromkeys(code for word in several for code in _codes(word, manifest)))
+            tuple(dict.fromkeys(code for item in image_targets for code in _codes(item, manifest)))
         )
     return codes
 
@@ -83,7 +83,7 @@ def pairs_of(codes: Sequence[tuple[int, ...]]) -> tuple[Classes, Classes]:
     Returns:
         The image [P] int64 of each pair, in ascending order, and its code [P] int64.
     """
-    owner = np.repeat(np.arange(len(codes)), [len(several) for several in codes])
+    owner = np.repeat(np.arange(len(codes)), [len(image_codes) for image_codes in codes])
     return owner, np.concatenate(codes).astype(np.int64)
 
 
@@ -102,9 +102,9 @@ def classes_of(owner: Classes, codes: Classes, logits: Floats) -> Classes:
 
 
 def first_occurrences(owner: Classes, targets: Classes) -> NDArray[np.intp]:
-    """List the rows, ascending, of pairs that no earlier row has.
+    """List the rows of pairs that no earlier row has, in ascending order.
 
-    A class that was named and is also among an image's best ones is explained once.
+    So a class that is named and is also among the image's best classes is explained once.
 
     Args:
         owner: [P] int64, the image of each pair.

@@ -61,7 +61,7 @@ def test_gray_shows_every_value() -> None:
     np.testing.assert_array_equal(render.colours(values, "gray"), expected)
 
 
-@pytest.mark.parametrize("call", [render.check_colormap, lambda name: render.colours(RAMP, name)])
+@pytest.mark.parametrize("call", [render.require_colormap, lambda name: render.colours(RAMP, name)])
 def test_unknown_color_map_is_named(call: object) -> None:
     assert callable(call)
     with pytest.raises(OptionError, match='color map "rainbow" is unknown; there are jet, turbo,'):

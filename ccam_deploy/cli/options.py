@@ -218,7 +218,7 @@ class LookOptions:
         """
         from ccam_deploy import render
 
-        render.check_colormap(self.colormap)
+        render.require_colormap(self.colormap)
         return render.Look(self.colormap, self.opacity, color_bar)
 
 

@@ -1,4 +1,4 @@
-"""A bundle's graphs behind the calls that methods make."""
+"""The calls that methods make, and how a bundle's engines answer them."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ from ccam_deploy.errors import OptionError
 
 @dataclass(frozen=True)
 class Activations:
-    """What the backbone gives for a batch of images.
+    """The outputs of the backbone for a batch of images.
 
-    logits: [B, classes] float32.   features: [B, C, h, w] float32 per layer.
-    residuals: tensors [B, ...] that the gradient graph needs, by name, in the graph's own type.
+    Attributes:
+        logits: [B, classes] float32.
+        features: [B, C, h, w] float32 of each target layer.
+        residuals: Tensors [B, ...] that the gradient graph needs, by name, in the graph's types.
     """
 
     logits: Floats
@@ -28,7 +30,7 @@ class Activations:
     residuals: Mapping[str, Array]
 
     def take(self, rows: NDArray[np.intp]) -> Activations:
-        """The activations of some rows, in that order; a row may come several times."""
+        """Select rows, in the order given; a row may come several times."""
         if np.array_equal(rows, np.arange(len(self.logits))):
             return self
         return Activations(
@@ -42,49 +44,95 @@ class Classifier(Protocol):
     """The calls that methods make. Images are preprocessed: [B, C, H, W] float32."""
 
     def backbone(self, images: Floats) -> Activations:
-        """Run a batch of images and keep what their explanation needs."""
+        """Run the backbone on images and keep what their explanation needs."""
         ...
 
     def gradients(self, activations: Activations, output_gradient: Floats) -> tuple[Floats, ...]:
-        """Gradients [B, C, h, w] of each layer's maps for a gradient [B, classes] of the logits."""
+        """Pass a gradient of the logits back to the feature maps.
+
+        Args:
+            activations: Of B images.
+            output_gradient: [B, classes] float32, the gradient of the logits.
+
+        Returns:
+            [B, C, h, w] float32 for each target layer.
+        """
         ...
 
     def masked_logits(self, images: Floats, masks: Floats, owner: NDArray[np.int64]) -> Floats:
-        """Logits [N, classes] of images times masks [N, H, W]; owner [N] names each one's image."""
+        """Run images under masks.
+
+        Args:
+            images: [B, C, H, W] float32.
+            masks: [N, H, W] float32 in [0, 1].
+            owner: [N] int64, the image of each mask.
+
+        Returns:
+            Logits [N, classes] float32 of the images times the masks.
+        """
         ...
 
     def head_logits(self, features: Floats) -> Floats:
-        """Logits [N, classes] of feature maps [N, C, h, w] put in the place of the last layer's.
+        """Run the network's head on feature maps of the last target layer.
 
-        Raises OptionError where the bundle has no graph for it.
+        Args:
+            features: [N, C, h, w] float32.
+
+        Returns:
+            Logits [N, classes] float32.
+
+        Raises:
+            OptionError: The bundle has no graph for it.
         """
         ...
 
     def input_gradient(
         self, images: Floats, output_gradient: Floats, guided: bool = False
     ) -> Floats:
-        """The images' gradient [B, C, H, W] for a gradient [B, classes] of the logits.
+        """Pass a gradient of the logits back to the images.
 
-        guided: ReLUs pass back positive gradients only.
-        Raises OptionError where there is no graph for it.
+        Args:
+            images: [B, C, H, W] float32.
+            output_gradient: [B, classes] float32, the gradient of the logits.
+            guided: Let ReLUs pass back positive gradients only.
+
+        Returns:
+            [B, C, H, W] float32.
+
+        Raises:
+            OptionError: The bundle has no graph for it.
         """
         ...
 
     def excitation(self, images: Floats, winners: Floats, duals: Floats) -> tuple[Floats, ...]:
-        """Each layer's winning probabilities [B, h, w], summed over channels.
+        """Pass winning probabilities down from the classes (Zhang et al. 2018).
 
-        winners: [B, classes], the probability that each class is the winner.
-        duals: [B, classes], the same for classes with the other sign in the last layer's weights.
-        Raises OptionError where there is no graph for it.
+        Args:
+            images: [B, C, H, W] float32.
+            winners: [B, classes] float32, the probability that each class is the winner.
+            duals: [B, classes] float32, the same for classes whose weights in the last layer have
+                the opposite sign.
+
+        Returns:
+            [B, h, w] float32 for each target layer, summed over channels.
+
+        Raises:
+            OptionError: The bundle has no graph for it.
         """
         ...
 
 
 class Networks:
-    """The engines of one precision.
+    """The engines of one precision; see Classifier.
 
-    backend: the engine's name.   slots: where all of an explanation can run on a GPU.
-    notes: why better backends were passed over, one line each.
+    Args:
+        engines: The engines, by their graphs' names.
+        gradient_scale: What the gradient graphs scale gradients by.
+        backend: The backend's name.
+        slots: Where a whole explanation can run on a GPU; None on a CPU.
+
+    Attributes:
+        notes: Why better backends were passed over, a line each.
     """
 
     def __init__(
@@ -107,7 +155,7 @@ class Networks:
         self._gradient_names = [spec.name for spec in engines["gradient"].inputs]
 
     def backbone(self, images: Floats) -> Activations:
-        """Run a batch of images [B, C, H, W]; see Classifier."""
+        """Run the backbone on images; see Classifier."""
         values = self.engines["backbone"].run({"images": self._cast("backbone", "images", images)})
         logits = values.pop("logits").astype(np.float32, copy=False)
         names = [name for name in values if name.startswith("feature_")]
@@ -116,7 +164,7 @@ class Networks:
         return Activations(logits, features, needed)
 
     def gradients(self, activations: Activations, output_gradient: Floats) -> tuple[Floats, ...]:
-        """Gradients [B, C, h, w] of the feature maps, one per layer; see Classifier."""
+        """Pass a gradient of the logits back to the feature maps; see Classifier."""
         feeds = dict(activations.residuals)
         feeds["output_gradient"] = self._cast(
             "gradient", "output_gradient", output_gradient * self._scale
@@ -127,7 +175,7 @@ class Networks:
     def input_gradient(
         self, images: Floats, output_gradient: Floats, guided: bool = False
     ) -> Floats:
-        """The images' gradient [B, C, H, W]; see Classifier."""
+        """Pass a gradient of the logits back to the images; see Classifier."""
         graph = "guided_gradient" if guided else "input_gradient"
         if "input_gradient" not in self.engines:
             raise OptionError(f"the bundle has no {graph} graph; export it with --gradients")
@@ -140,7 +188,7 @@ class Networks:
         return self._unscale(self.engines[graph].run(feeds)["input_gradient"])
 
     def excitation(self, images: Floats, winners: Floats, duals: Floats) -> tuple[Floats, ...]:
-        """Each layer's winning probabilities [B, h, w]; see Classifier."""
+        """Pass winning probabilities down to each layer; see Classifier."""
         if "input_gradient" not in self.engines:
             raise OptionError("the bundle has no excitation graph; export it with --gradients")
         if "excitation" not in self.engines:
@@ -153,7 +201,7 @@ class Networks:
         return tuple(self.engines["excitation"].run(cast).values())
 
     def masked_logits(self, images: Floats, masks: Floats, owner: NDArray[np.int64]) -> Floats:
-        """Logits [N, classes] of masked images; see Classifier."""
+        """Run images under masks; see Classifier."""
         feeds = {
             "images": self._cast("classifier", "images", images),
             "masks": self._cast("classifier", "masks", masks[:, None]),
@@ -163,7 +211,7 @@ class Networks:
         return logits.astype(np.float32, copy=False)
 
     def head_logits(self, features: Floats) -> Floats:
-        """Logits [N, classes] of the last layer's feature maps; see Classifier."""
+        """Run the head on the last layer's feature maps; see Classifier."""
         if "head" not in self.engines:
             raise OptionError("the bundle has no head graph; export it with --head")
         feeds = {"features": self._cast("head", "features", features)}

@@ -1,4 +1,4 @@
-"""What every method takes and gives."""
+"""The interface of every method: a batch of images and classes in, maps out."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class Batch:
 
     Attributes:
         images: [B, C, H, W] float32, preprocessed.
-        activations: What the backbone gave for them.
+        activations: The backbone's outputs for them.
         owner: [P] int64, the image of each (image, class) pair, in ascending order.
         targets: [P] int64, the class of each pair.
         layers: Names of the target layers, from the shallowest to the deepest.
         baseline: [classes] float32, logits of an input of zeros.
-        chunk: How many inputs that it makes, such as masked images, a method holds at a time.
+        chunk: The most masks or other inputs that a method makes at a time.
         mean: Per channel, of pixels in [0, 1], that the images were normalised with.
         std: Per channel, of pixels in [0, 1], that the images were normalised with.
     """
@@ -89,7 +89,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class LayerPartition:
-    """A target layer's channels in collections, for each of P (image, class) pairs.
+    """The collections of a target layer's channels, for each of P (image, class) pairs.
 
     Attributes:
         name: The layer.
@@ -110,10 +110,10 @@ class LayerPartition:
 
 
 class MaskSequence(Sequence[Floats]):
-    """Each pair's masks [N, H, W] float32, drawn when they are asked for.
+    """The masks [N, H, W] float32 of each pair, drawn on access.
 
     Args:
-        draws: One function for each pair, which draws its masks.
+        draws: A function for each pair, which draws its masks.
     """
 
     def __init__(self, draws: Sequence[Callable[[], Floats]]) -> None:
@@ -216,7 +216,7 @@ class MethodResult:
 
 @dataclass(frozen=True)
 class BatchResult:
-    """What a method's run on a batch of B images and P pairs gives.
+    """The result of a method's run on a batch of B images and P pairs.
 
     Attributes:
         logits: [B, classes] float32, of the images.
@@ -233,13 +233,13 @@ class BatchResult:
 
 @dataclass(frozen=True)
 class Context:
-    """The engines that methods run on, and what they need to know of the bundle.
+    """The engines that methods run on, and the bundle's facts that they need.
 
     Attributes:
         classifier: The engines.
         layers: Names of the target layers, from the shallowest to the deepest.
         baseline: [classes] float32, logits of an input of zeros.
-        batch_size: How many pairs, and how many inputs that a method makes, run at a time.
+        batch_size: The most pairs, and the most inputs that a method makes, at a time.
         mean: Per channel, of pixels in [0, 1], that images are normalised with.
         std: Per channel, of pixels in [0, 1], that images are normalised with.
     """
@@ -270,10 +270,10 @@ class Context:
 
 @dataclass(frozen=True)
 class Method(ABC):
-    """An explanation method; its fields are its options, all of which have defaults.
+    """An explanation method; its fields are its options, which all have defaults.
 
     Attributes:
-        name: What the command line and results call it.
+        name: The method's name on the command line and in results.
     """
 
     name: ClassVar[str]
@@ -323,7 +323,7 @@ class Method(ABC):
     def require_support(self, classifier: Classifier, batch: Batch) -> None:
         """Make sure that a bundle has all that `explain` needs, in a pass or two of its graphs.
 
-        Methods whose explanation takes more passes than that find it out in another way.
+        Here the pair is explained; methods that would take more passes override this.
 
         Args:
             classifier: The engines.

@@ -13,16 +13,17 @@ from ccam_deploy.methods.base import Batch, Stopwatch
 from ccam_deploy.methods.channel_weights import ChannelWeights, layer_gradients
 
 _SAME = 1e-2
-"""How far gradients may differ, relative to the largest, and still count as equal: half precision
-rounds, while a head that is not linear changes them by much more."""
+"""The difference, relative to the largest gradient, up to which gradients count as equal. Half
+precision rounds; a head that is not linear changes them by much more."""
 
 
 @dataclass(frozen=True)
 class CAM(ChannelWeights):
     """Weighs each channel by its weight in the classifier's last layer (Zhou et al. 2016, eq. 2).
 
-    The weights are read off the gradient: where the logits are linear in the pooled feature maps,
-    each channel's gradient is its weight, shared evenly among the places. That is checked.
+    The weights are read off the gradient. Where the logits are linear in the pooled feature maps,
+    the gradient of a channel is its weight, shared evenly among the places; networks whose
+    gradients show otherwise are refused.
 
     Attributes:
         layer: The target layer; empty for the final one. The network must be linear after it.
@@ -37,21 +38,21 @@ class CAM(ChannelWeights):
         totals: Floats = gradients.sum(axis=(2, 3), dtype=np.float64).astype(np.float32)
         return totals
 
-    def _check(
+    def _require_suitable(
         self, classifier: Classifier, batch: Batch, place: int, gradients: Floats, clock: Stopwatch
     ) -> None:
-        """See that gradients are equal at all places, and those of an image of zeros the same."""
+        """Refuse gradients that vary among places, or between the image and one of zeros."""
         classes = np.unique(batch.targets)
         with clock.stage("gradient"):
             zeros = np.zeros((1, *batch.images.shape[1:]), np.float32)
-            other = replace(
+            zeros_batch = replace(
                 batch,
                 activations=classifier.backbone(zeros),
                 owner=np.zeros(len(classes), np.int64),
                 targets=classes,
             )
-            _, slopes = layer_gradients(classifier, other, clock)
-        expected = slopes[place][np.searchsorted(classes, batch.targets), :, :1, :1]
+            _, zeros_gradients = layer_gradients(classifier, zeros_batch, clock)
+        expected = zeros_gradients[place][np.searchsorted(classes, batch.targets), :, :1, :1]
         largest = np.abs(gradients).max(axis=(1, 2, 3), keepdims=True)
         if (np.abs(gradients - expected) > _SAME * largest).any():
             raise OptionError(

@@ -1,4 +1,4 @@
-"""What CAM, Grad-CAM and Grad-CAM++ share: a weighted sum of the channels of one layer."""
+"""The base of CAM, Grad-CAM and Grad-CAM++: a weighted sum of the channels of one layer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ccam_deploy.methods.base import Batch, Method, MethodResult, Stopwatch, not
 
 @dataclass(frozen=True)
 class ChannelWeights(Method):
-    """A sum over the channels of one layer, each with its weight.
+    """Sums the channels of one layer, each times its weight.
 
     Attributes:
         layer: The target layer; empty for the final one.
@@ -31,7 +31,7 @@ class ChannelWeights(Method):
         """Explain every pair of a batch; see Method."""
         place = batch.place_of(self.layer)
         features, gradients = layer_gradients(classifier, batch, clock)
-        self._check(classifier, batch, place, gradients[place], clock)
+        self._require_suitable(classifier, batch, place, gradients[place], clock)
         with clock.stage("combine"), np.errstate(over="ignore", invalid="ignore"):
             weights = self._weights(features[place], gradients[place])
             maps = np.einsum("pc,pcij->pij", weights, features[place])
@@ -39,18 +39,27 @@ class ChannelWeights(Method):
 
     @abstractmethod
     def _weights(self, features: Floats, gradients: Floats) -> Floats:
-        """The weight of each channel [P, C] float32, from arrays [P, C, h, w] float32."""
+        """Weigh each channel: [P, C] float32, from arrays [P, C, h, w] float32."""
 
-    def _check(
+    def _require_suitable(
         self, classifier: Classifier, batch: Batch, place: int, gradients: Floats, clock: Stopwatch
     ) -> None:
-        """Refuse a network that the method is not made for."""
+        """Raise OptionError for a network that does not suit the method."""
 
 
 def layer_gradients(
     classifier: Classifier, batch: Batch, clock: Stopwatch
 ) -> tuple[Sequence[Floats], Sequence[Floats]]:
-    """Each layer's features and gradients [P, C, h, w]."""
+    """Compute the features and gradients of all layers for each pair.
+
+    Args:
+        classifier: The engines.
+        batch: The images and pairs.
+        clock: Counts the seconds of each stage.
+
+    Returns:
+        Features and gradients, each [P, C, h, w] float32 for every layer.
+    """
     with clock.stage("gradient"):
         activations = batch.activations.take(batch.owner)
         return activations.features, classifier.gradients(activations, batch.one_hot)
@@ -59,7 +68,18 @@ def layer_gradients(
 def upsampled_result(
     maps: Floats, relu: bool, batch: Batch, layer: str, clock: Stopwatch
 ) -> MethodResult:
-    """Maps [P, h, w] of a layer as a result at the input's size."""
+    """Bring a layer's maps to the input's size and make them a result.
+
+    Args:
+        maps: [P, h, w] float32.
+        relu: Cut negative values off.
+        batch: The images and pairs.
+        layer: The layer's name.
+        clock: Counts the seconds of each stage.
+
+    Raises:
+        BackendError: The maps are not finite.
+    """
     if not np.isfinite(maps).all():
         raise not_finite(layer)
     with clock.stage("combine"):

@@ -1,4 +1,4 @@
-"""Excitation backpropagation (Zhang et al. 2018): which units a class owes its score to.
+"""Excitation backpropagation (Zhang et al. 2018): the units that a class owes its score to.
 
 It needs the excitation graph of a bundle exported with --gradients.
 """
@@ -16,15 +16,16 @@ from ccam_deploy.methods.base import Batch, Method, MethodResult, Stopwatch, not
 
 @dataclass(frozen=True)
 class ExcitationBackprop(Method):
-    """Passes the class's probability of winning down to a layer, as shares of what excites it.
+    """Passes a class's winning probability down to a layer (Zhang et al. 2018, eq. 1-3).
 
-    A map before it is enlarged is the winning probability of each place, summed over channels; it
-    adds up to 1, less what is lost at units that a bias alone makes positive.
+    Each unit shares its probability among the units that excite it. Before it is enlarged, a map
+    holds the winning probability of each place, summed over channels. It adds up to 1, less what
+    is lost at units that are positive by their bias alone.
 
     Attributes:
-        layer: The target layer; empty for the last but one, where TorchRay's benchmark takes it
-            (a ResNet's layer3, VGG's before pool4).
-        contrastive: Subtract what a class with the opposite weights would get, and cut negative
+        layer: The target layer; empty for the last but one, which TorchRay's benchmark uses
+            (layer3 of a ResNet, the layer before pool4 of a VGG).
+        contrastive: Subtract the map of a class with the opposite weights, and cut negative
             values off (contrastive marginal winning probability, c-MWP).
 
     """
@@ -35,8 +36,8 @@ class ExcitationBackprop(Method):
 
     def explain(self, classifier: Classifier, batch: Batch, clock: Stopwatch) -> MethodResult:
         """Explain every pair of a batch; see Method."""
-        usual = batch.layers[max(len(batch.layers) - 2, 0)]
-        place = batch.place_of(self.layer or usual)
+        default_layer = batch.layers[max(len(batch.layers) - 2, 0)]
+        place = batch.place_of(self.layer or default_layer)
         winners = batch.one_hot
         duals = -winners if self.contrastive else np.zeros_like(winners)
         with clock.stage("gradient"):

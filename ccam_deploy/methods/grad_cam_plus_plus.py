@@ -15,15 +15,15 @@ from ccam_deploy.methods.channel_weights import ChannelWeights
 class GradCAMPlusPlus(ChannelWeights):
     """Weighs each place's positive gradient by its alpha (Chattopadhay et al. 2018, eq. 6, 19).
 
-    Alpha is that of the exponential of the logit, whose second and third derivatives follow from
+    Alpha belongs to the exponential of the logit, whose second and third derivatives follow from
     the first where the network is piecewise linear.
 
     Attributes:
         layer: The target layer; empty for the final one.
         relu: Cut negative values off.
         epsilon: Added to the denominator of alpha, as some programs do to avoid a division by
-            zero; here zero denominators are left out instead. It matters: gradients of 1e-3 have
-            squares of 1e-6. pytorch-grad-cam adds 1e-6.
+            zero (pytorch-grad-cam adds 1e-6); by default places with a zero denominator are left
+            out instead. It changes results: gradients of 1e-3 have squares of 1e-6.
 
     """
 

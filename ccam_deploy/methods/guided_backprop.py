@@ -15,7 +15,7 @@ from ccam_deploy.methods.image_gradient import Channels, PixelAttribution, requi
 class GuidedBackprop(PixelAttribution):
     """The gradient through ReLUs that pass back its positive part (Springenberg et al. 2015).
 
-    Other activations keep their own derivative; a network without ReLU is refused.
+    Other activations keep their derivative. The network must have a ReLU.
 
     Attributes:
         channels: See IntegratedGradients; Captum leaves all C values, with their signs.
@@ -31,5 +31,5 @@ class GuidedBackprop(PixelAttribution):
     guided = True
 
     def attribute(self, classifier: Classifier, batch: Batch) -> Floats:
-        """The guided gradient of each pair's pixels; see the class."""
+        """Compute the guided gradient of each pair's pixels; see PixelAttribution."""
         return classifier.input_gradient(batch.images[batch.owner], batch.one_hot, self.guided)

@@ -1,8 +1,7 @@
-"""What methods on the gradient of the image share.
+"""The base of methods that explain a class by the gradient of its logit at the image.
 
-They need a bundle exported with --gradients. The gradient is that of the logit. Steps and samples
-of all pairs go through the engine together, a chunk at a time. P counts (image, class) pairs,
-C channels of the image.
+They need a bundle exported with --gradients. Steps and samples of all pairs go through the engine
+together, a chunk at a time. P counts (image, class) pairs, C channels of the image.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from typing import ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ccam_deploy.arrays import Floats
+from ccam_deploy.arrays import Doubles, Floats
 from ccam_deploy.engines import Classifier
 from ccam_deploy.engines.base import row_chunks
 from ccam_deploy.errors import OptionError
@@ -25,9 +24,11 @@ MOST_STEPS = 100_000
 
 
 class PixelAttribution(Method):
-    """A value for each channel of each pixel, and of these one for the pixel.
+    """Gives every channel of every pixel a value, and reduces the channels to a value per pixel.
 
-    guided: whether it is the gradient through ReLUs that pass back its positive part.
+    Attributes:
+        guided: Whether ReLUs pass back only the positive part of the gradient.
+        channels: How a pixel's C values become one; see reduce_channels.
     """
 
     guided: ClassVar[bool] = False
@@ -41,43 +42,77 @@ class PixelAttribution(Method):
             return MethodResult.of_maps(reduce_channels(attributions, self.channels))
 
     def require_support(self, classifier: Classifier, batch: Batch) -> None:
-        """See that there is a gradient of the image; see Method."""
+        """Take the gradient once, which fails where the bundle has no graph for it; see Method."""
         classifier.input_gradient(batch.images, batch.one_hot, self.guided)
 
     @abstractmethod
     def attribute(self, classifier: Classifier, batch: Batch) -> Floats:
-        """The value of each pair's pixels [P, C, H, W] float32."""
+        """Compute the attribution of each pair's pixels.
+
+        Args:
+            classifier: The engines.
+            batch: The images and pairs.
+
+        Returns:
+            [P, C, H, W] float32.
+        """
 
 
 def require_choice(option: str, value: str, known: tuple[str, ...]) -> None:
-    """Raise OptionError for a value that is not among those of an option."""
+    """Refuse a value that an option does not take.
+
+    Args:
+        option: The option's name.
+        value: Its value.
+        known: The values that it takes.
+
+    Raises:
+        OptionError: The value is not among them.
+    """
     if value not in known:
         raise OptionError(f'{option} is "{value}"; it must be {", ".join(known)}')
 
 
 def reduce_channels(values: Floats, how: Channels) -> Floats:
-    """One value for each pixel: [P, C, H, W] to [P, H, W] float32."""
+    """Reduce the channels of each pixel to one value.
+
+    Args:
+        values: [P, C, H, W] float32.
+        how: "absolute" for the sum of absolute values, "maximum" for the largest absolute value,
+            "positive" for the sum of the positive values, "sum" for the sum of all.
+
+    Returns:
+        [P, H, W] float32.
+    """
     if how == "sum":
-        found: Floats = values.sum(axis=1)
+        pixels: Floats = values.sum(axis=1)
     elif how == "positive":
-        found = np.maximum(values, 0).sum(axis=1)
+        pixels = np.maximum(values, 0).sum(axis=1)
     elif how == "maximum":
-        found = np.abs(values).max(axis=1)
+        pixels = np.abs(values).max(axis=1)
     else:
-        found = np.abs(values).sum(axis=1)
-    return found
+        pixels = np.abs(values).sum(axis=1)
+    return pixels
 
 
 def mean_gradient(
     classifier: Classifier,
     batch: Batch,
-    weights: NDArray[np.float64],
+    weights: Doubles,
     inputs: Callable[[NDArray[np.intp], NDArray[np.intp]], Floats],
     square: bool = False,
 ) -> Floats:
-    """The weighted sum [P, C, H, W] float32 of the gradients at some inputs of each pair.
+    """Sum the gradients at several inputs of each pair, weighted.
 
-    weights: [S] of each input.   inputs: the inputs [N, C, H, W] for N pairs and which of the S.
+    Args:
+        classifier: The engines.
+        batch: The images and pairs.
+        weights: [S] float64, the weight of each of a pair's S inputs.
+        inputs: Makes inputs [N, C, H, W] float32, given N pairs and a number below S for each.
+        square: Sum the squared gradients.
+
+    Returns:
+        [P, C, H, W] float32.
     """
     total = np.zeros((len(batch.owner), *batch.images.shape[1:]), np.float64)
     one_hot = batch.one_hot

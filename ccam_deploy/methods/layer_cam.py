@@ -56,7 +56,8 @@ class LayerCAM(Method):
         if len(results) == 1:
             return results[0]
         with clock.stage("combine"):
-            return MethodResult.of_maps(np.maximum.reduce([one.raw_saliency for one in results]))
+            raw = np.maximum.reduce([result.raw_saliency for result in results])
+            return MethodResult.of_maps(raw)
 
     def _scale(self, maps: Floats, deepest: bool) -> Floats:
         """Bring a layer's maps [P, h, w] to the range that all layers share (eq. 9)."""

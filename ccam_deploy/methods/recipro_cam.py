@@ -15,12 +15,12 @@ from ccam_deploy.methods.scores import Score, require_score, score_of
 
 @dataclass(frozen=True)
 class ReciproCAM(Method):
-    """Each place of the last feature map is worth the score of the head on that place alone.
+    """Scores each place of the last feature map by the head's score for that place alone.
 
-    It takes no gradient, and all classes of an image share its forwards through the head.
+    It needs no gradient, and all classes of an image share its passes through the head.
 
     Attributes:
-        score: What a place is worth: the softmax probability of the class, as in the authors'
+        score: The score of a place: the softmax probability of the class, as in the authors'
             code, or its logit, as in OpenVINO XAI.
 
     """
@@ -57,5 +57,5 @@ class ReciproCAM(Method):
             return MethodResult.of_maps(raw)
 
     def require_support(self, classifier: Classifier, batch: Batch) -> None:
-        """See that there is a head; see Method."""
+        """Run the head once; see Method."""
         classifier.head_logits(batch.activations.features[-1])

@@ -31,7 +31,7 @@ class RISE(Method):
         p: The probability that a cell is kept, in (0, 1].
         seed: Seed of the random numbers.
         score: What F_c is: the softmax probability of the class, or its logit.
-        file: A .npy file of masks [N, H, W] in [0, 1] to use in place of random ones.
+        file: A .npy file of masks [N, H, W] in [0, 1] to use instead of random ones.
 
     """
 
@@ -83,11 +83,11 @@ class RISE(Method):
             return MethodResult.of_maps(mean.reshape(-1, *batch.size))
 
     def require_support(self, classifier: Classifier, batch: Batch) -> None:
-        """See that masks can be had; see Method."""
+        """Draw or read the first masks; see Method."""
         next(self._chunks(batch))
 
     def _chunks(self, batch: Batch) -> Iterator[Floats]:
-        """The masks, some at a time."""
+        """Draw or read the masks, a chunk [N, H, W] at a time."""
         if self.file:
             stored = read_masks(self.file, batch.size)
             for rows in row_chunks(len(stored), batch.chunk):
@@ -104,29 +104,49 @@ class RISE(Method):
 def random_masks(
     source: np.random.Generator, count: int, cells: int, p: float, size: tuple[int, int]
 ) -> Floats:
-    """RISE's masks [count, H, W] float32 in [0, 1] (Petsiuk et al. 2018, section 3.2).
+    """Draw RISE's masks (Petsiuk et al. 2018, section 3.2).
 
-    A grid of `cells` by `cells` zeros and ones is upsampled to one cell more than the image along
-    each side, and the mask cut out of it, beginning anywhere in the first cell.
-    Raises OptionError where there are more cells than pixels.
+    A grid of zeros and ones is enlarged to one cell more than the image along each side. The mask
+    is cut out of it from a random corner in the first cell.
+
+    Args:
+        source: Random numbers; masks drawn in several calls equal those drawn in one.
+        count: How many masks.
+        cells: How many cells the grid has along each side.
+        p: The probability of a one.
+        size: Height and width of the masks.
+
+    Returns:
+        [count, H, W] float32 in [0, 1].
+
+    Raises:
+        OptionError: There are more cells than pixels.
     """
     if cells > min(size):
         raise OptionError(f"cells is {cells}; an input of {size[0]}x{size[1]} takes {min(size)}")
     cell = [math.ceil(length / cells) for length in size]
     grids, corners = np.empty((count, cells, cells), np.float32), []
-    for index in range(count):  # one after the other, so that chunks of any size give the same
+    for index in range(count):  # mask by mask, so that chunks of any size give the same masks
         grids[index] = source.random((cells, cells)) < p
         corners.append(source.integers(0, cell))
     wide = cpu.upsample(grids, ((cells + 1) * cell[0], (cells + 1) * cell[1]))
     return np.stack(
-        [one[y : y + size[0], x : x + size[1]] for one, (y, x) in zip(wide, corners, strict=True)]
+        [grid[y : y + size[0], x : x + size[1]] for grid, (y, x) in zip(wide, corners, strict=True)]
     )
 
 
 def read_masks(file: str, size: tuple[int, int]) -> NDArray[np.floating]:
-    """Masks [N, H, W] of a .npy file, read from it as they are needed.
+    """Open the masks of a .npy file, which are read when they are needed.
 
-    Raises OptionError for a file that cannot be read or whose array does not fit.
+    Args:
+        file: The file's path.
+        size: Height and width that the masks must have.
+
+    Returns:
+        [N, H, W] of a floating-point or boolean type.
+
+    Raises:
+        OptionError: The file cannot be read, or its array does not fit.
     """
     try:
         masks = np.load(Path(file), mmap_mode="r", allow_pickle=False)
@@ -135,8 +155,8 @@ def read_masks(file: str, size: tuple[int, int]) -> NDArray[np.floating]:
     if not isinstance(masks, np.ndarray):
         masks.close()
         raise OptionError(f"{file} holds several arrays; it must hold one, of masks")
-    kind = masks.dtype.kind
-    if masks.ndim != 3 or masks.shape[1:] != size or not len(masks) or kind not in "fb":
+    fits = masks.ndim == 3 and masks.shape[1:] == size and len(masks) and masks.dtype.kind in "fb"
+    if not fits:
         raise OptionError(
             f"{file} holds {masks.dtype}{list(masks.shape)}; "
             f"the bundle takes masks float32[N, {size[0]}, {size[1]}]"

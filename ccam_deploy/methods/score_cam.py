@@ -28,10 +28,10 @@ class ScoreCAM(Method):
         weights: The weight of a channel. "increase": by how much the logit under its mask exceeds
             that of an input of zeros (Ha & Youn 2022, eq. 1-3). "probability": the softmax
             probability under its mask, as in the code of Score-CAM's authors. "softmax": the
-            softmax of the logits over all channels, as in TorchCAM and pytorch-grad-cam. Their
-            masks differ a little: TorchCAM scales them before it enlarges them, pytorch-grad-cam
-            aligns corners.
-        channels: Use only this many channels, those that vary most over the image; 0 for all.
+            softmax of the logits over all channels, as in TorchCAM and pytorch-grad-cam, whose
+            masks differ a little: TorchCAM scales them before it enlarges them, and
+            pytorch-grad-cam aligns corners.
+        channels: Use only so many channels, those that vary most over the image; 0 for all.
 
     """
 
@@ -57,7 +57,7 @@ class ScoreCAM(Method):
         scores, counted = self._score(classifier, batch, features, clock)
         with clock.stage("combine"):
             rows = np.broadcast_to(batch.baseline, (len(scores), len(batch.baseline)))
-            base = score_of(self._kind, rows, batch.targets)[:, None]
+            base = score_of(self._score_type, rows, batch.targets)[:, None]
             gains = np.where(counted, scores - base, np.float32(0))
             if self.weights == "softmax":
                 weights = np.stack(list(map(cpu.softmax, scores, counted)))
@@ -69,27 +69,29 @@ class ScoreCAM(Method):
             return MethodResult.of_maps(raw, list(weights), list(gains))
 
     def require_support(self, classifier: Classifier, batch: Batch) -> None:
-        """See that the layer is there; see Method."""
+        """Look up the layer; see Method."""
         batch.place_of(self.layer)
 
     @property
-    def _kind(self) -> Score:
+    def _score_type(self) -> Score:
         return "probability" if self.weights == "probability" else "logit"
 
     def _score(
         self, classifier: Classifier, batch: Batch, features: Floats, clock: Stopwatch
     ) -> tuple[Floats, NDArray[np.bool_]]:
-        """The score under each channel's mask [P, C] float32, 0 where it was not asked for.
+        """Score each channel's mask.
 
-        Also returns [P, C] bool, true where it was: not for flat channels, whose masks are empty,
-        nor for those beyond the number of channels to use.
+        Returns:
+            [P, C] float32, 0 for channels that are not scored, and [P, C] bool, which are: not
+            flat ones, whose masks are empty, nor those beyond the number of channels to use.
         """
         scores = np.zeros((len(batch.owner), features.shape[1]), np.float32)
         counted = np.zeros(scores.shape, np.bool_)
         with clock.stage("masks"):
-            used = [(image, self._channels(features[image])) for image in np.unique(batch.owner)]
-            images = np.repeat([i for i, _ in used], [len(own) for _, own in used])
-            channels = np.concatenate([own for _, own in used])
+            distinct = np.unique(batch.owner)
+            per_image = [self._channels(features[image]) for image in distinct]
+            images = np.repeat(distinct, list(map(len, per_image)))
+            channels = np.concatenate(per_image)
         for rows in row_chunks(len(images), batch.chunk):
             image, channel = images[rows], channels[rows]
             with clock.stage("masks"):
@@ -99,14 +101,15 @@ class ScoreCAM(Method):
                 logits = classifier.masked_logits(batch.images[shown], masks, owner)
             with clock.stage("combine"):
                 for pair in np.flatnonzero(np.isin(batch.owner, shown)):
-                    own = image == batch.owner[pair]
-                    classes = np.full(np.count_nonzero(own), batch.targets[pair])
-                    scores[pair, channel[own]] = score_of(self._kind, logits[own], classes)
-                    counted[pair, channel[own]] = True
+                    masked = image == batch.owner[pair]
+                    classes = np.full(np.count_nonzero(masked), batch.targets[pair])
+                    values = score_of(self._score_type, logits[masked], classes)
+                    scores[pair, channel[masked]] = values
+                    counted[pair, channel[masked]] = True
         return scores, counted
 
     def _channels(self, features: Floats) -> NDArray[np.intp]:
-        """The channels of an image [C, h, w] to use, in ascending order."""
+        """Choose the channels of an image's features [C, h, w] to use, in ascending order."""
         flat = features.reshape(len(features), -1)
         varied = np.flatnonzero(flat.max(axis=1) > flat.min(axis=1))
         most = self.channels

@@ -23,11 +23,11 @@ from ccam_deploy.methods.image_gradient import (
 
 @dataclass(frozen=True)
 class SmoothGrad(PixelAttribution):
-    """The gradient's mean over noisy copies of the image (Smilkov et al. 2017).
+    """Averages the gradient over noisy copies of the image (Smilkov et al. 2017).
 
     Attributes:
         samples: How many noisy copies of the image are made.
-        noise: Their standard deviation, as a share of the range of the image's values.
+        noise: Standard deviation of the noise, as a share of the range of the image's values.
         seed: Seed of the noise, which is the same for every image.
         square: Average squared gradients instead (SmoothGrad-squared).
         channels: See IntegratedGradients; the paper shows the "maximum", its code "absolute".
@@ -51,7 +51,7 @@ class SmoothGrad(PixelAttribution):
         require_choice("channels", self.channels, get_args(Channels))
 
     def attribute(self, classifier: Classifier, batch: Batch) -> Floats:
-        """The mean gradient of each pair's pixels; see the class."""
+        """Average the gradient of each pair's pixels; see PixelAttribution."""
         shape = batch.images.shape[1:]
         ranges = np.ptp(batch.images.reshape(len(batch.images), -1), axis=1)
         deviations = (np.float32(self.noise) * ranges)[:, None, None, None]
@@ -60,8 +60,8 @@ class SmoothGrad(PixelAttribution):
             owner = batch.owner[pairs]
             draws = [np.random.default_rng((self.seed, n)) for n in samples]
             noise = np.stack([draw.standard_normal(shape, np.float32) for draw in draws])
-            found: Floats = batch.images[owner] + deviations[owner] * noise
-            return found
+            copies: Floats = batch.images[owner] + deviations[owner] * noise
+            return copies
 
         weights = np.full(self.samples, 1 / self.samples)
         return mean_gradient(classifier, batch, weights, noisy, self.square)

@@ -29,20 +29,20 @@ _LEAST_SEGMENT = 150
 
 @dataclass(frozen=True)
 class XRAI(Method):
-    """Adds regions in order of the mean attribution of the pixels that each adds.
+    """Adds regions in the order of their mean attribution (Kapishnikov et al. 2019).
 
-    Every pixel is worth that mean of the region that brought it in. The regions are those of the
-    authors, Felzenszwalb's at six scales, found at the input's size (their program scales other
-    sizes to 224×224 for it).
+    A region's mean is taken over the pixels that it adds to those before it, and these pixels get
+    the mean as their value. As in the authors' program, the regions are Felzenszwalb's at six
+    scales; they are found at the input's size (the program scales other sizes to 224×224).
 
     Attributes:
         steps: Steps of the integrated gradients from black and from white, which are averaged.
-        rule: Their rule; see IntegratedGradients.
+        rule: Where the steps are taken; see IntegratedGradients.
         dilation: By how many pixels a region is widened.
-        least: A region that adds fewer pixels than this to those before it is skipped.
-        channels: See IntegratedGradients. By default the sum keeps its sign, so that evidence
-            against the class ranks last. (The authors' program takes each pixel's highest channel,
-            with its sign.)
+        least: Regions that add fewer pixels than this are skipped.
+        channels: See IntegratedGradients. The default, a sum with its sign, ranks evidence against
+            the class last. (The authors' program takes each pixel's highest channel, with its
+            sign.)
 
     """
 
@@ -81,17 +81,26 @@ class XRAI(Method):
             return MethodResult.of_maps(maps)
 
     def require_support(self, classifier: Classifier, batch: Batch) -> None:
-        """See that there are scikit-image and a gradient of the image; see Method."""
+        """Take the gradient once, and import scikit-image; see Method."""
         classifier.input_gradient(batch.images, batch.one_hot)
         _import()
 
 
 def rank(values: Floats, regions: NDArray[np.bool_], least: int) -> Floats:
-    """The map [H, W] float32 of attributions [H, W] over regions [R, H, W] that may overlap."""
+    """Rank regions and give each pixel the mean attribution of the region that adds it.
+
+    Args:
+        values: [H, W] float32, attributions.
+        regions: [R, H, W] bool; they may overlap.
+        least: Regions that add fewer pixels than this are skipped.
+
+    Returns:
+        [H, W] float32; pixels of no region have their mean attribution.
+    """
     areas = regions.reshape(len(regions), -1).astype(np.float32)
     flat = values.ravel()
     free = np.ones(flat.shape, np.bool_)
-    found = np.empty_like(flat)
+    ranked = np.empty_like(flat)
     while len(areas):
         added = areas @ free.astype(np.float32)
         left = added >= least
@@ -101,29 +110,29 @@ def rank(values: Floats, regions: NDArray[np.bool_], least: int) -> Floats:
         gains = (areas @ np.where(free, flat, np.float32(0))) / added
         best = int(gains.argmax())
         new = free & (areas[best] > 0)
-        found[new] = gains[best]
+        ranked[new] = gains[best]
         free &= ~new
     if free.any():
-        found[free] = flat[free].mean()
-    return found.reshape(values.shape)
+        ranked[free] = flat[free].mean()
+    return ranked.reshape(values.shape)
 
 
 def _regions(segmentation: Any, pixels: Floats, dilation: int) -> NDArray[np.bool_]:
-    """Regions [R, H, W] of an image's pixels [C, H, W], at all scales."""
+    """Segment an image's pixels [C, H, W] at all scales, into regions [R, H, W]."""
     low, high = pixels.min(), pixels.max()
     spread = (pixels - low) / (high - low) if high > low else np.zeros_like(pixels)
     image = np.moveaxis(2 * spread - 1, 0, -1)
-    found = []
+    regions = []
     for scale in _SCALES:
         labels = segmentation.felzenszwalb(
             image, scale=scale, sigma=_SIGMA, min_size=_LEAST_SEGMENT, channel_axis=-1
         )
-        found += [_widened(labels == label, dilation) for label in np.unique(labels)]
-    return np.stack(found)
+        regions += [_widened(labels == label, dilation) for label in np.unique(labels)]
+    return np.stack(regions)
 
 
 def _widened(region: NDArray[np.bool_], dilation: int) -> NDArray[np.bool_]:
-    """A region with all that is at most so many pixels away."""
+    """Add the pixels at most `dilation` away to a region [H, W]."""
     from scipy.ndimage import distance_transform_edt
 
     if dilation == 0:

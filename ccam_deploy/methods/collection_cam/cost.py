@@ -1,6 +1,7 @@
-"""What Collection-CAM costs here, as measured, by its number of masks; the k_max of a time budget.
+"""The measured cost of Collection-CAM by its number of masks, and the k_max of a time budget.
 
-Only whole explanations are timed, so that whatever an engine, a batch or a GPU adds is counted.
+Only whole explanations are timed, so that the cost includes all that an engine, a batch or a GPU
+adds.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from ccam_deploy.methods.base import Method
 from ccam_deploy.methods.collection_cam.cpu import CollectionCAM
 
 _WARM_ROUNDS = 2
-"""A GPU launches work piece by piece the first time, and captures it the second."""
+"""A GPU's first call launches its work piece by piece, and the second captures it."""
 _ROUNDS = 3
 _PERCENTILE = 90
 
@@ -27,13 +28,13 @@ Run = Callable[[CollectionCAM], int]
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds that one call takes, from the prepared images to the result.
+    """The time of a call, from the prepared images to the result.
 
     Attributes:
-        fixed: Seconds of everything that k_max does not change.
+        fixed: Seconds that do not depend on k_max.
         per_number: Seconds for each number of collections that is tried.
-        per_mask: Seconds for each mask: drawn, sent through the classifier, added up.
-        margin: Nine of ten measured calls took at most this factor times the sum of the three.
+        per_mask: Seconds for each mask: to draw it, run the classifier on it, and add it up.
+        margin: Nine of ten measured calls took at most this factor times the predicted seconds.
 
     """
 
@@ -58,13 +59,13 @@ class Cost:
 
 @dataclass(frozen=True)
 class Budget:
-    """The budget of a call and what it is expected to take.
+    """The budget of a call and the time that the call is expected to take.
 
     Attributes:
         ms: The budget, in milliseconds.
-        predicted_ms: What the call is expected to take at most, in milliseconds.
+        predicted_ms: The most that the call is expected to take, in milliseconds.
         k_max: The largest k_max that fits.
-        k_max_asked: The method's own k_max, which is at least that.
+        k_max_asked: The method's k_max, at least as large.
 
     """
 
@@ -77,7 +78,8 @@ class Budget:
 def measure(run: Run, method: CollectionCAM, now: Callable[[], float]) -> Cost:
     """Time calls with few and with many masks in turn, and fit their cost.
 
-    Some calls are forced to one number of collections; one chooses its own, as explanations do.
+    Most calls try a single number of collections; one tries the method's range, as explanations
+    do.
 
     Args:
         run: Explains once.
@@ -111,14 +113,14 @@ def measure(run: Run, method: CollectionCAM, now: Callable[[], float]) -> Cost:
 
 
 class Costs:
-    """The costs of an explainer's calls, each measured when it is first asked for, or again.
+    """The costs of an explainer's calls, each measured when it is first needed, or on request.
 
-    Safe to use from several threads: they wait for what one of them measures.
+    Safe to use from several threads: while one measures, the others wait.
 
     Args:
         channels: The number of channels of each target layer, by its name.
-        rehearse: Called with numbers of images and (image, class) pairs; returns a call on
-            stand-ins for as many.
+        rehearse: Takes numbers of images and (image, class) pairs, and returns a call on noise
+            with as many.
         now: Seconds on a clock that only goes forward.
 
     """
@@ -138,13 +140,13 @@ class Costs:
     def of(self, images: int, pairs: int, method: CollectionCAM, anew: bool = False) -> Cost:
         """Give the cost of a call on some images and (image, class) pairs.
 
-        Options that do not change how much is computed share one measurement.
+        Methods whose options need the same computation share a measurement.
 
         Args:
             images: How many images the call has.
             pairs: How many (image, class) pairs the call has.
             method: The method of the call.
-            anew: Measure even where a measurement exists.
+            anew: Measure again even if a measurement exists.
 
         """
         key = images, pairs, method.k_min, method.k_max, method.layers
@@ -155,9 +157,9 @@ class Costs:
             return self._known[key]
 
     def predict(self, parts: Sequence[tuple[int, int]], method: CollectionCAM) -> Doubles:
-        """Predict how long a call takes at most, for each k_max from the method's k_min up.
+        """Predict the longest time of a call for each k_max from the method's k_min up.
 
-        Every layer is assumed to have as many collections as it may.
+        Every layer is assumed to have k_max collections, or as many as it has channels.
 
         Args:
             parts: Numbers of images and pairs of each batch that the call runs in turn.
@@ -184,7 +186,7 @@ class Costs:
         parts: Sequence[tuple[int, int]],
         method: CollectionCAM,
     ) -> tuple[CollectionCAM, Budget]:
-        """Lower a method's k_max to the largest for which a call has time.
+        """Lower a method's k_max to the largest with which a call keeps its budget.
 
         Args:
             budget_ms: Milliseconds that the call may take.

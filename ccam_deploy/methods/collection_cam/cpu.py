@@ -31,7 +31,13 @@ _MOST_COLLECTIONS = 1024
 
 @dataclass(frozen=True)
 class _Piece:
-    """Some masks of one pair, none of them flat, on their way through the classifier."""
+    """Some of a pair's masks, none of them flat, for the classifier.
+
+    Attributes:
+        pair: The pair.
+        places: [n], the place of each mask among the pair's.
+        masks: [n, H, W] float32 in [0, 1].
+    """
 
     pair: int
     places: NDArray[np.intp]
@@ -122,7 +128,7 @@ class CollectionCAM(Method):
         self.selected_layers(batch.layers)
 
     def _output_gradient(self, batch: Batch) -> Floats:
-        """∂F_c/∂logits, [P, classes]."""
+        """The gradient of F_c at the logits, [P, classes] float32."""
         if self.score == "logit":
             return batch.one_hot
         shares = probabilities(batch.activations.logits[batch.owner])
@@ -132,7 +138,7 @@ class CollectionCAM(Method):
     def _partition(
         self, name: str, features: Floats, gradients: Floats, final: bool, clock: Stopwatch
     ) -> tuple[LayerPartition, list[Floats]]:
-        """Cluster one layer's channels and add up the collections, pair by pair."""
+        """Cluster a layer's channels and add up the collections, pair by pair."""
         with clock.stage("statistics"):
             psi = cpu.channel_statistics(features, gradients)
             if not np.isfinite(psi).all():
@@ -162,9 +168,11 @@ class CollectionCAM(Method):
         weighted: cpu.SoftmaxSum,
         clock: Stopwatch,
     ) -> tuple[list[Floats], list[NDArray[np.bool_]]]:
-        """Send all masks through the classifier in full chunks; add them up as scores come.
+        """Run the classifier on all masks in full chunks, and add each up once it has its score.
 
-        Returns each pair's scores, and which of its masks were counted: those that are not flat.
+        Returns:
+            For each pair its scores [N] float32, and which of its masks count [N] bool: all but
+            flat ones.
         """
         counts = [sum(len(maps) for maps in sums) for sums in per_pair]
         scores = [np.zeros(count, np.float32) for count in counts]
@@ -203,7 +211,16 @@ class CollectionCAM(Method):
 
 
 def draw_masks(sums: Sequence[Floats], size: tuple[int, int], theta: float) -> Floats:
-    """All masks [n, H, W] of one pair, from the collection sums of its layers."""
+    """Draw all masks of a pair.
+
+    Args:
+        sums: [k, h, w] float32 for each layer, the sums of its collections.
+        size: Height and width of the masks.
+        theta: Mask values not above this quantile become 0; in [0, 1).
+
+    Returns:
+        [N, H, W] float32 in [0, 1].
+    """
     return np.concatenate([cpu.render_masks(maps, size, theta)[0] for maps in sums])
 
 

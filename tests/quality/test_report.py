@@ -13,8 +13,10 @@ from PIL import Image
 from scipy import stats
 
 import ccam_deploy as ccam
+from ccam_deploy import render
+from ccam_deploy.preprocess import restore_image
 from ccam_deploy.quality import charts, report
-from ccam_deploy.quality.datasets import open_dataset
+from ccam_deploy.quality.datasets import Dataset, Item, open_dataset
 from ccam_deploy.quality.metrics import METRICS
 from ccam_deploy.quality.results import Row
 from ccam_deploy.quality.variants import Variant
@@ -186,3 +188,27 @@ def test_maps_are_a_grid(digits: ccam.Explainer) -> None:
     width, height = sizes[1, 1]
     assert sizes[1, 2][0] - width == pytest.approx(width / 2, abs=4)
     assert sizes[9, 1] == (width, 6 * height)
+
+
+class Wide(Dataset):
+    """One picture three times as wide as high."""
+
+    names = ("wide",)
+
+    def __getitem__(self, index: int) -> Item:
+        pixels = np.random.default_rng(0).integers(0, 200, (96, 288, 3)).astype(np.uint8)
+        return Item("wide", lambda: Image.fromarray(pixels))
+
+
+def test_maps_show_the_centre_crop_alone(digits: ccam.Explainer) -> None:
+    """Nothing is coloured that the network did not see: a tile is the network's input."""
+    data = Wide()
+    rows = [Row(0, "wide", "one", 3, 0.5, {})]
+    content = charts.draw_maps(digits, data, [Variant("one", ccam.GradCAM())], rows)
+    images, _ = digits.preprocess([data[0].read()])
+    how = digits.bundle.manifest.preprocessing
+    seen = restore_image(images[0], how.mean, how.std).convert("RGB")
+    saliency = digits.explain(images, [3], method=ccam.GradCAM()).saliency[0]
+    tiles = [(digits.bundle.manifest.label(3), seen), ("one", render.overlay(seen, saliency))]
+    with Image.open(io.BytesIO(content)) as picture:
+        np.testing.assert_array_equal(picture, render.grid([tiles], 192))

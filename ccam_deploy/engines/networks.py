@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ccam_deploy.arrays import Floats
+from ccam_deploy.arrays import Classes, Floats
 from ccam_deploy.engines.base import OWNER, Array, Engine
 from ccam_deploy.engines.cuda.slots import Slots
 from ccam_deploy.errors import OptionError
@@ -59,7 +59,7 @@ class Classifier(Protocol):
         """
         ...
 
-    def masked_logits(self, images: Floats, masks: Floats, owner: NDArray[np.int64]) -> Floats:
+    def masked_logits(self, images: Floats, masks: Floats, owner: Classes) -> Floats:
         """Run images under masks.
 
         Args:
@@ -127,7 +127,7 @@ class Networks:
 
     Args:
         engines: The engines, by their graphs' names.
-        gradient_scale: What the gradient graphs scale gradients by.
+        gradient_scale: The factor by which gradients are scaled in the graphs; see Precision.
         backend: The backend's name.
         slots: Where a whole explanation can run on a GPU; None on a CPU.
 
@@ -200,7 +200,7 @@ class Networks:
         cast = {name: self._cast("excitation", name, values) for name, values in feeds.items()}
         return tuple(self.engines["excitation"].run(cast).values())
 
-    def masked_logits(self, images: Floats, masks: Floats, owner: NDArray[np.int64]) -> Floats:
+    def masked_logits(self, images: Floats, masks: Floats, owner: Classes) -> Floats:
         """Run images under masks; see Classifier."""
         feeds = {
             "images": self._cast("classifier", "images", images),

@@ -136,7 +136,7 @@ def random_masks(
 
 
 def read_masks(file: str, size: tuple[int, int]) -> NDArray[np.floating]:
-    """Open the masks of a .npy file, which are read when they are needed.
+    """Open the masks of a .npy file; each is read when it is used.
 
     Args:
         file: The file's path.

@@ -2,8 +2,8 @@
 
 `torch.onnx.export` decomposes every program that it is given, which traces it again and takes ten
 times as long as the conversion itself. The graphs of this package are traced and functional, so
-they are handed over as programs that say so; a graph with an operator that ONNX does not know is
-decomposed as usual.
+they are handed over as programs that say so, and an operator that ONNX does not know is decomposed
+by itself.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from torch.export.graph_signature import (
     OutputSpec,
     TensorArgument,
 )
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import (
     DimDynamic,
     ShapeEnv,
@@ -108,15 +109,42 @@ def _retraced_program(graph: fx.GraphModule, inputs: Mapping[str, GraphInput]) -
 
 
 class _FunctionalProgram(ExportedProgram):
-    """A program that needs no decomposition, unless it holds an operator that ONNX lacks."""
+    """A program of which only the operators that ONNX lacks need a decomposition."""
 
     def run_decompositions(self, decomp_table: Any = None, **options: Any) -> ExportedProgram:
-        """Give the program itself where the table has an entry for none of its operators."""
+        """Replace the operators that the table has an entry for, one by one and in place."""
         table = decomp_table or {}
-        if not any(node.target in table for node in self.graph.nodes):
-            return self
-        decomposed: ExportedProgram = super().run_decompositions(decomp_table, **options)
-        return decomposed
+        for node in [node for node in self.graph.nodes if node.target in table]:
+            _decompose(self.graph, node, table)
+        results: Any = self.graph.output_node().args[0]
+        for spec, result in zip(self.graph_signature.output_specs, results, strict=True):
+            spec.arg = TensorArgument(result.name)
+        return self
+
+
+def _decompose(graph: fx.Graph, node: fx.Node, table: Mapping[Any, Callable[..., Any]]) -> None:
+    """Put what an operator is made of in its place."""
+    target: Any = node.target
+    sources = node.all_input_nodes
+    values = [source.meta["val"] for source in sources]
+    if not all(isinstance(value, Tensor) for value in (*values, node.meta["val"])):
+        raise TypeError(f"{target} takes or gives more than tensors")
+
+    def operator(*tensors: Tensor) -> Any:
+        by_source = dict(zip(sources, tensors, strict=True))
+        args, kwargs = fx.map_arg((node.args, node.kwargs), by_source.__getitem__)
+        return target(*args, **kwargs)
+
+    mode = node.meta["val"].fake_mode
+    with mode, enable_python_dispatcher():
+        parts = make_fx(operator, decomposition_table=table)(*values)
+    if any(part.op == "get_attr" for part in parts.graph.nodes):
+        raise TypeError(f"{target} is made of constants")
+    inputs = [part for part in parts.graph.nodes if part.op == "placeholder"]
+    with graph.inserting_before(node):
+        result = graph.graph_copy(parts.graph, dict(zip(inputs, sources, strict=True)))
+    node.replace_all_uses_with(result)  # type: ignore[arg-type]
+    graph.erase_node(node)
 
 
 def _traced_program(graph: fx.GraphModule, inputs: Mapping[str, GraphInput]) -> ExportedProgram:

@@ -6,15 +6,18 @@ from collections import Counter
 from typing import Any
 
 import onnx_ir as ir
+import onnxruntime
 import pytest
 import torch
 from torch import fx, nn
 
+from ccam_deploy.arrays import Floats
 from ccam_deploy.export import onnx_conversion
 from ccam_deploy.export.autodiff import differentiate
 from ccam_deploy.export.layers import find_layers
 from ccam_deploy.export.onnx_conversion import GraphInput, to_onnx
 from ccam_deploy.export.program import Program, aten, build_program, trace_model
+from tests.helpers import noise
 from tests.networks import tiny
 
 SIZE = (3, 32, 48)
@@ -33,6 +36,15 @@ def _nodes(model: ir.Model) -> list[tuple[str, int, int]]:
 def _weights(model: ir.Model) -> Counter[bytes]:
     tensors = [value.const_value for value in model.graph.initializers.values()]
     return Counter(tensor.tobytes() for tensor in tensors if tensor is not None)
+
+
+def _run(model: ir.Model) -> Floats:
+    """What a graph of images [2, 3, 4, 6] computes."""
+    session = onnxruntime.InferenceSession(
+        ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    values: Floats = session.run(None, {"images": noise(2, 3, 4, 6)})[0]
+    return values
 
 
 def _refuse(*_: object, **__: object) -> None:
@@ -86,13 +98,35 @@ def test_the_registry_is_built_once_and_put_back(monkeypatch: pytest.MonkeyPatch
     assert ONNXRegistry.__dict__["from_torchlib"] is before
 
 
-def test_an_operator_that_onnx_lacks_is_decomposed(program: Program) -> None:
+@pytest.mark.parametrize(
+    ("operator", "arguments", "options"),
+    [
+        (aten.logit.default, (), {}),
+        (aten.rsub.Scalar, (1,), {}),
+        (aten.var.correction, ([-1],), {"correction": 0, "keepdim": True}),
+        (aten.adaptive_avg_pool2d.default, ([2, 3],), {}),
+        (aten.adaptive_avg_pool2d.default, ([4, 6],), {}),
+    ],
+)
+def test_an_operator_that_onnx_lacks_is_decomposed_by_itself(
+    operator: Any,
+    arguments: tuple[Any, ...],
+    options: dict[str, Any],
+    program: Program,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     graph = fx.Graph()
     images = graph.placeholder("images")
-    graph.output((graph.call_function(aten.logit.default, (images,)),))
+    graph.output((graph.call_function(operator, (images, *arguments), options),))
     module = fx.GraphModule(nn.Module(), graph)
-    model = to_onnx(module, {"images": GraphInput((2, 3), "batch")}, ["logits"], program)
-    assert Counter(node.op_type for node in model.graph)["Log"] == 1
+    inputs = {"images": GraphInput((2, 3, 4, 6), "batch")}
+    with monkeypatch.context() as patch:
+        patch.setattr(onnx_conversion, "_retraced_program", _refuse)
+        short = to_onnx(module, inputs, ["values"], program)
+    monkeypatch.setattr(onnx_conversion, "_traced_program", _refuse)
+    long = to_onnx(module, inputs, ["values"], program)
+    assert [value.name for value in short.graph.outputs] == ["values"]
+    assert _run(short).tobytes() == _run(long).tobytes()
 
 
 def test_a_graph_that_fixes_the_batch_is_refused(program: Program) -> None:

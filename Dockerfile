@@ -2,7 +2,7 @@
 #
 #   docker build --tag ccam-deploy .
 #   docker run --rm --gpus all ccam-deploy doctor
-#   docker run --rm --gpus all --user "$(id -u)" --volume "$PWD:/work" \
+#   docker run --rm --gpus all --user "$(id -u)" --volume "$PWD:/data" \
 #       ccam-deploy explain engines/model photos --output maps
 #
 # EXTRAS=gpu-onnxruntime leaves TensorRT out.
@@ -37,11 +37,11 @@ RUN apt-get update \
     && apt-get install --yes --no-install-recommends python3 \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --create-home --uid 10001 ccam \
-    && install --directory --owner ccam /work
+    && install --directory --owner ccam /data
 COPY --from=build /opt/ccam-deploy /opt/ccam-deploy
 ENV PATH=/opt/ccam-deploy/bin:$PATH \
     PYTHONUNBUFFERED=1
 USER ccam
-WORKDIR /work
+WORKDIR /data
 ENTRYPOINT ["ccam-deploy"]
 CMD ["--help"]

@@ -39,7 +39,6 @@ def text_table(rows: Iterable[Sequence[str]]) -> str:
 
     Returns:
         One line for each row, joined by line feeds, without spaces at the ends of lines.
-
     """
     lines = [[one_line(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -61,7 +60,6 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
     Raises:
         ValueError: A row has more or fewer cells than the header.
-
     """
     lines = [_markdown_line(header), "|---" * len(header) + "|"]
     for row in rows:

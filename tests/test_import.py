@@ -31,7 +31,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"explainer"}),
     frozenset({"fidelity"}),
     frozenset({"export"}),
-    frozenset({"checks", "latency", "quality", "serve"}),
+    frozenset({"checks", "latency", "quality"}),
     frozenset({"cli"}),
     frozenset({"__main__"}),
 )

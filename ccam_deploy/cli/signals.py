@@ -47,7 +47,6 @@ def held_signals() -> Iterator[Callable[[], None]]:
     Yields:
         A function to call wherever an exception can pass: it raises what a held signal raises,
         KeyboardInterrupt or Terminated. The end of the block does the same.
-
     """
     held: list[int] = []
     handlers: dict[int, Any] = {}

@@ -79,7 +79,6 @@ def method_named(name: str) -> type[Method]:
 
     Raises:
         OptionError: No method has the name.
-
     """
     if name not in METHODS:
         raise OptionError(f'method "{name}" is unknown; there are {", ".join(METHODS)}')
@@ -95,7 +94,6 @@ def make_method(method: str | Method | None = None) -> Method:
 
     Raises:
         OptionError: The name is unknown, or the value is neither a name nor a method.
-
     """
     if method is None:
         return CollectionCAM()

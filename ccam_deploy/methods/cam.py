@@ -28,7 +28,6 @@ class CAM(ChannelWeights):
     Attributes:
         layer: The target layer; empty for the final one. The network must be linear after it.
         relu: Cut negative values off, which the paper does not.
-
     """
 
     name = "cam"

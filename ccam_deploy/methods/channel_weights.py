@@ -21,7 +21,6 @@ class ChannelWeights(Method):
     Attributes:
         layer: The target layer; empty for the final one.
         relu: Cut negative values off.
-
     """
 
     layer: str = ""

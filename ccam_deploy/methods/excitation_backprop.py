@@ -27,7 +27,6 @@ class ExcitationBackprop(Method):
             (layer3 of a ResNet, the layer before pool4 of a VGG).
         contrastive: Subtract the map of a class with the opposite weights, and cut negative
             values off (contrastive marginal winning probability, c-MWP).
-
     """
 
     name = "excitation-backprop"

@@ -17,7 +17,6 @@ class GradCAM(ChannelWeights):
     Attributes:
         layer: The target layer; empty for the final one.
         relu: Cut negative values off.
-
     """
 
     name = "grad-cam"

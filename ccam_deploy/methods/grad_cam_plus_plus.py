@@ -24,7 +24,6 @@ class GradCAMPlusPlus(ChannelWeights):
         epsilon: Added to the denominator of alpha, as some programs do to avoid a division by
             zero (pytorch-grad-cam adds 1e-6); by default places with a zero denominator are left
             out instead. It changes results: gradients of 1e-3 have squares of 1e-6.
-
     """
 
     name = "grad-cam++"

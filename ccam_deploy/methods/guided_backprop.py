@@ -19,7 +19,6 @@ class GuidedBackprop(PixelAttribution):
 
     Attributes:
         channels: See IntegratedGradients; Captum leaves all C values, with their signs.
-
     """
 
     name = "guided-backprop"

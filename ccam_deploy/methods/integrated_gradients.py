@@ -42,7 +42,6 @@ class IntegratedGradients(PixelAttribution):
         channels: How a pixel's C values become one: the sum of "absolute" values as in PAIR's
             saliency library, their "maximum", the sum of the "positive" values, or the "sum" of
             all, which has a sign.
-
     """
 
     name = "integrated-gradients"

@@ -24,7 +24,6 @@ class LayerCAM(Method):
         scaling: Which maps pass through the tanh that lifts small values, where there are several
             layers: all but the deepest as published ("shallow"), "all" as in TorchCAM, or "none".
         gamma: How strongly the tanh lifts them.
-
     """
 
     name = "layer-cam"

@@ -22,7 +22,6 @@ class ReciproCAM(Method):
     Attributes:
         score: The score of a place: the softmax probability of the class, as in the authors'
             code, or its logit, as in OpenVINO XAI.
-
     """
 
     name = "recipro-cam"

@@ -32,7 +32,6 @@ class RISE(Method):
         seed: Seed of the random numbers.
         score: What F_c is: the softmax probability of the class, or its logit.
         file: A .npy file of masks [N, H, W] in [0, 1] to use instead of random ones.
-
     """
 
     name = "rise"

@@ -32,7 +32,6 @@ class ScoreCAM(Method):
             masks differ a little: TorchCAM scales them before it enlarges them, and
             pytorch-grad-cam aligns corners.
         channels: Use only so many channels, those that vary most over the image; 0 for all.
-
     """
 
     name = "score-cam"

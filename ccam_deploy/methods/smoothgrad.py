@@ -31,7 +31,6 @@ class SmoothGrad(PixelAttribution):
         seed: Seed of the noise, which is the same for every image.
         square: Average squared gradients instead (SmoothGrad-squared).
         channels: See IntegratedGradients; the paper shows the "maximum", its code "absolute".
-
     """
 
     name = "smoothgrad"

@@ -43,7 +43,6 @@ class XRAI(Method):
         channels: See IntegratedGradients. The default, a sum with its sign, ranks evidence against
             the class last. (The authors' program takes each pixel's highest channel, with its
             sign.)
-
     """
 
     name = "xrai"

@@ -20,6 +20,7 @@ from scipy import special
 
 pytest.importorskip("numba.cuda")
 
+from ccam_deploy.arrays import Floats
 from ccam_deploy.kernels import cpu
 from tests.kernels.simulated_device import (
     Arrays,
@@ -32,7 +33,6 @@ from tests.kernels.simulated_device import (
 
 pytestmark = pytest.mark.slow
 
-Floats = NDArray[np.float32]
 Result = TypeVar("Result")
 SEEDS = st.integers(0, 2**31)
 FEW = settings(max_examples=4, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])

@@ -35,7 +35,6 @@ class Cost:
         per_number: Seconds for each number of collections that is tried.
         per_mask: Seconds for each mask: to draw it, run the classifier on it, and add it up.
         margin: Nine of ten measured calls took at most this factor times the predicted seconds.
-
     """
 
     fixed: float
@@ -52,7 +51,6 @@ class Cost:
 
         Returns:
             [N] float64.
-
         """
         return self.margin * (self.fixed + self.per_number * numbers + self.per_mask * masks)
 
@@ -66,7 +64,6 @@ class Budget:
         predicted_ms: The most that the call is expected to take, in milliseconds.
         k_max: The largest k_max that fits.
         k_max_asked: The method's k_max, at least as large.
-
     """
 
     ms: float
@@ -85,7 +82,6 @@ def measure(run: Run, method: CollectionCAM, now: Callable[[], float]) -> Cost:
         run: Explains once.
         method: The method whose calls are measured, up to its k_max.
         now: Seconds on a clock that only goes forward.
-
     """
     from scipy.optimize import nnls
 
@@ -122,7 +118,6 @@ class Costs:
         rehearse: Takes numbers of images and (image, class) pairs, and returns a call on noise
             with as many.
         now: Seconds on a clock that only goes forward.
-
     """
 
     def __init__(
@@ -147,7 +142,6 @@ class Costs:
             pairs: How many (image, class) pairs the call has.
             method: The method of the call.
             anew: Measure again even if a measurement exists.
-
         """
         key = images, pairs, method.k_min, method.k_max, method.layers
         with self._lock:
@@ -167,7 +161,6 @@ class Costs:
 
         Returns:
             [k_max - k_min + 1] float64, seconds.
-
         """
         names = list(self._channels)
         channels = np.array([self._channels[names[i]] for i in method.selected_layers(names)])
@@ -199,7 +192,6 @@ class Costs:
 
         Raises:
             OptionError: Not even k_min fits.
-
         """
         predicted = 1000 * (spent + self.predict(parts, method))
         fitting = int(np.count_nonzero(predicted <= budget_ms))
@@ -218,7 +210,6 @@ def budgeted(method: Method) -> CollectionCAM:
 
     Raises:
         OptionError: The method is not Collection-CAM.
-
     """
     if not isinstance(method, CollectionCAM):
         raise OptionError(
@@ -232,7 +223,6 @@ def validate_budget(budget_ms: float | None, method: Method) -> None:
 
     Raises:
         OptionError: The budget is not above 0 and finite, or the method is not Collection-CAM.
-
     """
     if budget_ms is None:
         return

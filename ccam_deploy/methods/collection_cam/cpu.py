@@ -58,7 +58,6 @@ class CollectionCAM(Method):
         score: What F_c is: the logit of the class, or its softmax probability.
         standardise: Scale the channel statistics to equal deviation before they are clustered.
         layers: Use only these target layers; empty for all. The deepest counts as the final one.
-
     """
 
     name = "collection-cam"
@@ -88,7 +87,6 @@ class CollectionCAM(Method):
 
         Raises:
             OptionError: A layer is not in the bundle.
-
         """
         return places_of(self.layers or names, names)
 

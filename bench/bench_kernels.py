@@ -21,6 +21,7 @@ from msgspec.structs import asdict
 from bench import harness
 from ccam_deploy.engines.cuda.device import Device, Region
 from ccam_deploy.errors import BackendError
+from ccam_deploy.kernels.cuda.buffers import Buffers
 from ccam_deploy.kernels.cuda.geometry import Geometry, LayerPlace
 from ccam_deploy.latency.timing import summarise
 from ccam_deploy.text import markdown_table
@@ -97,16 +98,16 @@ def kernel_steps(device: Device, network: str, batch: int) -> tuple[dict[str, Wo
     Returns:
         The steps by name, and the region from which "starts", the counts of masks, is downloaded.
     """
-    from ccam_deploy.kernels.cuda.launch import Buffers, CollectionKernels, Head, Inputs
+    from ccam_deploy.kernels.cuda.launch import CollectionKernels, Head, Inputs, write_constants
 
     place = geometry(network, batch)
     total = sum(batch * math.prod(shape) for shape in SHAPES[network])
-    specs = {name: (spec.shape, spec.dtype) for name, spec in place.specs().items()}
+    specs = {name: (spec.shape, spec.dtype) for name, spec in place.specs().by_name().items()}
     arrays: dict[str, Any] = {
         "features": ((total,), np.float32),
         "gradients": ((total,), np.float32),
         "owner": ((batch,), np.int32),
-        "wanted": ((batch,), np.int32),
+        "codes": ((batch,), np.int32),
         "k_range": ((2,), np.int32),
         "logits": ((batch, _CLASSES), np.float32),
         "mask_logits": ((place.masks, _CLASSES), np.float32),
@@ -118,19 +119,20 @@ def kernel_steps(device: Device, network: str, batch: int) -> tuple[dict[str, Wo
             values[:] = random.standard_normal(values.shape, np.float32)
     np.maximum(data.host["features"], 0, out=data.host["features"])
     data.host["owner"][:] = np.arange(batch)
-    data.host["wanted"][:] = -1
+    data.host["codes"][:] = -1
     data.host["k_range"][:] = _K_RANGE
     data.upload()
     counts = Region(device, {"starts": specs.pop("starts")}, mirrored=True)
     gradient = {"output_gradient": ((batch, _CLASSES), np.float32)}
     room = Region(device, {**specs, **gradient})
     stream = device.kernel_stream
-    buffers = Buffers.allocate(
-        place, lambda name, spec: (counts if name == "starts" else room).view(name), stream
+    buffers = Buffers.of(
+        {"starts": counts.view("starts"), **{name: room.view(name) for name in specs}}
     )
+    write_constants(place, buffers, stream)
     kernels = CollectionKernels(place, buffers)
     inputs = Inputs(*map(data.view, ("features", "gradients", "owner", "k_range")))
-    head = Head(data.view("logits"), data.view("wanted"), room.view("output_gradient"))
+    head = Head(data.view("logits"), data.view("codes"), room.view("output_gradient"))
     mask_logits = data.view("mask_logits")
     return {
         "output_gradient": lambda: kernels.output_gradient(inputs, head, 1.0, False, stream),

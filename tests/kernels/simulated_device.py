@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ccam_deploy.kernels.cuda.geometry import Geometry, LayerPlace, Spec
+from ccam_deploy.kernels.cuda.buffers import Buffers, Spec
+from ccam_deploy.kernels.cuda.geometry import Geometry, LayerPlace
 
 if TYPE_CHECKING:
     from ccam_deploy.kernels.cuda.launch import CollectionKernels
@@ -38,7 +39,7 @@ class Run:
 
     shapes: each layer's C, h, w.   stages: methods of CollectionKernels, in order.
     features, gradients: per layer [images, C, h, w] and [pairs, C, h, w].
-    logits: [images, classes], or [rows, classes] of masked images.   wanted: [pairs].
+    logits: [images, classes], or [rows, classes] of masked images.   codes: [pairs].
     room_for_k: the most collections that the buffers have room for; 0 for k_max.
     given: contents of buffers before the first stage.   threads: per block, for every kernel.
     """
@@ -49,7 +50,7 @@ class Run:
     features: tuple[NDArray[Any], ...] = ()
     gradients: tuple[NDArray[Any], ...] = ()
     logits: NDArray[Any] | None = None
-    wanted: tuple[int, ...] = ()
+    codes: tuple[int, ...] = ()
     probability: bool = False
     given: Arrays = field(default_factory=dict)
     size: tuple[int, int] = (8, 8)
@@ -95,7 +96,7 @@ def simulate(run: Run) -> Arrays:
     logits = np.zeros((1, 1), np.float32) if run.logits is None else run.logits
     head = Head(
         cuda.to_device(logits),
-        cuda.to_device(np.array(run.wanted, np.int32)),
+        cuda.to_device(np.array(run.codes, np.int32)),
         cuda.to_device(np.full((len(run.owner), logits.shape[1]), np.nan, logits.dtype)),
     )
     stream = cuda.stream()
@@ -109,7 +110,7 @@ def simulate(run: Run) -> Arrays:
         getattr(kernels, stage)(inputs, *extra.get(stage, ()), stream)
     stream.synchronize()
     tried, partitioned = run.k_max - run.k_min + 1, "partition" in run.stages
-    arrays = {name: array.copy_to_host() for name, array in vars(kernels.buffers).items()}
+    arrays = {name: array.copy_to_host() for name, array in kernels.buffers.by_name().items()}
     assert (arrays["quality"][: len(run.owner), :, tried:] == -1).all() or not partitioned
     arrays["quality"] = arrays["quality"][:, :, :tried]
     return arrays | {"gradient": head.gradient.copy_to_host()}
@@ -146,14 +147,16 @@ def simulate_cast(values: NDArray[Any], dtype: str, threads: int) -> NDArray[Any
 def _kernels(run: Run) -> CollectionKernels:
     from numba import cuda
 
-    from ccam_deploy.kernels.cuda.launch import Buffers, CollectionKernels, Threads
+    from ccam_deploy.kernels.cuda.launch import CollectionKernels, Threads, write_constants
 
-    def allocate(name: str, spec: Spec) -> Any:
+    def allocate(spec: Spec) -> Any:
         filler = 77 if np.issubdtype(spec.dtype, np.integer) else np.nan
         return cuda.to_device(np.full(spec.shape, filler, spec.dtype))
 
     geometry = run.geometry()
-    buffers = Buffers.allocate(geometry, allocate, cuda.stream())
+    specs = geometry.specs().by_name()
+    buffers = Buffers.of({name: allocate(spec) for name, spec in specs.items()})
+    write_constants(geometry, buffers, cuda.stream())
     for name, values in run.given.items():
         target = getattr(buffers, name)
         target[tuple(slice(n) for n in values.shape)] = values.astype(target.dtype)

@@ -363,13 +363,13 @@ def test_output_gradient_matches_numpy(
     logits = (np.random.default_rng(2).standard_normal((3, 70)) * 3).astype(dtype)
     logits[1] = np.repeat([5, 7, -1, 7, 7, 5, 0], 10)
     logits[2] -= 40
-    owner, wanted = (2, 0, 1, 1, 1, 0), (69, -1, -2, -32, -70, -3)
-    run = Run(((4, 1, 1),), ("output_gradient",), owner, logits=logits, wanted=wanted)
+    owner, codes = (2, 0, 1, 1, 1, 0), (69, -1, -2, -32, -70, -3)
+    run = Run(((4, 1, 1),), ("output_gradient",), owner, logits=logits, codes=codes)
     run = replace(run, gradient_scale=1024.0, probability=probability, threads=threads)
     out = device(run)
     ranked = classes_by_logit(logits)
     targets = [
-        w if w >= 0 else ranked[image, -1 - w] for image, w in zip(owner, wanted, strict=True)
+        w if w >= 0 else ranked[image, -1 - w] for image, w in zip(owner, codes, strict=True)
     ]
     assert out["targets"][:6].tolist() == targets
     gradient = np.eye(70)[targets]
@@ -392,7 +392,7 @@ def test_undefined_logits_come_last(device: Device) -> None:
     """As NumPy sorts them; with nothing but those left, the class is 0."""
     logits = np.full((1, 40), np.nan, np.float32)
     logits[0, [5, 9, 33]] = [-np.inf, np.inf, 2]
-    run = Run(((4, 1, 1),), ("output_gradient",), (0,) * 4, logits=logits, wanted=(-1, -2, -3, -4))
+    run = Run(((4, 1, 1),), ("output_gradient",), (0,) * 4, logits=logits, codes=(-1, -2, -3, -4))
     out = device(replace(run, threads=32))
     assert out["targets"][:4].tolist() == [*classes_by_logit(logits)[0, :3], 0]
 

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from ccam_deploy.errors import OptionError
+from ccam_deploy.kernels.cuda.buffers import Buffers, Spec
 
 CHANNELS, HEIGHT, WIDTH, FEATURES, GRADIENTS, FIRST_CHANNEL, FIRST_PIXEL, FIRST_TILE = range(8)
 """Columns of the table of layers: a layer's size, then where its part starts in the features and
@@ -26,9 +27,13 @@ LARGEST_LAYER = 4096
 class LayerPlace:
     """One target layer.
 
-    channels, height, width: C, h, w.
-    features, gradients: where the layer's [images, C, h, w] and [pairs, C, h, w] start in the
-        arrays that hold all layers, in elements.
+    Attributes:
+        channels: C.
+        height: h.
+        width: w.
+        features: Where the layer's [images, C, h, w] start in the features of all layers, in
+            elements.
+        gradients: Where its [pairs, C, h, w] start in the gradients of all layers, in elements.
     """
 
     channels: int
@@ -36,15 +41,6 @@ class LayerPlace:
     width: int
     features: int
     gradients: int
-
-
-@dataclass(frozen=True)
-class Spec:
-    """An array that the caller allocates. zeroed: it must be zeros before its first use."""
-
-    shape: tuple[int, ...]
-    dtype: DTypeLike
-    zeroed: bool = False
 
 
 @dataclass(frozen=True)
@@ -121,9 +117,13 @@ class Geometry:
         return np.array(rows, np.int64)
 
     def interpolation(self) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-        """For each output row, then column, the source line before it and its share of the next.
+        """Find the source lines that each output row and column lies between.
 
-        Returns two arrays [L, H + W], int32 and float32; half-pixel centres, edges repeated.
+        Pixels have half-pixel centres, and edges are repeated.
+
+        Returns:
+            Two arrays [L, H + W], rows before columns: the source line before each, int32, and the
+            share of the next line, float32 in [0, 1).
         """
         height, width = self.size
         low = np.empty((len(self.layers), height + width), np.int32)
@@ -137,7 +137,15 @@ class Geometry:
     def split_sums(
         self, row: NDArray[np.float32], counts: NDArray[np.int32]
     ) -> tuple[NDArray[np.float32], ...]:
-        """A pair's row of the array of sums as one [count, h, w] per layer."""
+        """Cut a pair's collection sums into layers.
+
+        Args:
+            row: [s] float32, the pair's row of the array of sums.
+            counts: [L] int32, the collections of each layer.
+
+        Returns:
+            For each layer [count, h, w] float32.
+        """
         parts, start = [], 0
         for layer, count in zip(self.layers, counts.tolist(), strict=True):
             pixels = layer.height * layer.width
@@ -146,40 +154,37 @@ class Geometry:
             start += self.k_max * pixels
         return tuple(parts)
 
-    def specs(self) -> dict[str, Spec]:
-        """The arrays of `launch.Buffers`, by name; its docstring tells what they hold."""
+    def specs(self) -> Buffers[Spec]:
+        """The shapes and types of the arrays that the kernels share."""
         pairs, layers, slots = self.pairs, len(self.layers), self.pairs * self.channels
-        image = self.size[0] * self.size[1]
-        results = {
-            "table": Spec((layers, 8), np.int64),
-            "low": Spec((layers, sum(self.size)), np.int32),
-            "share": Spec((layers, sum(self.size)), np.float32),
-            "psi": Spec((pairs, self.channels, 4), np.float32),
-            "labels": Spec((pairs, self.channels), np.int32),
-            "counts": Spec((pairs, layers), np.int32),
-            "quality": Spec((pairs, layers, self.k_max), np.float32),
-            "rounds": Spec((pairs, layers), np.int32),
-            "sums": Spec((pairs, self.k_max * self.pixels), np.float32),
-            "starts": Spec((pairs * layers + 1,), np.int32),
-            "masks": Spec((self.masks, image), self.mask_dtype),
-            "flat": Spec((self.masks,), np.uint8),
-            "owner_of_mask": Spec((self.masks,), np.int64),
-            "targets": Spec((pairs,), np.int64),
-            "scores": Spec((self.masks,), np.float32),
-            "weights": Spec((self.masks,), np.float32),
-            "raw": Spec((pairs, image), np.float32),
-            "saliency": Spec((pairs, image), np.float32),
-        }
-        workspace = {
-            "scaled_psi": Spec((pairs, self.channels, 4), np.float32),
-            "exact": Spec((EXACT_ROWS, slots), np.float64),
-            "coarse": Spec((COARSE_ROWS, slots), np.float32),
-            "links": Spec((LINK_ROWS, slots), np.int32),
-            "scales": Spec((pairs, layers), np.float64),
-            "unscaled": Spec((pairs, self.k_max * self.pixels), np.float64),
-            "finished": Spec((pairs, layers, self.k_max), np.int32, zeroed=True),
-        }
-        return results | workspace
+        image, sums = self.size[0] * self.size[1], self.k_max * self.pixels
+        return Buffers(
+            table=Spec((layers, 8), np.int64),
+            low=Spec((layers, sum(self.size)), np.int32),
+            share=Spec((layers, sum(self.size)), np.float32),
+            psi=Spec((pairs, self.channels, 4), np.float32),
+            scaled_psi=Spec((pairs, self.channels, 4), np.float32),
+            exact=Spec((EXACT_ROWS, slots), np.float64),
+            coarse=Spec((COARSE_ROWS, slots), np.float32),
+            links=Spec((LINK_ROWS, slots), np.int32),
+            scales=Spec((pairs, layers), np.float64),
+            rounds=Spec((pairs, layers), np.int32),
+            unscaled=Spec((pairs, sums), np.float64),
+            finished=Spec((pairs, layers, self.k_max), np.int32, zeroed=True),
+            masks=Spec((self.masks, image), self.mask_dtype),
+            owner_of_mask=Spec((self.masks,), np.int64),
+            targets=Spec((pairs,), np.int64),
+            labels=Spec((pairs, self.channels), np.int32),
+            quality=Spec((pairs, layers, self.k_max), np.float32),
+            sums=Spec((pairs, sums), np.float32),
+            raw=Spec((pairs, image), np.float32),
+            saliency=Spec((pairs, image), np.float32),
+            flat=Spec((self.masks,), np.uint8),
+            scores=Spec((self.masks,), np.float32),
+            weights=Spec((self.masks,), np.float32),
+            counts=Spec((pairs, layers), np.int32),
+            starts=Spec((pairs * layers + 1,), np.int32),
+        )
 
 
 def _tiles(layer: LayerPlace) -> int:

@@ -1,90 +1,51 @@
 """Launches the kernels on a stream: device arrays in, device arrays out.
 
-Nothing here allocates, copies or waits once the buffers stand, so that a stream's launches can be
-captured in a CUDA graph. The functions are to be called in the order in which they are written;
-each works on what the ones before it left in the buffers.
+No launch allocates, copies or waits, so that a stream's launches can be captured in a CUDA graph.
+Call the methods of CollectionKernels in the order in which they are written: each works on what
+those before it left in the buffers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from ccam_deploy.kernels.cuda import combine, cut, masks, scores, statistics, sums, ward
+from ccam_deploy.kernels.cuda.buffers import Buffers
 from ccam_deploy.kernels.cuda.collectives import WARP, Array
-from ccam_deploy.kernels.cuda.geometry import Geometry, Spec
+from ccam_deploy.kernels.cuda.geometry import Geometry
 
 
-@dataclass(frozen=True)
-class Buffers:
-    """The arrays of one slot, of the shapes that Geometry.specs tells.
+def write_constants(geometry: Geometry, buffers: Buffers[Array], stream: Any) -> None:
+    """Fill, on the stream, what every batch reads and none changes.
 
-    Results, for P pairs, L layers, C channels of all layers and n masks:
-    psi: [P, C, 4].   labels: [P, C], numbered within each layer.   counts: [P, L], collections;
-    0 where a layer's statistics are not finite, which the caller must refuse.
-    quality: [P, L, k_max], from k_min on; -1 after the last number of collections that was tried.
-    rounds: [P, L], rounds of merging.
-    sums: [P, k_max · pixels], the collection sums in [0, 1].
-    starts: [P · L + 1], the first mask of each pair and layer; the last one in use, how many.
-    masks: [n, H · W].   flat: [n].   owner_of_mask: [n], images.
-    targets: [P], classes.   scores: [n].   weights: [n].
-    raw, saliency: [P, H · W], before and after scaling to [0, 1].
-    The others are tables and working space.
+    Args:
+        geometry: The sizes.
+        buffers: Arrays in device memory, of the shapes of `geometry.specs`.
+        stream: A Numba stream.
     """
-
-    table: Array
-    low: Array
-    share: Array
-    psi: Array
-    labels: Array
-    counts: Array
-    quality: Array
-    rounds: Array
-    sums: Array
-    starts: Array
-    masks: Array
-    flat: Array
-    owner_of_mask: Array
-    targets: Array
-    scores: Array
-    weights: Array
-    raw: Array
-    saliency: Array
-    scaled_psi: Array
-    exact: Array
-    coarse: Array
-    links: Array
-    scales: Array
-    unscaled: Array
-    finished: Array
-
-    @classmethod
-    def allocate(
-        cls, geometry: Geometry, allocate: Callable[[str, Spec], Array], stream: Any
-    ) -> Buffers:
-        """Let the caller allocate each array by its name; fill on the stream what never changes."""
-        specs = geometry.specs()
-        arrays = {field.name: allocate(field.name, specs[field.name]) for field in fields(cls)}
-        low, share = geometry.interpolation()
-        for name, values in {"table": geometry.table(), "low": low, "share": share}.items():
-            arrays[name].copy_to_device(values, stream)
-        for name, spec in specs.items():
-            if spec.zeroed:
-                arrays[name].copy_to_device(np.zeros(spec.shape, spec.dtype), stream)
-        return cls(**arrays)
+    low, share = geometry.interpolation()
+    buffers.table.copy_to_device(geometry.table(), stream)
+    buffers.low.copy_to_device(low, stream)
+    buffers.share.copy_to_device(share, stream)
+    arrays = buffers.by_name()
+    for name, spec in geometry.specs().by_name().items():
+        if spec.zeroed:
+            arrays[name].copy_to_device(np.zeros(spec.shape, spec.dtype), stream)
 
 
 @dataclass(frozen=True)
 class Inputs:
     """One batch, in device memory.
 
-    features, gradients: 1-D, float32 or float16; the layers' arrays [images, C, h, w] and
-        [pairs, C, h, w], each where the geometry says.
-    owner: [P] int32, the image of each pair.
-    k_range: [2] int32, the fewest and the most collections of a layer; not above the geometry's.
+    Attributes:
+        features: 1-D, float32 or float16; the layers' [images, C, h, w], each where the geometry
+            says.
+        gradients: The same of [pairs, C, h, w].
+        owner: [P] int32, the image of each pair.
+        k_range: [2] int32, the fewest and the most collections of a layer; at most the geometry's.
     """
 
     features: Array
@@ -100,15 +61,16 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Head:
-    """What the classes of one batch are chosen from, in device memory.
+    """The classifier's head for one batch, in device memory.
 
-    logits: [B, classes] float32 or float16.
-    wanted: [P] int32, a class, or -1 - r for the class of rank r by its logit, from 0.
-    gradient: [P, classes] float32 or float16, written: the gradient graph's input.
+    Attributes:
+        logits: [B, classes] float32 or float16.
+        codes: [P] int32, a class, or -1 - r for the class of rank r by its logit, from 0.
+        gradient: [P, classes] float32 or float16, written: the gradient graph's input.
     """
 
     logits: Array
-    wanted: Array
+    codes: Array
     gradient: Array
 
 
@@ -130,8 +92,15 @@ class CollectionKernels:
     """The kernels of Collection-CAM for one geometry, on one slot's buffers."""
 
     def __init__(
-        self, geometry: Geometry, buffers: Buffers, threads: Threads | None = None
+        self, geometry: Geometry, buffers: Buffers[Array], threads: Threads | None = None
     ) -> None:
+        """Keep what every launch needs.
+
+        Args:
+            geometry: The sizes.
+            buffers: Arrays in device memory; see `write_constants`.
+            threads: Threads per block.
+        """
         self.geometry = geometry
         self.buffers = buffers
         self.threads = threads or Threads()
@@ -153,7 +122,7 @@ class CollectionKernels:
         scores.output_gradient[inputs.pairs, self.threads.scores, stream](
             head.logits,
             inputs.owner,
-            head.wanted,
+            head.codes,
             np.float32(gradient_scale),
             int(probability),
             self.buffers.targets,

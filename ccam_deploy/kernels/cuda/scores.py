@@ -45,7 +45,7 @@ def gather(source: Array, owner: Array, target: Array) -> None:
 def output_gradient(
     logits: Array,
     owner: Array,
-    wanted: Array,
+    codes: Array,
     scale: float,
     probability: int,
     targets: Array,
@@ -54,7 +54,7 @@ def output_gradient(
     """Choose each pair's class, and write the gradient of its score. One block per pair.
 
     logits: [B, classes] float32 or float16.   owner: [P] int32, the image of each pair.
-    wanted: [P] int32, a class, or -1 - r for the class of rank r by its logit, from 0; the lower
+    codes: [P] int32, a class, or -1 - r for the class of rank r by its logit, from 0; the lower
     class comes first where logits are equal.   scale: float32, what to multiply by.
     probability: 0 where the score is the logit, 1 where it is the softmax probability.
     targets: [P] int64, the classes chosen; 0 where undefined logits leave none of that rank.
@@ -63,7 +63,7 @@ def output_gradient(
     scratch = cuda.shared.array(MOST_WARPS, np.float32)
     pair = cuda.blockIdx.x
     own, written = logits[owner[pair]], gradient[pair]
-    target = wanted[pair]
+    target = codes[pair]
     if target < 0:
         target = class_of_rank(own, -1 - target)
     if cuda.threadIdx.x == 0:

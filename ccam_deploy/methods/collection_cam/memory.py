@@ -8,27 +8,34 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import DTypeLike
+from numpy.typing import DTypeLike, NDArray
 
+from ccam_deploy.arrays import Floats
 from ccam_deploy.bundle.manifest import Layer
 from ccam_deploy.engines.base import TensorSpec
 from ccam_deploy.engines.cuda.device import ALIGNMENT, Device, DeviceGraph, DeviceTensor, Region
 from ccam_deploy.engines.cuda.slots import Graphs
+from ccam_deploy.kernels.cuda.buffers import (
+    ArrayGroup,
+    Buffers,
+    MaskCounts,
+    MaskValues,
+    PairValues,
+    T,
+    Workspace,
+)
 from ccam_deploy.kernels.cuda.geometry import Geometry, LayerPlace
 from ccam_deploy.methods.collection_cam.cpu import CollectionCAM
 
-PER_MASK = ("flat", "scores", "weights")
-PER_PAIR = ("targets", "labels", "quality", "sums", "raw", "saliency")
-"""The kernels' results that come to the host, by how many rows of them are in use."""
-_COUNTED = ("counts", "starts")
 _LARGEST_CHUNK = 64
 
-Arrays = Mapping[str, tuple[tuple[int, ...], DTypeLike]]
+Array = tuple[tuple[int, ...], DTypeLike]
+"""An array's shape and type."""
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What a pipeline is made for.
+    """The sizes and options that a pipeline is built for.
 
     Attributes:
         layers: All target layers of the bundle.
@@ -38,7 +45,7 @@ class Setup:
         batch: The most images, and the most (image, class) pairs, of one run.
         gradient_scale: The factor of the gradient graph's input.
         options: The method, with the largest k_max of any run.
-        cuda_graphs: Whether work that comes again is replayed.
+        cuda_graphs: Whether repeated work is replayed as CUDA graphs.
     """
 
     layers: tuple[Layer, ...]
@@ -51,29 +58,136 @@ class Setup:
     cuda_graphs: bool = True
 
 
+@dataclass(frozen=True)
+class PairInputs(ArrayGroup[T]):
+    """What a run uploads for P pairs, besides the images.
+
+    Attributes:
+        owner: [P] int32, the image of each pair.
+        codes: [P] int32, a class, or -1 - r for the class of rank r.
+        k_range: [2] int32, k_min and k_max.
+    """
+
+    owner: T
+    codes: T
+    k_range: T
+
+
+@dataclass(frozen=True)
+class HostArrays:
+    """Pinned host memory that mirrors what is uploaded and downloaded.
+
+    Attributes:
+        images: [batch, C, H, W] float32.
+        pairs: The other inputs.
+        counts: How many masks there are.
+        logits: [batch, classes] float32 or float16.
+        mask_values: Results of each mask.
+        pair_values: Results of each pair.
+    """
+
+    images: Floats
+    pairs: PairInputs[NDArray[Any]]
+    counts: MaskCounts[NDArray[Any]]
+    logits: NDArray[Any]
+    mask_values: MaskValues[NDArray[Any]]
+    pair_values: PairValues[NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class GraphTensors:
+    """What the graphs read and write in device memory.
+
+    Attributes:
+        images: [batch, C, H, W] float32.
+        typed_images: The same in the other types that graphs take.
+        features: The backbone's feature maps, by the graph's names.
+        gradients: The gradient graph's outputs, by the graph's names.
+        residuals: The backbone's other outputs, which the gradient graph reads, by name.
+        output_gradient: [batch, classes], the gradient graph's input.
+        logits: [batch, classes], the backbone's.
+        mask_logits: [masks, classes], the classifier's.
+    """
+
+    images: DeviceTensor
+    typed_images: Mapping[np.dtype[Any], DeviceTensor]
+    features: Region
+    gradients: Region
+    residuals: Mapping[str, DeviceTensor]
+    output_gradient: DeviceTensor
+    logits: DeviceTensor
+    mask_logits: DeviceTensor
+
+    def images_for(self, graph: DeviceGraph) -> DeviceTensor:
+        """The images in the type that a graph takes."""
+        dtype = next((spec.dtype for spec in graph.inputs if spec.name == "images"), np.float32)
+        return self.images if dtype == np.float32 else self.typed_images[np.dtype(dtype)]
+
+    def bindings(self, graph: DeviceGraph) -> dict[str, DeviceTensor]:
+        """The tensors of the backbone or the gradient graph, by the graph's own names."""
+        tensors = {
+            **self.features.tensors,
+            **self.gradients.tensors,
+            **self.residuals,
+            "images": self.images_for(graph),
+            "output_gradient": self.output_gradient,
+            "logits": self.logits,
+        }
+        return {spec.name: tensors[spec.name] for spec in (*graph.inputs, *graph.outputs)}
+
+
+@dataclass(frozen=True)
+class ChunkedTensor:
+    """A tensor of which the classifier takes some rows at a time.
+
+    Attributes:
+        name: The classifier's name for it.
+        whole: A row for every mask.
+        aligned: Room for the rows of a chunk, for chunks that start where an engine cannot read or
+            write; None where there are none.
+        written: Whether the classifier writes it.
+    """
+
+    name: str
+    whole: DeviceTensor
+    aligned: DeviceTensor | None
+    written: bool
+
+
 class DeviceMemory:
     """The tensors of the graphs and the kernels, for one setup on one device.
 
-    tensors: by the names that the graphs and the kernels know them by; the images also in the
-        types that graphs take, see `images_for`.   typed_images: those names.
-    images, pairs: what is uploaded.   counted, results: what is downloaded.
-    batch: the most images and pairs; the setup's, or fewer where the graphs take fewer.
-    chunk: the most masks that the classifier takes at a time.
-    aligned: room for chunks that start where an engine cannot read or write, by tensor.
-    geometry: where each layer lies.
+    Attributes:
+        batch: The most images and pairs; the setup's, or fewer where the graphs take fewer.
+        chunk: The most masks that the classifier takes at a time.
+        geometry: Where each layer lies.
+        host: Mirrors of the inputs and the results.
+        pairs: The inputs for each pair.
+        graphs: What the graphs read and write.
+        buffers: What the kernels read and write.
+        chunked: What the classifier takes a chunk of masks at a time.
     """
 
     def __init__(self, device: Device, graphs: Graphs, setup: Setup) -> None:
+        """Allocate the memory.
+
+        Args:
+            device: Whose memory to take.
+            graphs: The backbone, the gradient graph and the classifier, by name.
+            setup: The sizes and options.
+
+        Raises:
+            BackendError: There is too little memory.
+            OptionError: The kernels do not take such sizes.
+        """
         self._device, self._graphs, self._setup = device, graphs, setup
         self.batch = min(
             setup.batch, *(graph.limits.get("batch", setup.batch) for graph in graphs.values())
         )
-        self.tensors: dict[str, DeviceTensor] = {}
         self._regions: list[Region] = []
         self._gathered: dict[str, DeviceTensor] = {}
         try:
-            self._place_graphs()
-            self._place_kernels()
+            self._allocate()
         except BaseException:
             self.close()
             raise
@@ -92,86 +206,133 @@ class DeviceMemory:
             self._gathered = self._region(_arrays(residuals, self.batch)).tensors
         return self._gathered
 
+    def upload_images(self, count: int) -> None:
+        """Put the way of the first images to the device on the stream."""
+        self._device.upload(self._images.address, self.host.images[:count])
+
+    def upload_pairs(self) -> None:
+        """Put the way of the other inputs to the device on the stream."""
+        self._pair_inputs.upload()
+
+    def download_counts(self) -> None:
+        """Put the way of the counts of masks to the host on the stream."""
+        self._counts.download()
+
+    def download_results(self, pairs: int, masks: int) -> None:
+        """Put the results' way to the host on the stream: in one copy where the batch is full."""
+        if pairs == self.batch:
+            self._results.download()
+            return
+        host, tensors = self.host, self.buffers.by_name()
+        self._device.download(host.logits[:pairs], self.graphs.logits.address)
+        for name, values in host.mask_values.by_name().items():
+            self._device.download(values[:masks], tensors[name].address)
+        for name, values in host.pair_values.by_name().items():
+            self._device.download(values[:pairs], tensors[name].address)
+
     def view(self, tensor: DeviceTensor) -> Any:
         """A tensor for Numba's kernels."""
         return self._device.view(tensor.address, tensor.shape, tensor.dtype)
 
-    def named(self, name: str) -> Any:
-        """A tensor by its name, for Numba's kernels."""
-        return self.view(self.tensors[name])
-
-    def flat(self, name: str) -> Any:
+    def flat_view(self, tensor: DeviceTensor) -> Any:
         """The same with its elements in one row."""
-        tensor = self.tensors[name]
         return self.view(replace(tensor, shape=(math.prod(tensor.shape),)))
 
-    def layers(self, region: Region) -> Any:
+    def layers_view(self, region: Region) -> Any:
         """All layers' features or gradients as one row of elements, for Numba's kernels."""
         dtype = next(iter(region.tensors.values())).dtype
         return self.view(DeviceTensor(region.address, (region.size // dtype.itemsize,), dtype))
 
-    def _place_graphs(self) -> None:
+    def _allocate(self) -> None:
         setup, batch = self._setup, self.batch
         backbone, gradient, classifier = (
             self._graphs[name] for name in ("backbone", "gradient", "classifier")
         )
         outputs = _arrays(backbone.outputs, batch)
-        features = {name: outputs.pop(name) for name in list(outputs) if "feature_" in name}
-        self._logits = outputs.pop("logits")
+        feature_arrays = {name: outputs.pop(name) for name in list(outputs) if "feature_" in name}
+        logits = outputs.pop("logits")
         image = (batch, *setup.input)
         types = {graph.inputs[0].dtype for graph in (backbone, classifier)} - {np.dtype(np.float32)}
-        self.typed_images = [f"images.{dtype}" for dtype in types]
-        self.images = self._named({"images": (image, np.float32)}, mirrored=True)
-        self.pairs = self._named(
-            {
-                "owner": ((batch,), np.int32),
-                "wanted": ((batch,), np.int32),
-                "k_range": ((2,), np.int32),
-            },
-            mirrored=True,
+        self._images = self._region({"images": (image, np.float32)}, mirrored=True)
+        inputs = PairInputs[Array](
+            owner=((batch,), np.int32), codes=((batch,), np.int32), k_range=((2,), np.int32)
         )
-        self.features = self._named(features)
-        self.gradients = self._named(_arrays(gradient.outputs, batch))
-        self._named(outputs)
-        self._named({f"images.{dtype}": (image, dtype) for dtype in types})
+        self._pair_inputs = self._region(inputs.by_name(), mirrored=True)
+        features = self._region(feature_arrays)
+        gradients = self._region(_arrays(gradient.outputs, batch))
+        residuals = self._region(outputs).tensors
+        typed_images = self._region({str(dtype): (image, dtype) for dtype in types}).tensors
         one_hot = [spec for spec in gradient.inputs if spec.name == "output_gradient"]
-        self._named(_arrays(one_hot, batch))
-        self.geometry = self._geometry(classifier)
+        output_gradient = self._region(_arrays(one_hot, batch)).tensors["output_gradient"]
 
-    def _place_kernels(self) -> None:
-        classifier, masks = self._graphs["classifier"], self.geometry.masks
-        specs = self.geometry.specs()
-        arrays = {name: (spec.shape, spec.dtype) for name, spec in specs.items()}
-        self.counted = self._named({name: arrays.pop(name) for name in _COUNTED}, mirrored=True)
-        results = {name: arrays.pop(name) for name in (*PER_MASK, *PER_PAIR)}
-        self.results = self._named({"logits": self._logits, **results}, mirrored=True)
-        self._named(arrays)
-        logits = _arrays(classifier.outputs, masks)["logits"]
-        self._named({"mask_logits": logits})
-        self.chunk = min(classifier.limits.get("masks", _LARGEST_CHUNK), masks)
-        chunked = {name: self.tensors[name] for name in ("masks", "owner_of_mask", "mask_logits")}
-        self.aligned = self._region(
+        self.geometry = self._geometry(classifier, features, gradients)
+        arrays = {
+            name: (spec.shape, spec.dtype) for name, spec in self.geometry.specs().by_name().items()
+        }
+        self._counts = self._region(MaskCounts.of(arrays).by_name(), mirrored=True)
+        values = MaskValues.of(arrays).by_name() | PairValues.of(arrays).by_name()
+        self._results = self._region({"logits": logits, **values}, mirrored=True)
+        workspace = self._region(Workspace.of(arrays).by_name())
+        mask_logits = self._region(_arrays(classifier.outputs, self.geometry.masks))
+
+        host = self._results.host
+        self.host = HostArrays(
+            images=self._images.host["images"],
+            pairs=PairInputs.of(self._pair_inputs.host),
+            counts=MaskCounts.of(self._counts.host),
+            logits=host["logits"],
+            mask_values=MaskValues.of(host),
+            pair_values=PairValues.of(host),
+        )
+        self.pairs = PairInputs.of(self._pair_inputs.tensors)
+        self.buffers = Buffers.of(self._counts.tensors | self._results.tensors | workspace.tensors)
+        self.graphs = GraphTensors(
+            images=self._images.tensors["images"],
+            typed_images={tensor.dtype: tensor for tensor in typed_images.values()},
+            features=features,
+            gradients=gradients,
+            residuals=residuals,
+            output_gradient=output_gradient,
+            logits=self._results.tensors["logits"],
+            mask_logits=mask_logits.tensors["logits"],
+        )
+        self.chunk = min(classifier.limits.get("masks", _LARGEST_CHUNK), self.geometry.masks)
+        self.chunked = self._chunked()
+
+    def _chunked(self) -> tuple[ChunkedTensor, ...]:
+        """The classifier's tensors but the images, with room for chunks that are not aligned."""
+        tensors = {
+            "masks": self.buffers.masks,
+            "owner": self.buffers.owner_of_mask,
+            "logits": self.graphs.mask_logits,
+        }
+        aligned = self._region(
             {
                 name: ((self.chunk, *tensor.shape[1:]), tensor.dtype)
-                for name, tensor in chunked.items()
+                for name, tensor in tensors.items()
                 if rows_of(tensor, 0, self.chunk).bytes % ALIGNMENT
             }
         ).tensors
+        return tuple(
+            ChunkedTensor(name, tensor, aligned.get(name), written=name == "logits")
+            for name, tensor in tensors.items()
+        )
 
-    def _geometry(self, classifier: DeviceGraph) -> Geometry:
+    def _geometry(self, classifier: DeviceGraph, features: Region, gradients: Region) -> Geometry:
         setup, options = self._setup, self._setup.options
-        features, gradients = list(self.features.tensors), list(self.gradients.tensors)
+        feature_maps = list(features.tensors.values())
+        feature_gradients = list(gradients.tensors.values())
         places = []
         for index in setup.selected:
             layer = setup.layers[index]
-            feature, slope = self.tensors[features[index]], self.tensors[gradients[index]]
+            feature, gradient = feature_maps[index], feature_gradients[index]
             places.append(
                 LayerPlace(
                     layer.channels,
                     layer.height,
                     layer.width,
-                    (feature.address - self.features.address) // feature.dtype.itemsize,
-                    (slope.address - self.gradients.address) // slope.dtype.itemsize,
+                    (feature.address - features.address) // feature.dtype.itemsize,
+                    (gradient.address - gradients.address) // gradient.dtype.itemsize,
                 )
             )
         masks = next(spec for spec in classifier.inputs if spec.name == "masks")
@@ -184,16 +345,9 @@ class DeviceMemory:
             masks.dtype,
         )
 
-    def _region(self, arrays: Arrays, mirrored: bool = False) -> Region:
+    def _region(self, arrays: Mapping[str, Array], mirrored: bool = False) -> Region:
         region = Region(self._device, arrays, mirrored)
         self._regions.append(region)
-        return region
-
-    def _named(self, arrays: Arrays, mirrored: bool = False) -> Region:
-        """A region whose tensors are known by their names."""
-        region = self._region(arrays, mirrored)
-        assert not self.tensors.keys() & arrays.keys()
-        self.tensors |= region.tensors
         return region
 
 
@@ -217,9 +371,3 @@ def words_of(tensor: DeviceTensor) -> DeviceTensor:
     row = tensor.bytes // tensor.shape[0]
     width = next(size for size in (8, 4, 2, 1) if row % size == 0)
     return DeviceTensor(tensor.address, (tensor.shape[0], row // width), np.dtype(f"u{width}"))
-
-
-def images_for(graph: DeviceGraph) -> str:
-    """The name of the images in the type that a graph takes."""
-    dtype = next((spec.dtype for spec in graph.inputs if spec.name == "images"), np.float32)
-    return "images" if dtype == np.float32 else f"images.{dtype}"

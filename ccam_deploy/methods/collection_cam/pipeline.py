@@ -19,16 +19,9 @@ from ccam_deploy.arrays import Floats
 from ccam_deploy.engines.cuda.device import ALIGNMENT, Device, DeviceTensor
 from ccam_deploy.engines.cuda.graph_replay import StreamRunner
 from ccam_deploy.engines.cuda.slots import Graphs
+from ccam_deploy.kernels.cuda.buffers import Buffers
 from ccam_deploy.methods.base import Stopwatch
-from ccam_deploy.methods.collection_cam.memory import (
-    PER_MASK,
-    PER_PAIR,
-    DeviceMemory,
-    Setup,
-    images_for,
-    rows_of,
-    words_of,
-)
+from ccam_deploy.methods.collection_cam.memory import DeviceMemory, Setup, rows_of, words_of
 
 _UNTIL_64, _FROM_64 = 2, 16
 """Numbers of masks are rounded up to multiples of these, so that fewer graphs are captured."""
@@ -67,14 +60,27 @@ class PairResults:
 class Pipeline:
     """Buffers, kernels and captured turns for one setup on one slot.
 
-    batch: the most images and pairs of one run; the setup's, or fewer where the graphs take fewer.
-    geometry: where each layer lies in the results.
-    note: called with a line where CUDA graphs cannot be had.
+    Attributes:
+        batch: The most images and pairs of one run; the setup's, or fewer where the graphs take
+            fewer.
+        geometry: Where each layer lies in the results.
     """
 
     def __init__(
         self, device: Device, graphs: Graphs, setup: Setup, note: Callable[[str], None]
     ) -> None:
+        """Allocate memory, and prepare the kernels.
+
+        Args:
+            device: The slot's device.
+            graphs: The backbone, the gradient graph and the classifier, by name.
+            setup: The sizes and options.
+            note: Called with a line where CUDA graphs cannot be used.
+
+        Raises:
+            BackendError: There is too little memory.
+            OptionError: The kernels do not take such sizes.
+        """
         self._device, self._graphs, self._setup = device, graphs, setup
         self._runner = StreamRunner(
             device,
@@ -90,7 +96,7 @@ class Pipeline:
         self,
         images: Floats,
         owner: NDArray[np.int64],
-        wanted: NDArray[np.int64],
+        codes: NDArray[np.int64],
         k_range: tuple[int, int],
         clock: Stopwatch,
     ) -> tuple[Floats, list[PairResults]]:
@@ -99,7 +105,7 @@ class Pipeline:
         Args:
             images: [B, C, H, W] float32.
             owner: [P], the image of each pair, in ascending order.
-            wanted: [P], a class, or -1 - r for the class of rank r.
+            codes: [P], a class, or -1 - r for the class of rank r.
             k_range: k_min and k_max, with k_max at most the setup's; results are those of a
                 pipeline that was made for it.
             clock: Takes the seconds of each stage.
@@ -110,23 +116,26 @@ class Pipeline:
             then.
         """
         assert 1 <= k_range[0] <= k_range[1] <= self.geometry.k_max
-        self._memory.pairs.host["k_range"][:] = k_range
+        host = self._memory.host
+        host.pairs.k_range[:] = k_range
         self._runner.forget()
-        self._memory.images.host["images"][: len(images)] = images
+        host.images[: len(images)] = images
         results = []
         for start in range(0, len(owner), self.batch):
             part = slice(start, start + self.batch)
             pairs = len(owner[part])
-            self._memory.pairs.host["owner"][:pairs] = owner[part]
-            self._memory.pairs.host["wanted"][:pairs] = wanted[part]
+            host.pairs.owner[:pairs] = owner[part]
+            host.pairs.codes[:pairs] = codes[part]
             results.append(self._run_pairs(len(images), pairs, start == 0))
             clock.add(self._runner.stages())
-        return self._memory.results.host["logits"][: len(images)].astype(np.float32), results
+        return host.logits[: len(images)].astype(np.float32), results
 
     def passes(self, images: int, masks: int) -> None:
         """Run backbone, gradient and classifier alone on what a run left in memory, and wait.
 
-        images, masks: as many as that run had, with one class for each image.
+        Args:
+            images: How many that run had, with one class for each.
+            masks: How many it had.
         """
         self._runner.forget()
         work = partial(self._passes, images, masks)
@@ -146,26 +155,33 @@ class Pipeline:
 
     def _run_pairs(self, images: int, pairs: int, first: bool) -> PairResults:
         runner = self._runner
-        owner = self._memory.pairs.host["owner"][:pairs]
-        direct = np.array_equal(owner, np.arange(images))
+        host = self._memory.host
+        direct = np.array_equal(host.pairs.owner[:pairs], np.arange(images))
         if not direct:
             self._memory.gathered()
         work = partial(self._explain, images, pairs, direct, first)
         runner.run(("explain", images, pairs, direct, first), "explain", work)
         runner.mark("")
         self._device.wait()
-        masks = int(self._memory.counted.host["starts"][pairs * len(self._setup.selected)])
+        masks = int(host.counts.starts[pairs * len(self._setup.selected)])
         # Where no layer has finite statistics there are none; an engine runs on one at least.
         rows = min(max(_rounded(masks), 1), self.geometry.masks)
         work = partial(self._weigh, images, pairs, rows)
         runner.run(("weigh", images, pairs, rows), "weigh", work)
         runner.mark("")
         self._device.wait()
-        host = self._memory.results.host
+        of_masks, of_pairs = host.mask_values, host.pair_values
         return PairResults(
-            counts=self._memory.counted.host["counts"][:pairs].copy(),
-            **{name: host[name][:masks].copy() for name in PER_MASK},
-            **{name: host[name][:pairs].copy() for name in PER_PAIR},
+            targets=of_pairs.targets[:pairs].copy(),
+            labels=of_pairs.labels[:pairs].copy(),
+            counts=host.counts.counts[:pairs].copy(),
+            quality=of_pairs.quality[:pairs].copy(),
+            sums=of_pairs.sums[:pairs].copy(),
+            raw=of_pairs.raw[:pairs].copy(),
+            saliency=of_pairs.saliency[:pairs].copy(),
+            flat=of_masks.flat[:masks].copy(),
+            scores=of_masks.scores[:masks].copy(),
+            weights=of_masks.weights[:masks].copy(),
         )
 
     def _explain(self, images: int, pairs: int, direct: bool, first: bool) -> None:
@@ -177,14 +193,14 @@ class Pipeline:
         scale, options = self._setup.gradient_scale, self._setup.options
         inputs = self._inputs(pairs)
         runner.mark("upload")
-        self._memory.pairs.upload()
+        self._memory.upload_pairs()
         if first:
-            self._device.upload(
-                self._memory.images.address, self._memory.images.host["images"][:images]
-            )
+            self._memory.upload_images(images)
             runner.mark("backbone")
-            for name in self._memory.typed_images:
-                kernels.cast(self._memory.flat("images"), self._memory.flat(name), stream)
+            tensors = self._memory.graphs
+            for typed in tensors.typed_images.values():
+                source, target = map(self._memory.flat_view, (tensors.images, typed))
+                kernels.cast(source, target, stream)
             self._launch("backbone", images)
         runner.mark("gradient")
         probability = options.score == "probability"
@@ -197,7 +213,7 @@ class Pipeline:
         runner.mark("masks")
         kernels.sums(inputs, stream)
         kernels.masks(inputs, stream)
-        self._memory.counted.download()
+        self._memory.download_counts()
 
     def _weigh(self, images: int, pairs: int, rows: int) -> None:
         """Put the classifier on `rows` masks, the weighted sum and the download on the stream."""
@@ -207,88 +223,75 @@ class Pipeline:
             self._classify(images, start, min(self._memory.chunk, rows - start))
         runner.mark("combine")
         probability = self._setup.options.score == "probability"
-        logits = self._memory.view(rows_of(self._memory.tensors["mask_logits"], 0, rows))
+        logits = self._memory.view(rows_of(self._memory.graphs.mask_logits, 0, rows))
         self._kernels.scores(inputs, logits, probability, stream)
         self._kernels.combine(inputs, stream)
         runner.mark("download")
-        self._download(pairs, rows)
+        self._memory.download_results(pairs, rows)
 
     def _launch(
-        self, name: str, rows: int, instead: Mapping[str, DeviceTensor] | None = None
+        self, name: str, rows: int, replaced: Mapping[str, DeviceTensor] | None = None
     ) -> None:
-        """Put a graph on the stream. instead: tensors to take in place of those of their name."""
+        """Put a graph on the stream; `replaced` tensors stand in for those of the same name."""
         graph = self._graphs[name]
-        tensors = {
-            **self._memory.tensors,
-            "images": self._memory.tensors[images_for(graph)],
-            **(instead or {}),
-        }
-        names = [spec.name for spec in (*graph.inputs, *graph.outputs)]
-        graph.launch({name: rows_of(tensors[name], 0, rows) for name in names})
+        tensors = self._memory.graphs.bindings(graph) | dict(replaced or {})
+        graph.launch({name: rows_of(tensor, 0, rows) for name, tensor in tensors.items()})
 
     def _gather(self, images: int, pairs: int, inputs: Any) -> dict[str, DeviceTensor]:
         """Put copies of the residuals on the stream, a row for each pair instead of each image."""
         gathered = self._memory.gathered()
+        tensors = self._memory.graphs.bindings(self._graphs["gradient"])
         for name, target in gathered.items():
-            source = self._memory.view(words_of(rows_of(self._memory.tensors[name], 0, images)))
+            source = self._memory.view(words_of(rows_of(tensors[name], 0, images)))
             copied = self._memory.view(words_of(rows_of(target, 0, pairs)))
             self._kernels.gather(inputs, source, copied, self._device.kernel_stream)
         return gathered
 
-    def _download(self, pairs: int, rows: int) -> None:
-        """Put the results' way to the host on the stream: in one copy where the batch is full."""
-        if pairs == self.batch:
-            self._memory.results.download()
-            return
-        for name, tensor in self._memory.results.tensors.items():
-            used = self._memory.results.host[name][: rows if name in PER_MASK else pairs]
-            self._device.download(used, tensor.address)
-
     def _classify(self, images: int, start: int, rows: int) -> None:
-        """Run the classifier on some masks; on aligned copies where they lie askew."""
+        """Run the classifier on some masks; on aligned copies where they are not aligned."""
         graph = self._graphs["classifier"]
-        tensors = {"images": rows_of(self._memory.tensors[images_for(graph)], 0, images)}
-        after = []
-        for name, own in (
-            ("masks", "masks"),
-            ("owner", "owner_of_mask"),
-            ("logits", "mask_logits"),
-        ):
-            part = rows_of(self._memory.tensors[own], start, rows)
+        tensors = {"images": rows_of(self._memory.graphs.images_for(graph), 0, images)}
+        copies_back = []
+        for chunked in self._memory.chunked:
+            part = rows_of(chunked.whole, start, rows)
             if part.address % ALIGNMENT:
-                aligned = replace(part, address=self._memory.aligned[own].address)
-                if name == "logits":
-                    after.append((part, aligned))
+                assert chunked.aligned is not None
+                aligned = replace(part, address=chunked.aligned.address)
+                if chunked.written:
+                    copies_back.append((part, aligned))
                 else:
                     self._device.copy(aligned.address, part.address, part.bytes)
                 part = aligned
-            tensors[name] = part
+            tensors[chunked.name] = part
         height, width = self._setup.input[1:]
         tensors["masks"] = replace(tensors["masks"], shape=(rows, 1, height, width))
         graph.launch(tensors)
-        for part, aligned in after:
+        for part, aligned in copies_back:
             self._device.copy(part.address, aligned.address, part.bytes)
 
     def _inputs(self, pairs: int) -> Any:
         from ccam_deploy.kernels.cuda.launch import Inputs
 
         memory = self._memory
-        owner = memory.view(rows_of(memory.tensors["owner"], 0, pairs))
         return Inputs(
-            memory.layers(memory.features),
-            memory.layers(memory.gradients),
-            owner,
-            memory.named("k_range"),
+            features=memory.layers_view(memory.graphs.features),
+            gradients=memory.layers_view(memory.graphs.gradients),
+            owner=memory.view(rows_of(memory.pairs.owner, 0, pairs)),
+            k_range=memory.view(memory.pairs.k_range),
         )
 
     def _prepare_kernels(self) -> tuple[Any, Any]:
-        from ccam_deploy.kernels.cuda.launch import Buffers, CollectionKernels, Head
+        from ccam_deploy.kernels.cuda.launch import CollectionKernels, Head, write_constants
 
         memory = self._memory
-        buffers = Buffers.allocate(
-            self.geometry, lambda name, spec: memory.named(name), self._device.kernel_stream
+        tensors = memory.buffers.by_name()
+        buffers = Buffers.of({name: memory.view(tensor) for name, tensor in tensors.items()})
+        write_constants(self.geometry, buffers, self._device.kernel_stream)
+        head = Head(
+            logits=memory.view(memory.graphs.logits),
+            codes=memory.view(memory.pairs.codes),
+            gradient=memory.view(memory.graphs.output_gradient),
         )
-        head = Head(*map(memory.named, ("logits", "wanted", "output_gradient")))
         return CollectionKernels(self.geometry, buffers), head
 
 

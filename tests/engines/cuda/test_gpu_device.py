@@ -30,7 +30,8 @@ from ccam_deploy.engines.tensorrt.library import (
 from ccam_deploy.engines.tensorrt.runtime import PlanGraph, SharedPlan
 from ccam_deploy.engines.tensorrt.slots import plan_slot
 from ccam_deploy.errors import BackendError
-from ccam_deploy.kernels.cuda.geometry import Geometry, LayerPlace, Spec
+from ccam_deploy.kernels.cuda.buffers import Buffers, Spec
+from ccam_deploy.kernels.cuda.geometry import Geometry, LayerPlace
 
 pytestmark = pytest.mark.gpu
 
@@ -112,16 +113,18 @@ def test_too_much_memory_is_told(device: CudaDevice) -> None:
 
 def test_captured_kernels_give_the_same_bits(device: CudaDevice) -> None:
     """All that lies between the graphs, launched, then captured and replayed on new inputs."""
-    from ccam_deploy.kernels.cuda.launch import Buffers, CollectionKernels, Inputs
+    from ccam_deploy.kernels.cuda.launch import CollectionKernels, Inputs, write_constants
 
     shape = 64, 14, 14
     geometry = Geometry((LayerPlace(*shape, 0, 0), LayerPlace(*shape, 12544, 12544)), (224, 224), 1)
 
-    def array(name: str, spec: Spec) -> Any:
+    def array(spec: Spec) -> Any:
         size = DeviceTensor(0, spec.shape, np.dtype(spec.dtype)).bytes
         return device.view(device.allocate(size), spec.shape, spec.dtype)
 
-    buffers = Buffers.allocate(geometry, array, device.kernel_stream)
+    specs = geometry.specs().by_name()
+    buffers = Buffers.of({name: array(spec) for name, spec in specs.items()})
+    write_constants(geometry, buffers, device.kernel_stream)
     features, gradients = randoms(2 * 12544), randoms(2 * 12544)[::-1].copy()
     places = [device.allocate(features.nbytes) for _ in range(2)]
     owner, k_range = device.allocate(4), device.allocate(8)

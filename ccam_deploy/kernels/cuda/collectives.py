@@ -1,4 +1,4 @@
-"""What the threads of a warp or block compute together; every thread gets the result.
+"""Reductions over the threads of a warp or block, whose result every thread gets.
 
 Blocks are one-dimensional and made of whole warps. `scratch` is shared memory for one value per
 warp. Sums are added in a fixed order.
@@ -20,7 +20,7 @@ Array = Any
 """An array in device memory, inside and outside of kernels."""
 
 Number = Any
-"""A number in a kernel, whose width follows from what it is made of."""
+"""A number in a kernel, whose width follows from its operands."""
 
 
 def _warp_reduction(combine: Callable[[Any, Any], Any]) -> Any:
@@ -79,12 +79,3 @@ def block_sum_before(value: int, scratch: Array) -> int:
     for other in range(warp):
         before += scratch[other]
     return before
-
-
-@cuda.jit(device=True)
-def part_of(table: Array, column: int, place: int) -> int:
-    """The layer whose part of a column of the table of layers holds `place`."""
-    layer = 0
-    while layer + 1 < table.shape[0] and table[layer + 1, column] <= place:
-        layer += 1
-    return layer

@@ -14,9 +14,14 @@ INFINITY = np.float32(np.inf)
 
 @cuda.jit
 def softmax_weights(starts: Array, scores: Array, flat: Array, layers: int, weights: Array) -> None:
-    """Softmax over the masks of each pair that are not flat; the others get 0. One block per pair.
+    """Weigh the masks of each pair that are not flat by softmax. One block per pair.
 
-    starts: [P · L + 1] int32.   scores: [n] float32.   flat: [n] uint8.   weights: [n] float32.
+    Args:
+        starts: [P · L + 1] int32, from `masks.index_masks`.
+        scores: [n] float32, of the masked images.
+        flat: [n] uint8, 1 where a mask is all zeros.
+        layers: L.
+        weights: [n] float32, written; 0 for flat masks.
     """
     scratch = cuda.shared.array(MOST_WARPS, np.float64)
     pair = cuda.blockIdx.x
@@ -41,10 +46,14 @@ def softmax_weights(starts: Array, scores: Array, flat: Array, layers: int, weig
 
 @cuda.jit
 def weighted_sum(starts: Array, weights: Array, masks: Array, layers: int, raw: Array) -> None:
-    """ReLU of the weighted sum of each pair's masks: grid (any, P).
+    """Add up each pair's masks by their weights, with a ReLU. Grid (any, P).
 
-    starts: [P · L + 1] int32.   weights: [n] float32.   masks: [n, H · W] float32 or float16.
-    raw: [P, H · W] float32, written; zeros for a pair without a mask.
+    Args:
+        starts: [P · L + 1] int32, from `masks.index_masks`.
+        weights: [n] float32.
+        masks: [n, H · W] float32 or float16, in [0, 1].
+        layers: L.
+        raw: [P, H · W] float32, written; zeros for a pair without a mask.
     """
     pair = cuda.blockIdx.y
     start, end = starts[pair * layers], starts[(pair + 1) * layers]
@@ -61,16 +70,18 @@ def weighted_sum(starts: Array, weights: Array, masks: Array, layers: int, raw: 
 def min_max(maps: Array, scaled: Array) -> None:
     """Scale each map to [0, 1]; a flat map becomes zeros. One block per map.
 
-    maps, scaled: [P, H · W] float32.
+    Args:
+        maps: [P, H · W] float32.
+        scaled: [P, H · W] float32, written.
     """
     scratch = cuda.shared.array(MOST_WARPS, np.float32)
-    own, target = maps[cuda.blockIdx.x], scaled[cuda.blockIdx.x]
+    source, target = maps[cuda.blockIdx.x], scaled[cuda.blockIdx.x]
     thread, threads = cuda.threadIdx.x, cuda.blockDim.x
     low, high = INFINITY, -INFINITY
-    for pixel in range(thread, own.shape[0], threads):
-        low = min(low, own[pixel])
-        high = max(high, own[pixel])
+    for pixel in range(thread, source.shape[0], threads):
+        low = min(low, source[pixel])
+        high = max(high, source[pixel])
     low, high = block_min(low, scratch), block_max(high, scratch)
     span = high - low
-    for pixel in range(thread, own.shape[0], threads):
-        target[pixel] = (own[pixel] - low) / span if span > 0 else np.float32(0)
+    for pixel in range(thread, source.shape[0], threads):
+        target[pixel] = (source[pixel] - low) / span if span > 0 else np.float32(0)

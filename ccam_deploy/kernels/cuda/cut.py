@@ -16,8 +16,9 @@ from ccam_deploy.kernels.cuda.collectives import (
     Number,
     block_sum,
 )
-from ccam_deploy.kernels.cuda.geometry import CHANNELS, FIRST_CHANNEL, LARGEST_K
+from ccam_deploy.kernels.cuda.geometry import LARGEST_K
 from ccam_deploy.kernels.cuda.hierarchy import Exact, Links, coarse_of, exact_of, links_of
+from ccam_deploy.kernels.cuda.layer_table import layer_row
 from ccam_deploy.kernels.cuda.ward import SLOTS, build
 
 WORST_QUALITY = -1.0
@@ -52,23 +53,30 @@ def partition(
 ) -> None:
     """Build the hierarchy and cut it. One block per layer and pair: grid (L, P).
 
-    all_exact, all_coarse, all_links, scales: from `ward.begin` and `ward.search`.
-    k_range: [2] int32, k_min and k_max, the numbers of collections to try.
-    labels: [P, channels] int32, collections numbered by their first channel.   counts: [P, L]
-    int32, the number of collections, left 0 where a statistic is not finite.   quality:
-    [P, L, n] float32, n > k_max - k_min, the mean dispersion-separation ratio of each number of
-    collections from k_min on, -1 where there is none.   rounds: [P, L] int32, the rounds of
-    merging.
+    Args:
+        table: [L, 8] int64.
+        all_exact: [EXACT_ROWS, P · channels] float64, from `ward.begin` and `ward.search`.
+        all_coarse: [COARSE_ROWS, P · channels] float32, from the same.
+        all_links: [LINK_ROWS, P · channels] int32, from the same.
+        scales: [P, L] float64, from the same.
+        k_range: [2] int32, k_min and k_max, the numbers of collections to try.
+        labels: [P, channels] int32, written: collections, numbered by their first channel.
+        counts: [P, L] int32, 0 where a statistic is not finite; elsewhere the number of
+            collections is written.
+        quality: [P, L, n] float32, n > k_max - k_min, written: the mean dispersion-separation
+            ratio of each number of collections from k_min on, -1 where there is none.
+        rounds: [P, L] int32, written: the rounds of merging.
     """
     top = cuda.shared.array(LARGEST_K, np.int32)
     layer, pair = cuda.blockIdx.x, cuda.blockIdx.y
-    first, channels = table[layer, FIRST_CHANNEL], table[layer, CHANNELS]
+    row = layer_row(table, layer)
+    first, channels = row.first_channel, row.channels
     k_min, k_max = k_range[0], k_range[1]
     for place in range(cuda.threadIdx.x, quality.shape[2], cuda.blockDim.x):
         quality[pair, layer, place] = WORST_QUALITY
-    sound = counts[pair, layer] != 0
+    finite = counts[pair, layer] != 0
     cuda.syncthreads()
-    if not sound:
+    if not finite:
         for channel in range(cuda.threadIdx.x, channels, cuda.blockDim.x):
             labels[pair, first + channel] = 0
         return
@@ -79,8 +87,8 @@ def partition(
     turns = build(exact, coarse, links, scales[pair, layer])
     largest = min(k_max, distinct(exact, links))
     highest_merges(exact, links, largest - 1, top)
-    count = choose(exact, links, top, k_min, largest, quality[pair, layer])
-    number(links, top, count, labels[pair, first : first + channels])
+    count = best_count(exact, links, top, k_min, largest, quality[pair, layer])
+    write_labels(links, top, count, labels[pair, first : first + channels])
     if cuda.threadIdx.x == 0:
         counts[pair, layer] = count
         rounds[pair, layer] = turns
@@ -108,17 +116,17 @@ def highest_merges(exact: Exact, links: Links, count: int, top: Array) -> None:
         height, order = -1.0, np.int32(0)
         for slot in range(cuda.threadIdx.x, links.parent.shape[0], cuda.blockDim.x):
             if links.parent[slot] >= 0:
-                its_height, its_order = exact.merge_height[slot], links.order[slot]
-                if later(before_height, before_order, its_height, its_order) and later(
-                    its_height, its_order, height, order
+                that_height, that_order = exact.merge_height[slot], links.order[slot]
+                if later(before_height, before_order, that_height, that_order) and later(
+                    that_height, that_order, height, order
                 ):
-                    height, order = its_height, its_order
+                    height, order = that_height, that_order
         step = WARP >> 1
         while step > 0:
-            its_height = cuda.shfl_xor_sync(ALL_LANES, height, step)
-            its_order = cuda.shfl_xor_sync(ALL_LANES, order, step)
-            if later(its_height, its_order, height, order):
-                height, order = its_height, its_order
+            that_height = cuda.shfl_xor_sync(ALL_LANES, height, step)
+            that_order = cuda.shfl_xor_sync(ALL_LANES, order, step)
+            if later(that_height, that_order, height, order):
+                height, order = that_height, that_order
             step >>= 1
         cuda.syncthreads()
         if cuda.laneid == 0:
@@ -141,11 +149,21 @@ def later(height: float, order: int, other_height: float, other_order: int) -> b
 
 
 @cuda.jit(device=True)
-def choose(exact: Exact, links: Links, top: Array, k_min: int, largest: int, quality: Array) -> int:
-    """Undo the last merges one by one; return the number of collections of the best ratio.
+def best_count(
+    exact: Exact, links: Links, top: Array, k_min: int, largest: int, quality: Array
+) -> int:
+    """Undo the last merges one by one, and find the number of collections with the best ratio.
 
-    largest: the number of collections to stop at.   quality: from k_min on, written.
-    The smallest of equally good numbers is taken.
+    Args:
+        exact: The hierarchy.
+        links: The hierarchy.
+        top: The slots that the last merges took away, the last merge first.
+        k_min: The smallest number of collections to try.
+        largest: The largest.
+        quality: [n] float32, written: the mean ratio of each number from k_min on.
+
+    Returns:
+        The number of collections; the smallest of equally good ones.
     """
     centroid = cuda.shared.array((4, LARGEST_K), np.float64)
     size = cuda.shared.array(LARGEST_K, np.float64)
@@ -154,19 +172,21 @@ def choose(exact: Exact, links: Links, top: Array, k_min: int, largest: int, qua
     slots = cuda.shared.array(LARGEST_K, np.int32)
     ratios = cuda.shared.array(LARGEST_K, np.float64)
     thread = cuda.threadIdx.x
-    best, best_count = -math.inf, 1
+    best, best_size = -math.inf, 1
     for count in range(1, largest + 1):
         if count == 1:
             if thread == 0:
                 slots[0] = 0
-                put(clusters, 0, exact.centroid, exact.size, exact.spread, 0)
+                write_cluster(clusters, 0, exact.centroid, exact.size, exact.spread, 0)
         else:
             added = top[count - 2]
             if thread < count - 1 and slots[thread] == links.parent[added]:
-                put(clusters, thread, exact.old_centroid, exact.old_size, exact.old_spread, added)
+                write_cluster(
+                    clusters, thread, exact.old_centroid, exact.old_size, exact.old_spread, added
+                )
             if thread == count - 1:
                 slots[thread] = added
-                put(clusters, thread, exact.centroid, exact.size, exact.spread, added)
+                write_cluster(clusters, thread, exact.centroid, exact.size, exact.spread, added)
         cuda.syncthreads()
         if count > 1 and thread < count:
             ratios[thread] = ratio(clusters, thread, count)
@@ -179,14 +199,16 @@ def choose(exact: Exact, links: Links, top: Array, k_min: int, largest: int, qua
                     mean += ratios[cluster]
                 mean /= count
             if mean > best:
-                best, best_count = mean, count
+                best, best_size = mean, count
             if thread == 0 and count >= k_min:
                 quality[count - k_min] = mean
-    return best_count
+    return best_size
 
 
 @cuda.jit(device=True)
-def put(clusters: Cut, place: int, centroid: Array, size: Array, spread: Array, slot: int) -> None:
+def write_cluster(
+    clusters: Cut, place: int, centroid: Array, size: Array, spread: Array, slot: int
+) -> None:
     """Write a slot's cluster to a place of the cut."""
     for axis in range(4):
         clusters.centroid[axis, place] = centroid[axis, slot]
@@ -196,7 +218,7 @@ def put(clusters: Cut, place: int, centroid: Array, size: Array, spread: Array, 
 
 @cuda.jit(device=True)
 def ratio(clusters: Cut, place: int, count: int) -> Number:
-    """The dispersion-separation ratio of one of `count` clusters (eq. 12-14)."""
+    """The dispersion-separation ratio of a cluster among `count` (eq. 12-14)."""
     separation = math.inf
     for other in range(count):
         if other != place:
@@ -213,24 +235,24 @@ def ratio(clusters: Cut, place: int, count: int) -> Number:
 
 
 @cuda.jit(device=True)
-def number(links: Links, top: Array, count: int, labels: Array) -> None:
+def write_labels(links: Links, top: Array, count: int, labels: Array) -> None:
     """Label each channel by the rank of its cluster's slot, which is its first channel."""
-    names = links.stale  # free once the hierarchy stands
+    label_of_slot = links.stale  # free once the hierarchy stands
     thread, threads = cuda.threadIdx.x, cuda.blockDim.x
-    for slot in range(thread, names.shape[0], threads):
-        names[slot] = -1
+    for slot in range(thread, label_of_slot.shape[0], threads):
+        label_of_slot[slot] = -1
     cuda.syncthreads()
     if thread == 0:
-        names[0] = 0
+        label_of_slot[0] = 0
     if thread < count - 1:
         before = 1
         for other in range(count - 1):
             if top[other] < top[thread]:
                 before += 1
-        names[top[thread]] = before
+        label_of_slot[top[thread]] = before
     cuda.syncthreads()
     for channel in range(thread, labels.shape[0], threads):
         slot = channel
-        while names[slot] < 0:
+        while label_of_slot[slot] < 0:
             slot = links.parent[slot]
-        labels[channel] = names[slot]
+        labels[channel] = label_of_slot[slot]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -11,16 +12,36 @@ from numpy.typing import DTypeLike, NDArray
 from ccam_deploy.errors import OptionError
 from ccam_deploy.kernels.cuda.buffers import Buffers, Spec
 
-CHANNELS, HEIGHT, WIDTH, FEATURES, GRADIENTS, FIRST_CHANNEL, FIRST_PIXEL, FIRST_TILE = range(8)
-"""Columns of the table of layers: a layer's size, then where its part starts in the features and
-gradients (in elements), and among all layers' channels, pixels and tiles of TILE pixels."""
-
 EXACT_ROWS, COARSE_ROWS, LINK_ROWS = 14, 6, 7
 """Rows of the arrays that hold Ward's hierarchy, see `hierarchy`."""
 
 TILE = 32
 LARGEST_K = 32
 LARGEST_LAYER = 4096
+
+
+class LayerRow(NamedTuple):
+    """A row of the table of layers, as kernels read it.
+
+    Attributes:
+        channels: C.
+        height: h.
+        width: w.
+        features: Where the layer starts in the features of all layers, in elements.
+        gradients: Where it starts in the gradients of all layers, in elements.
+        first_channel: Its first channel among those of all layers.
+        first_pixel: Its first pixel among those of one channel of every layer.
+        first_tile: Its first tile of TILE pixels among those of all layers.
+    """
+
+    channels: int
+    height: int
+    width: int
+    features: int
+    gradients: int
+    first_channel: int
+    first_pixel: int
+    first_tile: int
 
 
 @dataclass(frozen=True)
@@ -105,13 +126,15 @@ class Geometry:
         return low, min(low + 1, last), np.float32(place - low)
 
     def table(self) -> NDArray[np.int64]:
-        """[L, 8] int64, one row per layer; see CHANNELS and what follows it."""
+        """[L, 8] int64, a LayerRow for each layer."""
         sizes = [
             (layer.channels, layer.height * layer.width, _tiles(layer)) for layer in self.layers
         ]
         starts = accumulate(sizes, lambda a, b: (a[0] + b[0], a[1] + b[1], a[2] + b[2]))
         rows = [
-            (layer.channels, layer.height, layer.width, layer.features, layer.gradients, *start)
+            LayerRow(
+                layer.channels, layer.height, layer.width, layer.features, layer.gradients, *start
+            )
             for layer, start in zip(self.layers, [(0, 0, 0), *starts], strict=False)
         ]
         return np.array(rows, np.int64)
@@ -159,7 +182,7 @@ class Geometry:
         pairs, layers, slots = self.pairs, len(self.layers), self.pairs * self.channels
         image, sums = self.size[0] * self.size[1], self.k_max * self.pixels
         return Buffers(
-            table=Spec((layers, 8), np.int64),
+            table=Spec((layers, len(LayerRow._fields)), np.int64),
             low=Spec((layers, sum(self.size)), np.int32),
             share=Spec((layers, sum(self.size)), np.float32),
             psi=Spec((pairs, self.channels, 4), np.float32),

@@ -1,4 +1,4 @@
-"""What Ward's hierarchy is made of: named arrays over the clusters of one layer.
+"""The parts of Ward's hierarchy: named arrays over the clusters of a layer.
 
 Each group lies in one two-dimensional array of all layers and pairs, so that few arguments are
 passed to the kernels; only this module knows in which row. A cluster lives in the slot of its

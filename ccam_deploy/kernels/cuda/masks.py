@@ -1,10 +1,10 @@
 """Masks M' (Ha & Youn 2022, eq. 18-22), for all layers and pairs in one launch.
 
-A mask's upsampled values are never stored before they are final. Each pass works them out again
-from the collection sum, which is small and stays in the cache, by operations that the compiler
-cannot fuse differently from pass to pass: a value is the same, to the bit, in each of them.
+A mask's upsampled values are never stored before they are final. Each pass computes them again from
+the collection sum, which is small and stays in the cache. The compiler cannot fuse the operations
+differently from pass to pass, so every pass sees the same value to the bit.
 
-The quantile is found by radix select. Floats that are not negative order as their bits do, and
+Radix select finds the quantile. Floats that are not negative order as their bits do, and
 those in [0, 1] have 30 of them: digits of 11, 11 and 8 bits. A thread goes down a column, where
 values change slowly, and counts a run of equal digits before it adds to the histogram; so a large
 area of zeros, or of any value, costs few atomic operations.
@@ -27,7 +27,7 @@ from ccam_deploy.kernels.cuda.collectives import (
     block_min,
     block_sum_before,
 )
-from ccam_deploy.kernels.cuda.geometry import FIRST_PIXEL, HEIGHT, WIDTH
+from ccam_deploy.kernels.cuda.layer_table import layer_row
 
 FIRST_DIGIT, FIRST_SHIFT = 11, 19
 BINS = 1 << FIRST_DIGIT
@@ -43,25 +43,28 @@ def index_masks(
 ) -> None:
     """Number the masks of a batch by pair, layer and collection. One block.
 
-    counts: [P, L] int32.   pairs: how many of the P are in use.
-    starts: [P · L + 1] int32, the first mask of each pair and layer in use, then how many masks
-    there are.   flat: [n] uint8.   owner_of_mask: [n] int64. Where there are fewer than n masks,
-    the rest becomes 1 and 0: a classifier's batch may be larger than the number of masks, and
-    reads them.
+    Args:
+        counts: [P, L] int32, collections.
+        pairs: How many of the P are in use.
+        starts: [P · L + 1] int32, written: the first mask of each pair and layer in use, then the
+            number of masks.
+        flat: [n] uint8; 1 is written after the last mask.
+        owner_of_mask: [n] int64; 0 is written after the last mask, because a classifier's batch
+            may be larger than the number of masks.
     """
     scratch = cuda.shared.array(MOST_WARPS, np.int32)
     slots, thread = pairs * counts.shape[1], cuda.threadIdx.x
     share = (slots + cuda.blockDim.x - 1) // cuda.blockDim.x
     begin, end = min(thread * share, slots), min(thread * share + share, slots)
-    own = np.int32(0)
+    thread_masks = np.int32(0)
     for slot in range(begin, end):
-        own += counts[slot // counts.shape[1], slot % counts.shape[1]]
-    place = block_sum_before(own, scratch)
+        thread_masks += counts[slot // counts.shape[1], slot % counts.shape[1]]
+    end_of_slot = block_sum_before(thread_masks, scratch)
     if thread == 0:
         starts[0] = 0
     for slot in range(begin, end):
-        place += counts[slot // counts.shape[1], slot % counts.shape[1]]
-        starts[slot + 1] = place
+        end_of_slot += counts[slot // counts.shape[1], slot % counts.shape[1]]
+        starts[slot + 1] = end_of_slot
     cuda.syncthreads()
     for mask in range(starts[slots] + thread, flat.shape[0], cuda.blockDim.x):
         flat[mask] = 1
@@ -86,23 +89,32 @@ def render_masks(
 ) -> None:
     """Upsample, denoise and normalise collection sums. One block per mask that there may be.
 
-    low, share: [L, H + W] int32 and float32, from Geometry.interpolation.
-    sums: [P, k_max · pixels] float32 in [0, 1].   starts: from `index_masks`.   owner: [P] int32.
-    pairs: how many of the P are in use.   height: H.
-    ranks: from Geometry.quantile; two integers and a float32.
-    masks: [n, H · W] float32 or float16, in [0, 1].   flat: [n] uint8, 1 where a mask is all
-    zeros.   owner_of_mask: [n] int64, the image that a mask is for. Where there are fewer than n
-    masks, the rest of each array is left as it is.
+    Where there are fewer than n masks, the rest of each array is not written.
+
+    Args:
+        table: [L, 8] int64.
+        low: [L, H + W] int32, from Geometry.interpolation.
+        share: [L, H + W] float32, from Geometry.interpolation.
+        sums: [P, k_max · pixels] float32, the collection sums in [0, 1].
+        starts: [P · L + 1] int32, from `index_masks`.
+        owner: [P] int32, the image of each pair.
+        pairs: How many of the P are in use.
+        k_max: The most collections that a layer may have.
+        height: H.
+        ranks: Two integers and a float32, from Geometry.quantile.
+        masks: [n, H · W] float32 or float16, written, in [0, 1].
+        flat: [n] uint8, written: 1 where a mask is all zeros.
+        owner_of_mask: [n] int64, written: the image that a mask is for.
     """
     mask, layers = cuda.blockIdx.x, table.shape[0]
     if mask >= starts[pairs * layers]:
         return
     place = holder(starts, pairs * layers, mask)
     pair, layer = place // layers, place % layers
-    columns = table[layer, WIDTH]
-    pixels = table[layer, HEIGHT] * columns
-    start = k_max * table[layer, FIRST_PIXEL] + (mask - starts[place]) * pixels
-    source = sums[pair, start : start + pixels], columns
+    row = layer_row(table, layer)
+    pixels = row.height * row.width
+    start = k_max * row.first_pixel + (mask - starts[place]) * pixels
+    source = sums[pair, start : start + pixels], row.width
     threshold, highest = threshold_and_maximum(source, low[layer], share[layer], height, ranks)
     walk_and_write(source, low[layer], share[layer], height, 0, (masks[mask], threshold, highest))
     if cuda.threadIdx.x == 0:
@@ -112,7 +124,7 @@ def render_masks(
 
 @cuda.jit(device=True)
 def holder(starts: Array, slots: int, mask: int) -> int:
-    """The pair and layer, as p · L + l, that a mask belongs to."""
+    """The pair and layer of a mask, as p · L + l."""
     first, last = 0, slots - 1
     while first < last:
         middle = (first + last + 1) >> 1
@@ -153,26 +165,27 @@ def threshold_and_maximum(
     """The quantile, interpolated between two ranks, and the maximum of an upsampled map."""
     histogram = cuda.shared.array(BINS, np.int32)
     scratch = cuda.shared.array(MOST_WARPS, np.int32)
-    found = cuda.shared.array(4, np.int32)
+    lower_bin = cuda.shared.array(2, np.int32)
+    higher_bin = cuda.shared.array(2, np.int32)
     rank, prefix, shift, bits = ranks[0], 0, FIRST_SHIFT, FIRST_DIGIT
     higher, highest = NOTHING_ABOVE, np.int32(0)
     while True:
         for place in range(cuda.threadIdx.x, 1 << bits, cuda.blockDim.x):
             histogram[place] = 0
         cuda.syncthreads()
-        higher, highest = count(source, low, share, height, shift, bits, prefix, histogram)
+        higher, highest = count_digits(source, low, share, height, shift, bits, prefix, histogram)
         cuda.syncthreads()
-        find(histogram, 1 << bits, rank, scratch, found[:2])
+        locate_rank(histogram, 1 << bits, rank, scratch, lower_bin)
         if shift == 0:
             break
-        prefix, rank = (prefix << bits) + found[0], found[1]
+        prefix, rank = (prefix << bits) + lower_bin[0], lower_bin[1]
         bits = min(shift, FIRST_DIGIT)
         shift -= bits
-    find(histogram, 1 << bits, rank + ranks[1] - ranks[0], scratch, found[2:])
+    locate_rank(histogram, 1 << bits, rank + ranks[1] - ranks[0], scratch, higher_bin)
     higher, highest = block_min(higher, scratch), block_max(highest, scratch)
-    lower = np.int32((prefix << bits) + found[0])
-    if found[2] >= 0:
-        higher = np.int32((prefix << bits) + found[2])
+    lower = np.int32((prefix << bits) + lower_bin[0])
+    if higher_bin[0] >= 0:
+        higher = np.int32((prefix << bits) + higher_bin[0])
     lower_value, higher_value = lower.view(np.float32), higher.view(np.float32)
     threshold = cuda.fma(higher_value - lower_value, ranks[2], lower_value)
     return threshold, highest.view(np.float32)
@@ -181,11 +194,13 @@ def threshold_and_maximum(
 def _walk(visit: Callable[..., Any]) -> Any:
     """A device function that shows each pixel of an upsampled map to `visit`.
 
-    visit: takes what it returned before, what it is given, the pixel's place and its value.
+    `visit` takes its last result, `constants`, the pixel's place and its value.
     """
 
     @cuda.jit(device=True)
-    def walk(source: Source, low: Array, share: Array, height: int, state: Any, given: Any) -> Any:
+    def walk(
+        source: Source, low: Array, share: Array, height: int, state: Any, constants: Any
+    ) -> Any:
         width = low.shape[0] - height
         groups = (width + WARP - 1) // WARP
         warp, warps = cuda.threadIdx.x // WARP, cuda.blockDim.x // WARP
@@ -200,7 +215,9 @@ def _walk(visit: Callable[..., Any]) -> Any:
                     if low[y] != row:
                         row = low[y]
                         around = corners(source, row, column)
-                    state = visit(state, given, y * width + x, bilinear(around, share[y], along))
+                    state = visit(
+                        state, constants, y * width + x, bilinear(around, share[y], along)
+                    )
         return state
 
     return walk
@@ -209,12 +226,12 @@ def _walk(visit: Callable[..., Any]) -> Any:
 @cuda.jit(device=True)
 def _count(
     state: tuple[Number, Number, Number, Number],
-    given: tuple[Array, int, int, int],
+    constants: tuple[Array, int, int, int],
     place: int,
     value: Number,
 ) -> tuple[Number, Number, Number, Number]:
     run_digit, run, higher, highest = state
-    histogram, shift, bits, prefix = given
+    histogram, shift, bits, prefix = constants
     order = value.view(np.int32)
     highest = max(highest, order)
     above = order >> (shift + bits)
@@ -231,8 +248,8 @@ def _count(
 
 
 @cuda.jit(device=True)
-def _write(state: int, given: tuple[Array, float, float], place: int, value: Number) -> int:
-    mask, threshold, highest = given
+def _write(state: int, constants: tuple[Array, float, float], place: int, value: Number) -> int:
+    mask, threshold, highest = constants
     mask[place] = value / highest if value > threshold else np.float32(0)
     return state
 
@@ -242,7 +259,7 @@ walk_and_write = _walk(_write)
 
 
 @cuda.jit(device=True)
-def count(
+def count_digits(
     source: Source,
     low: Array,
     share: Array,
@@ -252,9 +269,10 @@ def count(
     prefix: int,
     histogram: Array,
 ) -> tuple[Number, Number]:
-    """Add up how often each digit comes after a prefix in the bits of an upsampled map.
+    """Count each digit that follows a prefix in the bits of an upsampled map's values.
 
-    Returns the thread's least value, as bits, with a prefix above that one, and its largest.
+    Returns:
+        The thread's least value with a prefix above that one, and its largest value, as bits.
     """
     start = 0, 0, NOTHING_ABOVE, np.int32(0)
     run_digit, run, higher, highest = walk_and_count(
@@ -266,22 +284,24 @@ def count(
 
 
 @cuda.jit(device=True)
-def find(histogram: Array, bins: int, rank: int, scratch: Array, found: Array) -> None:
+def locate_rank(
+    histogram: Array, bins: int, rank: int, scratch: Array, bin_and_rank: Array
+) -> None:
     """Write the bin that holds a rank, and the rank within it; -1 where there are fewer values."""
     thread = cuda.threadIdx.x
     part = (bins + cuda.blockDim.x - 1) // cuda.blockDim.x
     begin, end = min(thread * part, bins), min(thread * part + part, bins)
-    own = np.int32(0)
+    thread_values = np.int32(0)
     for place in range(begin, end):
-        own += histogram[place]
+        thread_values += histogram[place]
     if thread == 0:
-        found[0] = -1
-    before = block_sum_before(own, scratch)
-    if before <= rank < before + own:
+        bin_and_rank[0] = -1
+    before = block_sum_before(thread_values, scratch)
+    if before <= rank < before + thread_values:
         place = begin
         while before + histogram[place] <= rank:
             before += histogram[place]
             place += 1
-        found[0] = place
-        found[1] = rank - before
+        bin_and_rank[0] = place
+        bin_and_rank[1] = rank - before
     cuda.syncthreads()

@@ -23,7 +23,12 @@ NO_CLASS = np.int32(2**31 - 1)
 
 @cuda.jit
 def cast(values: Array, target: Array) -> None:
-    """Copy into another type; any grid. values: [n] float32.   target: [n] float32 or float16."""
+    """Copy values into another type. Any grid.
+
+    Args:
+        values: [n] float32.
+        target: [n] float32 or float16, written.
+    """
     first = cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x
     for place in range(first, target.shape[0], cuda.gridDim.x * cuda.blockDim.x):
         target[place] = values[place]
@@ -31,9 +36,12 @@ def cast(values: Array, target: Array) -> None:
 
 @cuda.jit
 def gather(source: Array, owner: Array, target: Array) -> None:
-    """Copy each pair's image's row: grid (any, P).
+    """Copy the row of each pair's image. Grid (any, P).
 
-    source: [B, n], target: [P, n], of one type.   owner: [P] int32, the image of each pair.
+    Args:
+        source: [B, n] of any type.
+        owner: [P] int32, the image of each pair.
+        target: [P, n] of the same type, written.
     """
     row, copied = source[owner[cuda.blockIdx.y]], target[cuda.blockIdx.y]
     first = cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x
@@ -51,31 +59,34 @@ def output_gradient(
     targets: Array,
     gradient: Array,
 ) -> None:
-    """Choose each pair's class, and write the gradient of its score. One block per pair.
+    """Find each pair's class, and write the gradient of its score. One block per pair.
 
-    logits: [B, classes] float32 or float16.   owner: [P] int32, the image of each pair.
-    codes: [P] int32, a class, or -1 - r for the class of rank r by its logit, from 0; the lower
-    class comes first where logits are equal.   scale: float32, what to multiply by.
-    probability: 0 where the score is the logit, 1 where it is the softmax probability.
-    targets: [P] int64, the classes chosen; 0 where undefined logits leave none of that rank.
-    gradient: [P, classes] float32 or float16, ∂score/∂logits times the scale.
+    Args:
+        logits: [B, classes] float32 or float16.
+        owner: [P] int32, the image of each pair.
+        codes: [P] int32, a class, or -1 - r for the class of rank r by its logit, from 0; of equal
+            logits, the lower class comes first.
+        scale: A float32 that the gradient is multiplied by.
+        probability: 0 where the score is the logit, 1 where it is the softmax probability.
+        targets: [P] int64, written: classes; 0 where undefined logits leave none of that rank.
+        gradient: [P, classes] float32 or float16, written: ∂score/∂logits times the scale.
     """
     scratch = cuda.shared.array(MOST_WARPS, np.float32)
     pair = cuda.blockIdx.x
-    own, written = logits[owner[pair]], gradient[pair]
+    image_logits, written = logits[owner[pair]], gradient[pair]
     target = codes[pair]
     if target < 0:
-        target = class_of_rank(own, -1 - target)
+        target = class_of_rank(image_logits, -1 - target)
     if cuda.threadIdx.x == 0:
         targets[pair] = target
     highest, total, share = np.float32(0), np.float32(1), np.float32(0)
     if probability != 0:
-        highest, total = softmax_terms(own, scratch)
-        share = math.exp(np.float32(own[target]) - highest) / total
-    for place in range(cuda.threadIdx.x, own.shape[0], cuda.blockDim.x):
+        highest, total = softmax_terms(image_logits, scratch)
+        share = math.exp(np.float32(image_logits[target]) - highest) / total
+    for place in range(cuda.threadIdx.x, image_logits.shape[0], cuda.blockDim.x):
         value = np.float32(1) if place == target else np.float32(0)
         if probability != 0:
-            value = share * (value - math.exp(np.float32(own[place]) - highest) / total)
+            value = share * (value - math.exp(np.float32(image_logits[place]) - highest) / total)
         written[place] = scale * value
 
 
@@ -89,12 +100,16 @@ def mask_scores(
     probability: int,
     scores: Array,
 ) -> None:
-    """The score of each masked image for its pair's class. One block per row of the logits.
+    """Score each masked image for its pair's class. One block per row of the logits.
 
-    logits: [rows, classes] float32 or float16; rows after the last mask are left out.
-    starts: from `masks.index_masks`.   targets: [P] int64.
-    pairs: how many of the P are in use.   probability: as for `output_gradient`.
-    scores: [n] float32, written.
+    Args:
+        logits: [rows, classes] float32 or float16; rows after the last mask are left out.
+        starts: [P · L + 1] int32, from `masks.index_masks`.
+        targets: [P] int64, classes.
+        pairs: How many of the P are in use.
+        layers: L.
+        probability: As for `output_gradient`.
+        scores: [n] float32, written.
     """
     scratch = cuda.shared.array(MOST_WARPS, np.float32)
     mask = cuda.blockIdx.x
@@ -114,19 +129,19 @@ def class_of_rank(logits: Array, rank: int) -> Number:
     """The class that comes after `rank` others by logit; 0 if there is none."""
     values = cuda.shared.array(MOST_WARPS, np.float32)
     classes = cuda.shared.array(MOST_WARPS, np.int32)
-    value, found = INFINITY, np.int32(-1)
+    value, ranked = INFINITY, np.int32(-1)
     for _ in range(rank + 1):
-        before, after = value, found
-        value, found = -INFINITY, NO_CLASS
+        last_value, last_class = value, ranked
+        value, ranked = -INFINITY, NO_CLASS
         for place in range(cuda.threadIdx.x, logits.shape[0], cuda.blockDim.x):
-            its = np.float32(logits[place])
-            left = its < before or (its == before and place > after)
-            if left and (found == NO_CLASS or its > value):
-                value, found = its, np.int32(place)
+            logit = np.float32(logits[place])
+            left = logit < last_value or (logit == last_value and place > last_class)
+            if left and (ranked == NO_CLASS or logit > value):
+                value, ranked = logit, np.int32(place)
         best = block_max(value, values)
-        found = block_min(found if value == best else NO_CLASS, classes)
+        ranked = block_min(ranked if value == best else NO_CLASS, classes)
         value = best
-    return found if found != NO_CLASS else np.int32(0)
+    return ranked if ranked != NO_CLASS else np.int32(0)
 
 
 @cuda.jit(device=True)

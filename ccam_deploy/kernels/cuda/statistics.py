@@ -7,36 +7,34 @@ import math
 import numpy as np
 from numba import cuda
 
-from ccam_deploy.kernels.cuda.collectives import MOST_WARPS, Array, block_sum, part_of
-from ccam_deploy.kernels.cuda.geometry import (
-    CHANNELS,
-    FEATURES,
-    FIRST_CHANNEL,
-    GRADIENTS,
-    HEIGHT,
-    WIDTH,
-)
+from ccam_deploy.kernels.cuda.collectives import MOST_WARPS, Array, block_sum
+from ccam_deploy.kernels.cuda.layer_table import layer_of_channel, layer_row
 
 
 @cuda.jit
 def channel_statistics(
     table: Array, features: Array, gradients: Array, owner: Array, inverse_scale: float, psi: Array
 ) -> None:
-    """One block per channel and pair: grid (channels of all layers, P).
+    """Compute ψ. One block per channel and pair: grid (channels of all layers, P).
 
-    features, gradients: 1-D, float32 or float16.   owner: [P] int32, the image of each pair.
-    inverse_scale: float64, what to multiply gradients by.
-    psi: [P, channels, 4] float32, written.
-    Two passes in float64, so that neither a large mean nor a large value costs precision; the
-    second pass finds the map in the cache.
+    There are two passes in float64, so that neither a large mean nor a large value costs
+    precision; the second pass reads the map from the cache.
+
+    Args:
+        table: [L, 8] int64.
+        features: 1-D, float32 or float16.
+        gradients: 1-D, float32 or float16.
+        owner: [P] int32, the image of each pair.
+        inverse_scale: A float64 that gradients are multiplied by.
+        psi: [P, channels, 4] float32, written.
     """
     scratch = cuda.shared.array(MOST_WARPS, np.float64)
     channel, pair = cuda.blockIdx.x, cuda.blockIdx.y
-    layer = part_of(table, FIRST_CHANNEL, channel)
-    own = channel - table[layer, FIRST_CHANNEL]
-    count, channels = table[layer, HEIGHT] * table[layer, WIDTH], table[layer, CHANNELS]
-    feature = table[layer, FEATURES] + (owner[pair] * channels + own) * count
-    gradient = table[layer, GRADIENTS] + (pair * channels + own) * count
+    row = layer_row(table, layer_of_channel(table, channel))
+    in_layer = channel - row.first_channel
+    count = row.height * row.width
+    feature = row.features + (owner[pair] * row.channels + in_layer) * count
+    gradient = row.gradients + (pair * row.channels + in_layer) * count
 
     feature_sum, gradient_sum = 0.0, 0.0
     for place in range(cuda.threadIdx.x, count, cuda.blockDim.x):
@@ -65,12 +63,18 @@ def channel_statistics(
 def standardise(table: Array, psi: Array, scaled: Array) -> None:
     """Scale each statistic to mean 0 and deviation 1 over a layer's channels.
 
-    One block per statistic, layer and pair: grid (4, L, P).   psi, scaled: [P, channels, 4]
-    float32; not the same array, since the collection sums need the mean gradient as it was.
+    One block per statistic, layer and pair: grid (4, L, P).
+
+    Args:
+        table: [L, 8] int64.
+        psi: [P, channels, 4] float32.
+        scaled: [P, channels, 4] float32, written. It must be another array, because the collection
+            sums need the mean gradient of `psi`.
     """
     scratch = cuda.shared.array(MOST_WARPS, np.float64)
     statistic, layer, pair = cuda.blockIdx.x, cuda.blockIdx.y, cuda.blockIdx.z
-    first, channels = table[layer, FIRST_CHANNEL], table[layer, CHANNELS]
+    row = layer_row(table, layer)
+    first, channels = row.first_channel, row.channels
 
     total = 0.0
     for channel in range(cuda.threadIdx.x, channels, cuda.blockDim.x):

@@ -13,19 +13,9 @@ from ccam_deploy.kernels.cuda.collectives import (
     Array,
     block_max,
     block_min,
-    part_of,
 )
-from ccam_deploy.kernels.cuda.geometry import (
-    CHANNELS,
-    FEATURES,
-    FIRST_CHANNEL,
-    FIRST_PIXEL,
-    FIRST_TILE,
-    GRADIENTS,
-    HEIGHT,
-    TILE,
-    WIDTH,
-)
+from ccam_deploy.kernels.cuda.geometry import TILE
+from ccam_deploy.kernels.cuda.layer_table import layer_of_tile, layer_row
 
 
 @cuda.jit
@@ -41,30 +31,37 @@ def collection_sums(
     finished: Array,
     sums: Array,
 ) -> None:
-    """One block per tile, collection and pair: grid (tiles, k_max, P), at most 1,024 threads.
+    """Add up the channels of each collection, and scale the sums to a maximum of 1.
 
-    features, gradients: 1-D, float32 or float16.   owner: [P] int32, the image of each pair.
-    psi: [P, channels, 4] float32, whose mean gradients weigh the final layer's channels.
-    labels: [P, channels] int32.   counts: [P, L] int32.
-    unscaled: [P, k_max · pixels] float64, for the sums before they are scaled.   finished:
-    [P, L, k_max] int32, zeros, and zeros again afterwards: the tiles that are done.
-    sums: [P, k_max · pixels] float32; of a pair, layer by layer, [count, h, w], in [0, 1].
+    One block per tile, collection and pair: grid (tiles, k_max, P), at most 1,024 threads. A lane
+    takes a pixel, a warp a share of the channels. The block that finishes a map scales it.
 
-    A lane takes a pixel, a warp a share of the channels. The block that finishes a map scales it.
+    Args:
+        table: [L, 8] int64.
+        features: 1-D, float32 or float16.
+        gradients: 1-D, float32 or float16.
+        owner: [P] int32, the image of each pair.
+        psi: [P, channels, 4] float32, whose mean gradients weigh the final layer's channels.
+        labels: [P, channels] int32, the collections.
+        counts: [P, L] int32, their numbers.
+        unscaled: [P, k_max · pixels] float64, written: the sums before they are scaled.
+        finished: [P, L, k_max] int32, zeros before and after: counts the tiles that are done.
+        sums: [P, k_max · pixels] float32, written; of a pair, layer by layer, [count, h, w], in
+            [0, 1].
     """
     parts = cuda.shared.array((MOST_WARPS, TILE), np.float64)
     scratch = cuda.shared.array(MOST_WARPS, np.float64)
     ticket = cuda.shared.array(1, np.int32)
     tile, collection, pair = cuda.blockIdx.x, cuda.blockIdx.y, cuda.blockIdx.z
-    layer = part_of(table, FIRST_TILE, tile)
+    layer = layer_of_tile(table, tile)
     if collection >= counts[pair, layer]:
         return
     lane, warp, warps = cuda.laneid, cuda.threadIdx.x // WARP, cuda.blockDim.x // WARP
-    count, channels = table[layer, HEIGHT] * table[layer, WIDTH], table[layer, CHANNELS]
-    first = table[layer, FIRST_CHANNEL]
-    pixel = (tile - table[layer, FIRST_TILE]) * TILE + lane
-    feature = table[layer, FEATURES] + owner[pair] * channels * count + pixel
-    gradient = table[layer, GRADIENTS] + pair * channels * count + pixel
+    row = layer_row(table, layer)
+    count, channels, first = row.height * row.width, row.channels, row.first_channel
+    pixel = (tile - row.first_tile) * TILE + lane
+    feature = row.features + owner[pair] * channels * count + pixel
+    gradient = row.gradients + pair * channels * count + pixel
     final = layer + 1 == table.shape[0]
 
     total = 0.0
@@ -78,7 +75,7 @@ def collection_sums(
                     total += np.float64(features[feature + channel * count])
     parts[warp, lane] = total
     cuda.syncthreads()
-    start = (cuda.gridDim.y * table[layer, FIRST_PIXEL]) + collection * count
+    start = (cuda.gridDim.y * row.first_pixel) + collection * count
     if warp == 0 and pixel < count:
         for other in range(1, warps):
             total += parts[other, lane]
@@ -92,8 +89,8 @@ def collection_sums(
     if ticket[0] == (count + TILE - 1) // TILE - 1:
         cuda.threadfence()
         finished[pair, layer, collection] = 0
-        own = slice(start, start + count)
-        scale(unscaled[pair, own], sums[pair, own], scratch)
+        pixels = slice(start, start + count)
+        scale(unscaled[pair, pixels], sums[pair, pixels], scratch)
 
 
 @cuda.jit(device=True)

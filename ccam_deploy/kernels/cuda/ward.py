@@ -4,14 +4,14 @@ Each round merges all pairs of clusters that are each other's nearest; Ward's di
 reducible, so the tree is that of merging one pair at a time. Only clusters that were merged, and
 those whose nearest was, look for a new one. A cluster lives in the slot of its first channel.
 
-Distances are compared exactly, in float64, but most are computed in float32 only: a bound on the
-error of that tells whether the nearest is certain, and where it is not, the few that may be it
-are computed again. (Consumer GPUs do 64 times more float32 than float64.)
+Distances are compared exactly, in float64, but most are computed in float32 only. A bound on the
+rounding error shows whether the nearest cluster is certain; where it is not, the distances of the
+few candidates are computed again. (Consumer GPUs do 64 times more float32 than float64.)
 
-Equal distances are decided by i XOR j: identical channels pair up and are one cluster after
-log2(C) rounds. A round after which no two clusters are each other's nearest, which takes a tie
-with a cluster that is new, is followed by one in which all look again; the pair that is least in
-(distance, i XOR j) then merges. So there are at most 2·(C − 1) rounds.
+Ties are broken by i XOR j: identical channels pair up, and log2(C) rounds make a single cluster of
+them. A tie with a new cluster may leave no two clusters that are each other's nearest; in the next
+round all of them look again, and the pair that is least in (distance, i XOR j) merges. So there are
+at most 2·(C − 1) rounds.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from ccam_deploy.kernels.cuda.collectives import (
     block_max,
     warp_min,
 )
-from ccam_deploy.kernels.cuda.geometry import CHANNELS, FIRST_CHANNEL
 from ccam_deploy.kernels.cuda.hierarchy import Coarse, Exact, Links, coarse_of, exact_of, links_of
+from ccam_deploy.kernels.cuda.layer_table import layer_row
 
 SLOTS = 1 << 13
-"""More than there are channels: an order is a round and a slot in one number."""
+"""More than a layer has channels: `order` holds both a round and a slot."""
 
 BELOW, ABOVE = np.float32(1 - 2**-9), np.float32(1 + 2**-9)
 CROSS_TERM = np.float32(2**11)
@@ -55,35 +55,41 @@ def begin(
 ) -> None:
     """Make each channel a cluster. One block per layer and pair: grid (L, P).
 
-    psi: [P, channels, 4] float32.   all_exact, all_coarse, all_links: [n, P · channels],
-    the hierarchy's groups, see `hierarchy`.   scales: [P, L] float64,
-    the power of two that brings a layer's largest statistic to 1.   counts: [P, L] int32, 0
-    where a statistic is not finite, else 1.
+    Args:
+        table: [L, 8] int64.
+        psi: [P, channels, 4] float32, the channel statistics.
+        all_exact: [EXACT_ROWS, P · channels] float64, written; see `hierarchy`.
+        all_coarse: [COARSE_ROWS, P · channels] float32, written; see `hierarchy`.
+        all_links: [LINK_ROWS, P · channels] int32, written; see `hierarchy`.
+        scales: [P, L] float64, written: the power of two that brings a layer's largest statistic
+            to between 1/2 and 1.
+        counts: [P, L] int32, written: 0 where a statistic is not finite, else 1.
     """
     scratch = cuda.shared.array(MOST_WARPS, np.float64)
     layer, pair = cuda.blockIdx.x, cuda.blockIdx.y
-    first, channels = table[layer, FIRST_CHANNEL], table[layer, CHANNELS]
+    row = layer_row(table, layer)
+    first, channels = row.first_channel, row.channels
     start = pair * psi.shape[1] + first
     exact = exact_of(all_exact, start, start + channels)
     coarse = coarse_of(all_coarse, start, start + channels)
     links = links_of(all_links, start, start + channels)
 
-    largest, sound = 0.0, 1
+    largest, finite = 0.0, 1
     for channel in range(cuda.threadIdx.x, channels, cuda.blockDim.x):
         for axis in range(4):
             value = abs(np.float64(psi[pair, first + channel, axis]))
             if value < math.inf:
                 largest = max(largest, value)
             else:
-                sound = 0
+                finite = 0
     largest = block_max(largest, scratch)
-    sound = cuda.syncthreads_and(sound)
+    finite = cuda.syncthreads_and(finite)
     scale = 1.0
     if largest > 0:
         scale = math.ldexp(1.0, -math.frexp(largest)[1])
     if cuda.threadIdx.x == 0:
         scales[pair, layer] = scale
-        counts[pair, layer] = 1 if sound != 0 else 0
+        counts[pair, layer] = 1 if finite != 0 else 0
 
     for channel in range(cuda.threadIdx.x, channels, cuda.blockDim.x):
         for axis in range(4):
@@ -108,12 +114,21 @@ def search(
     all_links: Array,
     counts: Array,
 ) -> None:
-    """Find each channel's nearest. A warp takes channels in turn: grid (any, L, P)."""
+    """Find each channel's nearest. A warp takes channels in turn: grid (any, L, P).
+
+    Args:
+        table: [L, 8] int64.
+        all_exact: [EXACT_ROWS, P · channels] float64, from `begin`.
+        all_coarse: [COARSE_ROWS, P · channels] float32, from `begin`.
+        all_links: [LINK_ROWS, P · channels] int32, from `begin`; `nearest` is written.
+        counts: [P, L] int32, from `begin`.
+    """
     layer, pair = cuda.blockIdx.y, cuda.blockIdx.z
     if counts[pair, layer] == 0:
         return
-    channels = table[layer, CHANNELS]
-    start = pair * (all_links.shape[1] // counts.shape[0]) + table[layer, FIRST_CHANNEL]
+    row = layer_row(table, layer)
+    channels = row.channels
+    start = pair * (all_links.shape[1] // counts.shape[0]) + row.first_channel
     exact = exact_of(all_exact, start, start + channels)
     coarse = coarse_of(all_coarse, start, start + channels)
     links = links_of(all_links, start, start + channels)
@@ -127,10 +142,16 @@ def search(
 
 @cuda.jit(device=True)
 def build(exact: Exact, coarse: Coarse, links: Links, scale: float) -> int:
-    """Merge a layer's clusters until one is left, with all threads of a block.
+    """Merge a layer's clusters into a single one, with all threads of a block.
 
-    exact, coarse, links: the layer's clusters, as `begin` and `search` left them.
-    Returns the number of rounds.
+    Args:
+        exact: The layer's clusters, as `begin` and `search` left them.
+        coarse: The same.
+        links: The same.
+        scale: The layer's element of `scales`.
+
+    Returns:
+        The number of rounds.
     """
     counters = cuda.shared.array(2, np.int32)
     thread, threads = cuda.threadIdx.x, cuda.blockDim.x
@@ -191,7 +212,7 @@ def join(
         largest = max(largest, abs(value))
     exact.size[slot] = size
     exact.spread[slot] += exact.spread[other] + cost
-    # Rounding may put a merge below one that it contains; the order of the two must stand.
+    # Rounding may put a merge below another that it contains; their order must not change.
     height = max(cost, max(exact.height[slot], exact.height[other]))
     exact.height[slot] = height
     exact.merge_height[other] = height
@@ -216,7 +237,7 @@ def distance(exact: Exact, slot: int, other: int) -> Number:
 
 @cuda.jit(device=True)
 def bounds(coarse: Coarse, slot: int, other: int) -> tuple[Number, Number]:
-    """What the scaled distance is at least and at most, from float32 alone.
+    """The least and the greatest that the scaled distance can be, from float32 alone.
 
     With b computed for ‖Δ‖ and e the error of the centroids,
     b²·(1 − 1/t) − e²·(t − 1) <= ‖Δ‖² <= b²·(1 + 1/t) + e²·(t + 1); t = 2^10, both terms doubled.

@@ -1,7 +1,7 @@
 """Find out which backends work here, and what to do first about each that does not.
 
-Every check imports the library and runs something small with it, in a process of its own, so that
-even a library that crashes the process yields one line. `python -m ccam_deploy.checks.doctor NAME`
+Every check imports the library and runs something small with it, in a fresh process, so that even a
+library that crashes yields a line. `python -m ccam_deploy.checks.doctor NAME`
 is that process.
 """
 
@@ -98,19 +98,19 @@ class TroubleError(Exception):
 
 
 def examine(
-    check: Callable[[str], Finding] | None = None,
+    examiner: Callable[[str], Finding] | None = None,
 ) -> tuple[list[Finding], list[Finding]]:
     """Try all backends and the parts that they need.
 
     Args:
-        check: Tries one name; by default in a process of its own.
+        examiner: Tries one name; by default in a fresh process.
 
     Returns:
         The findings of the backends and those of the parts.
     """
-    try_name = check or in_own_process
-    parts = {name: try_name(name) for name in PARTS}
-    return [_with_needs(try_name(name), parts) for name in NEEDS], list(parts.values())
+    examine_name = examiner or in_fresh_process
+    parts = {name: examine_name(name) for name in PARTS}
+    return [_with_needs(examine_name(name), parts) for name in NEEDS], list(parts.values())
 
 
 def _with_needs(backend: Finding, parts: Mapping[str, Finding]) -> Finding:
@@ -123,7 +123,7 @@ def _with_needs(backend: Finding, parts: Mapping[str, Finding]) -> Finding:
     return Finding(backend.name, False, detail, first.remedy)
 
 
-def in_own_process(name: str) -> Finding:
+def in_fresh_process(name: str) -> Finding:
     """Try one name in a fresh process, which may crash or hang."""
     command = [sys.executable, "-m", __name__, name]
     again = f"reinstall it: pip install --force-reinstall {_package(name)}"
@@ -194,7 +194,7 @@ def _dotted(version: tuple[int, int]) -> str:
 
 
 def _driver() -> str:
-    """Describe the first GPU, which must be one that the kernels run on."""
+    """Describe the first GPU. Raises TroubleError where the kernels do not run on it."""
     gpu = _gpu()
     if gpu.capability < _OLDEST:
         raise TroubleError(str(gpu), f"use a GPU of compute capability {_dotted(_OLDEST)} or newer")
@@ -242,7 +242,7 @@ def _gpu() -> Gpu:
 
 
 def _usable_gpu() -> Gpu | None:
-    """The first GPU, or None where no kernel can run here."""
+    """The first GPU, or None where no kernel can run."""
     try:
         gpu = _gpu()
     except TroubleError:

@@ -1,4 +1,4 @@
-"""The smallest ONNX graph that shows whether an engine runs, made without the package onnx.
+"""The smallest ONNX graph that shows whether an engine runs, without the package onnx.
 
 The fields are those of onnx.proto; a message is its fields, each a key and a value.
 """
@@ -10,7 +10,11 @@ _FLOAT = 1
 
 
 def tiny_graph() -> bytes:
-    """A model that computes y = max(x, 0) of x [2] float32."""
+    """Serialise a model that computes y = max(x, 0).
+
+    Returns:
+        An ONNX file's bytes; x and y are [2] float32.
+    """
     node = _text(1, "x") + _text(2, "y") + _text(4, "Relu")
     graph = _message(1, node) + _text(2, "tiny")
     graph += _message(11, _tensor("x")) + _message(12, _tensor("y"))
@@ -21,8 +25,8 @@ def tiny_graph() -> bytes:
 def _tensor(name: str) -> bytes:
     """ValueInfoProto of a float32 tensor of 2 values."""
     shape = _message(1, _number(1, 2))
-    kind = _message(1, _number(1, _FLOAT) + _message(2, shape))
-    return _text(1, name) + _message(2, kind)
+    tensor_type = _message(1, _number(1, _FLOAT) + _message(2, shape))
+    return _text(1, name) + _message(2, tensor_type)
 
 
 def _number(field: int, value: int) -> bytes:
@@ -35,5 +39,5 @@ def _text(field: int, value: str) -> bytes:
 
 
 def _message(field: int, content: bytes) -> bytes:
-    """A field of a length and so many bytes, fewer than 128."""
+    """A field of fewer than 128 bytes, after their number."""
     return bytes([field << 3 | 2, len(content)]) + content

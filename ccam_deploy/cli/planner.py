@@ -41,7 +41,7 @@ class Planner:
         self.settings = BuildSettings(
             options.max_batch, options.devices, options.timing_cache, force
         )
-        self.settings.check(self.library)
+        self.settings.require_supported(self.library)
 
     def require_precision(self, precision: str) -> None:
         """Make sure that the devices to build for have a precision.
@@ -49,7 +49,7 @@ class Planner:
         Raises:
             OptionError: One of them does not.
         """
-        self.settings.check(self.library, precision)
+        self.settings.require_supported(self.library, precision)
 
     def build(self, bundle: Bundle, precision: PrecisionName) -> Built:
         """Build the plans of one precision, with its progress on stderr."""

@@ -30,15 +30,22 @@ _DTYPES: dict[str, np.dtype[Any]] = {
 
 
 class OnnxRuntimeGraph:
-    """One ONNX graph on tensors where they lie: in a GPU's memory, or, for tests, in the host's.
-
-    stream: the handle of the CUDA stream that the session works on; see DeviceGraph.
-    """
+    """An ONNX graph on tensors in a GPU's memory or, for tests, the host's; see DeviceGraph."""
 
     capturable = False
     """Its arena allocates while it runs, and it may leave operators to the CPU."""
 
     def __init__(self, path: Path, device: Device, stream: int) -> None:
+        """Load the graph.
+
+        Args:
+            path: The ONNX file.
+            device: Where the tensors lie.
+            stream: The handle of the CUDA stream to work on; 0 on the CPU.
+
+        Raises:
+            BackendError: The graph cannot be loaded on the device.
+        """
         runtime = _import()
         self._path = path
         self._device = device
@@ -107,10 +114,10 @@ def open_session(
     """Load a model on a device and on no other.
 
     Args:
-        model: A file, or the bytes of one.
+        model: A file, or its bytes.
         device: Where to run it.
         threads: Threads inside an operator; 0 lets ONNX Runtime choose.
-        stream: The handle of a CUDA stream to work on; 0 for a stream of its own.
+        stream: The handle of a CUDA stream to work on; 0 lets ONNX Runtime create one.
 
     Returns:
         The session.
@@ -122,8 +129,8 @@ def open_session(
     options = runtime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 4  # errors come as exceptions
-    # A bundle's sessions and the kernels take turns: a session that goes on spinning after
-    # its run only takes the cores from the next one.
+    # A bundle's sessions and the kernels take turns: a session that spins after its run only
+    # takes the cores from the next.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     # Quantised graphs run as they are written: fused, FP8 comes out wrong on a CPU, and INT8 may
     # saturate where a GPU does not.
@@ -152,11 +159,11 @@ def open_session(
 
 @cache
 def _load_cuda(runtime: Any) -> None:
-    """Load CUDA and cuDNN where pip put them; what it cannot find, the loader may.
+    """Load CUDA and cuDNN from pip's packages; the system's loader may find those it cannot.
 
-    Once for the process: while it is at work, all threads' output is swallowed.
+    This is done once for the process, because it swallows the output of all threads meanwhile.
     """
-    with redirect_stdout(io.StringIO()):  # it prints what it does not find
+    with redirect_stdout(io.StringIO()):  # it prints the names of missing libraries
         runtime.preload_dlls()
 
 

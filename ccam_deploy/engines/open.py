@@ -1,4 +1,4 @@
-"""Open a bundle on the backend that is asked for, or on the best that works here."""
+"""Open a bundle on a given backend, or on the best that works here."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def open_networks(
             has plans for it.
         precision: One of the bundle's.
         threads: Threads inside an operator on a CPU; 0 lets the engine choose.
-        slots: How many callers a GPU serves at a time; each takes a stream and buffers of its own.
+        slots: How many callers a GPU serves at a time; each has its own stream and buffers.
 
     Returns:
         The networks. With "auto", their notes say why better backends do not work.
@@ -107,7 +107,21 @@ def load_networks(
     threads: int = 0,
     slots: int = 1,
 ) -> Networks:
-    """Load ONNX graphs by name on ONNX Runtime; see open_networks. Raises BackendError."""
+    """Load ONNX graphs on ONNX Runtime.
+
+    Args:
+        paths: The files by graph.
+        gradient_scale: The factor of the gradient graph's input.
+        backend: "onnxruntime-cpu" or "onnxruntime-cuda".
+        threads: See open_networks.
+        slots: See open_networks.
+
+    Returns:
+        The networks.
+
+    Raises:
+        BackendError: The backend does not work here.
+    """
     if backend == "onnxruntime-cuda":
         from ccam_deploy.engines.cuda.onnxruntime_slots import onnxruntime_slots
 

@@ -131,7 +131,7 @@ def test_broken_driver(
 
 def test_cpu_works_here() -> None:
     """In a process of its own, as the command tries it."""
-    finding = doctor.in_own_process("onnxruntime-cpu")
+    finding = doctor.in_fresh_process("onnxruntime-cpu")
     assert finding == Finding("onnxruntime-cpu", True, f"onnxruntime {onnxruntime.__version__}")
 
 
@@ -501,7 +501,7 @@ def test_package_that_breaks_the_process(
     (tmp_path / "onnxruntime.py").write_text(textwrap.dedent(code))
     path = [str(tmp_path), *(entry for entry in sys.path if entry)]
     monkeypatch.setenv("PYTHONPATH", ":".join(path))
-    finding = doctor.in_own_process("onnxruntime-cpu")
+    finding = doctor.in_fresh_process("onnxruntime-cpu")
     assert finding == Finding(
         "onnxruntime-cpu",
         False,
@@ -515,12 +515,12 @@ def test_library_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     path = [str(tmp_path), *(entry for entry in sys.path if entry)]
     monkeypatch.setenv("PYTHONPATH", ":".join(path))
     monkeypatch.setattr(doctor, "_PATIENCE", 3)
-    finding = doctor.in_own_process("onnxruntime-cpu")
+    finding = doctor.in_fresh_process("onnxruntime-cpu")
     assert (finding.works, finding.detail) == (False, "it did not answer in 3 s")
 
 
 @pytest.mark.gpu
 def test_on_a_gpu() -> None:
-    finding = doctor.in_own_process("driver")
+    finding = doctor.in_fresh_process("driver")
     assert finding.works
     assert "compute capability" in finding.detail

@@ -23,7 +23,13 @@ ALIGNMENT = 256
 
 @dataclass(frozen=True)
 class DeviceTensor:
-    """A tensor in device memory, its elements in a row. address: of the first one."""
+    """A tensor in device memory, without gaps.
+
+    Attributes:
+        address: Where it starts.
+        shape: Its shape.
+        dtype: Its type.
+    """
 
     address: int
     shape: tuple[int, ...]
@@ -36,12 +42,15 @@ class DeviceTensor:
 
 
 class DeviceGraph(Protocol):
-    """One graph, ready to run on tensors in device memory, always on the same device's stream.
+    """A graph, ready to run on tensors in device memory, always on the same device's stream.
 
-    inputs, outputs: in order; a shape has names for the axes that vary, "batch" and "masks".
-    limits: the largest size of each axis that varies; one that is not named has no limit.
-    The first launch for each set of shapes may take long, and wait.
-    Not to be used by two threads at a time.
+    The first launch for each set of shapes may take long, and wait. Only one thread at a time may
+    use a graph.
+
+    Attributes:
+        inputs: In order; a shape has names for the axes that vary, "batch" and "masks".
+        outputs: The same.
+        limits: The largest size of axes that vary, by name; others have no limit.
     """
 
     inputs: tuple[TensorSpec, ...]
@@ -56,17 +65,21 @@ class DeviceGraph(Protocol):
     def launch(self, tensors: Mapping[str, DeviceTensor]) -> None:
         """Put a run on the stream, and return without waiting for it.
 
-        tensors: every input and output by name. Raises BackendError where the engine refuses.
+        Args:
+            tensors: Every input and output by name.
+
+        Raises:
+            BackendError: The engine refuses.
         """
         ...
 
     def close(self) -> None:
-        """Free what the graph holds."""
+        """Free the graph's memory."""
         ...
 
 
 class Device(Protocol):
-    """One stream and the memory that goes with it; work on it is done in order."""
+    """A stream and its memory; work on the stream is done in order."""
 
     @property
     def stream(self) -> int:
@@ -79,18 +92,22 @@ class Device(Protocol):
         ...
 
     def allocate(self, size: int) -> int:
-        """The address of `size` new bytes, on a multiple of ALIGNMENT.
+        """Allocate `size` bytes on a multiple of ALIGNMENT, until `free` or `close`.
 
-        They are freed by `free` or by `close`. Raises BackendError where there is no room.
+        Returns:
+            Their address.
+
+        Raises:
+            BackendError: There is too little memory.
         """
         ...
 
     def free(self, address: int) -> None:
-        """Give memory back that `allocate` gave, once the stream's work is done."""
+        """Free memory from `allocate`, once the stream's work is done."""
         ...
 
     def current(self) -> AbstractContextManager[None]:
-        """Make the device the calling thread's; everything else is called inside of this."""
+        """Make the device current in the calling thread, as all other calls require."""
         ...
 
     def view(self, address: int, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
@@ -98,7 +115,7 @@ class Device(Protocol):
         ...
 
     def pinned(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
-        """A host array that copies to and from the device need not stage; gone after `close`."""
+        """A page-locked host array, for fast copies to and from the device; gone after `close`."""
         ...
 
     def upload(self, address: int, values: Array) -> None:
@@ -114,7 +131,7 @@ class Device(Protocol):
         ...
 
     def wait(self) -> None:
-        """Wait until the stream's work is done. Raises BackendError for what went wrong in it."""
+        """Wait until the stream's work is done. Raises BackendError where some of it failed."""
         ...
 
     def mark(self) -> Any:
@@ -126,14 +143,20 @@ class Device(Protocol):
         ...
 
     def hold(self, thing: object) -> None:
-        """Keep something for as long as the graph that is being captured; nothing where none is."""
+        """Keep an object as long as the graph that is being captured; do nothing where none is."""
         ...
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        """Capture what `work` puts on the stream; return a function that puts it there again.
+        """Capture what `work` puts on the stream.
 
-        Everything that `work` needs must stand before: no memory may be allocated and no kernel
-        compiled in it. Raises BackendError where it cannot be captured.
+        Args:
+            work: Allocates no memory and compiles no kernel.
+
+        Returns:
+            A function that puts the same on the stream again.
+
+        Raises:
+            BackendError: It cannot be captured.
         """
         ...
 
@@ -143,9 +166,13 @@ class Device(Protocol):
 
 
 class Region:
-    """Named arrays one after the other in device memory, and maybe the same on the host.
+    """Named arrays one after the other in device memory, with a mirror on the host if asked for.
 
-    tensors: the arrays on the device.   host: their mirror in pinned memory.
+    Attributes:
+        tensors: The arrays on the device.
+        host: Their mirror in pinned memory.
+        address: Where they start.
+        size: How many bytes they take, gaps included.
     """
 
     def __init__(
@@ -154,6 +181,16 @@ class Region:
         arrays: Mapping[str, tuple[tuple[int, ...], DTypeLike]],
         mirrored: bool = False,
     ) -> None:
+        """Allocate the arrays.
+
+        Args:
+            device: Whose memory to take.
+            arrays: Shape and type by name.
+            mirrored: Whether the host gets a mirror.
+
+        Raises:
+            BackendError: There is too little memory.
+        """
         self._device = device
         self.tensors: dict[str, DeviceTensor] = {}
         self.host: dict[str, NDArray[Any]] = {}
@@ -185,5 +222,5 @@ class Region:
         self._device.download(self._mirror, self.address)
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Free the device memory."""
         self._device.free(self.address)

@@ -1,8 +1,9 @@
 """A GPU through PyCUDA, Numba and cuda.bindings, which all work on its primary context.
 
-PyCUDA counts, thread by thread, which context is current, and aborts the process where a thread
-ends with one: `CudaDevice.current` makes the primary context current and gives it back. What PyCUDA
-made would leak where it is freed in another thread without that context, so the device keeps it.
+PyCUDA keeps a stack of current contexts for each thread, and aborts the process where a thread ends
+with a context on it: `CudaDevice.current` makes the primary context current and takes it off again.
+PyCUDA's objects would leak if another thread freed them without that context, so the device keeps
+them.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _NVIDIA_PACKAGES = ("cuda.core.", "cuda.bindings.")
 
 
 class _Memory:
-    """What Numba needs to know of memory that is not its own."""
+    """Describes memory that Numba did not allocate."""
 
     def __init__(self, address: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
         self.__cuda_array_interface__ = {
@@ -38,7 +39,7 @@ class _Memory:
 
 
 class _Mark:
-    """An event that goes back to its device's spare ones when nobody holds it any more."""
+    """An event that returns to its device's spare events when nobody holds it any more."""
 
     def __init__(self, event: Any, spare: list[Any]) -> None:
         self.event = event
@@ -56,12 +57,10 @@ class _Replay:
 
 
 class CudaDevice:
-    """The first GPU, with a stream and memory of one's own; see Device.
-
-    Raises BackendError where a package, the driver or a GPU is missing.
-    """
+    """A stream and its memory on the first GPU; see Device."""
 
     def __init__(self) -> None:
+        """Create a stream. Raises BackendError where a package, the driver or a GPU is missing."""
         self._driver, self._context = _primary_context()
         self._memory: dict[int, Any] = {}
         self._graphs: list[weakref.finalize[..., Any]] = []
@@ -72,7 +71,7 @@ class CudaDevice:
         self._held: list[object] = []
         self._closed = False
         bindings, numba_cuda = _bindings(), _numba()
-        # Work on the default stream must not wait for this one, nor this one for it.
+        # This stream and the default stream must not wait for each other.
         flags = int(bindings.CUstream_flags.CU_STREAM_NON_BLOCKING)
         with self.current():
             self._stream = self._driver.Stream(flags)
@@ -234,7 +233,7 @@ def _is_driver_error(error: Exception) -> bool:
 
 
 def _require_success(answer: tuple[Any, ...]) -> Any:
-    """What a call of cuda.bindings gave. Raises BackendError where it failed."""
+    """The value that a call of cuda.bindings returned. Raises BackendError where it failed."""
     bindings = _bindings()
     result, *values = answer
     if result != bindings.CUresult.CUDA_SUCCESS:
@@ -254,8 +253,8 @@ def _advice(words: str) -> str:
 def _primary_context() -> tuple[Any, Any]:
     """PyCUDA's driver module, and the first GPU's primary context, for the whole process.
 
-    One object for all threads: PyCUDA frees what was made under it where that same object is
-    current.
+    All threads share it, because PyCUDA frees an object only under the context object that it was
+    created under.
     """
     try:
         import pycuda.driver as driver

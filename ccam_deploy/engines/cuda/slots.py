@@ -57,7 +57,7 @@ class Slot:
         return address
 
     def keep(self, key: Hashable, make: Callable[[], Kept]) -> Kept:
-        """Return the object for a key, made the first time; the least recently used are closed."""
+        """Return the object for a key, made on first use; the least recently used are closed."""
         if key not in self._kept:
             while len(self._kept) >= _MOST_KEPT:
                 self._kept.pop(next(iter(self._kept))).close()

@@ -19,18 +19,20 @@ from ccam_deploy.errors import BundleError, OptionError
 from ccam_deploy.files import staged_folder
 
 Progress = Callable[[str, float, str], None]
-"""Called with what is built, the share of it that is done, 0 to 1, and TensorRT's phase."""
+"""Called with a graph and its precision, the share of its build that is done, 0 to 1, and
+TensorRT's phase."""
 
 
 @dataclass(frozen=True)
 class BuildSettings:
-    """What plans are built for.
+    """Options of a build.
 
-    max_batch: the most images that a plan takes at a time.
-    devices: compute capabilities such as "8.9", for a library that builds without a GPU; empty for
-        all that it supports, or else for the GPU that is here.
-    timing_cache: a file where TensorRT keeps how fast kernels were, for the next build.
-    force: build also where the bundle has just these plans.
+    Attributes:
+        max_batch: The most images that a plan takes at a time.
+        devices: Compute capabilities such as "8.9", for a library that builds without a GPU; empty
+            for all that it supports, or else for the GPU of this machine.
+        timing_cache: A file where TensorRT keeps how fast kernels were, for the next build.
+        force: Whether to build plans that the bundle has already.
     """
 
     max_batch: int = DEFAULT_MAX_BATCH
@@ -38,8 +40,13 @@ class BuildSettings:
     timing_cache: Path | None = None
     force: bool = False
 
-    def check(self, library: Library, precision: str = "fp32") -> None:
-        """Raise an error for what a library cannot build, before it costs time."""
+    def require_supported(self, library: Library, precision: str = "fp32") -> None:
+        """Refuse options before time is spent on a build.
+
+        Raises:
+            OptionError: The library cannot build with them.
+            BackendError: The library needs a GPU, and there is none.
+        """
         plans.profiles(self.max_batch)
         library.targets(self.devices, precision)
         if self.timing_cache is not None and not library.times_kernels:
@@ -51,7 +58,13 @@ class BuildSettings:
 
 @dataclass(frozen=True)
 class Built:
-    """A bundle with its plans for some settings. fresh: whether they were built just now."""
+    """A bundle with its plans for some settings.
+
+    Attributes:
+        bundle: The bundle, with the plans in its manifest.
+        plans: A plan for each graph.
+        fresh: Whether they were built just now.
+    """
 
     bundle: Bundle
     plans: tuple[Plan, ...]
@@ -63,22 +76,35 @@ def build(
     library: Library,
     precision: PrecisionName = "fp32",
     settings: BuildSettings | None = None,
-    progress: Progress = lambda what, share, phase: None,
+    progress: Progress = lambda graph, share, phase: None,
 ) -> Built:
     """Build every graph of one precision, and record the plans in the manifest.
 
     Nothing is built where the bundle has these plans already, unless the settings say so. Plans
     of the same graph, precision, library, version and devices are replaced.
-    Raises BackendError where TensorRT rejects a graph, OptionError for devices that it does not
-    know, BundleError where the plans cannot be written; the bundle is left as it was then.
+
+    Args:
+        bundle: The bundle.
+        library: The TensorRT that builds.
+        precision: One of the bundle's.
+        settings: Options; None for the defaults.
+        progress: Called often.
+
+    Returns:
+        The bundle with its plans.
+
+    Raises:
+        BackendError: TensorRT rejects a graph.
+        OptionError: TensorRT does not know a device, or an option is out of range.
+        BundleError: The plans cannot be written; the bundle is left as it was.
     """
-    chosen = settings or BuildSettings()
-    chosen.check(library)
-    targets = library.targets(chosen.devices, precision)
-    current = select.current_plans(bundle, library, targets, precision, chosen.max_batch)
-    if current and not chosen.force:
+    settings = settings or BuildSettings()
+    settings.require_supported(library)
+    targets = library.targets(settings.devices, precision)
+    current = select.current_plans(bundle, library, targets, precision, settings.max_batch)
+    if current and not settings.force:
         return Built(bundle, current, fresh=False)
-    built = _build(bundle, library, precision, chosen, targets, progress)
+    built = _build(bundle, library, precision, settings, targets, progress)
     digest = hashlib.sha256(b"".join(built.values())).hexdigest()
     device = targets[0] if len(targets) == 1 else "several"
     folder = f"plans/{device}-{library.flavour}-{library.version}-{precision}-{digest[:8]}"
@@ -92,17 +118,17 @@ def build(
             devices=targets,
             source=bundle.manifest.files[file].sha256,
             weights=bundle.manifest.files[WEIGHTS].sha256,
-            max_batch=chosen.max_batch,
+            max_batch=settings.max_batch,
         )
         for graph, file in bundle.precision(precision).graphs.items()
     )
     place = bundle.folder / folder
-    known = place.exists()
+    existed = place.exists()
     try:
         _write(place, built)
         _record(bundle, entries)
     except OSError as error:
-        if not known:
+        if not existed:
             shutil.rmtree(place, ignore_errors=True)
         raise BundleError(f"cannot write the plans: {error.strerror or error}") from error
     return Built(read_bundle(bundle.folder), entries, fresh=True)
@@ -121,22 +147,22 @@ def _build(
     timings = None if settings.timing_cache is None else TimingCache(settings.timing_cache)
     built = {}
     for graph, file in bundle.precision(precision).graphs.items():
-        what = f"{graph} ({precision})"
-        progress(what, 0.0, "")
+        title = f"{graph} ({precision})"
+        progress(title, 0.0, "")
         built[graph] = plans.build_plan(
             library,
             bundle.path(file),
             tuned_for,
             targets,
             timings,
-            partial(progress, what),
+            partial(progress, title),
         )
-        progress(what, 1.0, "")
+        progress(title, 1.0, "")
     return built
 
 
 def _write(place: Path, built: Mapping[str, bytes]) -> None:
-    """Write the plans to a folder of their own, which appears whole or not at all."""
+    """Write the plans to a new folder, which appears whole or not at all."""
     with staged_folder(place) as folder:
         for graph, plan in built.items():
             (folder / f"{graph}.plan").write_bytes(plan)

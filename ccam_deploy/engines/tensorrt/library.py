@@ -1,4 +1,4 @@
-"""The installed TensorRT, and what it builds for."""
+"""The installed TensorRT, and the GPUs that it builds for."""
 
 from __future__ import annotations
 
@@ -18,26 +18,31 @@ TURING = "7.5"
 
 @dataclass(frozen=True)
 class Library:
-    """An installed TensorRT. module: typed as Any, for it is one of two packages."""
+    """An installed TensorRT.
+
+    Attributes:
+        flavour: Which of the two packages it is.
+        module: The package; typed as Any, because it may be either.
+    """
 
     flavour: Flavour
     module: Any
 
     @property
     def title(self) -> str:
-        """Its name as its makers write it."""
+        """Its name as NVIDIA writes it."""
         return TITLES[self.flavour]
 
     @property
     def version(self) -> str:
-        """The version of the package, which a plan is bound to."""
+        """The version of the package; a plan runs on no other."""
         return str(self.module.__version__)
 
     @property
     def capabilities(self) -> dict[str, Any]:
         """The compute capabilities that can be built for without a GPU, by name such as "8.9".
 
-        Empty for a library that builds for the GPU that is there.
+        Empty for a library that builds only for the GPU of this machine.
         """
         known = getattr(self.module, "ComputeCapability", None)
         members = {} if known is None else known.__members__
@@ -51,17 +56,24 @@ class Library:
     def times_kernels(self) -> bool:
         """Whether building measures kernels, so that a timing cache saves time.
 
-        A library that builds for GPUs that are not there has nothing to measure them on.
+        A library that builds without a GPU cannot measure any.
         """
         return not self.capabilities
 
     def targets(self, devices: Sequence[str], precision: str = "fp32") -> tuple[str, ...]:
-        """The compute capabilities to build for: those named, else all that can be from 8.0 on.
+        """Resolve the compute capabilities to build for.
 
-        Turing has no float32 matrix products in TensorRT-RTX, so it must be named. FP8 needs 8.9
-        or newer.
+        Args:
+            devices: Such as "8.9"; empty for all that the library supports, from 8.0 on. Turing,
+                "7.5", has no float32 matrix products in TensorRT-RTX, so it must be asked for.
+            precision: FP8 needs 8.9 or newer.
 
-        Raises OptionError for one that is unknown, BackendError where a GPU is needed and missing.
+        Returns:
+            The compute capabilities, in ascending order.
+
+        Raises:
+            OptionError: The library or the precision does not support one.
+            BackendError: The library needs a GPU, and there is none.
         """
         known = self.capabilities
         if not known:
@@ -90,7 +102,7 @@ def _has_fp8(device: str) -> bool:
 
 
 def present_device() -> str:
-    """The compute capability of the first GPU here. Raises BackendError where there is none."""
+    """The compute capability of the first GPU. Raises BackendError where there is none."""
     try:
         from numba import cuda
 

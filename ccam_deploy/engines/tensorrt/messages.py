@@ -1,4 +1,4 @@
-"""What TensorRT says, kept for the messages of this package's errors; nothing is printed.
+"""TensorRT's messages, kept for this package's errors; nothing is printed.
 
 TensorRT calls these objects from its own code, which swallows exceptions.
 """
@@ -13,7 +13,7 @@ _MOST_ERRORS = 8
 
 
 class _Reasons:
-    """Turns what TensorRT said into errors of this package."""
+    """Turns TensorRT's messages into errors of this package."""
 
     def error(self, description: str) -> BackendError:
         """Return an error with a description and TensorRT's reason."""
@@ -31,8 +31,8 @@ def logger(trt: Any) -> Any:
 
     Returns:
         A `trt.ILogger`. Its `first_error` is empty where there was none; `last_warning` likewise.
-        Its `error` makes a BackendError of a description and the last error. Its `failure` is what
-        was raised while a message came, such as KeyboardInterrupt, or None.
+        Its `error` makes a BackendError of a description and the last error. Its `failure` is an
+        exception that interrupted a message, such as KeyboardInterrupt, or None.
     """
 
     class Log(_Reasons, trt.ILogger):  # type: ignore[misc]

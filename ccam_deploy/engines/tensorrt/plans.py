@@ -1,4 +1,4 @@
-"""TensorRT plans: a bundle's graphs built for one kind of GPU."""
+"""TensorRT plans: a bundle's graphs, built for certain GPUs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,13 @@ _LARGEST_MASKS = 64
 
 @dataclass(frozen=True)
 class Profile:
-    """The sizes that a plan is tuned for. batch, masks: smallest, most likely and largest."""
+    """The sizes that a plan is tuned for.
+
+    Attributes:
+        name: Its name.
+        batch: The smallest, the most likely and the largest number of images.
+        masks: The same of masks.
+    """
 
     name: str
     batch: tuple[int, int, int]
@@ -32,7 +38,11 @@ class Profile:
 
 
 def profiles(max_batch: int) -> tuple[Profile, ...]:
-    """One image for latency, and up to `max_batch` for throughput where that is more than one."""
+    """A profile for one image and, where `max_batch` is larger, another for up to that many.
+
+    Raises:
+        OptionError: `max_batch` is below 1.
+    """
     if max_batch < 1:
         raise OptionError(f"max_batch is {max_batch}; it must be at least 1")
     largest = max(_LARGEST_MASKS, max_batch)
@@ -58,14 +68,14 @@ def build_plan(
         tuned_for: The optimisation profiles.
         devices: Compute capabilities, from `Library.targets`.
         timings: Read, and extended by what the build measures.
-        report: Called often while TensorRT builds; what it raises ends the build and is raised
-            here, also KeyboardInterrupt.
+        report: Called often while TensorRT builds. An exception that it raises, or
+            KeyboardInterrupt, ends the build and is raised here.
 
     Returns:
         The plan, as its file holds it.
 
     Raises:
-        BackendError: TensorRT rejects the graph; the message is its own.
+        BackendError: TensorRT rejects the graph; the message has its reason.
     """
     trt = library.module
     log, monitor = messages.logger(trt), progress.monitor(trt, report)

@@ -1,7 +1,7 @@
-"""How far a build of TensorRT has got.
+"""The progress of a TensorRT build.
 
-TensorRT calls the monitor from its own code, which swallows exceptions: it keeps what was raised,
-for the builder to raise again once TensorRT has returned.
+TensorRT calls the monitor from its own code, which swallows exceptions. The monitor keeps them, for
+the builder to raise again once TensorRT has returned.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 Report = Callable[[float, str], None]
-"""Called with the share that is done, 0 to 1, and the name of the current phase; what it raises
-ends the build."""
+"""Called with the share that is done, 0 to 1, and the name of the current phase; an exception ends
+the build."""
 
 
 class Phases:

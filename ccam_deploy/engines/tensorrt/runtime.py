@@ -1,6 +1,6 @@
 """TensorRT plans on a GPU; `tensorrt` and `tensorrt_rtx` alike.
 
-What only one of the two has is found by probing. TensorRT works on the primary context of the
+Features that only one of the two has are probed for. TensorRT works on the primary context of the
 first GPU wherever no other is current, as `CudaDevice` does.
 """
 
@@ -27,14 +27,26 @@ _MOST_CONTEXTS = 64
 
 
 class SharedPlan:
-    """A plan in device memory, once for all slots of the process; made inside of Device.current.
+    """A plan in device memory, which all slots of the process share.
 
-    library: of the version that the plan was built by.   path: the plan's file.
-    inputs, outputs: see DeviceGraph.   profiles: the names of its optimisation profiles.
-    Raises BackendError with TensorRT's own words where it cannot be loaded here.
+    Attributes:
+        name: The file's name.
+        flavour: Which TensorRT built it.
+        profiles: The names of its optimisation profiles.
+        inputs: See DeviceGraph.
+        outputs: See DeviceGraph.
     """
 
     def __init__(self, library: Library, path: Path) -> None:
+        """Load a plan; call this inside of Device.current.
+
+        Args:
+            library: The version of TensorRT that built the plan.
+            path: The plan's file.
+
+        Raises:
+            BackendError: TensorRT cannot load it here; the message has its reason.
+        """
         self.name = path.name
         self.flavour = library.flavour
         self._trt = trt = library.module
@@ -54,7 +66,7 @@ class SharedPlan:
         self.inputs, self.outputs = self._tensors()
 
     def index(self, profile: ProfileName) -> int:
-        """The number of a profile. Raises BackendError where the plan has none of that name."""
+        """The number of a profile. Raises BackendError where the plan does not have it."""
         if profile not in self.profiles:
             raise BackendError(
                 f"{self.name} has no profile for {profile}, only for {', '.join(self.profiles)}; "
@@ -85,22 +97,22 @@ class SharedPlan:
         return context
 
     def new_recorder(self) -> Any:
-        """A recorder of TensorRT's errors, whose `error` turns them into one of ours."""
+        """A recorder of TensorRT's errors; see `messages.recorder`."""
         return messages.recorder(self._trt)
 
     def close(self) -> None:
-        """Free the plan; to be done after its graphs are closed."""
+        """Free the plan, after its graphs are closed."""
         self._config = self._engine = self._runtime = None
 
     def _context_options(self) -> Any:
-        """What contexts are made with: a strategy, or an object that holds that and more."""
+        """The argument that creates contexts: a strategy, or an object that holds it and more."""
         strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
         kernels = getattr(self._trt, "DynamicShapesKernelSpecializationStrategy", None)
         if kernels is None:
             return strategy
-        # TensorRT-RTX compiles kernels for the shapes that come. It does so at once: kernels
-        # that are swapped later would change results, and a captured graph would miss them.
-        # The graphs are ours, and slots share what was compiled.
+        # TensorRT-RTX compiles kernels for each shape. It must do so at once: kernels that are
+        # swapped later would change results, and a captured graph would miss them. StreamRunner
+        # captures the CUDA graphs. Slots share the compiled kernels through the cache.
         config = self._engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(strategy)
         config.dynamic_shapes_kernel_specialization_strategy = kernels.EAGER
@@ -117,31 +129,38 @@ class SharedPlan:
         for name in names:
             if engine.get_tensor_location(name) != self._trt.TensorLocation.DEVICE:
                 raise BackendError(f'{self.name} takes "{name}" from host memory; build it again')
-            kind = engine.get_tensor_dtype(name).name
-            if kind not in _TYPES:
-                raise BackendError(f'{self.name} has "{name}" in {kind}, not {", ".join(_TYPES)}')
+            dtype = engine.get_tensor_dtype(name).name
+            if dtype not in _TYPES:
+                raise BackendError(f'{self.name} has "{name}" in {dtype}, not {", ".join(_TYPES)}')
             shape = tuple(
                 _axis_name(name, names) if size == -1 else int(size)
                 for size in engine.get_tensor_shape(name)
             )
             mode = engine.get_tensor_mode(name)
             group = inputs if mode == self._trt.TensorIOMode.INPUT else outputs
-            group.append(TensorSpec(name, np.dtype(_TYPES[kind]), shape))
+            group.append(TensorSpec(name, np.dtype(_TYPES[dtype]), shape))
         return tuple(inputs), tuple(outputs)
 
 
 class PlanGraph:
-    """A plan with one profile on a device; see DeviceGraph. Made inside of Device.current.
+    """A plan with one profile on a device; see DeviceGraph.
 
-    scratch: the address of `plan.scratch_bytes(profile)` bytes on that device. Graphs that run
-    one after the other on its stream may share them.
-    Tensors that lie elsewhere or have other sizes get an execution context of their own: a
-    captured graph holds good only as long as its context is left as it was.
+    Each set of addresses and shapes has its own execution context, because a captured graph is
+    valid only while its context does not change.
     """
 
     def __init__(
         self, plan: SharedPlan, device: Device, scratch: int, profile: ProfileName = "latency"
     ) -> None:
+        """Prepare to run; call this inside of Device.current.
+
+        Args:
+            plan: The plan.
+            device: The device that it was loaded on.
+            scratch: The address of `plan.scratch_bytes(profile)` bytes on that device. Graphs that
+                run one after the other on its stream may share them.
+            profile: The optimisation profile.
+        """
         self.inputs, self.outputs = plan.inputs, plan.outputs
         self.limits: Mapping[str, int] = plan.limits(profile)
         self._device = device
@@ -195,20 +214,18 @@ class _Context:
                 raise self._error(f'does not take "{spec.name}" of shape {list(shape)}')
             self._bind(spec.name, tensors[spec.name])
         for spec in plan.outputs:
-            wanted, shape = (
-                tuple(self._context.get_tensor_shape(spec.name)),
-                tensors[spec.name].shape,
-            )
-            if shape != wanted:
+            written = tuple(self._context.get_tensor_shape(spec.name))
+            shape = tensors[spec.name].shape
+            if shape != written:
                 raise BackendError(
-                    f'{plan.name} writes "{spec.name}" of shape {list(wanted)}, '
+                    f'{plan.name} writes "{spec.name}" of shape {list(written)}, '
                     f"there is room for {list(shape)}"
                 )
             self._bind(spec.name, tensors[spec.name])
 
     @property
     def capturable(self) -> bool:
-        """Whether launches may be captured, once there was one."""
+        """Whether launches may be captured, after the first one."""
         probe = getattr(self._context, "is_stream_capturable", None)
         return True if probe is None else bool(probe(self._stream))
 
@@ -221,9 +238,9 @@ class _Context:
         if not self._context.set_tensor_address(name, tensor.address):
             raise self._error(f'does not take the memory of "{name}"')
 
-    def _error(self, what: str) -> BackendError:
+    def _error(self, problem: str) -> BackendError:
         error: BackendError = self._recorder.error(
-            f"{self._plan.flavour}: {self._plan.name} {what}"
+            f"{self._plan.flavour}: {self._plan.name} {problem}"
         )
         return error
 
@@ -231,7 +248,7 @@ class _Context:
 def _axis_name(tensor: str, tensors: Sequence[str]) -> str:
     """The name of the axis that varies, which plans do not keep.
 
-    In a graph that takes masks everything goes with these but the images.
+    In a graph that takes masks, all tensors but the images have a row for each mask.
     """
     return "masks" if "masks" in tensors and tensor != "images" else "batch"
 

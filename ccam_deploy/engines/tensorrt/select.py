@@ -1,4 +1,4 @@
-"""Which of a bundle's plans fit a graph, a library and a GPU; and what to do where none does."""
+"""Select the plans of a bundle that fit a library and a GPU, or say how to get plans that do."""
 
 from __future__ import annotations
 
@@ -20,12 +20,20 @@ def current_plans(
     precision: str,
     max_batch: int,
 ) -> tuple[Plan, ...]:
-    """The plans, one per graph, that building with these settings would make again; or none.
+    """Find the plans that a build with these settings would only repeat.
 
-    devices: compute capabilities, as `Library.targets` gave.
+    Args:
+        bundle: The bundle.
+        library: The TensorRT that would build.
+        devices: Compute capabilities, from `Library.targets`.
+        precision: One of the bundle's.
+        max_batch: The most images that a plan takes at a time.
+
+    Returns:
+        A plan for each graph; nothing where a graph has none.
     """
     graphs = bundle.precision(precision).graphs
-    found = {
+    plans_by_graph = {
         plan.graph: plan
         for plan in bundle.manifest.plans
         if plan.graph in graphs
@@ -34,7 +42,9 @@ def current_plans(
         and set(plan.devices) == set(devices)
         and _sources(bundle, plan) == (plan.source, plan.weights)
     }
-    return tuple(found[graph] for graph in graphs) if len(found) == len(graphs) else ()
+    if len(plans_by_graph) < len(graphs):
+        return ()
+    return tuple(plans_by_graph[graph] for graph in graphs)
 
 
 def fitting_plans(
@@ -45,17 +55,30 @@ def fitting_plans(
     precision: str,
     max_batch: int | None = None,
 ) -> dict[str, Plan]:
-    """The plan of each graph for the installed library and the GPU that is here, by graph.
+    """Select a plan of each graph for the installed library and the GPU of this machine.
 
-    capability: the GPU's, such as "8.9".   max_batch: how many images a plan must take at least.
-    Of several that fit, the one for the fewest kinds of GPU is taken, then for the most images.
-    Raises BackendError where none fits, with what does not and the command that mends it;
-    OptionError where the bundle has no graphs of that precision.
+    Of several that fit, the plan for the fewest compute capabilities is taken, then for the most
+    images.
+
+    Args:
+        bundle: The bundle.
+        library_flavour: Which TensorRT is installed.
+        library_version: Its version.
+        capability: The GPU's compute capability, such as "8.9".
+        precision: One of the bundle's.
+        max_batch: How many images a plan must take at least; None for any number.
+
+    Returns:
+        The plans by graph.
+
+    Raises:
+        BackendError: No plan fits; the message has the reason, and the command that builds one.
+        OptionError: The bundle has no graphs of that precision.
     """
     conditions = _conditions(
         bundle, library_flavour, library_version, capability, precision, max_batch
     )
-    chosen = {}
+    plans_by_graph = {}
     for graph in bundle.precision(precision).graphs:
         plans = [plan for plan in bundle.manifest.plans if plan.graph == graph]
         for condition in conditions:
@@ -63,13 +86,19 @@ def fitting_plans(
             if not fitting:
                 raise BackendError(f"{condition.problem(plans)}: {condition.remedy}")
             plans = fitting
-        chosen[graph] = min(plans, key=lambda plan: (len(plan.devices), -plan.max_batch))
-    return chosen
+        plans_by_graph[graph] = min(plans, key=lambda plan: (len(plan.devices), -plan.max_batch))
+    return plans_by_graph
 
 
 @dataclass(frozen=True)
 class _Condition:
-    """What plans must meet. problem: says of plans that none does.   remedy: a command."""
+    """A condition that a plan must meet.
+
+    Attributes:
+        holds: Whether a plan meets it.
+        problem: Describes plans of which none does.
+        remedy: The command that builds plans which do.
+    """
 
     holds: Callable[[Plan], bool]
     problem: Callable[[Sequence[Plan]], str]
@@ -84,7 +113,7 @@ def _conditions(
     precision: str,
     max_batch: int | None,
 ) -> tuple[_Condition, ...]:
-    """In an order in which each one's problem makes sense of the plans that met those before."""
+    """The conditions, each of which is put to the plans that meet those before it."""
     title, folder = TITLES[flavour], bundle.folder
     words = ["ccam-deploy", "build", str(folder), "--library", flavour, "--precision", precision]
     if max_batch is not None and max_batch > DEFAULT_MAX_BATCH:
@@ -133,7 +162,7 @@ def _conditions(
 
 
 def _sources(bundle: Bundle, plan: Plan) -> tuple[str, str]:
-    """The SHA-256 of the graph that a plan stands for, and of the weights, as they are now."""
+    """The SHA-256 of a plan's graph and of the weights, as the bundle has them now."""
     files = bundle.manifest.files
     graph = bundle.precision(plan.precision).graphs[plan.graph]
     return files[graph].sha256, files[WEIGHTS].sha256
@@ -141,11 +170,11 @@ def _sources(bundle: Bundle, plan: Plan) -> tuple[str, str]:
 
 def _other_source(bundle: Bundle, plan: Plan) -> str:
     source, weights = _sources(bundle, plan)
-    what, was, now = "graph", plan.source, source
+    part, was, now = "graph", plan.source, source
     if was == now:
-        what, was, now = "weights", plan.weights, weights
+        part, was, now = "weights", plan.weights, weights
     return (
-        f"the {plan.graph} plan of {bundle.folder} was built from the {what} {was[:8]}, "
+        f"the {plan.graph} plan of {bundle.folder} was built from the {part} {was[:8]}, "
         f"the bundle has {now[:8]}"
     )
 

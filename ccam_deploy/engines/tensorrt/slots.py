@@ -13,18 +13,28 @@ from ccam_deploy.engines.tensorrt.select import fitting_plans
 
 
 def tensorrt_slots(bundle: Bundle, flavour: Flavour, precision: str, most: int) -> Slots:
-    """Slots on a bundle's plans, which all of them share.
+    """Make slots on a bundle's plans, which all of them share.
 
-    most: how many slots there may be.
-    Raises BackendError where no plan fits the library or the GPU, saying which and how to mend it.
+    Args:
+        bundle: The bundle.
+        flavour: Which TensorRT to use.
+        precision: One of the bundle's.
+        most: How many slots there may be at a time.
+
+    Returns:
+        The slots, one of them open.
+
+    Raises:
+        BackendError: No plan fits the library or the GPU; see `fitting_plans`.
     """
     library = load_library(flavour)
-    chosen = fitting_plans(bundle, flavour, library.version, present_device(), precision)
+    plans_by_graph = fitting_plans(bundle, flavour, library.version, present_device(), precision)
     first = CudaDevice()
     try:
         with first.current():
             plans = {
-                graph: SharedPlan(library, bundle.path(plan.file)) for graph, plan in chosen.items()
+                graph: SharedPlan(library, bundle.path(plan.file))
+                for graph, plan in plans_by_graph.items()
             }
     finally:
         first.close()
@@ -37,7 +47,7 @@ def tensorrt_slots(bundle: Bundle, flavour: Flavour, precision: str, most: int) 
 
 
 def plan_slot(plans: dict[str, SharedPlan]) -> Slot:
-    """A stream with one execution context for each plan and profile, on shared scratch memory."""
+    """Open a stream with the graphs of each plan and profile, on shared scratch memory."""
     device = CudaDevice()
     try:
         with device.current():

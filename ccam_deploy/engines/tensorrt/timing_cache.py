@@ -1,4 +1,4 @@
-"""TensorRT's timing cache: how fast kernels were, so that the next build need not measure them."""
+"""TensorRT's timing cache, which spares the next build measuring the same kernels."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from ccam_deploy.files import write_file
 class TimingCache:
     """Timings in a file, for builds of one GPU and one version of TensorRT.
 
-    Each build gets a copy, and gives it back with what it measured.
+    Each build gets a copy, and returns it with the timings that it measured.
     """
 
     def __init__(self, file: Path) -> None:
-        """Read a file if it is there. Raises BackendError where it cannot be read."""
+        """Read the file if it exists. Raises BackendError where it cannot be read."""
         self.file = file
         try:
             self._content = file.read_bytes() if file.exists() else b""
@@ -24,9 +24,14 @@ class TimingCache:
             raise BackendError(f"cannot read {file}: {error.strerror or error}") from error
 
     def attach(self, config: Any, log: Any) -> None:
-        """Let a build use the timings. Raises BackendError where TensorRT cannot use them.
+        """Let a build use the timings.
 
-        log: the builder's; TensorRT warns there of a cache that it would rather start anew.
+        Args:
+            config: The builder's configuration.
+            log: The builder's; TensorRT warns there of a cache that it would replace.
+
+        Raises:
+            BackendError: TensorRT cannot use the timings.
         """
         log.last_warning = ""
         measured = config.create_timing_cache(self._content)

@@ -37,10 +37,8 @@ from ccam_deploy.targets import first_occurrences
 class DeviceCollectionCAM:
     """Explains batches on slots; safe to call from several threads.
 
-    gradient_scale: of the bundle's graphs.   baseline: [classes] float32, logits of an input of
-    zeros.   batch_size: the most images, and the most pairs, that a slot takes at a time.
-    cuda_graphs: replay what comes again at the same sizes; it gives the same result as launching
-    it piece by piece.   notes: what cannot be done here as asked, a line each.
+    Attributes:
+        notes: A line for each option that does not work here.
     """
 
     def __init__(
@@ -52,6 +50,17 @@ class DeviceCollectionCAM:
         batch_size: int,
         cuda_graphs: bool = True,
     ) -> None:
+        """Prepare to explain.
+
+        Args:
+            slots: The slots to run on.
+            manifest: The bundle's.
+            gradient_scale: The factor of the gradient graph's input.
+            baseline: [classes] float32, the logits of an input of zeros.
+            batch_size: The most images, and the most pairs, that a slot takes at a time.
+            cuda_graphs: Whether work that is repeated at the same sizes is replayed as CUDA
+                graphs; the results are the same.
+        """
         self._slots = slots
         self._manifest = manifest
         self._gradient_scale = gradient_scale
@@ -65,42 +74,56 @@ class DeviceCollectionCAM:
         self,
         images: Floats,
         owner: NDArray[np.int64],
-        wanted: NDArray[np.int64],
+        codes: NDArray[np.int64],
         options: CollectionCAM,
         clock: Stopwatch,
     ) -> tuple[Floats, NDArray[np.int64], list[MethodResult]]:
         """Explain P (image, class) pairs of B images.
 
-        images: [B, C, H, W] float32.   owner: [P], the image of each pair, in ascending order.
-        wanted: [P], a class, or -1 - r for the image's class of rank r.
-        Returns logits [B, classes] float32, targets [P] int64, and results for parts of the pairs.
-        Raises BackendError for what the engine reports and for values that are not finite,
-        OptionError for sizes that the kernels do not take.
+        Args:
+            images: [B, C, H, W] float32.
+            owner: [P] int64, the image of each pair, in ascending order.
+            codes: [P] int64, a class, or -1 - r for the image's class of rank r.
+            options: The method.
+            clock: Takes the seconds of each stage.
+
+        Returns:
+            Logits [B, classes] float32, targets [P] int64, and the results, a part of the pairs
+            at a time.
+
+        Raises:
+            BackendError: The engine failed, or a statistic is not finite.
+            OptionError: The kernels do not take such sizes.
         """
         logits, parts = [], []
         with self._slots.take() as slot:
             single = len(images) == len(owner) == 1
             pipeline = self._pipeline(slot, "latency" if single else "throughput", options)
             for start in range(0, len(images), pipeline.batch):
-                own = (owner >= start) & (owner < start + pipeline.batch)
-                rows, found = pipeline.run(
+                pairs = (owner >= start) & (owner < start + pipeline.batch)
+                batch_logits, results = pipeline.run(
                     images[start : start + pipeline.batch],
-                    owner[own] - start,
-                    wanted[own],
+                    owner[pairs] - start,
+                    codes[pairs],
                     (options.k_min, options.k_max),
                     clock,
                 )
-                logits.append(rows)
-                parts += found
+                logits.append(batch_logits)
+                parts += results
         targets = np.concatenate([part.targets for part in parts])
-        results = [self._result(pipeline.geometry, part, options) for part in parts]
-        return np.concatenate(logits), targets, results
+        method_results = [self._result(pipeline.geometry, part, options) for part in parts]
+        return np.concatenate(logits), targets, method_results
 
     def passes(self, images: Floats, options: CollectionCAM) -> Callable[[], None]:
-        """A call that runs backbone, gradient and classifier alone, and waits for them.
+        """Prepare to run backbone, gradient and classifier alone.
 
-        images: [B, C, H, W] float32. Each is explained once on a slot, for its best class; the
-        call then runs on what that left in the slot's memory, and copies nothing.
+        Args:
+            images: [B, C, H, W] float32. Each is explained once on a slot, for its best class.
+            options: The method.
+
+        Returns:
+            A function that runs the graphs on what that left in the slot's memory, copies nothing,
+            and waits for them.
         """
         sizes: WeakKeyDictionary[Pipeline, list[tuple[int, int]]] = WeakKeyDictionary()
 
@@ -116,10 +139,10 @@ class DeviceCollectionCAM:
         return run
 
     def _pipeline(self, slot: Slot, use: Use, options: CollectionCAM) -> Pipeline:
-        """The slot's pipeline for some options, made when they are first asked for.
+        """The slot's pipeline for some options, built on their first use.
 
-        It has room for the largest k_max so far: a budget lowers k_max within the call that it is
-        for, which must not allocate memory and capture graphs for each.
+        It has room for the largest k_max so far: a budget lowers k_max within its call, where
+        allocating memory and capturing graphs for each value would take too long.
         """
         others = replace(options, k_min=1, k_max=1)
         largest = self._largest_k_max.get(others, 0)
@@ -145,9 +168,9 @@ class DeviceCollectionCAM:
         self, geometry: Geometry, results: PairResults, options: CollectionCAM
     ) -> MethodResult:
         names = [layer.name for layer in self._manifest.layers]
-        chosen = [names[index] for index in options.selected_layers(names)]
+        selected = [names[index] for index in options.selected_layers(names)]
         counts = results.counts
-        for index, name in enumerate(chosen):
+        for index, name in enumerate(selected):
             if not counts[:, index].all():
                 raise not_finite(name)
         ends = np.cumsum([layer.channels for layer in geometry.layers])
@@ -163,8 +186,10 @@ class DeviceCollectionCAM:
             results.raw.reshape(-1, *geometry.size),
             results.saliency.reshape(-1, *geometry.size),
             tuple(
-                LayerPartition(name, own, counts[:, index], results.quality[:, index, :tried])
-                for index, (name, own) in enumerate(zip(chosen, labels, strict=True))
+                LayerPartition(
+                    name, layer_labels, counts[:, index], results.quality[:, index, :tried]
+                )
+                for index, (name, layer_labels) in enumerate(zip(selected, labels, strict=True))
             ),
             MaskSequence(
                 [
@@ -174,8 +199,8 @@ class DeviceCollectionCAM:
             ),
             tuple(weights),
             tuple(
-                np.where(unused == 0, score - zero, np.float32(0))
-                for score, unused, zero in zip(scores, flat, base, strict=True)
+                np.where(is_flat == 0, score - zero, np.float32(0))
+                for score, is_flat, zero in zip(scores, flat, base, strict=True)
             ),
         )
 
@@ -187,13 +212,13 @@ class DeviceCollectionCAM:
 def _sizes(pipeline: Pipeline, images: Floats, options: CollectionCAM) -> list[tuple[int, int]]:
     """Explain some images; return how many each run took, and how many masks they had."""
     k_range = options.k_min, options.k_max
-    found = []
+    sizes = []
     for start in range(0, len(images), pipeline.batch):
         part = images[start : start + pipeline.batch]
-        best = np.full(len(part), -1, np.int64)
-        _, results = pipeline.run(part, np.arange(len(part)), best, k_range, Stopwatch())
-        found.append((len(part), sum(len(result.scores) for result in results)))
-    return found
+        best_class = np.full(len(part), -1, np.int64)
+        _, results = pipeline.run(part, np.arange(len(part)), best_class, k_range, Stopwatch())
+        sizes.append((len(part), sum(len(result.scores) for result in results)))
+    return sizes
 
 
 @dataclass(frozen=True)

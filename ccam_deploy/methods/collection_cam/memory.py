@@ -207,19 +207,24 @@ class DeviceMemory:
         return self._gathered
 
     def upload_images(self, count: int) -> None:
-        """Put the way of the first images to the device on the stream."""
+        """Put a copy of the first images to the device on the stream."""
         self._device.upload(self._images.address, self.host.images[:count])
 
     def upload_pairs(self) -> None:
-        """Put the way of the other inputs to the device on the stream."""
+        """Put a copy of the other inputs to the device on the stream."""
         self._pair_inputs.upload()
 
     def download_counts(self) -> None:
-        """Put the way of the counts of masks to the host on the stream."""
+        """Put a copy of the counts of masks to the host on the stream."""
         self._counts.download()
 
     def download_results(self, pairs: int, masks: int) -> None:
-        """Put the results' way to the host on the stream: in one copy where the batch is full."""
+        """Put copies of the results to the host on the stream; a single copy of a full batch.
+
+        Args:
+            pairs: How many are in use.
+            masks: How many are in use.
+        """
         if pairs == self.batch:
             self._results.download()
             return
@@ -354,7 +359,7 @@ class DeviceMemory:
 def _arrays(
     specs: Sequence[TensorSpec], rows: int
 ) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
-    """Shapes and types of a graph's tensors; the first axis is the one that varies."""
+    """Shapes and types of a graph's tensors, whose first axis varies."""
     return {
         spec.name: ((rows, *(int(size) for size in spec.shape[1:])), spec.dtype) for spec in specs
     }

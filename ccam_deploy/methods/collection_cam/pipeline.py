@@ -106,8 +106,8 @@ class Pipeline:
             images: [B, C, H, W] float32.
             owner: [P], the image of each pair, in ascending order.
             codes: [P], a class, or -1 - r for the class of rank r.
-            k_range: k_min and k_max, with k_max at most the setup's; results are those of a
-                pipeline that was made for it.
+            k_range: k_min and k_max, with k_max at most the setup's. The results do not depend on
+                the setup's.
             clock: Takes the seconds of each stage.
 
         Returns:
@@ -164,7 +164,7 @@ class Pipeline:
         runner.mark("")
         self._device.wait()
         masks = int(host.counts.starts[pairs * len(self._setup.selected)])
-        # Where no layer has finite statistics there are none; an engine runs on one at least.
+        # There are none where no layer has finite statistics; an engine needs at least one row.
         rows = min(max(_rounded(masks), 1), self.geometry.masks)
         work = partial(self._weigh, images, pairs, rows)
         runner.run(("weigh", images, pairs, rows), "weigh", work)
@@ -187,7 +187,11 @@ class Pipeline:
     def _explain(self, images: int, pairs: int, direct: bool, first: bool) -> None:
         """Put the work up to the masks on the stream.
 
-        direct: pairs and images are the same, in order.   first: the backbone has not run yet.
+        Args:
+            images: How many.
+            pairs: How many.
+            direct: Whether each image has one pair, in order.
+            first: Whether the backbone has yet to run.
         """
         runner, kernels, stream = self._runner, self._kernels, self._device.kernel_stream
         scale, options = self._setup.gradient_scale, self._setup.options

@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from ccam_deploy.errors import ImageError, OptionError
 from ccam_deploy.files import unused, write_file
 from ccam_deploy.methods import LayerPartition, MaskSequence
 from ccam_deploy.preprocess import Geometry, Source
-from ccam_deploy.render import Look
+from ccam_deploy.render import Look, Tile
 
 FORMATS = ("overlay", "heatmap", "panel", "npz", "json")
 _SUFFIX = {"overlay": "overlay.png", "heatmap": "heatmap.png", "npz": "npz", "json": "json"}
@@ -127,10 +128,7 @@ class Explanation:
         Raises:
             OptionError: The colour map is unknown, or the opacity is out of range.
         """
-        look = look or render.Look()
-        picture, saliency = render.shrunk(self.picture(pair), self._on_picture(pair))
-        seen = self._seen_in(picture, pair)
-        return render.overlay(picture, saliency, look.colormap, look.opacity, look.bar, seen)
+        return _Drawing(self, pair, look or Look()).overlay
 
     def heatmap(self, pair: int = 0, look: Look | None = None) -> Image.Image:
         """Draw a pair's map alone, of the picture's size.
@@ -147,9 +145,7 @@ class Explanation:
         Raises:
             OptionError: The colour map is unknown.
         """
-        look = look or render.Look()
-        picture, saliency = render.shrunk(self.picture(pair), self._on_picture(pair))
-        return render.heatmap(saliency, look.colormap, look.bar, self._seen_in(picture, pair))
+        return _Drawing(self, pair, look or Look()).heatmap
 
     def panel(self, image: int = 0, look: Look | None = None) -> Image.Image:
         """Draw an image beside the maps of all its classes, with names and probabilities.
@@ -167,11 +163,8 @@ class Explanation:
             raise OptionError(
                 f"image is {image}; the explanation has images 0 to {len(self.logits) - 1}"
             )
-        tiles = [("image", render.thumbnail(self.source.picture(image)))]
-        for pair in map(int, pairs):
-            caption = f"{self.labels[pair]} {self.probability(pair):.3f}"
-            tiles.append((caption, render.thumbnail(self.overlay(pair, look))))
-        return render.panel(tiles)
+        drawings = [_Drawing(self, int(pair), look or Look()) for pair in pairs]
+        return self._panel(image, [drawing.tile for drawing in drawings])
 
     def save(
         self,
@@ -198,14 +191,8 @@ class Explanation:
         """
         return ExplanationWriter(folder, formats, look).write(self, names)
 
-    def _on_picture(self, pair: int) -> Floats:
-        return self.on_original(pair) if self.geometries else self.saliency[pair]
-
-    def _seen_in(self, picture: Image.Image, pair: int) -> render.Box | None:
-        """The part of a pair's drawn picture that the network saw; None where it is all."""
-        if not self.geometries:
-            return None
-        return self.geometries[int(self.image_index[pair])].seen_in(picture.size)
+    def _panel(self, image: int, tiles: Sequence[Tile]) -> Image.Image:
+        return render.panel([("image", render.thumbnail(self.source.picture(image))), *tiles])
 
     def _take(self, pairs: NDArray[np.intp]) -> Explanation:
         images, owner = np.unique(self.image_index[pairs], return_inverse=True)
@@ -223,6 +210,52 @@ class Explanation:
             self.settings,
             self.source.take(images.tolist()),
         )
+
+
+class _Drawing:
+    """Pictures of one pair, which share its map: enlarging that takes most of their time."""
+
+    def __init__(self, explanation: Explanation, pair: int, look: Look) -> None:
+        self.explanation = explanation
+        self.pair = pair
+        self.look = look
+
+    @cached_property
+    def map(self) -> Floats:
+        """The map at the size of the picture that was explained."""
+        if self.explanation.geometries:
+            return self.explanation.on_original(self.pair)
+        return self.explanation.saliency[self.pair]
+
+    @cached_property
+    def shown(self) -> tuple[Image.Image, Floats]:
+        """Picture and map, no side longer than 1,024 pixels."""
+        return render.shrunk(self.explanation.picture(self.pair), self.map)
+
+    @cached_property
+    def overlay(self) -> Image.Image:
+        """The map over the picture."""
+        look = self.look
+        return render.overlay(*self.shown, look.colormap, look.opacity, look.bar, self._seen)
+
+    @property
+    def heatmap(self) -> Image.Image:
+        """The map alone."""
+        return render.heatmap(self.shown[1], self.look.colormap, self.look.bar, self._seen)
+
+    @property
+    def tile(self) -> Tile:
+        """The overlay in a panel, with the class and its probability."""
+        label, probability = self.explanation.labels[self.pair], self.explanation.probability
+        return f"{label} {probability(self.pair):.3f}", render.thumbnail(self.overlay)
+
+    @property
+    def _seen(self) -> render.Box | None:
+        """The part of the shown picture that the network saw; None for all of it."""
+        if not self.explanation.geometries:
+            return None
+        image = int(self.explanation.image_index[self.pair])
+        return self.explanation.geometries[image].seen_in(self.shown[0].size)
 
 
 class ExplanationWriter:
@@ -274,17 +307,21 @@ class ExplanationWriter:
             raise OptionError(f"there are {len(files)} names for {len(explanation.logits)} images")
         stems = [unused(Path(file).stem, self._stems) for file in files]
         written = []
+        tiles: list[Tile] = []
         for pair, image in enumerate(map(int, explanation.image_index)):
+            drawing = _Drawing(explanation, pair, self._look)
             name = unused(f"{stems[image]}-{_class_word(explanation, pair)}", self._names)
             paths = [
-                self._save(f"{name}.{_SUFFIX[form]}", self._content(form, explanation, pair, files))
+                self._save(f"{name}.{_SUFFIX[form]}", _content(form, drawing, files[image]))
                 for form in self._formats
                 if form != "panel"
             ]
-            last = pair + 1 == len(explanation) or explanation.image_index[pair + 1] != image
-            if last and "panel" in self._formats:
-                content = render.png(explanation.panel(image, self._look))
-                paths.append(self._save(f"{stems[image]}-panel.png", content))
+            if "panel" in self._formats:
+                tiles.append(drawing.tile)
+                if pair + 1 == len(explanation) or explanation.image_index[pair + 1] != image:
+                    content = render.png(explanation._panel(image, tiles))
+                    paths.append(self._save(f"{stems[image]}-panel.png", content))
+                    tiles = []
             written.append(paths)
         return written
 
@@ -293,16 +330,16 @@ class ExplanationWriter:
         write_file(path, content)
         return path
 
-    def _content(
-        self, form: str, explanation: Explanation, pair: int, files: Sequence[str]
-    ) -> bytes:
-        if form == "overlay":
-            return render.png(explanation.overlay(pair, self._look))
-        if form == "heatmap":
-            return render.png(explanation.heatmap(pair, self._look))
-        if form == "npz":
-            return _npz(explanation, pair)
-        return _json(explanation, pair, files[int(explanation.image_index[pair])])
+
+def _content(form: str, drawing: _Drawing, file: str) -> bytes:
+    """The content of a pair's file in one of FORMATS but "panel"."""
+    if form == "overlay":
+        return render.png(drawing.overlay)
+    if form == "heatmap":
+        return render.png(drawing.heatmap)
+    if form == "npz":
+        return _npz(drawing)
+    return _json(drawing.explanation, drawing.pair, file)
 
 
 def _file_names(explanation: Explanation) -> list[str]:
@@ -326,8 +363,9 @@ def _word(label: str) -> str:
     return "-".join(part for part in kept.split("-") if part)[:40] or "class"
 
 
-def _npz(explanation: Explanation, pair: int) -> bytes:
+def _npz(drawing: _Drawing) -> bytes:
     """All arrays of one pair; see Explanation for their meaning."""
+    explanation, pair = drawing.explanation, drawing.pair
     values: dict[str, Any] = {
         "saliency": explanation.saliency[pair],
         "raw_saliency": explanation.raw_saliency[pair],
@@ -338,7 +376,7 @@ def _npz(explanation: Explanation, pair: int) -> bytes:
         "mic": explanation.mic[pair],
     }
     if explanation.geometries:
-        values["original"] = explanation.on_original(pair)
+        values["original"] = drawing.map
     for layer in explanation.layers:
         values[f"labels.{layer.name}"] = layer.labels[pair]
         values[f"quality.{layer.name}"] = layer.quality[pair]

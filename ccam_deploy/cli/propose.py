@@ -250,11 +250,11 @@ def _on_scenes(proposer: _Proposer) -> dict[str, Any]:
 
     from ccam_deploy import render
     from ccam_deploy.checks import proposals
-    from ccam_deploy.examples.scenes import Kind, make_scene
+    from ccam_deploy.examples.scenes import SceneType, make_scene
     from ccam_deploy.files import write_file
 
     limit = proposer.options.limit or SCENES_LIMIT
-    kinds = get_args(Kind)
+    kinds = get_args(SceneType)
     results: list[dict[str, Any]] = []
     rows: list[list[Tile]] = []
     with progress("proposing", limit * len(kinds)) as bar:

@@ -28,7 +28,7 @@ class _Block(nn.Module):
 
 
 class DigitsNet(nn.Module):
-    """images [B, 3, 96, 96] -> logits [B, 10]; four stages, from 48×48 to 6×6."""
+    """Map images [B, 3, 96, 96] to logits [B, 10] in four stages, from 48×48 to 6×6."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,6 +43,13 @@ class DigitsNet(nn.Module):
         self.head = nn.Linear(128, 10)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images [B, 3, 96, 96] -> logits [B, 10]."""
+        """Compute the logits.
+
+        Args:
+            x: [B, 3, 96, 96] float32, images.
+
+        Returns:
+            [B, 10] float32.
+        """
         x = self.layer4(self.layer3(self.layer2(self.layer1(self.stem(x)))))
         return self.head(self.dropout(x.mean((2, 3))))  # type: ignore[no-any-return]

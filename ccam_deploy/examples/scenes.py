@@ -24,16 +24,18 @@ _TRAINING_SHARE = 0.7
 _TRIES = 200
 
 Split = Literal["train", "test"]
-Kind = Literal["single", "two-classes", "several"]
+SceneType = Literal["single", "two-classes", "several"]
 Box = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture and what is in it.
+    """One picture and the objects in it.
 
-    image: [SIZE, SIZE, 3] uint8.   digits: the class of each object.
-    boxes: (left, top, right, bottom) of each object in pixels, right and bottom exclusive.
+    Attributes:
+        image: [SIZE, SIZE, 3] uint8.
+        digits: The class of each object.
+        boxes: (left, top, right, bottom) of each object in pixels, right and bottom exclusive.
     """
 
     image: NDArray[np.uint8]
@@ -42,21 +44,33 @@ class Scene:
 
 
 def require_scikit_learn() -> None:
-    """Raise OptionError where scikit-learn, which has digits and photographs, is missing."""
+    """Make sure that scikit-learn, which has the digits and photographs, is installed.
+
+    Raises:
+        OptionError: It is not.
+    """
     _scikit_learn()
 
 
-def make_scene(split: Split, seed: int, kind: Kind = "single") -> Scene:
-    """Make one scene; the same split, seed and kind give the same scene.
+def make_scene(split: Split, seed: int, scene_type: SceneType = "single") -> Scene:
+    """Make one scene; the same arguments give the same scene.
 
-    kind: "single" for one digit, "two-classes" for two digits of different classes,
-        "several" for two or three digits of one class.
-    Raises OptionError for another split or kind, or without scikit-learn.
+    Args:
+        split: "train" or "test"; they share no digit and no part of a photograph.
+        seed: Of the scene.
+        scene_type: "single" for one digit, "two-classes" for two digits of different classes,
+            "several" for two or three digits of one class.
+
+    Returns:
+        The scene.
+
+    Raises:
+        OptionError: The split or type is unknown, or scikit-learn is not installed.
     """
     if split not in ("train", "test"):
         raise OptionError(f'split "{split}" is unknown; use train or test')
     stream = np.random.default_rng((seed, split == "test"))
-    classes = _draw_classes(stream, kind)
+    classes = _draw_classes(stream, scene_type)
     largest = 60 if len(classes) == 1 else 40
     canvas = _background(stream, split)
     boxes: list[Box] = []
@@ -70,21 +84,34 @@ def make_scene(split: Split, seed: int, kind: Kind = "single") -> Scene:
 
 
 def make_scenes(
-    split: Split, count: int, seed: int = 0, kind: Kind = "single"
+    split: Split, count: int, seed: int = 0, scene_type: SceneType = "single"
 ) -> tuple[Scene, ...]:
-    """Make `count` scenes with consecutive seeds."""
-    return tuple(make_scene(split, seed + index, kind) for index in range(count))
+    """Make scenes with consecutive seeds.
+
+    Args:
+        split: See make_scene.
+        count: The number of scenes.
+        seed: Of the first scene.
+        scene_type: See make_scene.
+
+    Returns:
+        The scenes.
+
+    Raises:
+        OptionError: The split or type is unknown, or scikit-learn is not installed.
+    """
+    return tuple(make_scene(split, seed + index, scene_type) for index in range(count))
 
 
-def _draw_classes(stream: np.random.Generator, kind: Kind) -> tuple[int, ...]:
-    if kind == "single":
+def _draw_classes(stream: np.random.Generator, scene_type: SceneType) -> tuple[int, ...]:
+    if scene_type == "single":
         return (int(stream.integers(CLASSES)),)
-    if kind == "two-classes":
+    if scene_type == "two-classes":
         first, second = stream.choice(CLASSES, 2, replace=False)
         return int(first), int(second)
-    if kind == "several":
+    if scene_type == "several":
         return (int(stream.integers(CLASSES)),) * int(stream.integers(2, 4))
-    raise OptionError(f'kind "{kind}" is unknown; use single, two-classes or several')
+    raise OptionError(f'scene type "{scene_type}" is unknown; use single, two-classes or several')
 
 
 @cache
@@ -101,8 +128,8 @@ def _photographs(split: Split) -> tuple[Image.Image, ...]:
 def _digits(split: Split) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     data = _scikit_learn().load_digits()
     border = int(len(data.target) * _TRAINING_SHARE)
-    chosen = slice(None, border) if split == "train" else slice(border, None)
-    return data.images[chosen] / 16.0, data.target[chosen]
+    rows = slice(None, border) if split == "train" else slice(border, None)
+    return data.images[rows] / 16.0, data.target[rows]
 
 
 def _scikit_learn() -> Any:
@@ -131,8 +158,8 @@ def _background(stream: np.random.Generator, split: Split) -> NDArray[np.float32
 def _glyph(stream: np.random.Generator, split: Split, digit: int, side: int) -> NDArray[np.float32]:
     """A digit's opacity [side, side] in [0, 1]."""
     images, classes = _digits(split)
-    chosen = images[stream.choice(np.flatnonzero(classes == digit))]
-    small = Image.fromarray((chosen * 255).astype(np.uint8))
+    drawing = images[stream.choice(np.flatnonzero(classes == digit))]
+    small = Image.fromarray((drawing * 255).astype(np.uint8))
     turned = small.resize((side, side), Image.Resampling.BICUBIC).rotate(
         float(stream.uniform(-12, 12)), Image.Resampling.BILINEAR
     )
@@ -151,14 +178,14 @@ def _place(stream: np.random.Generator, glyph: NDArray[np.float32], taken: list[
 
 
 def _freest(side: int, taken: list[Box]) -> Box:
-    """The corner farthest from all others, for the rare case that no free place was drawn."""
+    """The corner farthest from all boxes, for the rare case that no free place was drawn."""
     corners = [(x, y) for x in (0, SIZE - side) for y in (0, SIZE - side)]
     left, top = max(corners, key=lambda c: min(abs(c[0] - b[0]) + abs(c[1] - b[1]) for b in taken))
     return (left, top, left + side, top + side)
 
 
-def _overlap(one: Box, other: Box) -> bool:
-    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
+def _overlap(a: Box, b: Box) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def _paint(

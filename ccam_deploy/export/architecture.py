@@ -1,4 +1,4 @@
-"""Networks made by a function that is named: "module:factory(argument=value)"."""
+"""Networks that a factory makes, by its name: "module:factory(argument=value)"."""
 
 from __future__ import annotations
 
@@ -21,9 +21,16 @@ Model = nn.Module | ExportedProgram
 
 
 def build_model(arch: str) -> nn.Module:
-    """Make a network from "module:factory" or "module:factory(argument=value)".
+    """Make a network by calling its factory.
 
-    Raises SourceError where it cannot be imported or called.
+    Args:
+        arch: "module:factory" or "module:factory(argument=value)" with literal values.
+
+    Returns:
+        The network, as the factory made it.
+
+    Raises:
+        SourceError: The factory cannot be imported or called, or gives something else.
     """
     match = re.fullmatch(r"([\w.]+):([\w.]+)(\(.*\))?", arch.strip(), re.DOTALL)
     if not match:
@@ -73,10 +80,19 @@ def current_folder_importable() -> Iterator[None]:
 
 
 def import_module(name: str) -> Any:
-    """Import a module, the current folder included, and mend torchvision beside a CPU-only torch.
+    """Import a module, also from the current folder, and torchvision beside a CPU-only torch.
 
     torchvision's wheel refuses to import where its compiled operators do not load; declaring the
     two that it looks for lets its models work.
+
+    Args:
+        name: The dotted name.
+
+    Returns:
+        The module.
+
+    Raises:
+        SourceError: It cannot be imported.
     """
     try:
         with current_folder_importable():

@@ -39,9 +39,10 @@ _Outputs = Callable[..., list[Tensor]]
 class Differentiated:
     """The two halves of a differentiated classifier; every tensor has the batch first.
 
-    backbone: images -> (logits, *features, *residuals).
-    gradient: (*residuals, output_gradient [B, classes]) -> gradients of the feature maps.
-    head: the last feature map -> logits; None where they depend on the image past it.
+    Attributes:
+        backbone: images -> (logits, *features, *residuals).
+        gradient: (*residuals, output_gradient [B, classes]) -> gradients of the feature maps.
+        head: The last feature map -> logits; None where they depend on the image past it.
     """
 
     backbone: fx.GraphModule
@@ -54,9 +55,17 @@ def differentiate(
 ) -> Differentiated:
     """Differentiate a classifier's logits with respect to the feature maps of `layers`.
 
-    dtype: what the graphs compute in; their inputs, outputs and parameters have it too.
-    Raises LayerError for a layer that the logits do not depend on, LoweringError for an operator
-    that cannot be differentiated or expressed.
+    Args:
+        program: The classifier.
+        layers: Its target layers, the last one last.
+        dtype: The type that the graphs compute in; their inputs, outputs and parameters have it.
+
+    Returns:
+        The two halves, and the head.
+
+    Raises:
+        LayerError: The logits do not depend on a layer.
+        LoweringError: An operator cannot be differentiated or expressed.
     """
     nodes = [layer.node for layer in layers]
     recorder = Recorder(program.graph, nodes)
@@ -76,11 +85,19 @@ def differentiate(
 def differentiate_input(
     program: Program, dtype: torch.dtype = torch.float32, guided: bool = False
 ) -> fx.GraphModule:
-    """The gradient of a classifier's logits with respect to its images, as one graph.
+    """Differentiate a classifier's logits with respect to its images.
 
-    Returns (images [B, C, H, W], output_gradient [B, classes]) -> (input_gradient [B, C, H, W],).
-    guided: every ReLU passes back positive gradients only (Springenberg et al. 2015).
-    Raises LoweringError for an operator that cannot be differentiated or expressed.
+    Args:
+        program: The classifier.
+        dtype: The type that the graph computes in.
+        guided: Let every ReLU pass back positive gradients only (Springenberg et al. 2015).
+
+    Returns:
+        The graph (images [B, C, H, W], output_gradient [B, classes]) -> (input_gradient
+        [B, C, H, W],).
+
+    Raises:
+        LoweringError: An operator cannot be differentiated or expressed.
     """
     recorder = (GuidedRecorder if guided else Recorder)(program.graph, ())
 
@@ -93,7 +110,7 @@ def differentiate_input(
 
 
 def has_relu(program: Program) -> bool:
-    """Whether there is a ReLU whose gradient could be guided."""
+    """Tell whether there is a ReLU whose gradient could be guided."""
     return any(map(_is_relu, program.graph.graph.nodes))
 
 
@@ -146,31 +163,46 @@ def record(
     dtype: torch.dtype,
     output_gradients: int = 1,
 ) -> fx.GraphModule:
-    """Trace (image, *output_gradients) -> what `outputs` makes of image, logits and those.
+    """Trace (image, *output_gradients) -> what `outputs` computes from them and the logits.
 
-    output_gradients: how many inputs [B, classes] there are beside the image.
-    Raises LoweringError for an operator that cannot be differentiated or expressed.
+    Args:
+        program: The classifier.
+        recorder: Runs its graph.
+        outputs: (image, logits, *output_gradients) -> the results of the recorded graph.
+        dtype: The type that the graph computes in.
+        output_gradients: The number of inputs [B, classes] beside the image.
+
+    Returns:
+        The graph of both directions, simplified.
+
+    Raises:
+        LayerError: `outputs` raised it.
+        LoweringError: An operator cannot be differentiated or expressed.
     """
     mode = program.image.meta["val"].fake_mode
     with mode:
         image = torch.empty_like(program.image.meta["val"], dtype=dtype)
         logits = program.logits.meta["val"]
-        given = [torch.empty_like(logits, dtype=dtype) for _ in range(output_gradients)]
+        upstream = [torch.empty_like(logits, dtype=dtype) for _ in range(output_gradients)]
     constants = {name: cast(value, dtype) for name, value in program.graph.named_buffers()}
     names = list(constants)
     buffers = [mode.from_tensor(value, static_shapes=True) for value in constants.values()]
 
-    def both(buffers: list[Tensor], image: Tensor, *given: Tensor) -> list[Tensor]:
+    def forward_and_backward(
+        buffers: list[Tensor], image: Tensor, *upstream: Tensor
+    ) -> list[Tensor]:
         image = image.detach().requires_grad_()
         with torch.nn.utils.stateless._reparametrize_module(
             program.graph, dict(zip(names, buffers, strict=True))
         ):
             (scores,) = recorder.run(image)
-        return outputs(image, scores, *given)
+        return outputs(image, scores, *upstream)
 
     try:
         with mode, enable_python_dispatcher(), sdpa_kernel(SDPBackend.MATH), quiet():
-            joint = make_fx(both, decomposition_table=decompositions())(buffers, image, *given)
+            joint = make_fx(forward_and_backward, decomposition_table=decompositions())(
+                buffers, image, *upstream
+            )
     except LayerError:
         raise
     except Exception as error:
@@ -182,7 +214,7 @@ def record(
 
 
 def describe(node: fx.Node) -> str:
-    """A node by its operator and module, for a message."""
+    """Name a node's operator and module, for a message."""
     return f'operator {node.target} in module "{module_of(node) or "the model itself"}"'
 
 
@@ -225,19 +257,31 @@ def _head(joint: fx.GraphModule, logits: fx.Node, features: fx.Node) -> fx.Graph
 
 def _depending(joint: fx.GraphModule, root: fx.Node) -> set[fx.Node]:
     """The nodes whose values, not only whose batch size, depend on `root`."""
-    found = {root}
+    depending = {root}
     for node in joint.graph.nodes:
         if node.target is aten.sym_size.int:
             continue
-        if any(source in found for source in node.all_input_nodes):
-            found.add(node)
-    return found
+        if any(source in depending for source in node.all_input_nodes):
+            depending.add(node)
+    return depending
 
 
 def extract(
     joint: fx.GraphModule, inputs: Sequence[fx.Node], outputs: Sequence[fx.Node]
 ) -> fx.GraphModule:
-    """The part of a graph between some nodes, with the constants and sizes it uses."""
+    """Copy the part of a graph between some nodes, with the constants and sizes it uses.
+
+    Args:
+        joint: The whole graph.
+        inputs: Its nodes that become inputs of the part; the batch is the first axis of each.
+        outputs: Its nodes that become outputs.
+
+    Returns:
+        The part.
+
+    Raises:
+        KeyError: An output depends on more than the inputs.
+    """
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for node in inputs:

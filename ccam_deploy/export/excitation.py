@@ -21,7 +21,7 @@ from ccam_deploy.export.layers import TargetLayer
 from ccam_deploy.export.program import Program, aten
 
 _LEAST = 1e-20
-"""An excitation that is smaller counts as none: its reciprocal would leave float32."""
+"""A smaller excitation counts as none: its reciprocal would overflow float32."""
 
 _WEIGHTED = {aten.conv2d.default, aten.convolution.default, aten.linear.default}
 _AVERAGED = {aten.mean.dim, aten.avg_pool2d.default, aten.adaptive_avg_pool2d.default}
@@ -46,25 +46,33 @@ _PASSED = {
     aten.clone.default,
     aten.alias.default,
 }
-"""What has a single winner or only moves values: its own gradient passes probabilities."""
+"""Operators with a single winner, or that only move values: their gradient passes probabilities."""
 _BATCH_NORM = aten._native_batch_norm_legit_no_training.default
 
 
 def excite(
     program: Program, layers: Sequence[TargetLayer], dtype: torch.dtype = torch.float32
 ) -> fx.GraphModule:
-    """The way of winning probabilities from the classes to the target layers, as one graph.
+    """Build the graph that takes winning probabilities from the classes to the target layers.
 
-    Returns (images [B, C, H, W], winners [B, classes], duals [B, classes]) -> one map [B, h, w]
-    for each layer, the sum over its channels. winners: the probability that each class is the
-    winner. duals: the same for classes whose weights in the last layer have the other sign.
-    dtype: what the graph computes in; half precision cannot hold the smallest probabilities.
-    Raises LoweringError for an operator that cannot be expressed.
+    Args:
+        program: The classifier.
+        layers: Its target layers.
+        dtype: The type to compute in; half precision cannot hold the smallest probabilities.
+
+    Returns:
+        The graph (images [B, C, H, W], winners [B, classes], duals [B, classes]) -> one map
+        [B, h, w] for each layer, summed over its channels. `winners` holds the probability that
+        each class is the winner, `duals` the same for the class with the signs of its last
+        weights turned.
+
+    Raises:
+        LoweringError: An operator cannot be expressed.
     """
     recorder = ExcitationRecorder(program, layers)
 
-    def outputs(image: Tensor, *given: Tensor) -> list[Tensor]:
-        return recorder.maps(*given)
+    def outputs(image: Tensor, *upstream: Tensor) -> list[Tensor]:
+        return recorder.maps(*upstream)
 
     joint = record(program, recorder, outputs, dtype, output_gradients=2)
     inputs = [node for node in joint.graph.nodes if node.op == "placeholder"]
@@ -72,9 +80,16 @@ def excite(
 
 
 def why_not(program: Program, layers: Sequence[TargetLayer]) -> str:
-    """Why winning probabilities cannot go down a classifier to some layers; empty where they can.
+    """Tell why winning probabilities cannot go down a classifier to its target layers.
 
-    It must be made of ReLUs, layers with weights, sums, pooling and what moves values.
+    They can where it is made of ReLUs, layers with weights, sums, pooling and moves of values.
+
+    Args:
+        program: The classifier.
+        layers: Its target layers.
+
+    Returns:
+        The reason; empty where they can.
     """
     if program.logits.target is not aten.linear.default:
         return f"the logits come from {describe(program.logits)}, not from a linear layer"
@@ -102,7 +117,7 @@ def _has_rule(node: fx.Node) -> bool:
     if node.target is aten.add.Tensor:
         return not node.kwargs
     if node.target is aten.mul.Tensor:
-        return any(not isinstance(one, fx.Node) or one.op == "get_attr" for one in node.args)
+        return any(not isinstance(arg, fx.Node) or arg.op == "get_attr" for arg in node.args)
     return node.target in {*_WEIGHTED, *_AVERAGED, *_PASSED, _BATCH_NORM}
 
 
@@ -120,19 +135,25 @@ class ExcitationRecorder(Recorder):
         self._duals: Tensor | None = None
 
     def maps(self, logits: Tensor, winners: Tensor, duals: Tensor) -> list[Tensor]:
-        """The winning probabilities at each layer, summed over channels, after a run; see excite.
+        """Compute the winning probabilities at each layer after a run.
 
-        logits: what the run returned.
+        Args:
+            logits: [B, classes], the run's result.
+            winners: [B, classes]; see excite.
+            duals: [B, classes]; see excite.
+
+        Returns:
+            Per layer [B, h, w], summed over channels.
         """
         assert self._duals is not None
         features = [self.kept[node] for node in self._nodes]
-        found = torch.autograd.grad([logits, self._duals], features, [winners, duals])
-        return [probability.sum(1) for probability in found]
+        probabilities = torch.autograd.grad([logits, self._duals], features, [winners, duals])
+        return [probability.sum(1) for probability in probabilities]
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Compute an operator's value, and put the rule of its kind in its gradient's place."""
+        """Compute an operator's value, and put its excitation rule in its gradient's place."""
         value = super().call_function(target, args, kwargs)
-        sources = [one for one in args if isinstance(one, Tensor) and one.requires_grad]
+        sources = [arg for arg in args if isinstance(arg, Tensor) and arg.requires_grad]
         if not sources:
             return value
         if target in _WEIGHTED:
@@ -167,17 +188,17 @@ class ExcitationRecorder(Recorder):
 
 def _weighted(target: Any, args: tuple[Any, ...], weight: Tensor, source: Tensor) -> Tensor:
     """A layer's output without its bias and with its positive weights alone."""
-    found: Tensor = target(source, weight.relu(), None, *args[3:])
-    return found
+    output: Tensor = target(source, weight.relu(), None, *args[3:])
+    return output
 
 
 def _share(value: Tensor, excitation: Callable[..., Tensor], sources: Sequence[Tensor]) -> Tensor:
     """The value, whose probability the sources share in proportion to what they add.
 
-    excitation: what the positive parts of the sources add up to.
+    `excitation` computes what the positive parts of the sources add up to.
     """
-    found: Tensor = _Shared.apply(value, excitation, *sources)  # type: ignore[no-untyped-call]
-    return found
+    shared: Tensor = _Shared.apply(value, excitation, *sources)  # type: ignore[no-untyped-call]
+    return shared
 
 
 class _Shared(torch.autograd.Function):

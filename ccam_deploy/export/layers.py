@@ -18,7 +18,12 @@ _NCHW = (0, 1, 2, 3)
 
 @dataclass(frozen=True)
 class TargetLayer:
-    """One feature map: a module's output, by the module's name, or a node by its own."""
+    """A feature map to explain with.
+
+    Attributes:
+        name: The dotted name of the module whose output it is, or the node's name.
+        node: The node of the program's graph that gives it, [B, C, h, w].
+    """
 
     name: str
     node: fx.Node
@@ -31,12 +36,21 @@ class TargetLayer:
 
 
 def find_layers(program: Program, names: Sequence[str] | None = None) -> tuple[TargetLayer, ...]:
-    """The target layers by name, or those that suit a classifier where none are named.
+    """Find the target layers by name, or those that suit a classifier.
 
-    Without names: of each of the last four resolutions at which a convolution is computed, maps of
-    a single pixel left out, the last tensor that all of the input's influence passes through; so
-    the output of a residual stage, not a tensor inside the next one. Shallow layers come first.
-    Raises LayerError for names that are unknown, repeated or no feature maps.
+    Without names, they are the last tensors of each of the last four resolutions that convolutions
+    work at, maps of a single pixel left out. Only tensors that all of the input's influence passes
+    through count: the output of a residual stage, not a tensor inside the next one.
+
+    Args:
+        program: The classifier.
+        names: Modules or nodes; None to choose.
+
+    Returns:
+        The layers, shallow ones first.
+
+    Raises:
+        LayerError: A name is unknown, repeated or no feature map, or none could be chosen.
     """
     outputs = _module_outputs(program)
     if names is None:

@@ -44,7 +44,7 @@ _FROM_TORCH = (
 
 
 def decompositions() -> dict[Any, Decomposition]:
-    """The table for `make_fx`: PyTorch's entries, and this module's where engines need others."""
+    """Return the table for `make_fx`: PyTorch's entries, and this module's for engines."""
     table: dict[Any, Decomposition] = dict(get_decompositions(_FROM_TORCH))
     table.update(
         {
@@ -160,7 +160,7 @@ def max_pool2d_backward(
     gathered = _reassemble(hits, kernel, stride, dilation)
     top, left = padding
     gathered = gathered[:, :, top : top + size[0], left : left + size[1]]
-    short = [length - int(got) for length, got in zip(size, gathered.shape[2:], strict=True)]
+    short = [length - int(side) for length, side in zip(size, gathered.shape[2:], strict=True)]
     return (
         aten.constant_pad_nd(gathered, [0, short[1], 0, short[0]], 0.0) if any(short) else gathered
     )
@@ -308,14 +308,14 @@ def select_backward(grad: Tensor, input_sizes: Sequence[int], dim: int, index: i
 
 
 def refuse_scattered_sum(*_: object) -> NoReturn:
-    """Adding to scattered places has no form that engines run."""
+    """Refuse to add to scattered places, which engines cannot run."""
     raise NotImplementedError("it adds to scattered places, which engines reject")
 
 
 def index_put(
     source: Tensor, indices: Sequence[Tensor], values: Tensor, accumulate: bool = False
 ) -> object:
-    """Writing to places is left as it is, adding to them is refused."""
+    """Leave a write to places as it is, and refuse to add to them."""
     if accumulate:
         refuse_scattered_sum()
     return NotImplemented

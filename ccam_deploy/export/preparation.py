@@ -17,8 +17,8 @@ from ccam_deploy.export.settings import (
     INPUT_SIZE,
     ExportSettings,
     calibration_images,
-    check_settings,
     preprocessing_of,
+    validate_settings,
 )
 
 
@@ -73,7 +73,7 @@ def prepare_model(
         exported = trace_model(exported, (len(settings.mean), *(input_size or INPUT_SIZE)))
     functional = decompose(exported)
     program = program_from(functional, keep=layers or ())
-    check_settings(settings, program)
+    validate_settings(settings, program)
     own_size = program.input_shape[1:]
     if input_size and input_size != own_size:
         raise OptionError(f"input_size is {input_size}; the program takes {own_size}")

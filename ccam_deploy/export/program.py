@@ -25,8 +25,11 @@ aten: Any = torch.ops.aten
 class Program:
     """A classifier as one graph: images [B, C, H, W] float32 to logits [B, classes].
 
-    graph: functional ATen operators, parameters as attributes, batch normalisation folded away.
-        Each node's `meta["val"]` is its fake tensor, `meta["nn_module_stack"]` names its module.
+    Attributes:
+        graph: Functional ATen operators with parameters as attributes. Each node's `meta["val"]`
+            is its fake tensor, and `meta["nn_module_stack"]` names its module.
+        image: The node of the images [B, C, H, W].
+        logits: The node of the logits [B, classes].
     """
 
     graph: fx.GraphModule
@@ -35,7 +38,7 @@ class Program:
 
     @property
     def classes(self) -> int:
-        """How many classes the logits tell apart."""
+        """The number of classes."""
         return int(self.logits.meta["val"].shape[1])
 
     @property
@@ -60,26 +63,33 @@ def quiet() -> Iterator[None]:
 
 
 def stack_of(node: fx.Node) -> dict[str, str]:
-    """The calls of modules that a node belongs to, outermost first: key of the call -> name."""
+    """Return the module calls around a node, outermost first: key of the call -> name."""
     stack = node.meta.get("nn_module_stack") or {}
     return {key: str(value[0]) for key, value in stack.items()}
 
 
 def name_of(node: fx.Node) -> str:
-    """A node's name in the traced program, also where folding has put another in its place."""
+    """Return a node's name in the traced program, also where folding has replaced the node."""
     return str(node.meta.get("original_name", node.name))
 
 
 def module_of(node: fx.Node) -> str:
-    """The qualified name of the module that a node belongs to, "" for the model itself."""
+    """Return the dotted name of the module that a node belongs to, "" for the model itself."""
     return list(stack_of(node).values() or [""])[-1]
 
 
 def trace_model(model: nn.Module, input_shape: tuple[int, int, int]) -> ExportedProgram:
-    """Export a classifier with a dynamic batch, in evaluation mode, on the CPU and in float32.
+    """Trace a classifier with a dynamic batch, in evaluation mode, on the CPU and in float32.
 
-    The model itself is not touched: a copy is exported.
-    Raises SourceError where the model cannot be copied or exported.
+    Args:
+        model: The classifier, which is left as it was: a copy is traced.
+        input_shape: Channels, height, width.
+
+    Returns:
+        The exported program.
+
+    Raises:
+        SourceError: The model cannot be copied or traced.
     """
     try:
         twin = copy.deepcopy(model).cpu().float().eval()
@@ -105,17 +115,30 @@ def trace_model(model: nn.Module, input_shape: tuple[int, int, int]) -> Exported
 def build_program(
     exported: ExportedProgram, keep: Collection[str] = (), fold: bool = True
 ) -> Program:
-    """Make the functional graph of an exported program: images [B, C, H, W] to logits [B, classes].
+    """Make the functional graph of an exported classifier.
 
-    keep: names of modules or nodes whose own output must survive folding.
-    fold: fold batch normalisation into convolutions; without it the graph is the model's own.
-    Raises SourceError where the program is not such a classifier.
+    Args:
+        exported: The exported program.
+        keep: Names of modules or nodes whose outputs must survive folding.
+        fold: Fold batch normalisation into convolutions; False keeps the graph as traced.
+
+    Returns:
+        The classifier as one graph.
+
+    Raises:
+        SourceError: The program does not turn images [B, C, H, W] into logits [B, classes].
     """
     return program_from(decompose(exported), keep, fold)
 
 
 def decompose(exported: ExportedProgram) -> ExportedProgram:
     """Rewrite an exported classifier in functional ATen operators.
+
+    Args:
+        exported: The exported program.
+
+    Returns:
+        The decomposed program.
 
     Raises:
         SourceError: The program does not turn images [B, C, H, W] into logits [B, classes].
@@ -132,7 +155,19 @@ def decompose(exported: ExportedProgram) -> ExportedProgram:
 def program_from(
     functional: ExportedProgram, keep: Collection[str] = (), fold: bool = True
 ) -> Program:
-    """Make the graph of a decomposed program; see build_program. The program is left as it was."""
+    """Make the graph of a decomposed program, which is left as it was.
+
+    Args:
+        functional: The decomposed program.
+        keep: Names of modules or nodes whose outputs must survive folding.
+        fold: Fold batch normalisation into convolutions; False keeps the graph as traced.
+
+    Returns:
+        The classifier as one graph.
+
+    Raises:
+        SourceError: The model gives constants, or changes its own buffers.
+    """
     graph = _unlift(functional)
     _plain_convolutions(graph)
     if fold:
@@ -206,7 +241,7 @@ def _constant(root: nn.Module, graph: fx.Graph, value: torch.Tensor, name: str) 
 
 
 def cast(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A tensor in another floating-point type; integers and booleans stay as they are."""
+    """Convert a tensor to another floating-point type; integers and booleans stay as they are."""
     return value.to(dtype) if value.is_floating_point() else value
 
 

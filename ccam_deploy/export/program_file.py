@@ -1,4 +1,4 @@
-"""Exported programs (.pt2), which are searched for code before they are read."""
+"""Exported programs (.pt2): look for code in the file before reading it."""
 
 from __future__ import annotations
 
@@ -30,13 +30,21 @@ _FORMULA = re.compile(
 
 
 def read_program(path: Path, allow_pickle: bool, warn: Callable[[str], None]) -> Model:
-    """Read an exported program, if it holds no code or is trusted.
+    """Read an exported program that holds no code or is trusted.
 
-    warn: gets a line right before code of the file is run.
-    Raises SourceError for a file that is damaged, or that can run code and is not trusted.
+    Args:
+        path: The .pt2 file.
+        allow_pickle: Trust the file: reading it may run the code that it holds.
+        warn: Called with a line right before code in the file runs.
+
+    Returns:
+        The exported program.
+
+    Raises:
+        SourceError: The file is damaged, or can run code and is not trusted.
     """
     try:
-        _check_program(path)
+        _refuse_code(path)
     except _CodeError as error:
         if not allow_pickle:
             raise SourceError(f"{path} can run code: {error}; {SAFER_FORMATS}") from error
@@ -54,19 +62,19 @@ class _CodeError(Exception):
     """Reading a program would run code that it holds."""
 
 
-def _check_program(path: Path) -> None:
-    """Look for code in a program's members: torch.export.load unpickles, and evaluates sizes.
+def _refuse_code(path: Path) -> None:
+    """Refuse a program with code in its members: torch.export.load unpickles, and evaluates sizes.
 
     Raises _CodeError that names the member.
     """
     for name, content in _members(path):
-        plain = name.lower()
-        if "aotinductor/" in plain:
+        lower_name = name.lower()
+        if "aotinductor/" in lower_name:
             raise _CodeError(f'"{name}" is compiled')
-        if _TENSORS.fullmatch(plain):
-            _check_tensors(name, content())
-        elif _DESCRIPTIONS.fullmatch(plain):
-            json.loads(content(), object_hook=partial(_check_entry, name))
+        if _TENSORS.fullmatch(lower_name):
+            _refuse_pickled_tensors(name, content())
+        elif _DESCRIPTIONS.fullmatch(lower_name):
+            json.loads(content(), object_hook=partial(_refuse_code_in_entry, name))
 
 
 def _members(path: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
@@ -83,7 +91,7 @@ def _members(path: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
         yield name, partial(opened.get_record, name)
 
 
-def _check_tensors(name: str, content: bytes) -> None:
+def _refuse_pickled_tensors(name: str, content: bytes) -> None:
     try:
         if content:
             torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
@@ -91,7 +99,7 @@ def _check_tensors(name: str, content: bytes) -> None:
         raise _CodeError(f'"{name}" holds pickled Python objects') from error
 
 
-def _check_entry(name: str, entry: dict[str, Any]) -> dict[str, Any]:
+def _refuse_code_in_entry(name: str, entry: dict[str, Any]) -> dict[str, Any]:
     pickled = str(entry.get("path_name", "")).startswith(("custom_obj_", "opaque_obj_"))
     if entry.get("use_pickle") or pickled:
         raise _CodeError(f'"{name}" asks for pickled Python objects')

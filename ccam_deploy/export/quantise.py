@@ -32,19 +32,24 @@ EightBitType = Literal["int8", "fp8"]
 EIGHT_BIT_TYPES: tuple[EightBitType, ...] = get_args(EightBitType)
 
 _PRODUCTS = ("Conv", "Gemm", "MatMul")
-_KEPT = (0, -1)
+_LEFT_IN_HALF = (0, -1)
 _LARGEST: dict[EightBitType, float] = {"int8": 127.0, "fp8": 448.0}
 _SMALLEST_SCALE = float(np.finfo(np.float16).smallest_subnormal)
-_NOT_TO_BE_PREPARED = {"onnx.quant.pre_process": "onnxruntime.quant"}
+_SKIP_PREPARATION = {"onnx.quant.pre_process": "onnxruntime.quant"}
 
 Feeds = dict[str, Array]
 
 
 def masked_batches(observed: Observation, chunk: int = 8) -> Iterator[Feeds]:
-    """What the classifier graph gets at run time: images under Collection-CAM's masks for them.
+    """Make what the classifier graph gets at run time: images under Collection-CAM's masks.
 
-    observed: feature maps and gradients, not their summary.   chunk: the most masks at a time.
-    Yields inputs of the half-precision graph; each image comes whole as well.
+    Args:
+        observed: Feature maps and gradients, not their summary.
+        chunk: The most masks at a time.
+
+    Yields:
+        Inputs of the half-precision graph: one image [1, C, H, W] and its masks, the first of
+        which leaves the image whole.
     """
     for row in range(len(observed.images)):
         image = observed.images[row : row + 1].astype(np.float16)
@@ -57,7 +62,7 @@ def masked_batches(observed: Observation, chunk: int = 8) -> Iterator[Feeds]:
 def _masks(observed: Observation, row: int) -> NDArray[np.float32]:
     """One image's masks [N, H, W], the first of them all ones."""
     height, width = observed.images.shape[2:]
-    found = [np.ones((1, height, width), np.float32)]
+    masks = [np.ones((1, height, width), np.float32)]
     for index, labels in enumerate(observed.labels):
         sums = cpu.collection_sums(
             observed.features[index][row],
@@ -66,36 +71,46 @@ def _masks(observed: Observation, row: int) -> NDArray[np.float32]:
             int(labels[row].max()) + 1,
             final=index == len(observed.labels) - 1,
         )
-        masks, flat = cpu.render_masks(sums, (height, width), CollectionCAM().theta)
-        found.append(masks[~flat])
-    return np.concatenate(found)
+        rendered, flat = cpu.render_masks(sums, (height, width), CollectionCAM().theta)
+        masks.append(rendered[~flat])
+    return np.concatenate(masks)
 
 
-def quantise(classifier: ir.Model, batches: Iterable[Feeds], kind: EightBitType) -> ir.Model:
-    """Put Q and DQ nodes into a half-precision classifier graph, which is left as it was.
+def quantise(
+    classifier: ir.Model, batches: Iterable[Feeds], eight_bit_type: EightBitType
+) -> ir.Model:
+    """Put Q and DQ nodes into a copy of a half-precision classifier graph.
 
-    batches: inputs to measure activations on; only their ranges are kept.
-    "fp8" is float8e4m3fn. Raises LoweringError for a graph without anything to quantise,
-    BackendError without ONNX Runtime.
+    Args:
+        classifier: The graph, which is left as it was.
+        batches: Inputs to measure the ranges of activations on.
+        eight_bit_type: "int8", or "fp8" for float8e4m3fn.
+
+    Returns:
+        The quantised graph, with its weights in memory.
+
+    Raises:
+        LoweringError: The graph has nothing to quantise.
+        BackendError: ONNX Runtime is not installed.
     """
     products = [node for node in classifier.graph if _is_product(node)]
-    if len(products) <= len(_KEPT):
+    if len(products) <= len(_LEFT_IN_HALF):
         raise LoweringError(
             f"the model has {len(products)} convolutions and matrix products; the first and the "
-            f"last stay in half precision, which leaves none for {kind}"
+            f"last stay in half precision, which leaves none for {eight_bit_type}"
         )
     try:
         from onnxruntime import quantization
     except ImportError as error:
         raise BackendError(
-            f"{kind} graphs need ONNX Runtime: pip install 'ccam-deploy[cpu]'"
+            f"{eight_bit_type} graphs need ONNX Runtime: pip install 'ccam-deploy[cpu]'"
         ) from error
     with tempfile.TemporaryDirectory(prefix="ccam-deploy-") as folder:
         source, target = Path(folder) / "half.onnx", Path(folder) / "quantised.onnx"
         prepared = ir.Model(
             classifier.graph,
             ir_version=classifier.ir_version,
-            metadata_props=dict(_NOT_TO_BE_PREPARED),
+            metadata_props=dict(_SKIP_PREPARATION),
         )
         ir.save(prepared, source, external_data="half.bin")
         quantization.quantize_static(
@@ -108,7 +123,7 @@ def quantise(classifier: ir.Model, batches: Iterable[Feeds], kind: EightBitType)
             weight_type=quantization.QuantType.QInt8,
             per_channel=True,
             op_types_to_quantize=list(_PRODUCTS),
-            nodes_to_exclude=[products[place].name for place in _KEPT],
+            nodes_to_exclude=[products[place].name for place in _LEFT_IN_HALF],
             use_external_data_format=True,
             extra_options={
                 "ActivationSymmetric": True,
@@ -123,8 +138,8 @@ def quantise(classifier: ir.Model, batches: Iterable[Feeds], kind: EightBitType)
         ir.external_data.load_to_model(quantised)
     quantised.metadata_props.clear()
     quantised.producer_name, quantised.producer_version = classifier.producer_name, None
-    _set_scales(quantised, _LARGEST[kind])
-    if kind == "fp8":
+    _set_scales(quantised, _LARGEST[eight_bit_type])
+    if eight_bit_type == "fp8":
         _to_float8(quantised)
     return quantised
 
@@ -160,13 +175,13 @@ def _set_scales(model: ir.Model, largest: float) -> None:
         values, scale, _ = node.inputs
         assert values is not None and scale is not None and scale.const_value is not None
         if values.const_value is None:
-            wanted = scale.const_value.numpy().astype(np.float32) * (_LARGEST["int8"] / largest)
+            exact = scale.const_value.numpy().astype(np.float32) * (_LARGEST["int8"] / largest)
         else:
             weights = np.abs(values.const_value.numpy().astype(np.float32))
             axis = node.attributes.get_int("axis", 1) % weights.ndim
             others = tuple(a for a in range(weights.ndim) if a != axis and scale.shape != ())
-            wanted = weights.max(axis=others or None) / largest
-        rounded = np.maximum(wanted, _SMALLEST_SCALE).astype(np.float16)
+            exact = weights.max(axis=others or None) / largest
+        rounded = np.maximum(exact, _SMALLEST_SCALE).astype(np.float16)
         scale.const_value = ir.tensor(rounded, name=scale.name)
 
 
@@ -176,8 +191,8 @@ def _to_float8(model: ir.Model) -> None:
         if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
             zero = node.inputs[2]
             assert zero is not None and zero.const_value is not None
-            eight = np.zeros(zero.const_value.numpy().shape, ml_dtypes.float8_e4m3fn)
-            zero.const_value = ir.tensor(eight, name=zero.name)
+            float8_zero = np.zeros(zero.const_value.numpy().shape, ml_dtypes.float8_e4m3fn)
+            zero.const_value = ir.tensor(float8_zero, name=zero.name)
             zero.dtype = ir.DataType.FLOAT8E4M3FN
         if node.op_type == "QuantizeLinear":
             node.outputs[0].dtype = ir.DataType.FLOAT8E4M3FN

@@ -26,22 +26,30 @@ _LEARNT_BUFFERS = ("running_mean", "running_var", "weight", "bias")
 class RandomisedClassifier(TorchClassifier):
     """A classifier in PyTorch, as it was traced, with layers to randomise.
 
-    parts: names of the layers with weights, from the last one down; a normalisation's parameters
-        and statistics belong to the layer before it.
-    layers: names of the target layers.
     Random weights are drawn from a normal distribution of the variance 2 / fan-in (He et al. 2015);
     biases and means become 0, scales and variances 1.
+
+    Attributes:
+        parts: Names of the layers with weights, from the last one down; a normalisation's
+            parameters and statistics belong to the layer before it.
+        layers: Names of the target layers.
     """
 
     def __init__(self, program: Program, names: Sequence[str], seed: int = 0) -> None:
-        """Take a program over that nobody else uses, with its normalisation unfolded.
+        """Take over a program.
 
-        Raises LayerError for target layers that are not there, SourceError for a program without
-        parameters.
+        Args:
+            program: Has its normalisation unfolded, and is used by nobody else.
+            names: The target layers.
+            seed: Of the random parameters.
+
+        Raises:
+            LayerError: A target layer is not in the program.
+            SourceError: The program has no parameters.
         """
-        found = find_layers(program, names)
-        super().__init__(program, found)
-        self.layers = tuple(layer.name for layer in found)
+        target_layers = find_layers(program, names)
+        super().__init__(program, target_layers)
+        self.layers = tuple(layer.name for layer in target_layers)
         self._tensors = dict(program.graph.named_buffers())
         self._trained = {name: value.clone() for name, value in self._tensors.items()}
         self._groups = _groups(program)
@@ -51,9 +59,12 @@ class RandomisedClassifier(TorchClassifier):
             raise SourceError("the model has no parameters to randomise")
 
     def randomise(self, parts: Collection[str]) -> None:
-        """Give some layers random parameters, and all others what was trained.
+        """Give some layers random parameters, and all others their trained ones.
 
         A layer's random values are the same every time.
+
+        Args:
+            parts: Names of the layers to randomise, of `self.parts`.
         """
         for name, value in self._trained.items():
             self._tensors[name].copy_(value)
@@ -66,7 +77,7 @@ class RandomisedClassifier(TorchClassifier):
 
 @contextmanager
 def limited_threads(count: int) -> Iterator[None]:
-    """Let PyTorch use so many threads inside an operator; 0 lets it choose."""
+    """Limit the threads that PyTorch uses inside an operator; 0 keeps its number."""
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:
@@ -82,7 +93,7 @@ def open_randomised(
     settings: ExportSettings | None = None,
     seed: int = 0,
 ) -> tuple[RandomisedClassifier, Floats]:
-    """A model ready to be randomised, and its settings' images as its input [B, C, H, W].
+    """Open a model so that its layers can be randomised.
 
     Args:
         model: The arguments are those of `export`; the model is left as it was.

@@ -34,7 +34,16 @@ Bound = Annotated[float, msgspec.Meta(ge=0)]
 
 
 class InputTable(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """[input]: size is height, width; see ExportSettings for the rest."""
+    """The recipe's table [input].
+
+    Attributes:
+        size: Height and width in pixels.
+        mean: Per channel; see ExportSettings, like all below.
+        std: Per channel.
+        resize: How images get the input's shape.
+        cover: Height and width that an image is scaled to cover.
+        interpolation: The filter that scales images.
+    """
 
     size: tuple[Positive, Positive]
     mean: tuple[float, ...] = IMAGENET_MEAN
@@ -45,13 +54,20 @@ class InputTable(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
 
 class Recipe(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """One architecture.
+    """How to export one architecture.
 
-    name: the bundle's name.   arch: "module:factory", see sources.build.
-    weights: a file beside the recipe.   pretrained: arguments of the factory that download
-        trained weights.   labels: names, or a text file beside the recipe with one a line.
-    layers: target layers, found automatically where empty.   precision: see export.
-    calibration: a folder of images beside the recipe.   tolerance: see ExportSettings.
+    Attributes:
+        name: The bundle's name.
+        arch: "module:factory"; see build_model.
+        input: What the network takes.
+        weights: A file beside the recipe.
+        pretrained: Arguments of the factory that download trained weights.
+        labels: Class names; or a text file beside the recipe with one per line; or
+            "module:weights", torchvision's weights that list them.
+        layers: Names of the target layers; found automatically where empty.
+        precision: See export.
+        calibration: A folder of images beside the recipe.
+        tolerance: See ExportSettings.
     """
 
     name: str
@@ -67,7 +83,17 @@ class Recipe(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
 
 def read_recipe(path: Path) -> Recipe:
-    """Read a recipe. Raises OptionError for a file that is missing or not a recipe."""
+    """Read a recipe.
+
+    Args:
+        path: The TOML file.
+
+    Returns:
+        The recipe.
+
+    Raises:
+        OptionError: The file is missing or not a recipe.
+    """
     try:
         return msgspec.toml.decode(path.read_bytes(), type=Recipe)
     except OSError as error:
@@ -79,15 +105,23 @@ def read_recipe(path: Path) -> Recipe:
 def recipe_settings(
     recipe: Recipe, folder: Path, size: tuple[int, int] | None = None
 ) -> ExportSettings:
-    """The export's settings.
+    """Make the settings of a recipe's export.
 
-    folder: where the recipe lies.   size: height, width of the input where they are not the
-        recipe's; its cover grows or shrinks with them.
+    Args:
+        recipe: The recipe.
+        folder: The folder that the recipe lies in.
+        size: Height and width of the input, by default the recipe's; `cover` scales with them.
+
+    Returns:
+        The settings, with labels and calibration images read.
+
+    Raises:
+        OptionError: The labels cannot be read.
     """
     calibration = []
     if recipe.calibration:
-        found = find_images([folder / recipe.calibration])
-        calibration = [load_image(path) for path in found[:MAX_CALIBRATION_IMAGES]]
+        paths = find_images([folder / recipe.calibration])
+        calibration = [load_image(path) for path in paths[:MAX_CALIBRATION_IMAGES]]
     return ExportSettings(
         mean=recipe.input.mean,
         std=recipe.input.std,
@@ -106,16 +140,24 @@ def _cover(table: InputTable, size: tuple[int, int]) -> tuple[int, int] | None:
     if table.cover is None:
         return None
     height, width = (
-        round(cover * side / own)
-        for cover, side, own in zip(table.cover, size, table.size, strict=True)
+        round(cover * side / recipe_side)
+        for cover, side, recipe_side in zip(table.cover, size, table.size, strict=True)
     )
     return height, width
 
 
 def recipe_model(recipe: Recipe, folder: Path) -> nn.Module:
-    """The recipe's network with its trained weights, from a file or by download.
+    """Make a recipe's network with its trained weights, from a file or by download.
 
-    Raises SourceError where they cannot be had.
+    Args:
+        recipe: The recipe.
+        folder: The folder that the recipe lies in.
+
+    Returns:
+        The network.
+
+    Raises:
+        SourceError: The recipe names no weights, or they cannot be read or downloaded.
     """
     if recipe.weights:
         loaded = load_model(folder / recipe.weights, recipe.arch)
@@ -133,10 +175,19 @@ def recipe_model(recipe: Recipe, folder: Path) -> nn.Module:
 
 
 def random_model(recipe: Recipe) -> nn.Module:
-    """The recipe's network with seeded random weights.
+    """Make a recipe's network with seeded random weights.
 
-    Its normalisation layers are given the statistics of real images: with their initial ones the
-    signal of a deep network fades or explodes.
+    Its normalisation layers take the statistics of real images: with their initial ones the signal
+    of a deep network fades or explodes.
+
+    Args:
+        recipe: The recipe.
+
+    Returns:
+        The network in evaluation mode, the same every time.
+
+    Raises:
+        SourceError: The network cannot be built, or does not run on the recipe's input.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_SEED)
@@ -150,8 +201,8 @@ def _set_statistics(network: nn.Module, recipe: Recipe) -> None:
     if not norms:
         return
     size, mean, std = recipe.input.size, recipe.input.mean, recipe.input.std
-    how = Preprocessing("stretch", size, "bicubic", mean, std)
-    batch = torch.from_numpy(prepare_images(photographs(), size, how)[0])
+    preprocessing = Preprocessing("stretch", size, "bicubic", mean, std)
+    batch = torch.from_numpy(prepare_images(photographs(), size, preprocessing)[0])
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None
@@ -166,21 +217,31 @@ def _set_statistics(network: nn.Module, recipe: Recipe) -> None:
 
 
 def _labels(recipe: Recipe, folder: Path) -> tuple[str, ...]:
-    """Names of the classes: given, from a text file, or from "module:weights" of torchvision."""
+    """Names of the classes: the recipe's, a text file's, or those of "module:weights"."""
     if not isinstance(recipe.labels, str):
         return tuple(recipe.labels)
     if ":" in recipe.labels:
         module_name, _, attribute = recipe.labels.partition(":")
         weights = getattr(import_module(module_name), attribute, None)
-        best = getattr(weights, "DEFAULT", None)
-        if best is None:
+        default = getattr(weights, "DEFAULT", None)
+        if default is None:
             raise OptionError(f'labels "{recipe.labels}" do not exist')
-        return tuple(best.meta["categories"])
+        return tuple(default.meta["categories"])
     return read_labels(folder / recipe.labels)
 
 
 def read_labels(path: Path) -> tuple[str, ...]:
-    """Names of the classes from a text file, one a line in the order of the logits."""
+    """Read the names of the classes from a text file.
+
+    Args:
+        path: The file, with one name per line in the order of the logits.
+
+    Returns:
+        The names, without empty lines.
+
+    Raises:
+        OptionError: The file cannot be read, or holds no names.
+    """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

@@ -38,8 +38,8 @@ class TorchClassifier:
         """Gradients of the feature maps by autograd."""
         images = torch.from_numpy(activations.residuals["images"]).requires_grad_()
         logits, features = self._run(images)
-        found = torch.autograd.grad(logits, features, torch.from_numpy(output_gradient))
-        return tuple(value.numpy() for value in found)
+        gradients = torch.autograd.grad(logits, features, torch.from_numpy(output_gradient))
+        return tuple(gradient.numpy() for gradient in gradients)
 
     def input_gradient(
         self, images: Floats, output_gradient: Floats, guided: bool = False
@@ -48,17 +48,21 @@ class TorchClassifier:
         recorder = (GuidedRecorder if guided else Recorder)(self._program.graph, ())
         values = torch.from_numpy(images).requires_grad_()
         (logits,) = recorder.run(values)
-        (found,) = torch.autograd.grad(logits, values, torch.from_numpy(output_gradient))
-        return found.numpy()
+        (gradient,) = torch.autograd.grad(logits, values, torch.from_numpy(output_gradient))
+        return gradient.numpy()
 
     def excitation(self, images: Floats, winners: Floats, duals: Floats) -> tuple[Floats, ...]:
-        """Winning probabilities by autograd with other rules. Raises OptionError; see why_not."""
+        """Winning probabilities by autograd with other rules.
+
+        Raises:
+            OptionError: The network has an operator without a rule; see why_not.
+        """
         if reason := why_not(self._program, self._layers):
             raise OptionError(f"the network has no excitation: {reason}")
         recorder = ExcitationRecorder(self._program, self._layers)
         (logits,) = recorder.run(torch.from_numpy(images).requires_grad_())
-        found = recorder.maps(logits, torch.from_numpy(winners), torch.from_numpy(duals))
-        return tuple(value.numpy() for value in found)
+        maps = recorder.maps(logits, torch.from_numpy(winners), torch.from_numpy(duals))
+        return tuple(value.numpy() for value in maps)
 
     def masked_logits(self, images: Floats, masks: Floats, owner: NDArray[np.int64]) -> Floats:
         """Logits of images times masks, multiplied before the model sees them."""

@@ -32,18 +32,25 @@ MAX_CALIBRATION_IMAGES = 16
 class ExportSettings:
     """What an export records or checks beside the model itself.
 
-    mean, std: per channel, of pixels in [0, 1]; one value makes a grey input.
-    resize: "crop" or "stretch", see Preprocessing.   cover: height, width that an image is
-        scaled to cover before its middle is cut out; by default the input's size / 0.875.
-    labels: names of the classes.   calibration: real images for the check against PyTorch, the
-        package's own photographs by default.   tolerance: for a precision, bounds that replace
-        the defaults of ccam_deploy.fidelity.tolerance.
-    name, source: what the manifest calls the model, and where it came from.
-    random_weights: the model was not trained; the manifest and every user is told.
-    head: also write the graph from the last target layer to the logits, which recipro-cam needs.
-    gradients: write the graphs of the image's gradient too, which integrated gradients, SmoothGrad,
-        XRAI, guided and excitation backpropagation need; the last two for models of ReLUs alone.
-    progress: called with a line for each step.
+    Attributes:
+        mean: Per channel, of pixels in [0, 1]; one value makes a grey input.
+        std: Per channel, above 0.
+        resize: "crop" or "stretch"; see Preprocessing.
+        cover: Height and width that an image is scaled to cover before its middle is cut out; by
+            default the input's size / 0.875.
+        interpolation: The filter that scales images.
+        labels: Names of the classes, in the order of the logits.
+        calibration: Real images for the comparison with PyTorch; by default the package's
+            photographs.
+        tolerance: Bounds that replace a precision's in ccam_deploy.fidelity.tolerance.
+        name: What the manifest calls the model; by default the bundle's folder.
+        source: Where the manifest says that the model came from.
+        random_weights: The model was not trained; the manifest says so.
+        head: Write the graph from the last target layer to the logits, which recipro-cam needs.
+        gradients: Write the graphs of the image's gradient, which integrated gradients,
+            SmoothGrad, XRAI, guided and excitation backpropagation need; the last two work for
+            models whose only activations are ReLUs.
+        progress: Called with a line for each step.
     """
 
     mean: tuple[float, ...] = IMAGENET_MEAN
@@ -79,8 +86,16 @@ class ExportSettings:
                     )
 
 
-def check_settings(settings: ExportSettings, program: Program) -> None:
-    """Raise OptionError for settings that do not suit a program."""
+def validate_settings(settings: ExportSettings, program: Program) -> None:
+    """Make sure that settings suit a program.
+
+    Args:
+        settings: The settings.
+        program: The program.
+
+    Raises:
+        OptionError: Channels, classes or sizes differ.
+    """
     channels = program.input_shape[0]
     if channels != len(settings.mean):
         raise OptionError(
@@ -101,7 +116,15 @@ def check_settings(settings: ExportSettings, program: Program) -> None:
 
 
 def preprocessing_of(settings: ExportSettings, program: Program) -> Preprocessing:
-    """How images become a program's input."""
+    """Return the steps that turn images into a program's input.
+
+    Args:
+        settings: Say how.
+        program: Its input's size is the target.
+
+    Returns:
+        The steps, with the default `cover` filled in.
+    """
     size = program.input_shape[1:]
     cover = settings.cover or (round(size[0] / COVER), round(size[1] / COVER))
     return Preprocessing(
@@ -112,6 +135,15 @@ def preprocessing_of(settings: ExportSettings, program: Program) -> Preprocessin
 def calibration_images(
     settings: ExportSettings, program: Program, preprocessing: Preprocessing
 ) -> Floats:
-    """The settings' images, or the package's, as a program's input [B, C, H, W]."""
+    """Prepare the settings' images, or the package's, as a program's input.
+
+    Args:
+        settings: Hold the images; at most MAX_CALIBRATION_IMAGES count.
+        program: Takes the input.
+        preprocessing: The steps.
+
+    Returns:
+        [B, C, H, W] float32.
+    """
     pictures = list(settings.calibration)[:MAX_CALIBRATION_IMAGES] or photographs()
     return prepare_images(pictures, program.input_shape[1:], preprocessing)[0]

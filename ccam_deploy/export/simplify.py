@@ -13,9 +13,13 @@ from ccam_deploy.export.program import aten, drop_unused, fresh_constant
 
 
 def simplify(joint: fx.GraphModule) -> None:
-    """Shorten a graph that `make_fx` recorded, in place; its first input has the batch first.
+    """Shorten a graph that `make_fx` recorded, in place.
 
-    Raises LoweringError for a size that is no multiple of the batch.
+    Args:
+        joint: The graph; the first axis of its first input is the batch.
+
+    Raises:
+        LoweringError: A size is no multiple of the batch.
     """
     _sizes_from_batch(joint)
     _tidy(joint)
@@ -72,7 +76,7 @@ def _tidy(joint: fx.GraphModule) -> None:
             _pool_without_indices(joint, node)
         elif node.target is aten.native_layer_norm.default:
             axes = [-1 - axis for axis in range(len(node.args[1]))]
-            _own_statistics(joint, node, axes, node.args[4])
+            _compute_statistics(joint, node, axes, node.args[4])
     joint.graph.eliminate_dead_code()
     joint.recompile()
 
@@ -102,7 +106,9 @@ def _pool_without_indices(joint: fx.GraphModule, node: fx.Node) -> None:
             _replace(joint, user, aten.max_pool2d.default, node.args)
 
 
-def _own_statistics(joint: fx.GraphModule, node: fx.Node, axes: list[int], epsilon: float) -> None:
+def _compute_statistics(
+    joint: fx.GraphModule, node: fx.Node, axes: list[int], epsilon: float
+) -> None:
     """Compute a normalisation's mean and inverse deviation, which engines do not return."""
     for user in list(node.users):
         if user.target is not operator.getitem or user.args[1] == 0:

@@ -27,16 +27,23 @@ def load_model(
 ) -> Model:
     """Load a model file.
 
-    path: an exported program (.pt2), weights for `arch`, a TorchScript file, or, with
-        allow_pickle, a pickled module: reading that one runs whatever code it holds.
-    arch: "module:factory" or "module:factory(argument=value)", which makes the network.
-    warn: gets a line right before code of the file is run.
-    Raises SourceError for a file that is missing, damaged, of another kind or another network's.
+    Args:
+        path: An exported program (.pt2), weights for `arch`, a TorchScript file, or, with
+            `allow_pickle`, a pickled module.
+        arch: "module:factory" or "module:factory(argument=value)", which makes the network.
+        allow_pickle: Trust the file: reading a pickle runs whatever code it holds.
+        warn: Called with a line right before code in the file runs.
+
+    Returns:
+        The network, or the exported program.
+
+    Raises:
+        SourceError: The file is missing, damaged, of an unknown type, or for another network.
     """
-    found = model_file_type(path)
-    if found == "program":
+    file_type = model_file_type(path)
+    if file_type == "program":
         return read_program(path, allow_pickle, warn)
-    if found == "script":
+    if file_type == "script":
         return read_script(path)
     content = _read_weights(path, allow_pickle, warn)
     if isinstance(content, nn.Module):
@@ -57,7 +64,17 @@ def load_model(
 
 
 def model_file_type(path: Path) -> str:
-    """What a file is, by its content: "program", "script" or "weights"."""
+    """Recognise the type of a model file by its content.
+
+    Args:
+        path: The file.
+
+    Returns:
+        "program", "script" or "weights"; pickled modules count as weights.
+
+    Raises:
+        SourceError: The file is missing, empty, damaged, or not PyTorch's.
+    """
     if not path.exists():
         raise SourceError(f"{path} does not exist")
     if not path.is_file():
@@ -67,13 +84,14 @@ def model_file_type(path: Path) -> str:
     with path.open("rb") as file:
         start = file.read(4)
     if start[:2] == b"PK":
-        return _kind_of_archive(path)
+        return _archive_type(path)
     if start[:1] != b"\x80":
         raise SourceError(f"{path} is not a PyTorch file")
     return "weights"
 
 
-def _kind_of_archive(path: Path) -> str:
+def _archive_type(path: Path) -> str:
+    """The type of a ZIP archive, by the names of its members."""
     try:
         with zipfile.ZipFile(path) as archive:
             names = [name.split("/", 1)[-1] for name in archive.namelist()]
@@ -113,7 +131,7 @@ def _read_weights(path: Path, allow_pickle: bool, warn: Callable[[str], None]) -
 
 
 def _state_dict(content: object) -> dict[str, Tensor] | None:
-    """The weights in a checkpoint, taken out of common wrappings."""
+    """The weights in a checkpoint, without the dictionaries and prefix that often wrap them."""
     if not isinstance(content, Mapping):
         return None
     for key in _WRAPPERS:
@@ -129,20 +147,20 @@ def _state_dict(content: object) -> dict[str, Tensor] | None:
 
 
 def _load_state(model: nn.Module, state: dict[str, Tensor], path: Path, arch: str) -> None:
-    own = model.state_dict()
+    expected = model.state_dict()
     # weights of PyTorch before 0.4.1 have no such counters, and load_state_dict makes them
-    counted = [name for name in own if name.rpartition(".")[2] != "num_batches_tracked"]
+    counted = [name for name in expected if name.rpartition(".")[2] != "num_batches_tracked"]
     missing = [name for name in counted if name not in state]
-    unknown = [name for name in state if name not in own]
-    shapes = [n for n in own if n in state and own[n].shape != state[n].shape]
-    for names, what in ((missing, "lacks"), (unknown, "has the unknown")):
+    unknown = [name for name in state if name not in expected]
+    shapes = [n for n in expected if n in state and expected[n].shape != state[n].shape]
+    for names, fault in ((missing, "lacks"), (unknown, "has the unknown")):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise SourceError(f'{path} is not for {arch}: it {what} "{names[0]}"{more}')
+            raise SourceError(f'{path} is not for {arch}: it {fault} "{names[0]}"{more}')
     if shapes:
         name = shapes[0]
         raise SourceError(
             f'{path} is not for {arch}: "{name}" is {list(state[name].shape)} in the file, '
-            f"{list(own[name].shape)} in the network"
+            f"{list(expected[name].shape)} in the network"
         )
     model.load_state_dict(state)

@@ -31,7 +31,17 @@ class ScriptedModel(nn.Module):
 
 
 def read_script(path: Path) -> nn.Module:
-    """Read a TorchScript file. Raises SourceError for one that cannot be read."""
+    """Read a TorchScript file.
+
+    Args:
+        path: The file.
+
+    Returns:
+        A module that runs it on the CPU in float32.
+
+    Raises:
+        SourceError: The file cannot be read.
+    """
     try:
         with quiet():
             script = torch.jit.load(path, map_location="cpu")  # type: ignore[no-untyped-call]

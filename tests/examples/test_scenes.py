@@ -10,11 +10,11 @@ import pytest
 
 from ccam_deploy.errors import OptionError
 from ccam_deploy.examples import scenes
-from ccam_deploy.examples.scenes import SIZE, Box, Kind, Scene, Split, make_scene, make_scenes
+from ccam_deploy.examples.scenes import SIZE, Box, Scene, SceneType, Split, make_scene, make_scenes
 
 datasets = pytest.importorskip("sklearn.datasets", reason="scikit-learn is not installed")
 
-KINDS = get_args(Kind)
+KINDS = get_args(SceneType)
 SPLITS = get_args(Split)
 
 
@@ -25,7 +25,7 @@ def equal(one: Scene, other: Scene) -> bool:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("split", SPLITS)
-def test_scenes_are_the_same_every_time(split: Split, kind: Kind) -> None:
+def test_scenes_are_the_same_every_time(split: Split, kind: SceneType) -> None:
     scene = make_scene(split, 7, kind)
     assert equal(scene, make_scene(split, 7, kind))
     assert not equal(scene, make_scene(split, 8, kind))
@@ -53,12 +53,12 @@ def test_a_scene_is_known_by_its_numbers() -> None:
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_kinds_have_their_classes(split: Split) -> None:
-    for scene in make_scenes(split, 25, kind="single"):
+    for scene in make_scenes(split, 25, scene_type="single"):
         assert len(scene.digits) == 1
-    for scene in make_scenes(split, 25, kind="two-classes"):
+    for scene in make_scenes(split, 25, scene_type="two-classes"):
         assert len(scene.digits) == len(set(scene.digits)) == 2
     numbers = set()
-    for scene in make_scenes(split, 25, kind="several"):
+    for scene in make_scenes(split, 25, scene_type="several"):
         assert len(set(scene.digits)) == 1
         numbers.add(len(scene.digits))
     assert numbers == {2, 3}
@@ -70,8 +70,8 @@ def test_every_class_is_drawn() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_boxes_lie_inside_and_apart(kind: Kind) -> None:
-    for scene in make_scenes("train", 40, kind=kind):
+def test_boxes_lie_inside_and_apart(kind: SceneType) -> None:
+    for scene in make_scenes("train", 40, scene_type=kind):
         assert len(scene.boxes) == len(scene.digits)
         for left, top, right, bottom in scene.boxes:
             assert 0 <= left < right <= SIZE
@@ -101,9 +101,9 @@ def test_boxes_are_tight_around_the_digit(split: Split, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_box_holds_a_light_digit(kind: Kind) -> None:
+def test_every_box_holds_a_light_digit(kind: SceneType) -> None:
     """A digit's colour has at least 190 of 255 in each channel and fills a part of its box."""
-    for scene in make_scenes("test", 30, kind=kind):
+    for scene in make_scenes("test", 30, scene_type=kind):
         light = scene.image.min(axis=2) >= 190
         for left, top, right, bottom in scene.boxes:
             assert light[top:bottom, left:right].mean() > 0.15
@@ -132,6 +132,6 @@ def test_no_part_of_a_photograph_is_in_both_splits() -> None:
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(OptionError, match='split "valid" is unknown; use train or test'):
         make_scene("valid", 0)  # type: ignore[arg-type]
-    message = 'kind "many" is unknown; use single, two-classes or several'
+    message = 'scene type "many" is unknown; use single, two-classes or several'
     with pytest.raises(OptionError, match=message):
         make_scene("train", 0, "many")  # type: ignore[arg-type]

@@ -111,7 +111,6 @@ class Explainer:
         targets: Targets = None,
         *,
         method: str | Method = DEFAULT_METHOD,
-        top: int = 1,
         budget_ms: float | None = None,
     ) -> Explanation:
         """Explain the classifier's decisions on some images.
@@ -119,12 +118,11 @@ class Explainer:
         Args:
             images: [B, C, H, W] float32, preprocessed as the manifest says, or PIL images of any
                 size and mode.
-            targets: None for each image's best classes; for all images, a class by number or name,
+            targets: None for each image's best class; for all images, a class by number or name,
                 or `Top(n)` for the n best; or for each image one of these or a list of them. All
                 classes of an image share its backbone pass, and each is explained once.
             method: A method with its options, such as `GradCAM(layer="layer3")`, or a method's
                 name for its defaults.
-            top: How many of the best classes to explain where `targets` is None.
             budget_ms: Milliseconds that this call may take, from images to result; None for no
                 limit. Collection-CAM's k_max is lowered to the largest that is expected to fit
                 nine times out of ten, even with the most masks, by the measured cost of such
@@ -145,7 +143,7 @@ class Explainer:
         requested = make_method(method)
         validate_budget(budget_ms, requested)
         pictures = _sequence_of(images)
-        plan = self._plan(target_codes(targets, len(pictures), self.bundle.manifest, top))
+        plan = self._plan(target_codes(targets, len(pictures), self.bundle.manifest))
         inputs: Iterable[_Input] = (self._prepare(pictures[batch.rows], clock) for batch in plan)
         budget = None
         if budget_ms is not None:

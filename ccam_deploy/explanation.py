@@ -225,7 +225,8 @@ class _Drawing:
         """The map at the size of the picture that was explained."""
         if self.explanation.geometries:
             return self.explanation.on_original(self.pair)
-        return self.explanation.saliency[self.pair]
+        saliency: Floats = self.explanation.saliency[self.pair]
+        return saliency
 
     @cached_property
     def shown(self) -> tuple[Image.Image, Floats]:

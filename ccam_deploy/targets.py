@@ -36,16 +36,13 @@ Targets = Sequence[Target | Sequence[Target]] | NDArray[np.integer] | Target | N
 list of targets for each image."""
 
 
-def target_codes(
-    targets: Targets, images: int, manifest: Manifest, top: int = 1
-) -> list[tuple[int, ...]]:
+def target_codes(targets: Targets, images: int, manifest: Manifest) -> list[tuple[int, ...]]:
     """Translate targets into the codes of each image.
 
     Args:
         targets: As `Explainer.explain` takes them.
         images: How many images there are.
         manifest: The bundle's manifest, which knows the classes.
-        top: How many of the best classes to explain where `targets` is None.
 
     Returns:
         The codes of each image, without duplicates.
@@ -56,9 +53,8 @@ def target_codes(
     """
     if not images:
         raise ImageError("there are no images to explain")
-    best = _codes(Top(top), manifest)
     if targets is None:
-        return [best] * images
+        targets = Top()
     if not _is_list(targets):
         return [_codes(targets, manifest)] * images
     if len(targets) != images:

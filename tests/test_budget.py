@@ -18,6 +18,7 @@ from ccam_deploy.arrays import Floats
 from ccam_deploy.engines import Activations, Networks
 from ccam_deploy.errors import OptionError
 from ccam_deploy.methods import CollectionCAM, GradCAM
+from ccam_deploy.targets import Top
 from tests.clock import FakeClock
 from tests.helpers import noise
 
@@ -135,11 +136,11 @@ def test_a_budget_is_the_whole_calls(plain: ccam.Explainer) -> None:
     explainer.calibrate(5, 2)
     assert len(networks.backbones) == 2 * REHEARSALS
     started = networks.clock()
-    result = explainer.explain(images, top=2, budget_ms=budget_ms)
+    result = explainer.explain(images, Top(2), budget_ms=budget_ms)
     assert 1000 * (networks.clock() - started) <= budget_ms
     assert result.settings["budget"]["k_max"] == largest(budget_ms, *parts) == 4
     assert len(result) == 10
-    expected = plain.explain(images, top=2, method=CollectionCAM(k_max=4))
+    expected = plain.explain(images, Top(2), method=CollectionCAM(k_max=4))
     np.testing.assert_allclose(result.saliency, expected.saliency, atol=1e-5)
 
 
@@ -182,7 +183,7 @@ def test_what_was_calibrated_is_not_measured_again(
     explainer.calibrate(images, classes)
     done = sum(networks.backbones)
     assert done >= images * REHEARSALS
-    explainer.explain(noise(images, 3, 32, 48), top=classes, budget_ms=1000)
+    explainer.explain(noise(images, 3, 32, 48), Top(classes), budget_ms=1000)
     assert sum(networks.backbones) == done + images
 
 

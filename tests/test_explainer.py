@@ -146,7 +146,7 @@ def test_ranks_and_names_together_share_one_backbone_pass(
 
 def test_ranks_of_all_images(tiny: ccam.Explainer) -> None:
     images = noise(2, 3, 32, 48)
-    result, same = tiny.explain(images, Top(3)), tiny.explain(images, top=3)
+    result, same = tiny.explain(images, Top(3)), tiny.explain(images, [Top(3), Top(3)])
     np.testing.assert_array_equal(result.targets, same.targets)
     np.testing.assert_array_equal(result.saliency, same.saliency)
     with pytest.raises(TargetError, match="top is 6; it must be 1 to 5"):
@@ -154,7 +154,7 @@ def test_ranks_of_all_images(tiny: ccam.Explainer) -> None:
 
 
 def test_top_classes_come_best_first(tiny: ccam.Explainer) -> None:
-    result = tiny.explain(noise(4, 3, 32, 48), top=3)
+    result = tiny.explain(noise(4, 3, 32, 48), Top(3))
     expected = np.argsort(-result.logits, axis=1)[:, :3]
     np.testing.assert_array_equal(result.targets.reshape(4, 3), expected)
     np.testing.assert_array_equal(result.image_index, np.repeat(np.arange(4), 3))
@@ -201,7 +201,7 @@ def test_unusable_targets_are_refused_first(
 @pytest.mark.parametrize("top", [0, 6])
 def test_top_out_of_range(tiny: ccam.Explainer, top: int) -> None:
     with pytest.raises(TargetError, match=f"top is {top}; it must be 1 to 5"):
-        tiny.explain(noise(1, 3, 32, 48), top=top)
+        tiny.explain(noise(1, 3, 32, 48), Top(top))
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from ccam_deploy.engines.tensorrt.build import build
 from ccam_deploy.engines.tensorrt.library import FLAVOURS, Flavour, load_library
 from ccam_deploy.errors import BackendError
 from ccam_deploy.fidelity.similarity import spearman
+from ccam_deploy.targets import Top
 from tests.helpers import example_pictures
 
 pytestmark = pytest.mark.gpu
@@ -55,7 +56,7 @@ def explainer(bundle: Path, backend: str) -> Iterator[ccam.Explainer]:
 
 def test_gives_what_the_cpu_gives(explainer: ccam.Explainer, digits: ccam.Explainer) -> None:
     pictures = example_pictures()
-    got, expected = explainer.explain(pictures, top=2), digits.explain(pictures, top=2)
+    got, expected = explainer.explain(pictures, Top(2)), digits.explain(pictures, Top(2))
     assert got.targets.tolist() == expected.targets.tolist()
     np.testing.assert_allclose(got.logits, expected.logits, atol=0.05)
     ranks = [spearman(*maps) for maps in zip(got.saliency, expected.saliency, strict=True)]

@@ -16,6 +16,7 @@ from ccam_deploy.cli.compare import COMPARED
 from ccam_deploy.image_files import load_image
 from ccam_deploy.methods import METHODS, GradCAM, ScoreCAM
 from ccam_deploy.preprocess import to_grey_or_rgb
+from ccam_deploy.targets import Top
 from tests.command import failure, success
 from tests.helpers import example_files
 from tests.pictures import place_of
@@ -36,7 +37,7 @@ def test_rows_are_classes_and_columns_methods(digits: ccam.Explainer, tmp_path: 
     assert printed[2:] == [f"  {output}"]
     picture = to_grey_or_rgb(load_image(SCENE), 3)
     chosen = (ccam.CollectionCAM(k_max=4), "layer-cam")
-    results = [digits.explain([picture], method=method, top=2) for method in chosen]
+    results = [digits.explain([picture], Top(2), method=method) for method in chosen]
     assert sorted(results[0].targets.tolist()) == [5, 8]
     panel = load_image(output)
     places = [

@@ -132,7 +132,6 @@ class Call:
     images: Array
     targets: Any = None
     method: CollectionCAM = field(default_factory=CollectionCAM)
-    top: int = 1
     budget_ms: float | None = None
 
 
@@ -196,7 +195,6 @@ def run(job: Job) -> Report:
                     call.images,
                     call.targets,
                     method=call.method,
-                    top=call.top,
                     budget_ms=call.budget_ms,
                 )
             )

@@ -61,16 +61,14 @@ def test_matches_cpu(bundle: Path, device: Run) -> None:
     images = noise(3, 3, 16, 24)
     calls = (
         Call(images, None, OPTIONS),
-        Call(images[:2], [[3, 1], 2], OPTIONS, 1),
-        Call(images[:1], None, CollectionCAM(k_max=2, score="probability", theta=0.4), 2),
+        Call(images[:2], [[3, 1], 2], OPTIONS),
+        Call(images[:1], Top(2), CollectionCAM(k_max=2, score="probability", theta=0.4)),
         Call(images[:1], 4, CollectionCAM(k_max=3, standardise=True, layers=("relu2",))),
     )
     report = device(Job(bundle, calls))
     with ccam.load(bundle, backend="onnxruntime-cpu") as explainer:
         for call, got in zip(calls, report.results, strict=True):
-            expected = explainer.explain(
-                call.images, call.targets, method=call.method, top=call.top
-            )
+            expected = explainer.explain(call.images, call.targets, method=call.method)
             assert_same(got, expected, 1e-5)
             assert set(expected.timings) - {"preprocess"} <= set(got.timings) - {"upload"}
     assert report.notes == ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -68,6 +69,7 @@ class DeviceCollectionCAM:
         self._batch_size = batch_size
         self._cuda_graphs = cuda_graphs
         self._largest_k_max: dict[CollectionCAM, int] = {}
+        self._k_max_lock = threading.Lock()
         self.notes: tuple[str, ...] = ()
 
     def explain(
@@ -145,8 +147,9 @@ class DeviceCollectionCAM:
         allocating memory and capturing graphs for each value would take too long.
         """
         others = replace(options, k_min=1, k_max=1)
-        largest = self._largest_k_max.get(others, 0)
-        largest = self._largest_k_max[others] = max(largest, options.k_max)
+        with self._k_max_lock:
+            largest = max(self._largest_k_max.get(others, 0), options.k_max)
+            self._largest_k_max[others] = largest
         sized = replace(options, k_min=1, k_max=largest)
         key = self._batch_size, use, sized, self._cuda_graphs
         return slot.keep(key, lambda: self._make(slot, use, sized))

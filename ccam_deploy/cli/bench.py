@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -21,10 +21,11 @@ from ccam_deploy.cli.options import (
     BundleFolder,
     EngineOptions,
     ImageFiles,
+    Limit,
     ModelSource,
     OutputPath,
 )
-from ccam_deploy.cli.parameters import Integers, Option, Words, with_options
+from ccam_deploy.cli.parameters import Integers, Option, Words, unset, with_options
 from ccam_deploy.cli.printing import print_json, say, write_json
 from ccam_deploy.errors import OptionError
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from ccam_deploy.explainer import Explainer
     from ccam_deploy.latency.cases import Peer
     from ccam_deploy.latency.measurement import LatencySettings
-    from ccam_deploy.latency.report import LatencyReport
+    from ccam_deploy.latency.report import LatencyReport, MeasuredSettings
 
 TORCH = "torch"
 _LARGEST_ERROR = 0.05
@@ -76,6 +77,7 @@ class BenchOptions:
 
     bundle: BundleFolder
     images: ImageFiles = ()
+    limit: Limit = unset("all")
     engine: EngineOptions
     batches: Batches = (1,)
     concurrency: Concurrency = 1
@@ -113,6 +115,7 @@ def bench(options: BenchOptions) -> None:
     _validate_comparison(options)
     _require_outputs(options)
     files = find_images(options.images) if options.images else [_photograph()]
+    files = files[: options.limit]
     report = _measure(options, files, settings)
     names = [str(file) for file in options.images] or ["a photograph of the package"]
     command = _command(click.get_current_context())
@@ -156,31 +159,42 @@ def _measure(
             starts.append(measure_cold_start(options.bundle, files, batch, setup))
         batches = measure_latency(explainer, pictures, settings, peers, partial(say, err=True))
         notes += [note for note in explainer.notes if note not in explainer.networks.notes]
-    notes += latency_report.doubts(batches, before)
     return latency_report.LatencyReport(
         command="",
         conditions=latency_report.Conditions(
             **asdict(machine()), load_average_before=before, load_average_after=load_average()
         ),
-        settings=latency_report.MeasuredSettings(
-            method=facts["method"],
-            options=facts["options"],
-            bundle=facts["bundle"],
-            backend=facts["backend"],
-            precision=facts["precision"],
-            batch_size=facts["batch_size"],
-            threads=options.engine.threads,
-            concurrency=settings.concurrency,
-            slots=setup["slots"] if explainer.networks.slots else None,
-            duration_s=settings.duration,
-            warmup_s=settings.warmup,
-            compare=list(options.compare),
-            images=[],
-        ),
+        settings=_measured_settings(explainer, facts, options, settings),
         bundle=latency_report.MeasuredBundle.of(explainer.bundle.manifest),
         cold_start=starts,
         batches=batches,
-        warnings=notes,
+        warnings=notes + latency_report.doubts(batches, before),
+    )
+
+
+def _measured_settings(
+    explainer: Explainer,
+    facts: Mapping[str, Any],
+    options: BenchOptions,
+    settings: LatencySettings,
+) -> MeasuredSettings:
+    """What the report says of the settings; `facts` are those of an explanation."""
+    from ccam_deploy.latency import report as latency_report
+
+    return latency_report.MeasuredSettings(
+        method=facts["method"],
+        options=facts["options"],
+        bundle=facts["bundle"],
+        backend=facts["backend"],
+        precision=facts["precision"],
+        batch_size=facts["batch_size"],
+        threads=options.engine.threads,
+        concurrency=settings.concurrency,
+        slots=settings.concurrency if explainer.networks.slots else None,
+        duration_s=settings.duration,
+        warmup_s=settings.warmup,
+        compare=list(options.compare),
+        images=[],
     )
 
 

@@ -10,12 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import click
 from click.core import ParameterSource
 
-from ccam_deploy.cli.network import PreparedModel, prepare_model, require_torch
+from ccam_deploy.cli.network import (
+    PreparedModel,
+    prepare_model,
+    require_torch,
+    validate_image_limit,
+)
 from ccam_deploy.cli.options import (
     PATH,
     AsJson,
     InputOptions,
     LayerNames,
+    Limit,
     ModelFile,
     ModelSource,
     OutputPath,
@@ -49,7 +55,7 @@ CalibrationImages = Annotated[
     Path | None,
     Option(
         "--calibration-images",
-        "Image, or folder of images, to check the bundle with; the first 16 are used.",
+        "Image, or folder of images, to check the bundle with; see --limit.",
         PATH,
     ),
 ]
@@ -69,6 +75,7 @@ class ExportOptions:
     head: Head = False
     gradients: Gradients = False
     calibration_images: CalibrationImages = unset("the recipe's, else two photographs")
+    limit: Limit = unset("the first 16, which is the most")
     output: OutputPath = unset("engines/NAME")
     build: BuildPlans = False
     plans: PlanOptions
@@ -90,6 +97,7 @@ def export(options: ExportOptions) -> None:
     require_torch("export", "export,cpu")
     from ccam_deploy.export import export as run
 
+    validate_image_limit(options.limit, "an export")
     planner = _planner(options)
     if options.output:
         _require_output(options.output)
@@ -157,11 +165,15 @@ def _build(planner: Planner, bundle: Bundle, as_json: bool) -> Bundle:
 
 def _prepare(options: ExportOptions) -> PreparedModel:
     """The network, and its settings with those that only an export has."""
+    from ccam_deploy.examples.photographs import photographs
     from ccam_deploy.export.recipe import read_labels
 
     images = [options.calibration_images] if options.calibration_images else []
     prepared = prepare_model(options.model, options.source, options.inputs, images)
     changes: dict[str, Any] = {"gradients": options.gradients}
+    if options.limit:
+        pictures = prepared.settings.calibration or photographs()
+        changes["calibration"] = pictures[: options.limit]
     if options.head:
         changes["head"] = True
     if options.labels:

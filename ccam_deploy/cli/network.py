@@ -125,6 +125,22 @@ def load_network(path: Path | None, recipe: Recipe | None, source: ModelSource) 
         return recipe_model(recipe, source.recipe.parent)
 
 
+def validate_image_limit(limit: int | None, consumer: str) -> None:
+    """Refuse a --limit above the number of calibration images that an export can take.
+
+    Args:
+        limit: The option's value, if it was passed.
+        consumer: What takes the images, for the message.
+
+    Raises:
+        OptionError: The limit is too high.
+    """
+    from ccam_deploy.export.settings import MAX_CALIBRATION_IMAGES
+
+    if limit is not None and limit > MAX_CALIBRATION_IMAGES:
+        raise OptionError(f"--limit is {limit}; {consumer} takes at most {MAX_CALIBRATION_IMAGES}")
+
+
 def require_torch(purpose: str, extras: str) -> None:
     """Make sure that the libraries of the export can be imported.
 

@@ -9,7 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import click
 
-from ccam_deploy.cli.network import PreparedModel, prepare_model, require_torch
+from ccam_deploy.cli.network import (
+    PreparedModel,
+    prepare_model,
+    require_torch,
+    validate_image_limit,
+)
 from ccam_deploy.cli.options import (
     COUNT,
     PATH,
@@ -99,9 +104,8 @@ def sanity(options: SanityOptions) -> None:
 
     (method,) = choices.make_methods([options.method.method], options.method.pairs).values()
     look = options.look.look()
+    validate_image_limit(options.limit, "a check")
     limit = options.limit or MAX_CALIBRATION_IMAGES
-    if limit > MAX_CALIBRATION_IMAGES:
-        raise OptionError(f"--limit is {limit}; a check takes at most {MAX_CALIBRATION_IMAGES}")
     require_scikit_image()
     picture, report = options.output / "sanity.png", options.output / "sanity.json"
     require_writable_folder(options.output)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,12 @@ import pytest
 import torch
 
 from ccam_deploy import explainer, plotting
-from ccam_deploy.latency import measurement
+from ccam_deploy.latency import cold_start, measurement
 from ccam_deploy.latency.report import LatencyReport
 from ccam_deploy.latency.tables import report_text
-from tests.command import failure, success
+from tests.command import failure, run, success
 from tests.damage import full_disk
-from tests.helpers import RECIPES, example_files
+from tests.helpers import EXAMPLES, RECIPES, example_files
 from tests.networks import tiny
 
 QUICK = ("--duration", "0.3", "--warmup", "0")
@@ -191,6 +192,21 @@ def no_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
         raise MeasuringError
 
     monkeypatch.setattr(measurement, "measure_latency", measure_nothing)
+
+
+@pytest.mark.parametrize(("words", "count"), [((), 8), (("--limit", 3), 3)])
+def test_limit_caps_the_images(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[object, ...], count: int
+) -> None:
+    def note(bundle: Path, files: Sequence[Path], *arguments: object) -> None:
+        counts.append(len(files))
+        raise MeasuringError
+
+    counts: list[int] = []
+    monkeypatch.setattr(cold_start, "measure_cold_start", note)
+    result = run("bench", tiny_bundle, EXAMPLES, *QUICK, *words)
+    assert isinstance(result.exception, MeasuringError)
+    assert counts == [count]
 
 
 @pytest.mark.usefixtures("no_measuring")

@@ -138,6 +138,33 @@ def test_export_of_weights(models: Path, here: Path, tiny_bundle: Path) -> None:
         assert (here / "out" / name).read_bytes() == (tiny_bundle / name).read_bytes()
 
 
+class ExportingError(Exception):
+    """Raised where an export would begin."""
+
+
+@pytest.mark.parametrize(
+    ("words", "count"),
+    [
+        (["--calibration-images", "."], 3),
+        (["--calibration-images", ".", "--limit", 2], 2),
+        (["--limit", 1], 1),
+    ],
+)
+def test_limit_caps_the_images_of_an_export(
+    models: Path, here: Path, monkeypatch: pytest.MonkeyPatch, words: list[object], count: int
+) -> None:
+    def note(*arguments: Any) -> None:
+        counts.append(len(arguments[-1].calibration))
+        raise ExportingError
+
+    counts: list[int] = []
+    monkeypatch.setattr("ccam_deploy.export.export", note)
+    for name in "abc":
+        picture(here / f"{name}.png")
+    assert isinstance(run("export", models / "net.pt2", *words).exception, ExportingError)
+    assert counts == [count]
+
+
 LINE = re.compile(r"(\S+): class (\w+), score (0\.\d{3}), masks \d+\+\d+, \d+\.\d ms")
 
 
@@ -408,6 +435,7 @@ def test_verify(tiny_bundle: Path, here: Path) -> None:
         (["export", "net.pt2", "--labels", "none"], "none cannot be read as labels: "),
         (["export", "net.pt2", "--recipe", "none"], "none cannot be read: No such file"),
         (["export", "net.pt2", "--calibration-images", "none"], "none does not exist"),
+        (["export", "net.pt2", "--limit", "17"], "--limit is 17; an export takes at most 16"),
         (["export", "net.pt2", "--mean", "a,b"], '"a,b" is not a list of numbers such as'),
         (["export", "net.pt2", "--std", "1,nan,1"], "they must be finite"),
         (["export", "net.pt2", "--input-size", "9x9x9"], '"9x9x9" is not a size such as 224x224'),

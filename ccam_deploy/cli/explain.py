@@ -81,6 +81,7 @@ def explain(options: ExplainOptions) -> None:
     this machine, and the k_max of each is printed too.
     """
     from ccam_deploy.cli import choices
+    from ccam_deploy.engines.base import row_chunks
     from ccam_deploy.explanation import ExplanationWriter
     from ccam_deploy.files import require_writable_folder
     from ccam_deploy.methods.collection_cam.cost import validate_budget
@@ -106,7 +107,7 @@ def explain(options: ExplainOptions) -> None:
             )
 
         size = explainer.batch_size if options.budget_ms is None else 1
-        batches = [files[start : start + size] for start in range(0, len(files), size)]
+        batches = [files[rows] for rows in row_chunks(len(files), size)]
         reports = []
         with progress("explaining", len(files)) as bar:
             for batch in batches:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from ccam_deploy.arrays import Classes, Floats
 from ccam_deploy.bundle.manifest import Manifest
 from ccam_deploy.engines import Classifier
+from ccam_deploy.engines.base import row_chunks
 from ccam_deploy.engines.cuda.slots import Slot, Slots, Use
 from ccam_deploy.kernels.cuda.geometry import Geometry
 from ccam_deploy.methods.base import (
@@ -101,11 +102,11 @@ class DeviceCollectionCAM:
         with self._slots.take() as slot:
             single = len(images) == len(owner) == 1
             pipeline = self._pipeline(slot, "latency" if single else "throughput", options)
-            for start in range(0, len(images), pipeline.batch):
-                pairs = (owner >= start) & (owner < start + pipeline.batch)
+            for rows in row_chunks(len(images), pipeline.batch):
+                pairs = (owner >= rows.start) & (owner < rows.stop)
                 batch_logits, results = pipeline.run(
-                    images[start : start + pipeline.batch],
-                    owner[pairs] - start,
+                    images[rows],
+                    owner[pairs] - rows.start,
                     codes[pairs],
                     (options.k_min, options.k_max),
                     clock,
@@ -216,8 +217,8 @@ def _sizes(pipeline: Pipeline, images: Floats, options: CollectionCAM) -> list[t
     """Explain some images; return how many each run took, and how many masks they had."""
     k_range = options.k_min, options.k_max
     sizes = []
-    for start in range(0, len(images), pipeline.batch):
-        part = images[start : start + pipeline.batch]
+    for rows in row_chunks(len(images), pipeline.batch):
+        part = images[rows]
         best_class = np.full(len(part), -1, np.int64)
         _, results = pipeline.run(part, np.arange(len(part)), best_class, k_range, Stopwatch())
         sizes.append((len(part), sum(len(result.scores) for result in results)))

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ccam_deploy.arrays import Floats
+from ccam_deploy.engines.base import row_chunks
 from ccam_deploy.engines.cuda.device import ALIGNMENT, Device, DeviceTensor
 from ccam_deploy.engines.cuda.graph_replay import StreamRunner
 from ccam_deploy.engines.cuda.slots import Graphs
@@ -121,12 +122,11 @@ class Pipeline:
         self._runner.forget()
         host.images[: len(images)] = images
         results = []
-        for start in range(0, len(owner), self.batch):
-            part = slice(start, start + self.batch)
-            pairs = len(owner[part])
+        for part in row_chunks(len(owner), self.batch):
+            pairs = part.stop - part.start
             host.pairs.owner[:pairs] = owner[part]
             host.pairs.codes[:pairs] = codes[part]
-            results.append(self._run_pairs(len(images), pairs, start == 0))
+            results.append(self._run_pairs(len(images), pairs, part.start == 0))
             clock.add(self._runner.stages())
         return host.logits[: len(images)].astype(np.float32), results
 
@@ -150,8 +150,7 @@ class Pipeline:
     def _passes(self, images: int, masks: int) -> None:
         self._launch("backbone", images)
         self._launch("gradient", images)
-        for start in range(0, masks, self._memory.chunk):
-            self._classify(images, start, min(self._memory.chunk, masks - start))
+        self._classify(images, masks)
 
     def _run_pairs(self, images: int, pairs: int, first: bool) -> PairResults:
         runner = self._runner
@@ -223,8 +222,7 @@ class Pipeline:
         """Put the classifier on `rows` masks, the weighted sum and the download on the stream."""
         runner, stream, inputs = self._runner, self._device.kernel_stream, self._inputs(pairs)
         runner.mark("classifier")
-        for start in range(0, rows, self._memory.chunk):
-            self._classify(images, start, min(self._memory.chunk, rows - start))
+        self._classify(images, rows)
         runner.mark("combine")
         probability = self._setup.options.score == "probability"
         logits = self._memory.view(rows_of(self._memory.graphs.mask_logits, 0, rows))
@@ -251,7 +249,12 @@ class Pipeline:
             self._kernels.gather(inputs, source, copied, self._device.kernel_stream)
         return gathered
 
-    def _classify(self, images: int, start: int, rows: int) -> None:
+    def _classify(self, images: int, masks: int) -> None:
+        """Put the classifier on the stream, a chunk of the masks at a time."""
+        for rows in row_chunks(masks, self._memory.chunk):
+            self._classify_chunk(images, rows.start, rows.stop - rows.start)
+
+    def _classify_chunk(self, images: int, start: int, rows: int) -> None:
         """Run the classifier on some masks; on aligned copies where they are not aligned."""
         graph = self._graphs["classifier"]
         tensors = {"images": rows_of(self._memory.graphs.images_for(graph), 0, images)}

@@ -179,9 +179,9 @@ class Explainer:
         make_method(method).require_support(self.networks, batch)
 
     def calibrate(
-        self, images: int = 1, classes: int = 1, method: str | Method | None = None
+        self, images: int = 1, classes: int = 1, method: str | Method = DEFAULT_METHOD
     ) -> None:
-        """Measure the cost of calls with some numbers of images and classes.
+        """Measure how long a call with this many images and classes takes on this machine.
 
         The first call with `budget_ms` for new numbers, or with other layers, k_min or k_max,
         measures them itself. That takes about as long as twenty explanations, which the budget
@@ -191,7 +191,7 @@ class Explainer:
         Args:
             images: How many images a call has, at least 1.
             classes: How many classes each image has.
-            method: Collection-CAM with its options; None for its defaults.
+            method: Collection-CAM with its options, or its name for its defaults.
 
         Raises:
             OptionError: The numbers are out of range, or the method cannot keep a budget.

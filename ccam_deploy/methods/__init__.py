@@ -85,18 +85,15 @@ def method_named(name: str) -> type[Method]:
     return METHODS[name]
 
 
-def make_method(method: str | Method | None = None) -> Method:
+def make_method(method: str | Method) -> Method:
     """Turn what a caller names as a method into the method.
 
     Args:
-        method: A method with its options, a name among METHODS for its defaults, or None for
-            Collection-CAM.
+        method: A method with its options, or a name among METHODS for its defaults.
 
     Raises:
         OptionError: The name is unknown, or the value is neither a name nor a method.
     """
-    if method is None:
-        return CollectionCAM()
     if isinstance(method, Method):
         return method
     if not isinstance(method, str):  # for callers without a type checker

@@ -21,10 +21,11 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
-from ccam_deploy import __version__, explainer, render
+from ccam_deploy import __version__, explainer, explanation, render
 from ccam_deploy.bundle.folder import read_bundle, write_manifest
 from ccam_deploy.bundle.manifest import Precision, PrecisionName
 from ccam_deploy.cli import options
+from ccam_deploy.cli.explain import FILES
 from ccam_deploy.cli.main import main
 from ccam_deploy.engines import Backend
 from ccam_deploy.engines.tensorrt import library, plans
@@ -105,6 +106,7 @@ def test_defaults_and_choices_are_the_packages() -> None:
     assert options.BATCH_SIZE == explainer.DEFAULT_BATCH
     assert render.Look() == render.Look(options.COLORMAP, options.OPACITY)
     assert tuple(library.FLAVOURS) == options.TENSORRT
+    assert explanation.FORMATS == FILES
     assert plans.DEFAULT_MAX_BATCH == options.MAX_BATCH
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from ccam_deploy.engines.tensorrt.library import FLAVOURS
+from ccam_deploy.files import write_file
 from ccam_deploy.latency.conditions import gpu, machine
 
 ROOT = Path(__file__).parents[1]
@@ -167,10 +168,12 @@ def write_results(file: Path, result: Mapping[str, Any], markdown: str) -> None:
         file: The JSON file; the Markdown file has its name with another suffix.
         result: Plain values.
         markdown: What a reader sees.
+
+    Raises:
+        OutputError: A file cannot be written.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    file.with_suffix(".md").write_text(markdown, encoding="utf-8")
+    write_file(file, f"{json.dumps(result, indent=2)}\n".encode())
+    write_file(file.with_suffix(".md"), markdown.encode())
 
 
 def _words(options: Mapping[str, object]) -> list[str]:

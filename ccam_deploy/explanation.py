@@ -6,7 +6,7 @@ import io
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -120,13 +120,13 @@ class Explanation:
 
         Args:
             pair: Which pair.
-            look: Colour map, opacity and colour bar; None for the defaults.
+            look: Color map, opacity and color bar; None for the defaults.
 
         Returns:
-            An RGB picture, no side longer than 1,024 pixels (and the colour bar).
+            An RGB picture, no side longer than 1,024 pixels (and the color bar).
 
         Raises:
-            OptionError: The colour map is unknown, or the opacity is out of range.
+            OptionError: The color map is unknown, or the opacity is out of range.
         """
         return _Drawing(self, pair, look or Look()).overlay
 
@@ -137,13 +137,13 @@ class Explanation:
 
         Args:
             pair: Which pair.
-            look: Colour map and colour bar; None for the defaults.
+            look: Color map and color bar; None for the defaults.
 
         Returns:
-            An RGB picture, no side longer than 1,024 pixels (and the colour bar).
+            An RGB picture, no side longer than 1,024 pixels (and the color bar).
 
         Raises:
-            OptionError: The colour map is unknown.
+            OptionError: The color map is unknown.
         """
         return _Drawing(self, pair, look or Look()).heatmap
 
@@ -152,10 +152,10 @@ class Explanation:
 
         Args:
             image: Which image, 0 to B - 1.
-            look: Colour map, opacity and colour bar; None for the defaults.
+            look: Color map, opacity and color bar; None for the defaults.
 
         Raises:
-            OptionError: The explanation has no such image, the colour map is unknown, or the
+            OptionError: The explanation has no such image, the color map is unknown, or the
                 opacity is out of range.
         """
         pairs = np.flatnonzero(self.image_index == image)
@@ -173,12 +173,16 @@ class Explanation:
         look: Look | None = None,
         names: Sequence[str | Path] | None = None,
     ) -> list[list[Path]]:
-        """Write files for each pair; see ExplanationWriter.
+        """Write files for each pair.
+
+        Files are named IMAGE-CLASS.FORMAT, such as cat-tabby.overlay.png, and an image's panel
+        IMAGE-panel.png. Images that share a name get a number from the second on; classes that
+        share a name get the number of their class. Files from an earlier call are replaced.
 
         Args:
             folder: Where to write; a missing folder is made.
             formats: Some of "overlay", "heatmap", "panel", "npz" and "json".
-            look: Colour map, opacity and colour bar; None for the defaults.
+            look: Color map, opacity and color bar; None for the defaults.
             names: File names of the images, after which the files are named; None for those of
                 the PIL images' files, or "image-1" and so on.
 
@@ -196,19 +200,18 @@ class Explanation:
 
     def _take(self, pairs: NDArray[np.intp]) -> Explanation:
         images, owner = np.unique(self.image_index[pairs], return_inverse=True)
-        return Explanation(
-            self.saliency[pairs],
-            self.raw_saliency[pairs],
-            self.targets[pairs],
-            owner.astype(np.int64),
-            self.logits[images],
-            tuple(layer.take(pairs) for layer in self.layers),
-            self.masks.take(pairs),
-            tuple(self.weights[pair] for pair in pairs),
-            tuple(self.mic[pair] for pair in pairs),
-            self.timings,
-            self.settings,
-            self.source.take(images.tolist()),
+        return replace(
+            self,
+            saliency=self.saliency[pairs],
+            raw_saliency=self.raw_saliency[pairs],
+            targets=self.targets[pairs],
+            image_index=owner.astype(np.int64),
+            logits=self.logits[images],
+            layers=tuple(layer.take(pairs) for layer in self.layers),
+            masks=self.masks.take(pairs),
+            weights=tuple(self.weights[pair] for pair in pairs),
+            mic=tuple(self.mic[pair] for pair in pairs),
+            source=self.source.take(images.tolist()),
         )
 
 
@@ -262,14 +265,12 @@ class _Drawing:
 class ExplanationWriter:
     """Writes files of the chosen formats for each image and class.
 
-    Files are named FILE-CLASS.FORMAT, and an image's panel FILE-panel.png. Where images of several
-    folders or calls share a name, later files get a number; classes that share a name get the
-    number of their class.
+    Files are named as Explanation.save says; names are told apart across calls of `write`.
 
     Args:
         folder: Where files are written.
         formats: Some of FORMATS.
-        look: Colour map, opacity and colour bar; None for the defaults.
+        look: Color map, opacity and color bar; None for the defaults.
 
     Raises:
         OptionError: A format is unknown.

@@ -40,7 +40,7 @@ class Look:
     Attributes:
         colormap: A name among COLORMAPS.
         opacity: How much of the picture an overlay hides, in [0, 1].
-        bar: Whether a colour bar stands beside the map.
+        bar: Whether a color bar stands beside the map.
     """
 
     colormap: str = DEFAULT_COLORMAP
@@ -49,7 +49,7 @@ class Look:
 
 
 def require_colormap(name: str) -> None:
-    """Refuse an unknown colour map.
+    """Refuse an unknown color map.
 
     Raises:
         OptionError: The name is not among COLORMAPS.
@@ -69,7 +69,7 @@ def colours(saliency: Floats, colormap: str = DEFAULT_COLORMAP) -> NDArray[np.ui
         [H, W, 3] uint8.
 
     Raises:
-        OptionError: The colour map is unknown.
+        OptionError: The color map is unknown.
     """
     table = _table(colormap)
     steps = np.clip(saliency * (len(table) - 1) + 0.5, 0, len(table) - 1)
@@ -98,15 +98,15 @@ def heatmap(
     Args:
         saliency: [H, W] float32 in [0, 1].
         colormap: A name among COLORMAPS.
-        bar: Add a colour bar.
+        bar: Add a color bar.
         seen: The part of the map that the network saw. What is outside of it is light grey, and a
             thin frame shows where it ends. None for the whole map.
 
     Returns:
-        An RGB picture, H by W pixels and the colour bar.
+        An RGB picture, H by W pixels and the color bar.
 
     Raises:
-        OptionError: The colour map is unknown.
+        OptionError: The color map is unknown.
     """
     picture = Image.fromarray(colours(saliency, colormap))
     if seen is not None and seen != (0, 0, *picture.size):
@@ -129,12 +129,12 @@ def overlay(
         saliency: [H, W] float32 in [0, 1], of the picture's size.
         colormap: A name among COLORMAPS.
         opacity: How much of the picture the colours hide, in [0, 1].
-        bar: Add a colour bar.
+        bar: Add a color bar.
         seen: The part of the picture that the network saw. Outside of it the picture stays as it
             is, and a thin frame shows where it ends. None for the whole picture.
 
     Raises:
-        OptionError: The map has another size, the opacity is out of range, or the colour map is
+        OptionError: The map has another size, the opacity is out of range, or the color map is
             unknown.
     """
     if not 0 <= opacity <= 1:
@@ -269,7 +269,7 @@ def _inside(picture: Image.Image, coloured: Image.Image, seen: Box) -> Image.Ima
 
 
 def _with_bar(picture: Image.Image, colormap: str) -> Image.Image:
-    """Add a colour bar from 1 at the top to 0 at the bottom."""
+    """Add a color bar from 1 at the top to 0 at the bottom."""
     font = _font(max(10, min(picture.height // 12, 40)))
     width = max(8, picture.height // 16)
     label = _text_width("1.0", font)

@@ -143,7 +143,7 @@ def _measure(
     with ExitStack() as stack:
         explainer = stack.enter_context(load(options.bundle, **setup))
         for note in explainer.networks.notes:
-            say(f"passed over {note}", err=True)
+            say(f"skipped {note}", err=True)
         setup["backend"] = explainer.networks.backend
         facts = explainer.explain(pictures[:1]).settings
         peers: dict[str, Peer] = {}

@@ -76,7 +76,7 @@ def parse_targets(words: Sequence[str], manifest: Manifest) -> list[Target]:
 def open_explainer(bundle: Path, engine: EngineOptions) -> Iterator[Explainer]:
     """Open a bundle as the options say, and close it at the end of the block.
 
-    Prints notes on stderr: a backend that was passed over, random weights, and at the end what
+    Prints notes on stderr: a backend that was skipped, random weights, and at the end what
     ran slower or otherwise than asked.
 
     Yields:
@@ -96,7 +96,7 @@ def open_explainer(bundle: Path, engine: EngineOptions) -> Iterator[Explainer]:
         threads=engine.threads,
     ) as explainer:
         for note in explainer.networks.notes:
-            say(f"passed over {note}", err=True)
+            say(f"skipped {note}", err=True)
         if explainer.bundle.manifest.random_weights:
             say("warning: the bundle has random weights; its maps mean nothing", err=True)
         yield explainer

@@ -71,7 +71,7 @@ def compare(options: CompareOptions) -> None:
     look = options.look.look(options.color_bar)
     output = options.output or Path("explanations") / f"{options.image.stem}-compare.png"
     if output.suffix.lower() != ".png":
-        raise OptionError(f"the picture is a .png file; {output} is none")
+        raise OptionError(f"--output {output} must end in .png")
     require_writable(output)
     with choices.open_explainer(options.bundle, options.engine) as explainer:
         manifest = explainer.bundle.manifest

@@ -54,7 +54,7 @@ def verify(options: VerifyOptions) -> None:
         ) as explainer:
             networks = explainer.networks
             for note in networks.notes:
-                say(f"passed over {note}", err=True)
+                say(f"skipped {note}", err=True)
             report, broken = verify_bundle(bundle, networks, precision, explainer.explain)
         reports[precision] = {"backend": networks.backend, **msgspec.to_builtins(report)}
         problems += [f"{precision}: {problem}" for problem in broken]

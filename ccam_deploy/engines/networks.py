@@ -132,7 +132,7 @@ class Networks:
         slots: Where a whole explanation can run on a GPU; None on a CPU.
 
     Attributes:
-        notes: Why better backends were passed over, a line each.
+        notes: Why better backends were skipped, a line each.
     """
 
     def __init__(

@@ -89,7 +89,7 @@ class ImageFolder(Dataset):
         loose = [path for path in sorted(root.iterdir()) if _is_image(path)]
         if folders and loose:
             raise DatasetError(
-                f"{root} has images beside folders; put all in folders of their class, or none"
+                f"{root} mixes images and folders; put all in folders of their class, or none"
             )
         if not folders and not loose:
             raise DatasetError(f"{root} holds no images ({', '.join(IMAGE_SUFFIXES)})")

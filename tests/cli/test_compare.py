@@ -90,7 +90,7 @@ def test_options_go_to_the_methods_that_have_them() -> None:
             "some methods cannot run here: recipro-cam (the bundle has no head graph; export it "
             "with --head), smoothgrad (the bundle has no input_gradient graph",
         ),
-        (["--output", "panel.jpg"], "the picture is a .png file; panel.jpg is none"),
+        (["--output", "panel.jpg"], "--output panel.jpg must end in .png"),
         (["--colormap", "rainbow"], 'color map "rainbow" is unknown'),
     ],
 )

@@ -222,7 +222,7 @@ def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
     with pytest.raises(TargetError, match='class "dog" is not in the bundle; it has ant, bee, cat'):
         open_dataset(str(root), PETS)
     picture(root / "loose.png", 0)
-    with pytest.raises(DatasetError, match="has images beside folders"):
+    with pytest.raises(DatasetError, match="mixes images and folders"):
         open_dataset(str(root), PETS)
 
 

@@ -116,7 +116,7 @@ class StreamRunner:
         self._refused.add(key)
         if len(self._refused) >= _MOST_REFUSALS:
             self._replay = False
-        self._note_once("no CUDA graphs: the engine cannot be captured in one")
+        self._note_once("CUDA graphs are off: this engine cannot be captured")
 
     def _note_once(self, line: str) -> None:
         if not self._noted:

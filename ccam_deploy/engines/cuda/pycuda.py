@@ -246,7 +246,7 @@ def _require_success(answer: tuple[Any, ...]) -> Any:
 def _advice(words: str) -> str:
     if "memory" in words and "out of" in words:
         return "; use a smaller batch_size or k_max"
-    return "; if it goes on, restart the process, whose context may be lost"
+    return "; if this happens again, restart the process: its CUDA context may be lost"
 
 
 @cache

@@ -88,7 +88,7 @@ def test_nothing_is_captured_unless_asked_for() -> None:
     ("fails", "capturable", "line"),
     [
         (True, True, "a CUDA graph was not captured: it cannot be"),
-        (False, False, "no CUDA graphs: the engine cannot be captured in one"),
+        (False, False, "CUDA graphs are off: this engine cannot be captured"),
     ],
 )
 def test_says_once_what_cannot_be_captured(fails: bool, capturable: bool, line: str) -> None:

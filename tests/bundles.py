@@ -21,6 +21,7 @@ class Bundles:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._needed: tuple[str, ...] = ()
+        self._failed: set[str] = set()
         folder.mkdir(exist_ok=True)
 
     def expect(self, names: Iterable[str]) -> None:
@@ -33,9 +34,21 @@ class Bundles:
         An export keeps one core busy, so a worker that finds another at it exports something else.
         """
         while not (self._folder / name).is_dir():
-            if not any(self._export(each) for each in (name, *self._needed)):
+            if not self._export(name) and not self._export_another():
                 time.sleep(0.1)
         return self._folder / name
+
+    def _export_another(self) -> bool:
+        """Export a bundle for another worker, which reports it where that fails."""
+        for name in self._needed:
+            if name in self._failed:
+                continue
+            try:
+                if self._export(name):
+                    return True
+            except Exception:
+                self._failed.add(name)
+        return False
 
     def _export(self, name: str) -> bool:
         """Export a bundle, unless it is there or another worker is at it."""

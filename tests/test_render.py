@@ -1,4 +1,4 @@
-"""Colours, overlays, colour bars and panels, pixel by pixel."""
+"""Colours, overlays, color bars and panels, pixel by pixel."""
 
 from __future__ import annotations
 

@@ -24,6 +24,7 @@ def write_file(path: Path, content: bytes) -> None:
     Raises:
         OutputError: The file cannot be written; an older one is still whole.
     """
+    _refuse_devices(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, content)
@@ -117,16 +118,23 @@ def require_writable(path: Path) -> None:
         path: The file that `write_file` will write.
 
     Raises:
-        OutputError: It is a folder, or lies where nothing can be written.
+        OutputError: It is a folder or a device, or lies where nothing can be written.
     """
     if path.is_dir():
         raise OutputError(f"cannot write {path}: it is a folder")
+    _refuse_devices(path)
     place = next(parent for parent in path.absolute().parents if parent.exists())
     try:
         with tempfile.TemporaryFile(dir=place):
             pass
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _refuse_devices(path: Path) -> None:
+    """Raise OutputError for a pipe or a device: root could replace /dev/null by a file."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise OutputError(f"cannot write {path}: it is a device or a pipe, not an ordinary file")
 
 
 def unused(name: str, taken: Counter[str]) -> str:

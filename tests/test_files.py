@@ -12,6 +12,15 @@ from ccam_deploy.files import replace_file, require_writable, staged_folder, wri
 from tests.damage import contents, full_disk
 
 
+def test_pipes_and_devices_are_not_replaced_by_files(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for write in (require_writable, lambda path: write_file(path, b"new")):
+        with pytest.raises(OutputError, match=r"cannot write .*pipe: it is a device or a pipe"):
+            write(pipe)
+    assert pipe.is_fifo()
+
+
 def test_files_are_whole_or_not_there(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "map.png"
     write_file(path, b"old")

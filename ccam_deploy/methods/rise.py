@@ -149,8 +149,13 @@ def read_masks(file: str, size: tuple[int, int]) -> NDArray[np.floating]:
     """
     try:
         masks = np.load(Path(file), mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise OptionError(f"{file} is not a .npy file that can be read: {error}") from error
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OptionError(f"{file} is not a .npy file that can be read: {reason}") from error
+    except (ValueError, EOFError) as error:  # NumPy's text for other files advises to unpickle them
+        raise OptionError(
+            f"{file} is not a .npy file that can be read; save the masks with numpy.save"
+        ) from error
     if not isinstance(masks, np.ndarray):
         masks.close()
         raise OptionError(f"{file} holds several arrays; it must hold one, of masks")

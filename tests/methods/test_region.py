@@ -314,9 +314,18 @@ def test_options_out_of_range(kind: Any, changes: dict[str, Any], message: str) 
     [
         (ScoreCAM(layer="top"), 'layer "top" is not in the bundle; it has last'),
         (RISE(cells=25), "cells is 25; an input of 24x32 takes 24"),
-        (RISE(file="none.npy"), "none.npy is not a .npy file that can be read"),
-        (RISE(file="text.npy"), "text.npy is not a .npy file that can be read"),
-        (RISE(file="objects.npy"), "objects.npy is not a .npy file that can be read"),
+        (
+            RISE(file="none.npy"),
+            "none.npy is not a .npy file that can be read: No such file or directory$",
+        ),
+        (
+            RISE(file="text.npy"),
+            "text.npy is not a .npy file that can be read; save the masks with numpy.save$",
+        ),
+        (
+            RISE(file="objects.npy"),
+            "objects.npy is not a .npy file that can be read; save the masks with numpy.save$",
+        ),
         (RISE(file="several.npz"), "several.npz holds several arrays; it must hold one"),
         (RISE(file="wide.npy"), r"wide.npy holds float32\[2, 24, 24\]; the bundle takes"),
         (RISE(file="empty.npy"), r"empty.npy holds float32\[0, 24, 32\]"),

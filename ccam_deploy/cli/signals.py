@@ -7,7 +7,9 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
+
+_RETRY_SECONDS = 0.05
 
 
 class Terminated(SystemExit):
@@ -21,21 +23,34 @@ class Terminated(SystemExit):
 def termination_as_exit() -> Iterator[None]:
     """Raise Terminated at the first SIGTERM, and ignore later ones while clean-up runs.
 
-    Does nothing outside of the main thread, where no handler can be set.
+    While a module is being imported the exception waits: some libraries swallow what is raised
+    then, or report it as a failed import. Does nothing outside of the main thread, where no handler
+    can be set.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def leave(signum: int, frame: FrameType | None) -> NoReturn:
+    def leave(signum: int, frame: FrameType | None) -> None:
+        if _importing(frame):
+            signal.setitimer(signal.ITIMER_REAL, _RETRY_SECONDS)
+            return
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise Terminated
 
-    previous = signal.signal(signal.SIGTERM, leave)
+    previous = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGALRM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL if previous is None else previous)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in previous.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+def _importing(frame: FrameType | None) -> bool:
+    while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
+        frame = frame.f_back
+    return frame is not None
 
 
 @contextmanager

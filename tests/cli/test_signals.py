@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import signal
 import subprocess
 import sys
@@ -149,3 +150,24 @@ def test_an_ignored_interrupt_stays_ignored() -> None:
             release()
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_termination_waits_for_an_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A library that swallows what is raised while it is imported cannot swallow SIGTERM."""
+    (tmp_path / "swallowing.py").write_text(
+        "import os, signal\n"
+        "raised = False\n"
+        "try:\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    [None for _ in range(1000)]\n"
+        "except BaseException:\n"
+        "    raised = True\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    raised: list[bool] = []
+    before = signal.getsignal(signal.SIGALRM)
+    with pytest.raises(Terminated), termination_as_exit():
+        raised.append(importlib.import_module("swallowing").raised)
+        signal.pause()
+    assert raised == [False]
+    assert signal.getsignal(signal.SIGALRM) is before

@@ -40,7 +40,9 @@ notebook: .venv/.all
 bench: .venv/.all
 	$(BIN)/python -m bench.bench_overhead --output bench/results/overhead-cpu.json
 	$(BIN)/python -m bench.bench_forwards --output bench/results
-	$(BIN)/python -m bench.bench_table2 --output bench/results
+	$(BIN)/python -m bench.bench_table2 --rounds 10 --duration 5 \
+		--methods collection-cam,grad-cam,grad-cam++,layer-cam --output bench/results
+	$(BIN)/python -m bench.bench_export --output bench/results/export-cpu.json
 
 clean:
 	rm -rf .venv demo site engines/digits .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

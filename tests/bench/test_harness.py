@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from bench import (
+    bench_export,
     bench_forwards,
     bench_kernels,
     bench_overhead,
@@ -86,6 +87,7 @@ def test_plans_are_built_for_tensorrt_alone(tmp_path: Path) -> None:
     ("bench", "name"),
     [
         (bench_overhead, "overhead-cpu"),
+        (bench_export, "export-cpu"),
         (bench_forwards, "forwards-cpu"),
         (bench_table2, "table2-onnxruntime-cpu"),
         (bench_table2, "resnet18-methods/table2-onnxruntime-cpu"),

@@ -98,16 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         results[network] = measure(network, options.rounds)
         print(table({network: results[network]}), flush=True)
     if options.output:
-        words = {
-            "networks": options.networks,
-            "rounds": options.rounds,
-            "output": options.output,
-        }
-        result = {
-            "command": harness.command_line("bench.bench_export", words),
-            "conditions": harness.conditions(),
-            "results": results,
-        }
+        result = harness.describe_run("bench.bench_export", options, results)
         harness.write_results(options.output, result, markdown(result))
 
 

@@ -130,16 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             results[network] = harness.measure_in_process("bench.bench_overhead", words)
         print(table({network: results[network]}), flush=True)
     if options.output:
-        words = {
-            "networks": options.networks,
-            "rounds": options.rounds,
-            "output": options.output,
-        }
-        result = {
-            "command": harness.command_line("bench.bench_overhead", words),
-            "conditions": harness.conditions(),
-            "results": results,
-        }
+        result = harness.describe_run("bench.bench_overhead", options, results)
         harness.write_results(options.output, result, markdown(result))
 
 

@@ -62,6 +62,27 @@ def command_line(module: str, options: Mapping[str, object]) -> str:
     return shlex.join(["python", "-m", module, *_words(options)])
 
 
+def describe_run(
+    module: str, options: argparse.Namespace, results: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Put the results of several networks beside how they were measured.
+
+    Args:
+        module: The benchmark, such as "bench.bench_overhead".
+        options: Its parsed options: networks, rounds and output.
+        results: What was measured of each network.
+
+    Returns:
+        What the benchmark writes: command, conditions and results.
+    """
+    words = {name: getattr(options, name) for name in ("networks", "rounds", "output")}
+    return {
+        "command": command_line(module, words),
+        "conditions": conditions(),
+        "results": results,
+    }
+
+
 def recipe_path(network: str) -> Path:
     """The recipe of a network that export/ has."""
     return ROOT / "export" / f"{network}.toml"

@@ -1,9 +1,9 @@
 """The CUDA kernels on Numba's simulator, in a process of its own.
 
 The simulator is chosen by an environment variable before Numba is imported, for a whole process.
-It knows no warps: their shuffles and votes are added here. So is a scheduler that runs one thread
-at a time, and finds out when threads wait for others that never come; the simulator's own polls
-all threads and is many times slower.
+It knows no warps: their shuffles and votes are added here. So is a scheduler that switches between
+a block's threads as greenlets, and finds out when they wait for others that never come; the
+simulator's own polls threads of the operating system and is many times slower.
 """
 
 from __future__ import annotations
@@ -11,15 +11,17 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
+from functools import partial
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from greenlet import getcurrent, greenlet
 from numpy.typing import NDArray
 
 from ccam_deploy.kernels.cuda.buffers import Buffers, Spec
@@ -185,9 +187,10 @@ def _begin() -> None:
     from numba.cuda.simulator import kernel, kernelapi
 
     kernel.swapped_cuda_module = _put_cuda_module
+    kernel.FakeWithinKernelCUDAArray = lambda array: array._ary
+    kernelapi.threading = SimpleNamespace(current_thread=getcurrent)
     kernelapi.FakeCUDAShared.array = _shared_array
     kernel.BlockManager.run = _run_block
-    kernel.BlockThread.syncthreads = lambda thread: thread._manager.schedule.wait(thread)
     for name in ("shfl_sync", "shfl_up_sync", "shfl_xor_sync", "ballot_sync"):
         setattr(kernelapi.FakeCUDAModule, name, globals()[f"_{name}"])
 
@@ -207,103 +210,96 @@ def _shared_array(shared: Any, shape: Any, dtype: Any) -> NDArray[Any]:
     return shared._allocations[place]  # type: ignore[no-any-return]
 
 
-def _run_block(block: Any, grid_point: Any, *args: Any) -> None:
-    from numba.cuda.simulator.kernel import BlockThread
-
-    def target() -> None:
-        block.schedule.run(threading.current_thread(), lambda: block._f(*args))
-
-    threads = [
-        BlockThread(target, block, grid_point, point, block._debug)
-        for point in np.ndindex(*block._block_dim)
-    ]
-    block.schedule = _Schedule(threads)
-    block.schedule.start()
-    for thread in threads:
-        if thread.exception and thread.exception[0] is not _StoppedError:
-            raise thread.exception[0].with_traceback(thread.exception[1])
+def _run_block(block: Any, block_index: tuple[int, ...], *args: Any) -> None:
+    _Block(partial(block._f, *args), block_index, block._block_dim).run()
 
 
-class _StoppedError(Exception):
-    """Another thread of the block failed."""
+class _Thread(greenlet):
+    """A CUDA thread, with what kernels ask of it."""
+
+    def __init__(self, block: _Block, block_index: Any, thread_index: Any, number: int) -> None:
+        super().__init__(block.work)
+        self.block = block
+        self.blockIdx = block_index
+        self.threadIdx = thread_index
+        self.thread_id = number
+
+    def syncthreads(self) -> None:
+        self.block.barrier.wait(self)
+
+    def syncthreads_and(self, value: Any) -> int:
+        return int(all(self.block.barrier.exchange(self, self.thread_id, value)))
+
+    def syncthreads_or(self, value: Any) -> int:
+        return int(any(self.block.barrier.exchange(self, self.thread_id, value)))
 
 
 class _Barrier:
-    """Threads that wait for each other, and what the lanes of a warp show each other meanwhile.
+    """Threads of a block or warp that wait for each other, and what they show each other then.
 
-    Two sets of values, so that lanes need not wait again before they show the next.
+    Two sets of values, so that threads need not wait again before they show the next.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, ready: deque[_Thread]) -> None:
         self.size = size
-        self.waiting: list[Any] = []
+        self.ready = ready
+        self.scheduler = getcurrent()
+        self.waiting: list[_Thread] = []
         self.shown: list[list[Any]] = [[None] * size, [None] * size]
         self.turn = [0] * size
 
+    def wait(self, thread: _Thread) -> None:
+        """Let other threads run until all have come here."""
+        self.waiting.append(thread)
+        if len(self.waiting) == self.size:
+            self.ready.extend(self.waiting)
+            self.waiting.clear()
+        self.scheduler.switch()
 
-class _Schedule:
-    """Lets the threads of a block run one at a time, each until it has to wait for others."""
+    def exchange(self, thread: _Thread, number: int, value: Any) -> list[Any]:
+        """The values of all threads, by their number here."""
+        shown = self.shown[self.turn[number]]
+        self.turn[number] ^= 1
+        shown[number] = value
+        self.wait(thread)
+        return shown
 
-    def __init__(self, threads: list[Any]) -> None:
-        self.threads = threads
+
+class _Block:
+    """Runs a block's threads in turn, each until it has to wait for others."""
+
+    def __init__(
+        self, work: Callable[[], None], index: tuple[int, ...], shape: tuple[int, ...]
+    ) -> None:
+        from numba.cuda.simulator.kernelapi import Dim3
+
+        self.work = work
+        block_index = Dim3(*index)
+        places = sorted(np.ndindex(*shape), key=lambda place: place[::-1])
+        threads = [
+            _Thread(self, block_index, Dim3(*place), number) for number, place in enumerate(places)
+        ]
         self.ready = deque(threads)
-        self.stopped = False
-        self.block = _Barrier(len(threads))
-        self.warps = [_Barrier(WARP) for _ in range(len(threads) // WARP)]
-        for thread in threads:
-            thread.turn = threading.Lock()
-            thread.turn.acquire()
+        self.barrier = _Barrier(len(threads), self.ready)
+        self.warps = [_Barrier(WARP, self.ready) for _ in range(len(threads) // WARP)]
 
-    def start(self) -> None:
-        for thread in self.threads:
-            thread.start()
-        self._next()
-        for thread in self.threads:
-            thread.join()
+    def run(self) -> None:
+        """Run until every thread ended.
 
-    def run(self, thread: Any, work: Callable[[], None]) -> None:
-        try:
-            self._pause(thread)
-            work()
-            self._next()
-        except Exception:
-            self.stopped = True
-            for other in self.threads:
-                if other.turn.locked():
-                    other.turn.release()
-            raise
-
-    def wait(self, thread: Any, barrier: _Barrier | None = None) -> None:
-        barrier = barrier or self.block
-        barrier.waiting.append(thread)
-        if len(barrier.waiting) == barrier.size:
-            self.ready.extend(barrier.waiting)
-            barrier.waiting.clear()
-        self._next()
-        self._pause(thread)
-
-    def _pause(self, thread: Any) -> None:
-        thread.turn.acquire()
-        if self.stopped:
-            raise _StoppedError
-
-    def _next(self) -> None:
-        if self.ready:
-            self.ready.popleft().turn.release()
-        elif self.block.waiting or any(warp.waiting for warp in self.warps):
+        Raises:
+            RuntimeError: Threads wait for others that ended or wait elsewhere.
+        """
+        while self.ready:
+            self.ready.popleft().switch()
+        if self.barrier.waiting or any(warp.waiting for warp in self.warps):
             raise RuntimeError("some threads of the block wait for others that will not come")
 
 
 def _exchange(value: Any) -> tuple[int, list[Any]]:
-    thread: Any = threading.current_thread()
-    schedule = thread._manager.schedule
+    """This thread's lane, and the values of its warp's lanes."""
+    thread: Any = getcurrent()
     number, lane = divmod(thread.thread_id, WARP)
-    warp = schedule.warps[number]
-    shown = warp.shown[warp.turn[lane]]
-    warp.turn[lane] ^= 1
-    shown[lane] = value
-    schedule.wait(thread, warp)
-    return lane, shown
+    return lane, thread.block.warps[number].exchange(thread, lane, value)
 
 
 def _shfl_sync(module: Any, mask: int, value: Any, source: int) -> Any:

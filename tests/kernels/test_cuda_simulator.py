@@ -1,6 +1,6 @@
 """The CUDA kernels, on Numba's simulator and on a GPU where there is one, against the CPU kernels.
 
-The simulator needs about 20 µs to change from one thread to another: shapes are tiny, and many
+The simulator interprets every thread of every block: shapes are tiny, and many
 cases share a launch, as layers and pairs of one batch.
 """
 

@@ -18,15 +18,14 @@ def write_file(path: Path, content: bytes) -> None:
     """Write a file so that it appears whole or not at all, and make its folder if need be.
 
     Args:
-        path: The file; one that exists is replaced.
+        path: The file; one that exists is replaced, and a link is followed.
         content: All of its bytes.
 
     Raises:
-        OutputError: The file cannot be written; an older one is still whole.
+        OutputError: The file cannot be written, or is a device; an older one is still whole.
     """
-    _refuse_devices(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _followed(path).parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, content)
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
@@ -39,19 +38,22 @@ def replace_file(path: Path, content: bytes) -> None:
     written.
 
     Args:
-        path: The file; one that exists is replaced.
+        path: The file; one that exists is replaced, and a link is followed.
         content: All of its bytes.
 
     Raises:
         OSError: The file cannot be written; an older one is still whole.
+        OutputError: It is a pipe or a device.
     """
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    _refuse_devices(path)
+    place = _followed(path)
+    handle, name = tempfile.mkstemp(prefix=f".{place.name}-", dir=place.parent)
     draft = Path(name)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
         draft.chmod(0o644)
-        draft.replace(path)
+        draft.replace(place)
     finally:
         draft.unlink(missing_ok=True)
 
@@ -123,12 +125,17 @@ def require_writable(path: Path) -> None:
     if path.is_dir():
         raise OutputError(f"cannot write {path}: it is a folder")
     _refuse_devices(path)
-    place = next(parent for parent in path.absolute().parents if parent.exists())
+    place = next(parent for parent in _followed(path).parents if parent.exists())
     try:
         with tempfile.TemporaryFile(dir=place):
             pass
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _followed(path: Path) -> Path:
+    """The file that a path leads to, which need not exist: to replace a link would break it."""
+    return Path(os.path.realpath(path))
 
 
 def _refuse_devices(path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,13 +13,41 @@ from ccam_deploy.files import replace_file, require_writable, staged_folder, wri
 from tests.damage import contents, full_disk
 
 
-def test_pipes_and_devices_are_not_replaced_by_files(tmp_path: Path) -> None:
-    pipe = tmp_path / "pipe"
-    os.mkfifo(pipe)
-    for write in (require_writable, lambda path: write_file(path, b"new")):
-        with pytest.raises(OutputError, match=r"cannot write .*pipe: it is a device or a pipe"):
-            write(pipe)
-    assert pipe.is_fifo()
+def write(path: Path) -> None:
+    write_file(path, b"new")
+
+
+def replace(path: Path) -> None:
+    replace_file(path, b"new")
+
+
+@pytest.mark.parametrize("name", ["pipe", "link-to-pipe"])
+@pytest.mark.parametrize("use", [require_writable, write, replace])
+def test_pipes_and_devices_are_not_replaced_by_files(
+    tmp_path: Path, name: str, use: Callable[[Path], None]
+) -> None:
+    """Nor is a link to one, such as /dev/stdout."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link-to-pipe").symlink_to("pipe")
+    with pytest.raises(OutputError, match=rf"cannot write .*{name}: it is a device or a pipe"):
+        use(tmp_path / name)
+    assert (tmp_path / "pipe").is_fifo()
+    assert (tmp_path / "link-to-pipe").is_symlink()
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_links_are_followed(tmp_path: Path) -> None:
+    """Also one to a file, in a folder, that is not there yet."""
+    (tmp_path / "map.png").write_bytes(b"old")
+    for name, target in (("link", "map.png"), ("chain", "link"), ("dangling", "deep/map.png")):
+        link = tmp_path / name
+        link.symlink_to(target)
+        require_writable(link)
+        write_file(link, name.encode())
+        assert link.is_symlink()
+        assert (tmp_path / target).read_bytes() == name.encode()
+    assert (tmp_path / "map.png").read_bytes() == b"chain"
+    assert (tmp_path / "link").is_symlink()
 
 
 def test_files_are_whole_or_not_there(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ccam_deploy.errors import OptionError
+from ccam_deploy.extras import install
 
 PLOT_FORMATS = ("png", "svg", "pdf")
 DOTS_PER_INCH = 144
@@ -35,6 +36,5 @@ def require_matplotlib() -> None:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
         raise OptionError(
-            f"a plot needs matplotlib, which cannot be imported ({error}): "
-            "pip install 'ccam-deploy[plot]'"
+            f"a plot needs matplotlib, which cannot be imported ({error}): {install('plot')}"
         ) from error

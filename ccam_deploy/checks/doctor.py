@@ -28,6 +28,7 @@ from ccam_deploy.engines.onnxruntime import Device
 from ccam_deploy.engines.tensorrt import library
 from ccam_deploy.engines.tensorrt.library import Flavour, Library
 from ccam_deploy.errors import BackendError, brief
+from ccam_deploy.extras import REPLACE_ONNXRUNTIME, Extra, install
 
 PARTS = ("driver", "pycuda", "numba-cuda")
 NEEDS: Mapping[str, tuple[str, ...]] = {
@@ -158,14 +159,14 @@ def _package(name: str) -> str:
     return known.get(name, name)
 
 
-def _import(module: str, name: str, extra: str) -> Any:
+def _import(module: str, name: str, extra: Extra) -> Any:
     """Import a module. Raises TroubleError where it is missing, or misses something itself."""
     try:
         return importlib.import_module(module)
     except (ImportError, OSError) as error:
         missing = getattr(error, "name", None)
         if isinstance(error, ModuleNotFoundError) and missing == module.split(".")[0]:
-            raise TroubleError("it is not installed", _install(extra)) from error
+            raise TroubleError("it is not installed", install(extra)) from error
         missing_file = re.search(r"[\w.+-]+\.so[.\d]*|[\w.+-]+\.dll", str(error))
         if missing_file and "cannot open shared object" in str(error):
             remedy = f"install {missing_file[0]}, or add its folder to LD_LIBRARY_PATH"
@@ -183,10 +184,6 @@ def _version(*distributions: str) -> str:
         except metadata.PackageNotFoundError:
             continue
     return ", ".join(versions)
-
-
-def _install(extra: str) -> str:
-    return f"pip install 'ccam-deploy[{extra}]'"
 
 
 def _dotted(version: tuple[int, int]) -> str:
@@ -256,7 +253,7 @@ def _pycuda() -> str:
         driver = _import("pycuda.driver", "pycuda", "gpu")
     except TroubleError as trouble:
         missing = missing_to_compile()
-        if trouble.remedy != _install("gpu") or not missing:
+        if trouble.remedy != install("gpu") or not missing:
             raise
         raise TroubleError(
             f"{trouble.detail}, and pip cannot compile it without {', '.join(missing)}",
@@ -302,20 +299,18 @@ def _onnxruntime(backend: str) -> str:
     """Run a graph of one operator on the provider that was asked for."""
     device: Device = "cpu" if backend == "onnxruntime-cpu" else "cuda"
     again = f"reinstall it: pip install --force-reinstall {_package(backend)}"
-    runtime = _import("onnxruntime", backend, "cpu" if device == "cpu" else "gpu")
+    runtime = _import("onnxruntime", backend, "cpu" if device == "cpu" else "gpu-onnxruntime")
     version = _version("onnxruntime", "onnxruntime-gpu") or f"onnxruntime {runtime.__version__}"
     if device not in onnxruntime.devices():
         raise TroubleError(
             f"{version} was built without {onnxruntime.PROVIDERS[device]}",
-            "pip uninstall onnxruntime onnxruntime-gpu, "
-            "then pip install 'onnxruntime-gpu[cuda,cudnn]'",
+            REPLACE_ONNXRUNTIME,
         )
     try:
         session = onnxruntime.open_session(tiny_graph(), device)
     except BackendError as error:
         libraries = (
-            "install the CUDA and cuDNN that it was built for: "
-            "pip install 'onnxruntime-gpu[cuda,cudnn]'"
+            f"install the CUDA and cuDNN that it was built for: {install('gpu-onnxruntime')}"
         )
         remedy = again if device == "cpu" else libraries
         raise TroubleError(f"{version}: {error}", remedy) from error
@@ -327,7 +322,7 @@ def _onnxruntime(backend: str) -> str:
 
 def _tensorrt(flavour: Flavour) -> str:
     """Make a builder; where there is a GPU, build a plan of one operator and open it."""
-    extra = "rtx" if flavour == "tensorrt-rtx" else "gpu"
+    extra: Extra = "rtx" if flavour == "tensorrt-rtx" else "gpu"
     trt = _import(library.FLAVOURS[flavour], flavour, extra)
     version = f"{flavour} {trt.__version__}"
     log = trt.Logger(trt.Logger.INTERNAL_ERROR)

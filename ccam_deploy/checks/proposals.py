@@ -17,6 +17,7 @@ from scipy import ndimage
 
 from ccam_deploy.arrays import Floats
 from ccam_deploy.errors import OptionError
+from ccam_deploy.extras import install
 
 Box = tuple[int, int, int, int]
 """Left, top, right, bottom in pixels; right and bottom are exclusive."""
@@ -167,7 +168,7 @@ def require_opencv() -> None:
         from cv2 import ximgproc  # noqa: F401
     except ImportError as error:
         raise OptionError(
-            f"selective search cannot be imported ({error}): pip install 'ccam-deploy[proposals]'"
+            f"selective search cannot be imported ({error}): {install('proposals')}"
         ) from error
 
 

@@ -94,7 +94,7 @@ def export(options: ExportOptions) -> None:
     those and an 8-bit classifier. --library, --max-batch, --device and --timing-cache go with
     --build. An older bundle at --output is replaced.
     """
-    require_torch("export", "export,cpu")
+    require_torch("export", "export", "cpu")
     from ccam_deploy.export import export as run
 
     validate_image_limit(options.limit, "an export")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ccam_deploy.cli.options import InputOptions, ModelSource
 from ccam_deploy.cli.printing import say
 from ccam_deploy.errors import ExportError, OptionError
+from ccam_deploy.extras import Extra, install
 
 if TYPE_CHECKING:
     from ccam_deploy.export import Recipe
@@ -141,7 +142,7 @@ def validate_image_limit(limit: int | None, consumer: str) -> None:
         raise OptionError(f"--limit is {limit}; {consumer} takes at most {MAX_CALIBRATION_IMAGES}")
 
 
-def require_torch(purpose: str, extras: str) -> None:
+def require_torch(purpose: str, *extras: Extra) -> None:
     """Make sure that the libraries of the export can be imported.
 
     Raises:
@@ -151,6 +152,4 @@ def require_torch(purpose: str, extras: str) -> None:
         import onnx_ir  # noqa: F401
         import torch  # noqa: F401
     except ImportError as error:
-        raise ExportError(
-            f"{purpose} needs {error.name}: pip install 'ccam-deploy[{extras}]'"
-        ) from error
+        raise ExportError(f"{purpose} needs {error.name}: {install(*extras)}") from error

@@ -94,7 +94,7 @@ def sanity(options: SanityOptions) -> None:
     features, and writes sanity.json and sanity.png to the folder --output. Needs the extra
     "sanity".
     """
-    require_torch("sanity", "export,sanity")
+    require_torch("sanity", "export", "sanity")
     from ccam_deploy import render
     from ccam_deploy.cli import choices
     from ccam_deploy.export.randomise import limited_threads

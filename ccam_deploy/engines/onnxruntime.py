@@ -14,6 +14,7 @@ import numpy as np
 from ccam_deploy.engines.base import Array, Engine, TensorSpec
 from ccam_deploy.engines.cuda.device import DeviceTensor
 from ccam_deploy.errors import BackendError, brief
+from ccam_deploy.extras import REPLACE_ONNXRUNTIME, install
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -175,9 +176,7 @@ def require_provider(device: Device) -> str:
     """
     provider = PROVIDERS[device]
     if provider not in _import().get_available_providers():
-        raise BackendError(
-            f"the installed ONNX Runtime has no {provider}; pip install 'ccam-deploy[gpu]'"
-        )
+        raise BackendError(f"the installed ONNX Runtime has no {provider}: {REPLACE_ONNXRUNTIME}")
     return provider
 
 
@@ -194,7 +193,8 @@ def _import() -> Any:
         import onnxruntime
     except ImportError as error:
         raise BackendError(
-            "ONNX Runtime is not installed: pip install 'ccam-deploy[cpu]' or 'ccam-deploy[gpu]'"
+            f"ONNX Runtime is not installed: {install('cpu')}, "
+            f"or with an NVIDIA GPU {install('gpu')}"
         ) from error
     return onnxruntime
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
 from ccam_deploy.errors import OptionError
+from ccam_deploy.extras import install
 
 SIZE = 96
 CLASSES = 10
@@ -136,9 +137,7 @@ def _scikit_learn() -> Any:
     try:
         from sklearn import datasets
     except ImportError as error:
-        raise OptionError(
-            "digits in scenes need scikit-learn: pip install 'ccam-deploy[scenes]'"
-        ) from error
+        raise OptionError(f"digits in scenes need scikit-learn: {install('scenes')}") from error
     return datasets
 
 

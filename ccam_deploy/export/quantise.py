@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from ccam_deploy.engines.base import Array
 from ccam_deploy.errors import BackendError, LoweringError
+from ccam_deploy.extras import install
 from ccam_deploy.fidelity.observation import Observation
 from ccam_deploy.kernels import cpu
 from ccam_deploy.methods import CollectionCAM
@@ -103,7 +104,7 @@ def quantise(
         from onnxruntime import quantization
     except ImportError as error:
         raise BackendError(
-            f"{eight_bit_type} graphs need ONNX Runtime: pip install 'ccam-deploy[cpu]'"
+            f"{eight_bit_type} graphs need ONNX Runtime: {install('cpu')}"
         ) from error
     with tempfile.TemporaryDirectory(prefix="ccam-deploy-") as folder:
         source, target = Path(folder) / "half.onnx", Path(folder) / "quantised.onnx"

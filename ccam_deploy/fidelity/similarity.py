@@ -7,6 +7,7 @@ from scipy.ndimage import uniform_filter
 
 from ccam_deploy.arrays import Doubles, Floats
 from ccam_deploy.errors import OptionError
+from ccam_deploy.extras import install
 
 WINDOW = 7
 """Side of the window of SSIM, in pixels."""
@@ -77,7 +78,7 @@ def require_scikit_image() -> None:
     except ImportError as error:
         raise OptionError(
             f"HOG similarity needs scikit-image, which cannot be imported ({error}): "
-            "pip install 'ccam-deploy[sanity]'"
+            f"{install('sanity')}"
         ) from error
 
 

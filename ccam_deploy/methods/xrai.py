@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from ccam_deploy.arrays import Floats
 from ccam_deploy.engines import Classifier
 from ccam_deploy.errors import BackendError, OptionError
+from ccam_deploy.extras import install
 from ccam_deploy.methods.base import Batch, Method, MethodResult, Stopwatch
 from ccam_deploy.methods.image_gradient import Channels, reduce_channels, require_choice
 from ccam_deploy.methods.integrated_gradients import (
@@ -144,7 +145,5 @@ def _import() -> Any:
     try:
         from skimage import segmentation
     except ImportError as error:
-        raise BackendError(
-            f"xrai needs scikit-image ({error}): pip install 'ccam-deploy[xrai]'"
-        ) from error
+        raise BackendError(f"xrai needs scikit-image ({error}): {install('xrai')}") from error
     return segmentation

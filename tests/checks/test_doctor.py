@@ -154,7 +154,7 @@ def missing(monkeypatch: pytest.MonkeyPatch, *modules: str) -> None:
     ("name", "module", "extra"),
     [
         ("onnxruntime-cpu", "onnxruntime", "cpu"),
-        ("onnxruntime-cuda", "onnxruntime", "gpu"),
+        ("onnxruntime-cuda", "onnxruntime", "gpu-onnxruntime"),
         ("tensorrt", "tensorrt", "gpu"),
         ("tensorrt-rtx", "tensorrt_rtx", "rtx"),
         ("pycuda", "pycuda", "gpu"),
@@ -292,7 +292,7 @@ def fake_runtime(got: str, answer: list[float], available: str = "CUDA") -> Modu
             fake_runtime("CPU", [0, 2], "CPU"),
             "was built without CUDAEx",
             "pip uninstall onnxruntime onnxruntime-gpu, then pip install "
-            "'onnxruntime-gpu[cuda,cudnn]'",
+            "'ccam-deploy[gpu-onnxruntime]'",
         ),
     ],
 )

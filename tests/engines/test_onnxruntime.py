@@ -129,7 +129,7 @@ def test_foreign_types_are_named(tmp_path: Path) -> None:
 
 @without_cuda
 def test_cuda_is_refused_without_its_provider(graph: Path) -> None:
-    message = r"ONNX Runtime has no CUDAExecutionProvider; pip install 'ccam-deploy\[gpu\]'"
+    message = "has no CUDAExecutionProvider: pip uninstall onnxruntime onnxruntime-gpu, then pip"
     with pytest.raises(BackendError, match=message):
         OnnxRuntimeEngine(graph, "cuda")
 

@@ -20,8 +20,9 @@ from numpy.typing import DTypeLike, NDArray
 
 from ccam_deploy.engines.base import Array
 from ccam_deploy.errors import BackendError, brief
+from ccam_deploy.extras import install
 
-_INSTALL = "pip install 'ccam-deploy[gpu]'"
+_INSTALL = install("gpu")
 _NVIDIA_PACKAGES = ("cuda.core.", "cuda.bindings.")
 
 

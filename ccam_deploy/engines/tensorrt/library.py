@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ccam_deploy.errors import BackendError, OptionError, brief
+from ccam_deploy.extras import Extra, install
 
 Flavour = Literal["tensorrt", "tensorrt-rtx"]
 
@@ -118,7 +119,5 @@ def load_library(flavour: Flavour) -> Library:
     try:
         return Library(flavour, importlib.import_module(FLAVOURS[flavour]))
     except ImportError as error:
-        extra = "rtx" if flavour == "tensorrt-rtx" else "gpu"
-        raise BackendError(
-            f"{flavour} is not installed ({error}): pip install 'ccam-deploy[{extra}]'"
-        ) from error
+        extra: Extra = "rtx" if flavour == "tensorrt-rtx" else "gpu"
+        raise BackendError(f"{flavour} is not installed ({error}): {install(extra)}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,7 +44,11 @@ def load_image(source: str | Path | bytes, name: str = "") -> Image.Image:
         known = ", ".join(IMAGE_FORMATS)
         raise ImageError(f"{name} is not an image of a known format ({known})") from error
     except Image.DecompressionBombError as error:
-        raise ImageError(f"{name} has too many pixels: {brief(error)}") from error
+        pixels = re.search(r"\d+", str(error))  # Pillow tells the size nowhere else
+        count = f"{pixels[0]} pixels, " if pixels else ""
+        raise ImageError(
+            f"{name} has {count}more than {MAX_PIXELS}; scale it down first"
+        ) from error
     except ImageError:
         raise
     except Exception as error:

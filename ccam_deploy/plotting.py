@@ -25,8 +25,8 @@ def plot_format(path: Path) -> str:
     """
     suffix = path.suffix.lower().removeprefix(".")
     if suffix not in PLOT_FORMATS:
-        known = ", ".join(f".{name}" for name in PLOT_FORMATS)
-        raise OptionError(f"a plot is a {known} file; {path} is none of them")
+        *others, last = (f".{name}" for name in PLOT_FORMATS)
+        raise OptionError(f"the plot {path} must end in {', '.join(others)} or {last}")
     return suffix
 
 

@@ -175,7 +175,10 @@ BAD_CONTENT = {
     "empty": (b"", "image is not an image of a known format"),
     "icon": (encoded(photograph(32, 32), "ICO"), "image is not an image of a known format"),
     "postscript": (encoded(photograph(32, 32), "EPS"), "image is not an image of a known format"),
-    "bomb": (png_header(60_000, 60_000), "image has too many pixels: .*decompression bomb"),
+    "bomb": (
+        png_header(60_000, 60_000),
+        "image has 3600000000 pixels, more than 100000000; scale it down first$",
+    ),
     "huge": (png_header(10_100, 10_000), "image is 10100x10000, more than 100000000 pixels"),
     "hollow": (png_header(100, 100), "image cannot be decoded: "),
     "flat": (encoded(photograph(90, 7)), "image is 90x7; both sides must be at least 8"),

@@ -45,7 +45,8 @@ def make_methods(names: Sequence[str], pairs: Sequence[str]) -> dict[str, Method
         method, colon, key = word.rpartition(":")
         if colon and method not in types:
             raise OptionError(
-                f'option "{word}" is for method "{method}"; the methods are {", ".join(types)}'
+                f'option "{word}" is for method "{method}", which is not asked for here; '
+                f"asked for: {', '.join(types)}"
             )
         candidates = [method] if colon else list(types)
         takers = [name for name in candidates if key in _keys(types[name])]
@@ -165,6 +166,8 @@ def _make_method(method: type[Method], words: Mapping[str, str]) -> Method:
     try:
         return msgspec.convert(values, method, strict=False)
     except msgspec.ValidationError as error:
+        if isinstance(error.__cause__, OptionError):  # the method's own refusal, which says it all
+            raise error.__cause__ from error
         raise OptionError(_explain_refusal(str(error), method, values)) from error
 
 

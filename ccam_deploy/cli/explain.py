@@ -150,6 +150,8 @@ def _formats(words: Sequence[str]) -> tuple[str, ...]:
     """The names of the files to write for each image and class."""
     if tuple(words) == ("none",):
         return ()
+    if "none" in words:
+        raise OptionError("--save none writes no files, so it goes alone")
     for word in words:
         if word not in FILES:
             raise OptionError(f'--save "{word}" is unknown; there are {", ".join(FILES)} and none')

@@ -68,7 +68,10 @@ def _message(error: Exception) -> str:
         return "interrupted; nothing was left half-written"
     if isinstance(error, click.UsageError):
         command = error.ctx.command_path if error.ctx else "ccam-deploy"
-        return f"{error.format_message()} See {command} --help"
+        if isinstance(error, click.NoSuchOption) and error.option_name == "--debug":
+            return f"--debug goes before the command: {command.replace(' ', ' --debug ', 1)} ..."
+        text = error.format_message()
+        return f"{text}{'' if text.endswith(('.', '?', '?)')) else '.'} See {command} --help"
     if isinstance(error, click.ClickException):
         return error.format_message()
     if isinstance(error, OSError) and error.filename is not None:

@@ -118,8 +118,11 @@ class Words(click.ParamType[tuple[str, ...]]):
         """Parse "layer3, layer4"."""
         if isinstance(value, tuple):
             return value
-        words = (word.strip() for word in str(value).split(","))
-        return tuple(dict.fromkeys(word for word in words if word))
+        parts = (part.strip() for part in str(value).split(","))
+        words = tuple(dict.fromkeys(part for part in parts if part))
+        if not words:
+            self.fail(f'"{value}" names nothing', param, ctx)
+        return words
 
 
 def unset(shown: str) -> Any:

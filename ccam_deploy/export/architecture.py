@@ -50,7 +50,9 @@ def build_model(arch: str) -> nn.Module:
         except (Exception, SystemExit) as error:
             raise SourceError(f"{arch} cannot be built: {brief(error)}") from error
     if not isinstance(model, nn.Module):
-        raise SourceError(f"{arch} gives a {type(model).__name__}, not a torch.nn.Module")
+        raise SourceError(
+            f"{arch} gives a value of type {type(model).__name__}, not a torch.nn.Module"
+        )
     return model
 
 

@@ -244,8 +244,10 @@ def read_labels(path: Path) -> tuple[str, ...]:
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise OptionError(f"{path} cannot be read as labels: {brief(error)}") from error
+    except OSError as error:
+        raise OptionError(f"{path} cannot be read as labels: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise OptionError(f"{path} is not a text in UTF-8; save it as one") from error
     names = tuple(line.strip() for line in lines if line.strip())
     if not names:
         raise OptionError(f"{path} holds no labels; give one a line")

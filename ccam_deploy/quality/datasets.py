@@ -344,7 +344,7 @@ def _lines(path: Path) -> list[str]:
     except OSError as error:
         raise DatasetError(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise DatasetError(f"{path} is not a text in UTF-8: {error}") from error
+        raise DatasetError(f"{path} is not a text in UTF-8; save it as one") from error
 
 
 def _table(path: Path, columns: int) -> dict[str, list[str]]:

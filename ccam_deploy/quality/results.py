@@ -195,17 +195,21 @@ def _require_same_settings(folder: Path, content: bytes, settings: Mapping[str, 
     for name in {**known, **settings}:
         if known.get(name) != settings.get(name):
             raise OptionError(
-                f"{folder} holds an evaluation with "
-                f"{_difference(name, known.get(name), settings.get(name))}; "
-                "give its settings or another --output"
+                f"{folder} holds an evaluation "
+                f"{_difference(name, known.get(name), settings.get(name))}; to continue it, "
+                "give the options that it was begun with; to begin another, give another --output"
             )
 
 
 def _difference(name: str, known: Any, other: Any) -> str:
-    """The first difference of two settings, however deep it lies: "name 1, not 2"."""
+    """The first difference of two settings, however deep it lies, as it follows "evaluation"."""
+    if name == "images":
+        return f"of {known} images, and this command asks for {other}"
+    if name == "names_sha256":
+        return "of other images"
     if not isinstance(known, dict) or not isinstance(other, dict):
-        return f"{name} {json.dumps(known)}, not {json.dumps(other)}"
+        return f"with {name} {json.dumps(known)}, and this command has {json.dumps(other)}"
     if known.keys() != other.keys():
-        return f"{name} {', '.join(known)}, not {', '.join(other)}"
+        return f"with {name} {', '.join(known)}, and this command has {', '.join(other)}"
     key = next(key for key in known if known[key] != other[key])
     return _difference(f"{name}.{key}", known[key], other[key])

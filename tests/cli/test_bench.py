@@ -231,7 +231,7 @@ class TestBadInput:
             (("--recipe", "x.toml"), "--recipe goes with --compare torch"),
             (("--random-weights",), "--random-weights goes with --compare torch"),
             (("--precision", "fp16"), "the bundle has no fp16 graphs"),
-            (("--plot", "plot.gif"), "a plot is a .png, .svg, .pdf file; plot.gif is none of them"),
+            (("--plot", "plot.gif"), "the plot plot.gif must end in .png, .svg or .pdf"),
             (("none.png",), "none.png does not exist"),
         ],
     )

@@ -77,13 +77,19 @@ def test_a_second_run_changes_nothing(written: Path, digits_bundle: Path) -> Non
 def test_other_settings_are_refused(written: Path, digits_bundle: Path) -> None:
     words = ("evaluate", digits_bundle, "scenes", "--batch-size", 4, "--output", written)
     line = failure(*words, "--limit", 6, "--seed", 1)
-    assert "holds an evaluation with seed 0, not 1; give its settings or another --output" in line
-    assert "with images 6, not 7" in failure(*words, "--limit", 7)
+    assert line == (
+        f"{written} holds an evaluation with seed 0, and this command has 1; to continue it, give "
+        "the options that it was begun with; to begin another, give another --output"
+    )
+    line = failure(*words, "--limit", 7)
+    assert f"{written} holds an evaluation of 6 images, and this command asks for 7; to" in line
     line = failure(*words, "--limit", 6, "--methods", "grad-cam,collection-cam")
-    assert "with methods collection-cam, not grad-cam, collection-cam; give" in line
+    assert "with methods collection-cam, and this command has grad-cam, collection-cam; to" in line
     line = failure(*words, "--limit", 6, "--option", "k_max=4")
-    assert "with methods.collection-cam.options.k_max 10, not 4; give" in line
-    assert "with names_sha256" in failure(*words, "--limit", 6, "--split", "train")
+    assert "with methods.collection-cam.options.k_max 10, and this command has 4; to" in line
+    assert "holds an evaluation of other images; to continue" in failure(
+        *words, "--limit", 6, "--split", "train"
+    )
 
 
 def test_interrupt_and_go_on(
@@ -185,7 +191,7 @@ def test_bad_words_are_one_line(digits_bundle: Path, tmp_path: Path) -> None:
     data = picture(tmp_path / "data" / "a.png", 0).parent
     for words, message in (
         (("scenes", "--methods", "x-cam"), 'method "x-cam" is unknown; there are collection-cam'),
-        (("scenes", "--methods", ","), "there is no method to measure"),
+        (("scenes", "--methods", ","), '"," names nothing'),
         (("scenes", "--option", "depth=3"), 'option "depth" is unknown; collection-cam has'),
         (("scenes", "--metrics", "road"), 'metric "road" is unknown; there are average-drop'),
         (("scenes", "--protocol", "mine"), "'mine' is not one of 'paper', 'rise'"),

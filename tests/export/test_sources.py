@@ -393,7 +393,7 @@ def test_weights_of_another_network(folder: Path, tmp_path: Path) -> None:
         ("no.such:net", "module \"no.such\" cannot be imported: No module named 'no'"),
         ("..:net", 'module ".." cannot be imported: '),
         ("tests.helpers:ROOT", "tests.helpers:ROOT cannot be built: 'PosixPath' object is not"),
-        ("tests.helpers:example_files", "example_files gives a list, not a torch.nn.Module"),
+        ("tests.helpers:example_files", "example_files gives a value of type list, not a torch."),
         ("tests.networks:tiny(depth=3)", "cannot be built: tiny() got an unexpected keyword"),
         ("tests.networks:tiny(3)", "the arguments in arch"),
         ("tests.networks:tiny(channels=open('x'))", "are not name=value literals"),

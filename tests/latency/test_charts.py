@@ -71,7 +71,7 @@ def test_document() -> None:
 def test_names() -> None:
     assert plotting.plot_format(Path("a/b.SVG")) == "svg"
     for name in ("plot.gif", "plot", ".png"):
-        with pytest.raises(OptionError, match=r"a plot is a \.png, \.svg, \.pdf file"):
+        with pytest.raises(OptionError, match=r"must end in \.png, \.svg or \.pdf"):
             plotting.plot_format(Path(name))
 
 

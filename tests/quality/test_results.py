@@ -98,9 +98,15 @@ def test_any_broken_tail_is_dropped_to_whole_groups(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({**FACTS, "seed": 1}, "holds an evaluation with seed 0, not 1; give its settings or"),
-        ({"seed": 0, "methods": {"a": {}}}, r"with methods a, b, not a; give its settings or"),
-        ({**FACTS, "protocol": "rise"}, 'with protocol null, not "rise"'),
+        (
+            {**FACTS, "seed": 1},
+            "holds an evaluation with seed 0, and this command has 1; to continue",
+        ),
+        (
+            {"seed": 0, "methods": {"a": {}}},
+            "with methods a, b, and this command has a; to continue",
+        ),
+        ({**FACTS, "protocol": "rise"}, 'with protocol null, and this command has "rise"'),
     ],
 )
 def test_other_settings_are_refused(

@@ -59,8 +59,8 @@ class CompareOptions:
 def compare(options: CompareOptions) -> None:
     """Draw the maps of several methods side by side for IMAGE.
 
-    Each class has a row: the image with class and score, then each method's map. Prints for each
-    method the time of its first run and its options, then the .png file that was written.
+    Each class has a row: the image with class and probability, then each method's map. Prints for
+    each method the time of its first run and its options, then the .png file that was written.
     """
     from ccam_deploy import render
     from ccam_deploy.cli import choices
@@ -114,8 +114,8 @@ def _rows(
     shown = render.thumbnail(picture)
     rows = []
     for row, label in enumerate(labels):
-        score = next(iter(results.values())).probability(row)
-        rows.append([(f"{label} {score:.3f}", shown), *_tiles(results, row, look)])
+        probability = next(iter(results.values())).probability(row)
+        rows.append([(f"{label} {probability:.3f}", shown), *_tiles(results, row, look)])
     return rows
 
 

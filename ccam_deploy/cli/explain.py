@@ -73,9 +73,9 @@ class ExplainOptions:
 def explain(options: ExplainOptions) -> None:
     """Explain a classifier's decisions on IMAGES, files or folders.
 
-    Prints for each image and class: file, class, score, masks of each layer, and milliseconds (its
-    even share of the batch); then the files that were written to the folder --output. Images that
-    cannot be read are skipped; the exit code is 2 then.
+    Prints for each image and class: file, class, probability, masks of each layer, and milliseconds
+    (its even share of the batch); then the files that were written to the folder --output. Images
+    that cannot be read are skipped; the exit code is 2 then.
 
     With --budget-ms, images are explained one by one, after a measurement of what that costs on
     this machine, and the k_max of each is printed too.
@@ -206,8 +206,8 @@ def _print(report: dict[str, Any]) -> None:
     if "budget" in report:
         budget = f", k_max {report['budget']['k_max']} for {report['budget']['ms']:g} ms"
     say(
-        f"{report['file']}: class {report['class']}, score {report['probability']:.3f}, "
-        f"{masks}{report['milliseconds']:.1f} ms{budget}"
+        f"{report['file']}: class {report['class']}, "
+        f"probability {report['probability']:.3f}, {masks}{report['milliseconds']:.1f} ms{budget}"
     )
     for file in report["files"]:
         say(f"  {file}")

@@ -167,7 +167,7 @@ def test_limit_caps_the_images_of_an_export(
     assert counts == [count]
 
 
-LINE = re.compile(r"(\S+): class (\w+), score (0\.\d{3}), masks \d+\+\d+, \d+\.\d ms")
+LINE = re.compile(r"(\S+): class (\w+), probability (0\.\d{3}), masks \d+\+\d+, \d+\.\d ms")
 
 
 def test_explain_writes_what_was_asked_for(tiny_bundle: Path, here: Path) -> None:
@@ -224,7 +224,7 @@ def test_explain_by_another_method(tiny_bundle: Path, here: Path) -> None:
     words = ["explain", tiny_bundle, "one.png", "--target", "cat", "--method", "layer-cam"]
     words += ["--option", "layers=relu2, relu1", "--option", "gamma=3"]
     line, *written = success(*words, "--save", "overlay,panel,npz,json").stdout.splitlines()
-    assert re.fullmatch(r"one\.png: class cat, score 0\.\d{3}, \d+\.\d ms", line)
+    assert re.fullmatch(r"one\.png: class cat, probability 0\.\d{3}, \d+\.\d ms", line)
     assert len(written) == 4
     content = json.loads(Path("explanations/one-cat.json").read_text())
     assert content["settings"]["method"] == "layer-cam"

@@ -41,7 +41,7 @@ def test_explained_names_are_one_line(digits_bundle: Path, tmp_path: Path) -> No
     assert done.exit_code == 2
     shown = rf"{tmp_path}/a\n\x1b[1mb\udcff\u732b.png".replace("\\u732b", "\u732b")
     first, second = done.stdout.splitlines()
-    assert first.startswith(f"{shown}: class 9, score ")
+    assert first.startswith(f"{shown}: class 9, probability ")
     assert second.startswith(f"  {shown.replace('/a', '/x/a').removesuffix('.png')}-9.overlay")
     (error,) = done.stderr.splitlines()
     assert error.startswith(f"error: {shown}.png is not an image")

@@ -21,9 +21,9 @@ from ccam_deploy.cli.options import (
     BundleFolder,
     EngineOptions,
     ImageFiles,
-    Limit,
+    LimitOrNone,
     ModelSource,
-    OutputPath,
+    output_to,
 )
 from ccam_deploy.cli.parameters import Integers, Option, Words, unset, with_options
 from ccam_deploy.cli.printing import print_json, say, write_json
@@ -65,6 +65,7 @@ PyTorchModel = Annotated[
     Path | None,
     Option("--model", "Model file for --compare torch, as export takes it.", PATH),
 ]
+OutputReport = Annotated[Path | None, output_to("a JSON file")]
 Plot = Annotated[
     Path | None,
     Option("--plot", "Draw latency and stages to a .png, .svg or .pdf file.", PATH),
@@ -77,7 +78,7 @@ class BenchOptions:
 
     bundle: BundleFolder
     images: ImageFiles = ()
-    limit: Limit = unset("all")
+    limit: LimitOrNone = unset("all")
     engine: EngineOptions
     batches: Batches = (1,)
     concurrency: Concurrency = 1
@@ -86,7 +87,7 @@ class BenchOptions:
     compare: Compared = ()
     model: PyTorchModel = None
     source: ModelSource
-    output: OutputPath = None
+    output: OutputReport = None
     plot: Plot = None
     as_json: AsJson = False
 

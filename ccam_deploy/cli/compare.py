@@ -20,8 +20,8 @@ from ccam_deploy.cli.options import (
     LookOptions,
     MethodNames,
     MethodPairs,
-    OutputPath,
     TargetClasses,
+    output_to,
 )
 from ccam_deploy.cli.parameters import Argument, unset, with_options
 from ccam_deploy.cli.printing import print_json, say
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 COMPARED = ("collection-cam", "grad-cam", "grad-cam++", "layer-cam")
 
 ImageFile = Annotated[Path, Argument(PATH)]
+OutputPicture = Annotated[Path | None, output_to("a .png file")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +51,7 @@ class CompareOptions:
     engine: EngineOptions
     look: LookOptions
     color_bar: ColorBar = False
-    output: OutputPath = unset("explanations/IMAGE-compare.png")
+    output: OutputPicture = unset("explanations/IMAGE-compare.png")
     as_json: AsJson = False
 
 

@@ -14,7 +14,7 @@ from ccam_deploy.cli.options import (
     AsJson,
     BundleFolder,
     EngineOptions,
-    Limit,
+    LimitOrNone,
     MethodNames,
     MethodPairs,
     OutputFolder,
@@ -86,7 +86,7 @@ class EvaluateOptions:
     protocol: Protocol = PROTOCOLS[0]
     explain_class: ExplainedClass = "predicted"
     split: Split = unset("test")
-    limit: Limit = unset(f"all; {SCENES} scenes")
+    limit: LimitOrNone = unset(f"all; {SCENES} scenes")
     seed: Seed = 0
     engine: EngineOptions
     output: OutputFolder = Path("evaluation")

@@ -17,7 +17,7 @@ from ccam_deploy.cli.options import (
     ColorBar,
     EngineOptions,
     ImageFiles,
-    Limit,
+    LimitOrNone,
     LookOptions,
     MethodOptions,
     OutputFolder,
@@ -59,7 +59,7 @@ class ExplainOptions:
     targets: TargetClasses = ("top1",)
     method: MethodOptions
     budget_ms: Budget = unset("none")
-    limit: Limit = unset("all")
+    limit: LimitOrNone = unset("all")
     engine: EngineOptions
     output: OutputFolder = Path("explanations")
     save: Save = ("overlay",)

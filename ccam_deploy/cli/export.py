@@ -21,12 +21,12 @@ from ccam_deploy.cli.options import (
     AsJson,
     InputOptions,
     LayerNames,
-    Limit,
+    LimitOrNone,
     ModelFile,
     ModelSource,
-    OutputPath,
     PlanOptions,
     PrecisionOrNone,
+    output_to,
 )
 from ccam_deploy.cli.parameters import Option, unset, with_options
 from ccam_deploy.cli.printing import print_json, say
@@ -59,6 +59,7 @@ CalibrationImages = Annotated[
         PATH,
     ),
 ]
+OutputBundle = Annotated[Path | None, output_to("the folder of the bundle")]
 BuildPlans = Annotated[bool, Option("--build", "Build TensorRT plans after the export.")]
 
 
@@ -75,8 +76,8 @@ class ExportOptions:
     head: Head = False
     gradients: Gradients = False
     calibration_images: CalibrationImages = unset("the recipe's, else two photographs")
-    limit: Limit = unset("the first 16, which is the most")
-    output: OutputPath = unset("engines/NAME")
+    limit: LimitOrNone = unset("the first 16, which is the most")
+    output: OutputBundle = unset("engines/NAME")
     build: BuildPlans = False
     plans: PlanOptions
     as_json: AsJson = False

@@ -43,14 +43,21 @@ MAX_SEED = 2**32 - 1
 PATH = click.Path(path_type=Path)
 COUNT = click.IntRange(min=1)
 
+
+def output_to(place: str) -> Option:
+    """Make the option --output of a command that writes its results to some kind of place."""
+    return Option("--output", f"Where to write the results: {place}.", PATH)
+
+
 BundleFolder = Annotated[Path, Argument(PATH)]
 ImageFiles = Annotated[tuple[Path, ...], Argument(PATH, many=True)]
 ModelFile = Annotated[Path | None, Argument(PATH)]
 
+OutputFolder = Annotated[Path, output_to("a folder")]
 AsJson = Annotated[bool, Option("--json", "Print the results as JSON.")]
-OutputFolder = Annotated[Path, Option("--output", "Where to write the results.", PATH)]
-OutputPath = Annotated[Path | None, Option("--output", "Where to write the results.", PATH)]
-Limit = Annotated[int | None, Option("--limit", "Use at most this many images.", COUNT)]
+_LIMIT = Option("--limit", "Use at most this many images.", COUNT)
+Limit = Annotated[int, _LIMIT]
+LimitOrNone = Annotated[int | None, _LIMIT]
 Seed = Annotated[
     int, Option("--seed", "Seed of the random numbers.", click.IntRange(0, MAX_SEED), metavar="N")
 ]

@@ -18,7 +18,7 @@ from ccam_deploy.cli.options import (
     BundleFolder,
     EngineOptions,
     ImageFiles,
-    Limit,
+    LimitOrNone,
     MethodOptions,
     OutputFolder,
     Seed,
@@ -80,7 +80,7 @@ class ProposeOptions:
     peak_threshold: PeakThreshold = 0.5
     mode: SearchMode = "fast"
     seed: Seed = 0
-    limit: Limit = unset(f"all; {SCENES_LIMIT} scenes of each kind")
+    limit: LimitOrNone = unset(f"all; {SCENES_LIMIT} scenes of each kind")
     method: MethodOptions
     engine: EngineOptions
     output: OutputFolder = Path("proposals")

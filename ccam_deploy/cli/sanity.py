@@ -98,14 +98,12 @@ def sanity(options: SanityOptions) -> None:
     from ccam_deploy import render
     from ccam_deploy.cli import choices
     from ccam_deploy.export.randomise import limited_threads
-    from ccam_deploy.export.settings import MAX_CALIBRATION_IMAGES
     from ccam_deploy.fidelity.similarity import require_scikit_image
     from ccam_deploy.files import require_writable_folder, write_file
 
     (method,) = choices.make_methods([options.method.method], options.method.pairs).values()
     look = options.look.look()
     validate_image_limit(options.limit, "a check")
-    limit = options.limit or MAX_CALIBRATION_IMAGES
     require_scikit_image()
     picture, report = options.output / "sanity.png", options.output / "sanity.json"
     require_writable_folder(options.output)
@@ -113,9 +111,9 @@ def sanity(options: SanityOptions) -> None:
     files = () if on_scenes else options.images
     prepared = prepare_model(options.model, options.source, options.inputs, files)
     if on_scenes:
-        prepared = _with_scenes(prepared, limit)
+        prepared = _with_scenes(prepared, options.limit)
     with limited_threads(options.threads):
-        classifier, images, result = _run(prepared, method, options, limit)
+        classifier, images, result = _run(prepared, method, options)
     settings = prepared.settings
     content = {
         "settings": _facts(settings, method, options, classifier, images),
@@ -165,7 +163,7 @@ def _with_scenes(prepared: PreparedModel, count: int) -> PreparedModel:
 
 
 def _run(
-    prepared: PreparedModel, method: Method, options: SanityOptions, limit: int
+    prepared: PreparedModel, method: Method, options: SanityOptions
 ) -> tuple[RandomisedClassifier, Floats, SanityCheck]:
     """Open the network and check it; the images are those that were explained [B, C, H, W]."""
     from ccam_deploy.checks import sanity as checks
@@ -184,7 +182,7 @@ def _run(
         raise OptionError(
             f"--depth is {depth}; the model has {len(classifier.parts)} layers with parameters"
         )
-    images = images[:limit]
+    images = images[: options.limit]
     with progress("randomising", 2 * depth) as bar:
         result = checks.compare_randomised(
             classifier,

@@ -40,8 +40,10 @@ def options() -> Iterator[tuple[str, click.Option]]:
 
 
 def definition(option: click.Option) -> dict[str, Any]:
-    """All that is declared of an option but its default."""
+    """All that is declared of an option but its default, and what --output is for a command."""
     facts = {key: value for key, value in option.to_info_dict().items() if key not in VARYING}
+    if "--output" in option.opts:
+        facts["help"] = facts["help"].partition(":")[0]
     return {**facts, "metavar": option.metavar}
 
 
@@ -55,6 +57,24 @@ def test_an_option_is_the_same_in_all_commands() -> None:
         first, *others = users.values()
         for other in others:
             assert other == first, f"{flag} differs between {', '.join(users)}"
+
+
+def test_output_says_what_a_command_writes() -> None:
+    """And says it of the same results in all of them."""
+    places = {
+        command: str(option.help).removeprefix("Where to write the results: ")
+        for command, option in options()
+        if "--output" in option.opts
+    }
+    assert places == {
+        "bench": "a JSON file.",
+        "compare": "a .png file.",
+        "evaluate": "a folder.",
+        "explain": "a folder.",
+        "export": "the folder of the bundle.",
+        "propose": "a folder.",
+        "sanity": "a folder.",
+    }
 
 
 def test_every_option_has_one_plain_sentence_or_two() -> None:

@@ -7,11 +7,13 @@ import signal
 import subprocess
 import sys
 import threading
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ccam_deploy.__main__ import main as entry
 from ccam_deploy.cli.signals import Terminated, held_signals, termination_as_exit
 from tests.damage import contents
 from tests.helpers import RECIPES, ROOT
@@ -31,6 +33,18 @@ def stage(target):
 
 signal.signal(signal.SIGINT, signal.default_int_handler)
 main(prog_name="ccam-deploy")
+"""
+EARLY = """
+import runpy, signal, sys
+
+class Interrupting:
+    def find_spec(self, name, *rest):
+        if name == sys.argv[1]:
+            signal.raise_signal(signal.SIGINT)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.meta_path.insert(0, Interrupting())
+runpy.run_module("ccam_deploy", run_name="__main__")
 """
 ENDINGS = [
     (signal.SIGINT, 2, "error: interrupted; nothing was left half-written"),
@@ -68,6 +82,19 @@ def test_a_staged_bundle_is_removed(
         assert process.wait(60) == code
     assert contents(tmp_path) == before
     assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
+
+
+@pytest.mark.parametrize("module", ["ccam_deploy.cli", "click", "ccam_deploy.cli.verify"])
+def test_before_the_command_is_imported(module: str) -> None:
+    command = [sys.executable, "-c", EARLY, module]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.strip() == ENDINGS[0][2]
+
+
+def test_the_script_waits_for_the_command_s_modules_in_the_same_way() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["scripts"] == {"ccam-deploy": f"{entry.__module__}:{entry.__name__}"}
 
 
 @pytest.mark.slow

@@ -3,13 +3,16 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test test-quick test-all lint types format docs notebook bench clean
+.PHONY: demo test test-quick test-all coverage lint types format docs notebook bench clean
 
 demo: .venv/.cpu
 	$(BIN)/ccam-deploy export --recipe export/digits.toml --output engines/digits
 	$(BIN)/ccam-deploy explain engines/digits export/examples --output demo
 
 test: lint types
+	$(PYTEST) -m "not nightly"
+
+coverage: .venv/.all
 	$(PYTEST) -m "not nightly" --cov --cov-report=term
 
 test-quick: .venv/.all

@@ -90,7 +90,7 @@ def collection_cam_in_pytorch(
     k_max: int = 10,
     probability: bool = False,
 ) -> tuple[Tensor, list[list[list[int]]]]:
-    """The paper's Algorithm 1 with hooks and one forward per mask.
+    """The paper's Algorithm 1 with hooks and a masked forward each.
 
     Returns the map before it is scaled, [H, W], and each layer's partition.
     """
@@ -133,16 +133,14 @@ def collection_cam_in_pytorch(
             # In double precision, so that a plateau stays flat and the quantile can tell it.
             wide = F.interpolate(low[None, None].double(), size, mode="bilinear")[0, 0]
             masks.append(wide.float())
-    weights, normal = [], []
+    normal = []
+    for mask in masks:
+        threshold = float(np.percentile(mask.numpy(), 100 * theta))
+        mask = torch.where(mask > threshold, mask, torch.zeros(()))
+        if mask.max() > mask.min():
+            normal.append((mask - mask.min()) / (mask.max() - mask.min()))
+    stacked = torch.stack(normal)
     with torch.no_grad():
-        for mask in masks:
-            threshold = float(np.percentile(mask.numpy(), 100 * theta))
-            mask = torch.where(mask > threshold, mask, torch.zeros(()))
-            if mask.max() == mask.min():
-                continue
-            mask = (mask - mask.min()) / (mask.max() - mask.min())
-            normal.append(mask)
-            gain = score(model(image[None] * mask)) - score(model(torch.zeros_like(image)[None]))
-            weights.append(gain)
-        alpha = torch.cat(weights).softmax(0)
-        return F.relu((alpha[:, None, None] * torch.stack(normal)).sum(0)), partitions
+        black = score(model(torch.zeros_like(image)[None]))
+        alpha = (score(model(image * stacked[:, None])) - black).softmax(0)
+        return F.relu((alpha[:, None, None] * stacked).sum(0)), partitions

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -62,6 +63,16 @@ def floor(part: str) -> int:
     return found[0]
 
 
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+@cache
+def names_in(path: Path) -> tuple[str, ...]:
+    return tuple(imported(tree_of(path)))
+
+
 def part_of(path: Path) -> str:
     return path.relative_to(PACKAGE).with_suffix("").parts[0]
 
@@ -79,7 +90,7 @@ def imported(tree: ast.AST) -> Iterator[str]:
 
 def parts_imported(path: Path) -> set[str]:
     """The parts of the package that a module imports, wherever in its code."""
-    names = [name.split(".") for name in imported(ast.parse(path.read_text()))]
+    names = [name.split(".") for name in names_in(path)]
     parts = {name[1] for name in names if name[0] == "ccam_deploy" and len(name) > 1}
     return {part for part in parts if is_module(PACKAGE / part)}
 
@@ -150,7 +161,7 @@ def test_libraries_are_imported_in_their_homes(library: str) -> None:
     users = {
         path
         for path in MODULES
-        if any(name.split(".")[0] == library for name in imported(ast.parse(path.read_text())))
+        if any(name.split(".")[0] == library for name in names_in(path))
     }
     strangers = {path for path in users if part_of(path) not in HOMES[library]}
     assert not strangers - {PROBE}
@@ -160,7 +171,7 @@ def test_no_module_imports_in_a_circle() -> None:
     """Imports at the top of a module, those for type checking left out, form no circle."""
     graph = {}
     for path in MODULES:
-        body = [node for node in ast.parse(path.read_text()).body if not isinstance(node, ast.If)]
+        body = [node for node in tree_of(path).body if not isinstance(node, ast.If)]
         names = imported(ast.Module(body, []))
         graph[dotted(path)] = {module_named(name) for name in names if name.startswith("ccam_")}
     order = list(TopologicalSorter(graph).static_order())

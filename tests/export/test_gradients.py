@@ -200,7 +200,7 @@ BODIES: dict[str, nn.Module] = {
 }
 
 
-QUICK = ("conv-grouped", "max-pool-overlapping", "layer-norm", "squeeze-and-excitation")
+QUICK = ("conv-grouped", "squeeze-and-excitation")
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ def digits_as(form: str, folder: Path) -> Model:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize(
-    "form", [pytest.param(form, marks=[pytest.mark.slow] * (form == "script")) for form in MODELS]
+    "form", [pytest.param(form, marks=[pytest.mark.slow] * (form != "module")) for form in MODELS]
 )
 @pytest.mark.parametrize("index", [0, 3])
 def test_peer_agrees_with_the_explainer(

@@ -59,7 +59,7 @@ def test_the_library_comes_before_the_kernels() -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "found"),
+    ("code", "detail"),
     [
         ("raise ImportError('half of it is gone')", "it cannot be imported: half of it is gone"),
         ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "it crashed with signal 11"),
@@ -68,7 +68,7 @@ def test_the_library_comes_before_the_kernels() -> None:
     ],
 )
 def test_package_that_breaks_the_process(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, found: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, detail: str
 ) -> None:
     """A real package that is in the way of the real one, in a real process."""
     (tmp_path / "onnxruntime.py").write_text(textwrap.dedent(code))
@@ -78,7 +78,7 @@ def test_package_that_breaks_the_process(
     assert finding == Finding(
         "onnxruntime-cpu",
         False,
-        found,
+        detail,
         "reinstall it: pip install --force-reinstall onnxruntime",
     )
 

@@ -39,7 +39,7 @@ def test_driver_describes_the_gpu(driver: Callable[..., None]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fake", "found", "remedy"),
+    ("fake", "detail", "remedy"),
     [
         (FakeDriver(100), "the driver sees no GPU", "CUDA_VISIBLE_DEVICES"),
         (FakeDriver(803), "kernel module differ in version", "restart the machine"),
@@ -48,10 +48,10 @@ def test_driver_describes_the_gpu(driver: Callable[..., None]) -> None:
     ],
 )
 def test_broken_driver(
-    driver: Callable[..., None], fake: FakeDriver, found: str, remedy: str
+    driver: Callable[..., None], fake: FakeDriver, detail: str, remedy: str
 ) -> None:
     driver(fake)
     finding = doctor.try_name("driver")
     assert not finding.works
-    assert found in finding.detail
+    assert detail in finding.detail
     assert remedy in finding.remedy

@@ -15,7 +15,7 @@ from ccam_deploy.checks.doctor import Finding
 from tests.checks.drivers import FakeDriver
 
 
-def fake_runtime(got: str, answer: list[float], available: str = "CUDA") -> ModuleType:
+def fake_runtime(provider: str, answer: list[float], available: str = "CUDA") -> ModuleType:
     """An ONNX Runtime that gives one provider and one answer."""
 
     class Session:
@@ -25,7 +25,7 @@ def fake_runtime(got: str, answer: list[float], available: str = "CUDA") -> Modu
             assert providers[0][0] == "CUDAExecutionProvider"
 
         def get_providers(self) -> list[str]:
-            return [f"{got}ExecutionProvider"]
+            return [f"{provider}ExecutionProvider"]
 
         def run(self, names: None, feeds: object) -> list[Any]:
             return [np.array(answer, np.float32)]
@@ -45,7 +45,7 @@ def fake_runtime(got: str, answer: list[float], available: str = "CUDA") -> Modu
 
 
 @pytest.mark.parametrize(
-    ("runtime", "found", "remedy"),
+    ("runtime", "detail", "remedy"),
     [
         (fake_runtime("CUDA", [0, 2]), "onnxruntime", ""),
         (fake_runtime("CPU", [0, 2]), "ONNX Runtime gave CPUEx", "install the CUDA and cuDNN"),
@@ -59,12 +59,12 @@ def fake_runtime(got: str, answer: list[float], available: str = "CUDA") -> Modu
     ],
 )
 def test_provider_must_be_the_one_that_was_asked_for(
-    monkeypatch: pytest.MonkeyPatch, runtime: ModuleType, found: str, remedy: str
+    monkeypatch: pytest.MonkeyPatch, runtime: ModuleType, detail: str, remedy: str
 ) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", runtime)
     finding = doctor.try_name("onnxruntime-cuda")
     assert finding.works == (remedy == "")
-    assert found in finding.detail
+    assert detail in finding.detail
     assert finding.remedy.startswith(remedy)
 
 
@@ -102,7 +102,7 @@ def fake_tensorrt(broken: str = "") -> ModuleType:
 
 
 @pytest.mark.parametrize(
-    ("broken", "found", "remedy"),
+    ("broken", "detail", "remedy"),
     [
         ("", "tensorrt 11.4.0", ""),
         ("builder", "tensorrt 11.4.0 cannot make a builder", "update the NVIDIA driver"),
@@ -116,13 +116,13 @@ def test_tensorrt_on_a_gpu(
     driver: Callable[..., None],
     monkeypatch: pytest.MonkeyPatch,
     broken: str,
-    found: str,
+    detail: str,
     remedy: str,
 ) -> None:
     driver(FakeDriver())
     monkeypatch.setitem(sys.modules, "tensorrt", fake_tensorrt(broken))
     finding = doctor.try_name("tensorrt")
-    assert (finding.works, finding.detail) == (not remedy, found)
+    assert (finding.works, finding.detail) == (not remedy, detail)
     assert finding.remedy.startswith(remedy)
 
 

@@ -170,9 +170,9 @@ def test_bad_input(
 def bomb() -> bytes:
     """A PNG of 100 bytes that claims to have 60,000 x 60,000 pixels."""
 
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        check = zlib.crc32(kind + content)
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", check)
+    def chunk(chunk_type: bytes, content: bytes) -> bytes:
+        check = zlib.crc32(chunk_type + content)
+        return struct.pack(">I", len(content)) + chunk_type + content + struct.pack(">I", check)
 
     header = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
     body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(64)))

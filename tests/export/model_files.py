@@ -29,8 +29,8 @@ class ByImage(nn.Module):
         return torch.cat(rows)
 
 
-def same_weights(one: Model, other: nn.Module) -> bool:
-    mine, theirs = one.state_dict, other.state_dict()
+def same_weights(model: Model, other: nn.Module) -> bool:
+    mine, theirs = model.state_dict, other.state_dict()
     values = mine() if callable(mine) else mine
     return list(values) == list(theirs) and all(torch.equal(values[n], theirs[n]) for n in theirs)
 

@@ -110,14 +110,7 @@ def export_command(network: str, folder: Path, *options: str, backend: str = "au
 def export(network: str, folder: Path, *options: str, backend: str = "auto") -> Path:
     """Export a network's recipe in its own process, whose PyTorch threads end with it.
 
-    Args:
-        network: The name of a recipe in export/.
-        folder: Where the bundle goes.
-        options: Further options of `ccam-deploy export`.
-        backend: The engine that will run the bundle; plans are built where it runs those.
-
-    Returns:
-        The folder.
+    It takes what export_command takes, and returns the folder.
 
     Raises:
         SystemExit: The export failed; the message is what it wrote to stderr.

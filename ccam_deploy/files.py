@@ -7,7 +7,7 @@ import secrets
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -125,12 +125,7 @@ def require_writable(path: Path) -> None:
     if path.is_dir():
         raise OutputError(f"cannot write {path}: it is a folder")
     _refuse_devices(path)
-    place = next(parent for parent in _followed(path).parents if parent.exists())
-    try:
-        with tempfile.TemporaryFile(dir=place):
-            pass
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+    _try_writing(_followed(path).parents, f"cannot write {path}")
 
 
 def _followed(path: Path) -> Path:
@@ -155,16 +150,24 @@ def unused(name: str, taken: Counter[str]) -> str:
 
 
 def require_writable_folder(path: Path) -> None:
-    """Make sure that files can be written to a folder, which need not exist yet.
+    """Make sure that files can be written to a folder, and leave nothing behind.
+
+    Args:
+        path: The folder, which need not exist yet.
 
     Raises:
-        OutputError: They cannot; nothing is left behind.
+        OutputError: It is a file, or lies where nothing can be written.
     """
     if path.exists() and not path.is_dir():
         raise OutputError(f"cannot write to {path}: it is a file, not a folder")
-    place = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    _try_writing((path, *path.absolute().parents), f"cannot write to {path}")
+
+
+def _try_writing(folders: Sequence[Path], failure: str) -> None:
+    """Raise OutputError where the first of the folders that exists takes no file."""
+    place = next(folder for folder in folders if folder.exists())
     try:
         with tempfile.TemporaryFile(dir=place):
             pass
     except OSError as error:
-        raise OutputError(f"cannot write to {path}: {error.strerror or error}") from error
+        raise OutputError(f"{failure}: {error.strerror or error}") from error

@@ -1,10 +1,16 @@
-"""Runs the command line inside the tests' process."""
+"""Runs the command line, mostly inside the tests' process."""
 
 from __future__ import annotations
+
+import sys
+from pathlib import Path
 
 from click.testing import CliRunner, Result
 
 from ccam_deploy.cli.main import main
+
+SCRIPT = Path(sys.executable).with_name("ccam-deploy")
+WEIGHTS = ["--arch", "tests.networks:tiny", "--input-size", "32x48"]
 
 
 def run(*words: object) -> Result:

@@ -222,8 +222,8 @@ def test_threads_share_what_was_measured(plain: ccam.Explainer) -> None:
     explainer, networks = timed(plain)
     images = [noise(1, 3, 32, 48, seed=seed) for seed in range(8)]
 
-    def explain(one: Floats) -> ccam.Explanation:
-        return explainer.explain(one, budget_ms=1e6)
+    def explain(image: Floats) -> ccam.Explanation:
+        return explainer.explain(image, budget_ms=1e6)
 
     with ThreadPoolExecutor(8) as pool:
         results: Sequence[ccam.Explanation] = list(pool.map(explain, images))

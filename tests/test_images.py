@@ -43,9 +43,9 @@ def photograph(width: int, height: int) -> Image.Image:
         return picture.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
 
 
-def encoded(picture: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+def encoded(picture: Image.Image, file_format: str = "PNG", **options: Any) -> bytes:
     stream = io.BytesIO()
-    picture.save(stream, kind, **options)
+    picture.save(stream, file_format, **options)
     return stream.getvalue()
 
 
@@ -93,16 +93,16 @@ def test_modes_become_colours(picture: Image.Image, colour: tuple[int, int, int]
     assert grey.getpixel((4, 4)) == rgb.convert("L").getpixel((4, 4))
 
 
-@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
-def test_sixteen_bits_keep_their_range(kind: str) -> None:
+@pytest.mark.parametrize("file_format", ["PNG", "TIFF"])
+def test_sixteen_bits_keep_their_range(file_format: str) -> None:
     wide = np.linspace(0, 65535, 96, dtype=np.uint16).reshape(8, 12)
-    picture = load_image(encoded(Image.fromarray(wide), kind))
+    picture = load_image(encoded(Image.fromarray(wide), file_format))
     np.testing.assert_array_equal(to_grey_or_rgb(picture, 1), wide // 257)
 
 
-@pytest.mark.parametrize("kind", ["PNG", "GIF"])
-def test_palettes_with_transparency_are_read(kind: str) -> None:
-    picture = load_image(encoded(transparent_palette(), kind, transparency=1))
+@pytest.mark.parametrize("file_format", ["PNG", "GIF"])
+def test_palettes_with_transparency_are_read(file_format: str) -> None:
+    picture = load_image(encoded(transparent_palette(), file_format, transparency=1))
     assert picture.mode == "P"
     assert to_grey_or_rgb(picture, 3).getpixel((0, 0)) == (10, 20, 30)
 

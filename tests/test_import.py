@@ -159,9 +159,7 @@ def test_imports_go_down_only(path: Path) -> None:
 @pytest.mark.parametrize("library", HOMES)
 def test_libraries_are_imported_in_their_homes(library: str) -> None:
     users = {
-        path
-        for path in MODULES
-        if any(name.split(".")[0] == library for name in names_in(path))
+        path for path in MODULES if any(name.split(".")[0] == library for name in names_in(path))
     }
     strangers = {path for path in users if part_of(path) not in HOMES[library]}
     assert not strangers - {PROBE}

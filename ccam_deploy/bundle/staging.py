@@ -27,17 +27,13 @@ def require_replaceable(target: str | Path) -> None:
 
 @contextmanager
 def staged_bundle(target: str | Path) -> Iterator[Path]:
-    """Fill a temporary folder that takes the target's place when the block ends well.
-
-    Whatever ends the block early, a full disk or a Ctrl-C included, leaves the target as it was
-    and nothing beside it.
+    """Fill a folder for a bundle, which takes the target's place whole; see staged_folder.
 
     Args:
-        target: Where the bundle belongs; a bundle that is there is replaced, and missing parents
-            are made.
+        target: Where the bundle belongs; a bundle that is there is replaced.
 
     Yields:
-        The temporary folder, empty, beside the target.
+        The temporary folder, empty.
 
     Raises:
         BundleError: The target holds something other than a bundle, or cannot be written.

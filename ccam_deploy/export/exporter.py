@@ -224,10 +224,10 @@ def _compare(
     paths = {graph: folder / file for graph, file in files.items()}
     networks = load_networks(paths, scale, "onnxruntime-cpu")
     try:
-        got = observe(networks, expected.images, layers, expected.targets, paths)
+        actual = observe(networks, expected.images, layers, expected.targets, paths)
     finally:
         networks.close()
-    fidelity = compare_observations(got, expected)
+    fidelity = compare_observations(actual, expected)
     usual = RANDOM_TOLERANCE if settings.random_weights else TOLERANCE
     missing = set(OPTIONAL_GRAPHS).difference(files)
     tolerance = usual[name].with_bounds(settings.tolerance.get(name, {})).without(missing)

@@ -44,7 +44,11 @@ _FROM_TORCH = (
 
 
 def decompositions() -> dict[Any, Decomposition]:
-    """Return the table for `make_fx`: PyTorch's entries, and this module's for engines."""
+    """Make the table for `make_fx`: PyTorch's entries, and this module's for engines.
+
+    Returns:
+        The decomposition of each ATen operator that engines cannot run.
+    """
     table: dict[Any, Decomposition] = dict(get_decompositions(_FROM_TORCH))
     table.update(
         {
@@ -77,10 +81,30 @@ def convolution_backward(
     groups: int,
     output_mask: Sequence[bool],
 ) -> tuple[Tensor | None, None, None]:
-    """Gradient of a convolution with respect to its input; parameters get none.
+    """Differentiate a convolution with respect to its input.
 
-    The parameters are ATen's: `make_fx` passes them by position.
-    A plain convolution with flipped weights at stride 1, a transposed convolution otherwise.
+    The gradient is a plain convolution with flipped weights at stride 1, and a transposed
+    convolution otherwise. The parameters are ATen's: `make_fx` passes them by position.
+
+    Args:
+        grad: [B, O, h, w], the gradient of the output.
+        source: [B, I, H, W], the input.
+        weight: [O, I/groups, kh, kw]; [I, O/groups, kh, kw] of a transposed convolution.
+        bias_sizes: Not used.
+        stride: In rows and columns.
+        padding: In rows and columns, on either side.
+        dilation: In rows and columns.
+        transposed: Whether the convolution is a transposed one.
+        output_padding: Not used; the shape of `grad` has it.
+        groups: The number of groups of channels.
+        output_mask: Whether the gradients of input, weight and bias are wanted.
+
+    Returns:
+        The gradient of the input, [B, I, H, W] in the type of `grad`, or None where it is not
+        wanted; None for the weight and the bias, which are constants here.
+
+    Raises:
+        NotImplementedError: The convolution is not two-dimensional.
     """
     if not output_mask[0]:
         return None, None, None
@@ -131,7 +155,23 @@ def max_pool2d_backward(
     ceil_mode: bool,
     indices: Tensor,
 ) -> Tensor:
-    """Gradient of max-pooling without indices: to the first maximum of each window, row by row."""
+    """Differentiate max-pooling without its indices.
+
+    The gradient goes to the first maximum of each window, row by row.
+
+    Args:
+        grad: [B, C, h, w], the gradient of the pooled values.
+        source: [B, C, H, W], the input.
+        kernel: Height and width of the window, or one number for both.
+        stride: In rows and columns, or one number for both; empty for the kernel's size.
+        padding: In rows and columns, or one number for both.
+        dilation: In rows and columns, or one number for both.
+        ceil_mode: Not used; the shape of `grad` has it.
+        indices: Not used.
+
+    Returns:
+        The gradient of the input, [B, C, H, W] in the type of `grad`.
+    """
     kernel, padding, dilation = _pair(kernel), _pair(padding), _pair(dilation)
     stride = _pair(stride) if stride else kernel
     out = [int(size) for size in grad.shape[2:]]
@@ -157,7 +197,7 @@ def max_pool2d_backward(
         hit = equal if free is None else equal & free
         free = ~equal if free is None else free & ~equal
         hits.append(torch.where(hit, grad, 0.0))
-    gathered = _reassemble(hits, kernel, stride, dilation)
+    gathered = _add_windows(hits, kernel, stride, dilation)
     top, left = padding
     gathered = gathered[:, :, top : top + size[0], left : left + size[1]]
     short = [length - int(side) for length, side in zip(size, gathered.shape[2:], strict=True)]
@@ -169,17 +209,21 @@ def max_pool2d_backward(
 def _window(
     source: Tensor, start: Sequence[int], out: Sequence[int], stride: Sequence[int]
 ) -> Tensor:
-    """One position of every pooling window: [B, C, *out]."""
+    """The values at one position of every pooling window: [B, C, *out]."""
     for axis in (0, 1):
         stop = start[axis] + (out[axis] - 1) * stride[axis] + 1
         source = aten.slice(source, axis + 2, start[axis], stop, stride[axis])
     return source
 
 
-def _reassemble(
+def _add_windows(
     parts: list[Tensor], kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
 ) -> Tensor:
-    """Put the gradients of all window positions, row by row, in their places and add them up."""
+    """Add up the gradients of all window positions, each where its input was.
+
+    parts: [B, C, h, w] for each position of the window, row by row.
+    Returns [B, C, (h - 1) · stride + dilation · (kernel - 1) + 1, the same of w].
+    """
     batch, channels, height, width = parts[0].shape
     stacked = torch.stack(parts, dim=2)
     if list(kernel) == list(stride) and list(dilation) == [1, 1]:
@@ -207,7 +251,23 @@ def avg_pool2d_backward(
     count_include_pad: bool,
     divisor_override: int | None,
 ) -> Tensor:
-    """Gradient of average pooling: each window's share, spread by a depthwise convolution."""
+    """Differentiate average pooling.
+
+    A transposed depthwise convolution spreads each window's gradient over its values.
+
+    Args:
+        grad: [B, C, h, w], the gradient of the averages.
+        source: [B, C, H, W], the input.
+        kernel: Height and width of the window, or one number for both.
+        stride: In rows and columns, or one number for both; empty for the kernel's size.
+        padding: In rows and columns, or one number for both.
+        ceil_mode: Not used; the shape of `grad` has it.
+        count_include_pad: Whether zeros of the padding count as values.
+        divisor_override: What a window's sum was divided by; None for the number of its values.
+
+    Returns:
+        The gradient of the input, [B, C, H, W] in the type of `grad`.
+    """
     kernel, padding = _pair(kernel), _pair(padding)
     stride = _pair(stride) if stride else kernel
     channels = int(source.shape[1])
@@ -257,28 +317,45 @@ def _divisors(
 
 
 def adaptive_avg_pool2d(source: Tensor, output_size: Sequence[int]) -> Tensor:
-    """Adaptive average pooling as two matrix products, whatever the ratio of the sizes."""
+    """Pool averages to a given size in two matrix products, whatever the ratio of the sizes.
+
+    Args:
+        source: [B, C, H, W].
+        output_size: Height h and width w.
+
+    Returns:
+        The averages, [B, C, h, w] in the type of `source`.
+    """
     size = [int(length) for length in source.shape[2:]]
     if list(output_size) == size:
         return source
     rows, columns = (
-        _averaging(n, int(o)).to(source.dtype) for n, o in zip(size, output_size, strict=True)
+        _averaging_matrix(n, int(o)).to(source.dtype)
+        for n, o in zip(size, output_size, strict=True)
     )
     return torch.matmul(torch.matmul(rows, source), columns.t())
 
 
 def adaptive_avg_pool2d_backward(grad: Tensor, source: Tensor) -> Tensor:
-    """Gradient of adaptive average pooling: the transposed matrix products."""
+    """Differentiate adaptive average pooling, by the transposed matrix products.
+
+    Args:
+        grad: [B, C, h, w], the gradient of the averages.
+        source: [B, C, H, W], the input.
+
+    Returns:
+        The gradient of the input, [B, C, H, W] in the type of `grad`.
+    """
     size = [int(length) for length in source.shape[2:]]
     out = [int(length) for length in grad.shape[2:]]
     if size == out:
         return grad
-    rows, columns = (_averaging(n, o).to(grad.dtype) for n, o in zip(size, out, strict=True))
+    rows, columns = (_averaging_matrix(n, o).to(grad.dtype) for n, o in zip(size, out, strict=True))
     return torch.matmul(torch.matmul(rows.t(), grad), columns)
 
 
-def _averaging(size: int, out: int) -> Tensor:
-    """The matrix [out, size] that averages a line of `size` values into `out` of them."""
+def _averaging_matrix(size: int, out: int) -> Tensor:
+    """The float32 matrix [out, size] that averages `size` values into `out` of them."""
     rows = []
     for index in range(out):
         start, stop = index * size // out, -(-(index + 1) * size // out)
@@ -290,38 +367,80 @@ def _averaging(size: int, out: int) -> Tensor:
 def slice_backward(
     grad: Tensor, input_sizes: Sequence[int], dim: int, start: int, end: int, step: int
 ) -> Tensor:
-    """Gradient of a slice: zeros around it."""
+    """Differentiate a slice: its gradient between zeros.
+
+    Args:
+        grad: The gradient of the slice.
+        input_sizes: The shape of the tensor that was sliced.
+        dim: The sliced dimension.
+        start: The first index; negative ones count from the end.
+        end: The index after the last.
+        step: The distance of the indices.
+
+    Returns:
+        The gradient of the whole tensor, of shape `input_sizes` in the type of `grad`.
+
+    Raises:
+        NotImplementedError: The step is not 1.
+    """
     if start == 0 and end >= _TO_THE_END and step == 1:
         return grad
     length = int(input_sizes[dim])
     first = min(max(start + length if start < 0 else start, 0), length)
     if step != 1:
         raise NotImplementedError("the gradient of a slice with a step")
-    return _surround(grad, dim, first, length - first - int(grad.shape[dim]))
+    return _pad_with_zeros(grad, dim, first, length - first - int(grad.shape[dim]))
 
 
 def select_backward(grad: Tensor, input_sizes: Sequence[int], dim: int, index: int) -> Tensor:
-    """Gradient of taking one index: zeros around it."""
+    """Differentiate the choice of one index: its gradient between zeros.
+
+    Args:
+        grad: The gradient of what was taken, without the dimension.
+        input_sizes: The shape of the tensor that it was taken from.
+        dim: The dimension of the index.
+        index: The index; negative ones count from the end.
+
+    Returns:
+        The gradient of the whole tensor, of shape `input_sizes` in the type of `grad`.
+    """
     length = int(input_sizes[dim])
     first = index % length
-    return _surround(grad.unsqueeze(dim), dim, first, length - first - 1)
+    return _pad_with_zeros(grad.unsqueeze(dim), dim, first, length - first - 1)
 
 
 def refuse_scattered_sum(*_: object) -> NoReturn:
-    """Refuse to add to scattered places, which engines cannot run."""
+    """Refuse to add to scattered places, which engines cannot run.
+
+    Raises:
+        NotImplementedError: Always.
+    """
     raise NotImplementedError("it adds to scattered places, which engines reject")
 
 
 def index_put(
     source: Tensor, indices: Sequence[Tensor], values: Tensor, accumulate: bool = False
 ) -> object:
-    """Leave a write to places as it is, and refuse to add to them."""
+    """Leave a write to some indices as it is, and refuse to add to them.
+
+    Args:
+        source: The tensor that is written to.
+        indices: A tensor of indices for each leading dimension.
+        values: What is written.
+        accumulate: Whether the values are added to those that are there.
+
+    Returns:
+        NotImplemented, by which `make_fx` keeps the operator.
+
+    Raises:
+        NotImplementedError: The values are to be added.
+    """
     if accumulate:
         refuse_scattered_sum()
     return NotImplemented
 
 
-def _surround(grad: Tensor, dim: int, before: int, after: int) -> Tensor:
+def _pad_with_zeros(grad: Tensor, dim: int, before: int, after: int) -> Tensor:
     if not before and not after:
         return grad
     border = [0, 0] * (grad.dim() - 1 - dim % grad.dim()) + [before, after]

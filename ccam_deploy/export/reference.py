@@ -19,7 +19,14 @@ from ccam_deploy.export.program import Program
 
 
 class TorchClassifier:
-    """A traced classifier run by PyTorch with autograd, to compare engines with; see Classifier."""
+    """A traced classifier run by PyTorch with autograd, to compare engines with; see Classifier.
+
+    All arrays are float32 but owners, which are int64.
+
+    Args:
+        program: The classifier.
+        layers: Its target layers, from the shallowest to the deepest.
+    """
 
     def __init__(self, program: Program, layers: Sequence[TargetLayer]) -> None:
         self._program = program
@@ -27,7 +34,14 @@ class TorchClassifier:
         self._nodes = [layer.node for layer in layers]
 
     def backbone(self, images: Floats) -> Activations:
-        """Run a batch of images; the images themselves serve as residuals."""
+        """Run a batch of images.
+
+        Args:
+            images: [B, C, H, W], preprocessed.
+
+        Returns:
+            Logits [B, classes] and feature maps [B, C, h, w]; the images serve as residuals.
+        """
         with torch.no_grad():
             logits, features = self._run(torch.from_numpy(images))
         return Activations(
@@ -35,7 +49,15 @@ class TorchClassifier:
         )
 
     def gradients(self, activations: Activations, output_gradient: Floats) -> tuple[Floats, ...]:
-        """Gradients of the feature maps by autograd."""
+        """Differentiate with respect to the feature maps by autograd.
+
+        Args:
+            activations: Of B images, from `backbone`.
+            output_gradient: [B, classes], the gradient of the logits.
+
+        Returns:
+            [B, C, h, w] for each target layer.
+        """
         images = torch.from_numpy(activations.residuals["images"]).requires_grad_()
         logits, features = self._run(images)
         gradients = torch.autograd.grad(logits, features, torch.from_numpy(output_gradient))
@@ -44,7 +66,16 @@ class TorchClassifier:
     def input_gradient(
         self, images: Floats, output_gradient: Floats, guided: bool = False
     ) -> Floats:
-        """Gradient of the images by autograd."""
+        """Differentiate with respect to the images by autograd.
+
+        Args:
+            images: [B, C, H, W], preprocessed.
+            output_gradient: [B, classes], the gradient of the logits.
+            guided: Let ReLUs pass back positive gradients only.
+
+        Returns:
+            [B, C, H, W].
+        """
         recorder = (GuidedRecorder if guided else Recorder)(self._program.graph, ())
         values = torch.from_numpy(images).requires_grad_()
         (logits,) = recorder.run(values)
@@ -52,7 +83,16 @@ class TorchClassifier:
         return gradient.numpy()
 
     def excitation(self, images: Floats, winners: Floats, duals: Floats) -> tuple[Floats, ...]:
-        """Winning probabilities by autograd with other rules.
+        """Pass winning probabilities down by autograd with other rules (Zhang et al. 2018).
+
+        Args:
+            images: [B, C, H, W], preprocessed.
+            winners: [B, classes], the probability that each class is the winner.
+            duals: [B, classes], the same for classes whose weights in the last layer have the
+                opposite sign.
+
+        Returns:
+            [B, h, w] for each target layer, summed over channels.
 
         Raises:
             OptionError: The network has an operator without a rule; see why_not.
@@ -65,13 +105,29 @@ class TorchClassifier:
         return tuple(value.numpy() for value in maps)
 
     def masked_logits(self, images: Floats, masks: Floats, owner: NDArray[np.int64]) -> Floats:
-        """Logits of images times masks, multiplied before the model sees them."""
+        """Run images times masks, multiplied before the model sees them.
+
+        Args:
+            images: [B, C, H, W], preprocessed.
+            masks: [N, H, W] in [0, 1].
+            owner: [N], the image of each mask.
+
+        Returns:
+            Logits [N, classes].
+        """
         with torch.no_grad():
             (logits,) = self._program.graph(torch.from_numpy(images[owner] * masks[:, None]))
         return logits.numpy()  # type: ignore[no-any-return]
 
     def head_logits(self, features: Floats) -> Floats:
-        """Logits of feature maps put in the place of the last layer's, of images of zeros."""
+        """Run images of zeros with other feature maps in the place of the last layer's.
+
+        Args:
+            features: [N, C, h, w].
+
+        Returns:
+            Logits [N, classes].
+        """
         values = torch.from_numpy(features)
         images = torch.zeros(len(values), *self._program.input_shape)
         interpreter = fx.Interpreter(self._program.graph)

@@ -13,66 +13,66 @@ from ccam_deploy.fidelity.observation import Observation
 from ccam_deploy.fidelity.similarity import spearman, ssim, top_overlap
 
 
-def compare_observations(got: Observation, expected: Observation) -> Fidelity:
+def compare_observations(actual: Observation, expected: Observation) -> Fidelity:
     """Measure how far one observation is from another of the same images.
 
     Args:
-        got: What the graphs compute.
+        actual: What the graphs compute.
         expected: What PyTorch computes, or computed at the export.
 
     Returns:
-        The differences, with a value for each optional graph that `got` has.
+        The differences, with a value for each optional graph that `actual` has.
     """
-    maps = list(zip(got.saliency, expected.saliency, strict=True))
-    ranks = [spearman(one, other) for one, other in maps]
+    maps = list(zip(actual.saliency, expected.saliency, strict=True))
+    ranks = [spearman(*pair) for pair in maps]
     equal_partitions = [
-        np.array_equal(one, other)
-        for layer, expected_layer in zip(got.labels, expected.labels, strict=True)
-        for one, other in zip(layer, expected_layer, strict=True)
+        np.array_equal(labels, expected_labels)
+        for layer, expected_layer in zip(actual.labels, expected.labels, strict=True)
+        for labels, expected_labels in zip(layer, expected_layer, strict=True)
     ]
     return Fidelity(
-        logits=relative_error(got.logits, expected.logits),
-        masked_logits=relative_error(got.masked_logits, expected.masked_logits),
-        features=tuple(map(_median_error, got.features, expected.features)),
-        gradients=tuple(map(_median_error, got.gradients, expected.gradients)),
+        logits=relative_error(actual.logits, expected.logits),
+        masked_logits=relative_error(actual.masked_logits, expected.masked_logits),
+        features=tuple(map(_median_error, actual.features, expected.features)),
+        gradients=tuple(map(_median_error, actual.gradients, expected.gradients)),
         saliency_rank=float(np.median(ranks)),
-        saliency_similarity=float(np.median([ssim(one, other) for one, other in maps])),
-        saliency_overlap=float(np.median([top_overlap(one, other) for one, other in maps])),
+        saliency_similarity=float(np.median([ssim(*pair) for pair in maps])),
+        saliency_overlap=float(np.median([top_overlap(*pair) for pair in maps])),
         worst_saliency_rank=float(np.min(ranks)),
         partitions=float(np.mean(equal_partitions)),
-        images=len(got.images),
-        head=_if_run(relative_error, got.head, expected.head),
-        input_gradient=_if_run(_median_error, got.input_gradient, expected.input_gradient),
-        guided_gradient=_if_run(_median_error, got.guided_gradient, expected.guided_gradient),
-        excitation=tuple(map(_median_error, got.excitation, expected.excitation)) or UNSET,
+        images=len(actual.images),
+        head=_if_run(relative_error, actual.head, expected.head),
+        input_gradient=_if_run(_median_error, actual.input_gradient, expected.input_gradient),
+        guided_gradient=_if_run(_median_error, actual.guided_gradient, expected.guided_gradient),
+        excitation=tuple(map(_median_error, actual.excitation, expected.excitation)) or UNSET,
     )
 
 
 def _if_run(
-    error: Callable[[Floats, Floats], float], got: Floats | None, expected: Floats | None
+    error: Callable[[Floats, Floats], float], actual: Floats | None, expected: Floats | None
 ) -> float | UnsetType:
     """The error of an optional graph, unset where it was not run."""
-    if got is None:
+    if actual is None:
         return UNSET
     assert expected is not None
-    return error(got, expected)
+    return error(actual, expected)
 
 
-def _median_error(got: Floats, expected: Floats) -> float:
+def _median_error(actual: Floats, expected: Floats) -> float:
     """The median over images of the relative error.
 
     A ReLU whose input rounds to the one side of zero here and to the other there changes the
     gradient of that image by a thousandth; the error of a wrong graph is in every image.
     Infinite where any image's error is.
     """
-    errors = [relative_error(g, e) for g, e in zip(got, expected, strict=True)]
+    errors = [relative_error(*pair) for pair in zip(actual, expected, strict=True)]
     return float(np.median(errors)) if np.isfinite(errors).all() else float("inf")
 
 
-def relative_error(got: Floats, expected: Floats) -> float:
-    """‖got − expected‖ / ‖expected‖ in the Euclidean norm; infinite where got is not finite."""
+def relative_error(actual: Floats, expected: Floats) -> float:
+    """‖actual − expected‖ / ‖expected‖ in the Euclidean norm; infinite where that is not finite."""
     wide = expected.astype(np.float64)
-    difference = float(np.linalg.norm((got - wide).ravel()))
+    difference = float(np.linalg.norm((actual - wide).ravel()))
     if not np.isfinite(difference):
         return float("inf")
     norm = float(np.linalg.norm(wide.ravel()))

@@ -47,11 +47,11 @@ def verify_bundle(
     for name in OPTIONAL_GRAPHS:
         if name in entry.graphs and name not in expected.optional_graphs():
             raise IntegrityError(f"{entry.reference} holds no {name}; export the bundle again")
-    got = observe(classifier, expected.images, layers, expected.targets, entry.graphs).summary()
+    actual = observe(classifier, expected.images, layers, expected.targets, entry.graphs).summary()
     if explain is not None:
         explanation = explain(expected.images, expected.targets)
         labels = tuple(layer.labels for layer in explanation.layers)
-        got = replace(got, labels=labels, saliency=explanation.saliency)
-    fidelity = compare_observations(got, expected)
+        actual = replace(actual, labels=labels, saliency=explanation.saliency)
+    fidelity = compare_observations(actual, expected)
     tolerance = Tolerance().with_bounds(entry.tolerance)
     return fidelity, broken_bounds(fidelity, tolerance, layers)

@@ -11,7 +11,6 @@ from ccam_deploy.methods.base import (
     MaskSequence,
     Method,
     MethodResult,
-    Stopwatch,
 )
 from ccam_deploy.methods.cam import CAM
 from ccam_deploy.methods.collection_cam.cpu import CollectionCAM
@@ -25,6 +24,7 @@ from ccam_deploy.methods.recipro_cam import ReciproCAM
 from ccam_deploy.methods.rise import RISE
 from ccam_deploy.methods.score_cam import ScoreCAM
 from ccam_deploy.methods.smoothgrad import SmoothGrad
+from ccam_deploy.methods.stopwatch import Stopwatch
 from ccam_deploy.methods.xrai import XRAI
 
 _ALL: tuple[type[Method], ...] = (

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, overload
 
@@ -17,6 +15,7 @@ from ccam_deploy.engines import Activations, Classifier
 from ccam_deploy.engines.base import row_chunks
 from ccam_deploy.errors import BackendError, OptionError
 from ccam_deploy.kernels import cpu
+from ccam_deploy.methods.stopwatch import Stopwatch
 from ccam_deploy.targets import classes_of, first_occurrences
 
 
@@ -364,32 +363,6 @@ def require_finite_logits(logits: Floats) -> None:
     """Raise BackendError where logits are NaN or infinite."""
     if not np.isfinite(logits).all():
         raise BackendError("the classifier gives NaN or infinite logits for these images")
-
-
-class Stopwatch:
-    """Adds up the seconds spent in named stages.
-
-    Args:
-        now: Seconds on a clock that only goes forward.
-    """
-
-    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
-        self.seconds: dict[str, float] = {}
-        self._now = now
-
-    def add(self, stages: Iterable[tuple[str, float]]) -> None:
-        """Count seconds that were measured elsewhere to their stages."""
-        for name, seconds in stages:
-            self.seconds[name] = self.seconds.get(name, 0.0) + seconds
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Count the block's time to a stage."""
-        started = self._now()
-        try:
-            yield
-        finally:
-            self.add([(name, self._now() - started)])
 
 
 def _join_layers(parts: tuple[LayerPartition, ...]) -> LayerPartition:

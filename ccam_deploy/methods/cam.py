@@ -9,8 +9,9 @@ import numpy as np
 from ccam_deploy.arrays import Floats
 from ccam_deploy.engines import Classifier
 from ccam_deploy.errors import OptionError
-from ccam_deploy.methods.base import Batch, Stopwatch
+from ccam_deploy.methods.base import Batch
 from ccam_deploy.methods.channel_weights import ChannelWeights, layer_gradients
+from ccam_deploy.methods.stopwatch import Stopwatch
 
 _SAME = 1e-2
 """The difference, relative to the largest gradient, up to which gradients count as equal. Half

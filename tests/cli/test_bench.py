@@ -98,10 +98,10 @@ def test_figures_hold_together(digits_result: dict[str, Any]) -> None:
             assert found[name] is None
 
 
-def statistics_median_ratio(one: list[float], other: list[float]) -> float:
+def statistics_median_ratio(numerators: list[float], denominators: list[float]) -> float:
     from statistics import median
 
-    return median(a / b for a, b in zip(one, other, strict=True))
+    return median(a / b for a, b in zip(numerators, denominators, strict=True))
 
 
 def test_stages_fit_into_the_call(digits_result: dict[str, Any]) -> None:

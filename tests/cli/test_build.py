@@ -18,8 +18,7 @@ import torch
 from ccam_deploy.bundle.folder import read_bundle, unlisted_files
 from ccam_deploy.engines.tensorrt import library, plans
 from ccam_deploy.errors import BackendError
-from tests.cli.test_cli import SCRIPT, WEIGHTS
-from tests.command import failure, success
+from tests.command import SCRIPT, WEIGHTS, failure, success
 from tests.networks import tiny
 
 pytest.importorskip("tensorrt_rtx")

@@ -80,7 +80,10 @@ def test_options_go_to_the_methods_that_have_them() -> None:
     ("words", "message"),
     [
         (["--methods", "magic"], 'method "magic" is unknown; there are collection-cam'),
-        (["--option", "rise:theta=0"], 'option "rise:theta" is for method "rise"; the methods'),
+        (
+            ["--option", "rise:theta=0"],
+            'option "rise:theta" is for method "rise", which is not asked for here',
+        ),
         (["--option", "depth=3"], 'option "depth" is unknown; collection-cam has theta, k_min'),
         (["--option", "k_max=x"], 'k_max is "x"; it must be a whole number'),
         (["--target", "top11"], "top is 11; it must be 1 to 10"),

@@ -15,12 +15,12 @@ CUDA = Finding("onnxruntime-cuda", False, "there is no driver", "install the dri
 PART = Finding("driver", False, "there is no driver", "install the driver")
 
 
-def found(monkeypatch: pytest.MonkeyPatch, *backends: Finding) -> None:
+def examine_gives(monkeypatch: pytest.MonkeyPatch, *backends: Finding) -> None:
     monkeypatch.setattr(doctor, "examine", lambda: (list(backends), [PART]))
 
 
 def test_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    found(monkeypatch, CPU, CUDA)
+    examine_gives(monkeypatch, CPU, CUDA)
     assert success("doctor").stdout.splitlines() == [
         "backend           works  details",
         "onnxruntime-cpu   yes    onnxruntime 1.32.0",
@@ -36,7 +36,7 @@ def test_table(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_json(monkeypatch: pytest.MonkeyPatch) -> None:
-    found(monkeypatch, CPU, CUDA)
+    examine_gives(monkeypatch, CPU, CUDA)
     assert json.loads(success("doctor", "--json").stdout) == {
         "backends": [vars(CPU), vars(CUDA)],
         "parts": [vars(PART)],
@@ -47,7 +47,7 @@ def test_json(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_exit_code_where_nothing_works(
     monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
 ) -> None:
-    found(monkeypatch, CUDA)
+    examine_gives(monkeypatch, CUDA)
     result = run("doctor", *words)
     assert result.exit_code == 1
     assert "install the driver" in result.stdout

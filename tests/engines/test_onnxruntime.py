@@ -24,10 +24,10 @@ without_cuda = pytest.mark.skipif(
 )
 
 
-def write_graph(path: Path, kind: int = TensorProto.FLOAT, operator: str = "Add") -> Path:
+def write_graph(path: Path, element_type: int = TensorProto.FLOAT, operator: str = "Add") -> Path:
     """A graph of one operator: a [n, 3], b [n, 3] -> total, first, in that order."""
     tensors = {
-        name: helper.make_tensor_value_info(name, kind, ["n", 3])
+        name: helper.make_tensor_value_info(name, element_type, ["n", 3])
         for name in ("a", "b", "total", "first")
     }
     nodes = [
@@ -57,15 +57,15 @@ def test_outputs_are_named_and_right(graph: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "dtype"),
+    ("element_type", "dtype"),
     [
         (TensorProto.FLOAT, np.float32),
         (TensorProto.FLOAT16, np.float16),
         (TensorProto.INT64, np.int64),
     ],
 )
-def test_specs_are_the_graphs(tmp_path: Path, kind: int, dtype: type[np.generic]) -> None:
-    engine = OnnxRuntimeEngine(write_graph(tmp_path / "sum.onnx", kind))
+def test_specs_are_the_graphs(tmp_path: Path, element_type: int, dtype: type[np.generic]) -> None:
+    engine = OnnxRuntimeEngine(write_graph(tmp_path / "sum.onnx", element_type))
     assert engine.inputs == tuple(TensorSpec(n, np.dtype(dtype), ("n", 3)) for n in "ab")
     assert [spec.name for spec in engine.outputs] == ["total", "first"]
     ones = np.ones((1, 3), dtype)

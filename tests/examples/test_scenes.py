@@ -14,21 +14,21 @@ from ccam_deploy.examples.scenes import SIZE, Box, Scene, SceneType, Split, make
 
 datasets = pytest.importorskip("sklearn.datasets", reason="scikit-learn is not installed")
 
-KINDS = get_args(SceneType)
+SCENE_TYPES = get_args(SceneType)
 SPLITS = get_args(Split)
 
 
-def equal(one: Scene, other: Scene) -> bool:
-    same = one.digits == other.digits and one.boxes == other.boxes
-    return same and np.array_equal(one.image, other.image)
+def equal(first: Scene, second: Scene) -> bool:
+    same = first.digits == second.digits and first.boxes == second.boxes
+    return same and np.array_equal(first.image, second.image)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("scene_type", SCENE_TYPES)
 @pytest.mark.parametrize("split", SPLITS)
-def test_scenes_are_the_same_every_time(split: Split, kind: SceneType) -> None:
-    scene = make_scene(split, 7, kind)
-    assert equal(scene, make_scene(split, 7, kind))
-    assert not equal(scene, make_scene(split, 8, kind))
+def test_scenes_are_the_same_every_time(split: Split, scene_type: SceneType) -> None:
+    scene = make_scene(split, 7, scene_type)
+    assert equal(scene, make_scene(split, 7, scene_type))
+    assert not equal(scene, make_scene(split, 8, scene_type))
     assert scene.image.shape == (SIZE, SIZE, 3)
     assert scene.image.dtype == np.uint8
 
@@ -69,21 +69,21 @@ def test_every_class_is_drawn() -> None:
     assert drawn == set(range(10))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_boxes_lie_inside_and_apart(kind: SceneType) -> None:
-    for scene in make_scenes("train", 40, scene_type=kind):
+@pytest.mark.parametrize("scene_type", SCENE_TYPES)
+def test_boxes_lie_inside_and_apart(scene_type: SceneType) -> None:
+    for scene in make_scenes("train", 40, scene_type=scene_type):
         assert len(scene.boxes) == len(scene.digits)
         for left, top, right, bottom in scene.boxes:
             assert 0 <= left < right <= SIZE
             assert 0 <= top < bottom <= SIZE
             assert (right - left) * (bottom - top) >= 80
-        for one, other in combinations(scene.boxes, 2):
-            assert not overlap(one, other)
+        for first, second in combinations(scene.boxes, 2):
+            assert not overlap(first, second)
 
 
-def overlap(one: Box, other: Box) -> bool:
+def overlap(first: Box, second: Box) -> bool:
     covered = np.zeros((SIZE, SIZE), int)
-    for left, top, right, bottom in (one, other):
+    for left, top, right, bottom in (first, second):
         covered[top:bottom, left:right] += 1
     return bool((covered == 2).any())
 
@@ -100,10 +100,10 @@ def test_boxes_are_tight_around_the_digit(split: Split, monkeypatch: pytest.Monk
         np.testing.assert_allclose(scene.boxes[0], measured, atol=1)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_box_holds_a_light_digit(kind: SceneType) -> None:
+@pytest.mark.parametrize("scene_type", SCENE_TYPES)
+def test_every_box_holds_a_light_digit(scene_type: SceneType) -> None:
     """A digit's colour has at least 190 of 255 in each channel and fills a part of its box."""
-    for scene in make_scenes("test", 30, scene_type=kind):
+    for scene in make_scenes("test", 30, scene_type=scene_type):
         light = scene.image.min(axis=2) >= 190
         for left, top, right, bottom in scene.boxes:
             assert light[top:bottom, left:right].mean() > 0.15

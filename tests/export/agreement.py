@@ -32,5 +32,5 @@ def assert_agrees(explainer: ccam.Explainer, model: nn.Module, images: Floats) -
         assert _relative(gradients[place], expected[index].numpy()) < 0.2
 
 
-def _relative(got: Floats, expected: Floats) -> float:
-    return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
+def _relative(actual: Floats, expected: Floats) -> float:
+    return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))

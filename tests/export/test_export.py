@@ -179,7 +179,7 @@ def in_double() -> Model:
 
 
 @pytest.mark.parametrize(
-    ("make", "layers", "kind", "message"),
+    ("make", "layers", "error", "message"),
     [
         (
             tiny,
@@ -252,10 +252,10 @@ def test_models_that_cannot_be_exported(
     tmp_path: Path,
     make: Callable[[], Model],
     layers: list[str] | None,
-    kind: type[CcamError],
+    error: type[CcamError],
     message: str,
 ) -> None:
-    with pytest.raises(kind) as raised:
+    with pytest.raises(error) as raised:
         export(make(), tmp_path / "a" / "bundle", SIZE, layers)
     assert message in str(raised.value)
     assert "\n" not in str(raised.value)

@@ -68,10 +68,11 @@ def test_gradient_graph_is_exact_in_double_precision() -> None:
         assert float((got - want).norm() / want.norm()) <= 1e-6
 
 
-def relative_errors(got: np.ndarray, want: Tensor) -> list[float]:
+def relative_errors(actual: np.ndarray, expected: Tensor) -> list[float]:
     """The largest difference in each image over the largest value."""
     return [
-        float(np.abs(g - w).max() / np.abs(w).max()) for g, w in zip(got, want.numpy(), strict=True)
+        float(np.abs(g - w).max() / np.abs(w).max())
+        for g, w in zip(actual, expected.numpy(), strict=True)
     ]
 
 

@@ -42,14 +42,14 @@ LARGEST = {"int8": 127, "fp8": 448}
 
 
 @pytest.fixture(scope="module", params=["int8", "fp8"])
-def kind(request: pytest.FixtureRequest) -> EightBitType:
+def precision(request: pytest.FixtureRequest) -> EightBitType:
     return request.param  # type: ignore[no-any-return]
 
 
 @pytest.fixture(scope="module")
-def bundle(kind: EightBitType, bundles: Bundles) -> Bundle:
+def bundle(precision: EightBitType, bundles: Bundles) -> Bundle:
     """The example classifier with an 8-bit classifier graph."""
-    return read_bundle(bundles.get(f"digits_{kind}"))
+    return read_bundle(bundles.get(f"digits_{precision}"))
 
 
 def half_classifier(model: torch.nn.Module) -> ir.Model:
@@ -68,20 +68,22 @@ def batches(count: int = 2) -> Iterator[Feeds]:
 
 
 def test_only_the_classifier_is_its_own(
-    bundle: Bundle, kind: EightBitType, digits_bundle: Path
+    bundle: Bundle, precision: EightBitType, digits_bundle: Path
 ) -> None:
     """Backbone and gradient are the half-precision files, and the weights lie there already."""
-    half, eight = bundle.precision("fp16"), bundle.precision(kind)
-    assert list(bundle.manifest.precisions) == ["fp32", "fp16", kind]
-    assert eight.graphs == {**half.graphs, "classifier": f"classifier.{kind}.onnx"}
+    half, eight = bundle.precision("fp16"), bundle.precision(precision)
+    assert list(bundle.manifest.precisions) == ["fp32", "fp16", precision]
+    assert eight.graphs == {**half.graphs, "classifier": f"classifier.{precision}.onnx"}
     assert (eight.gradient_scale, eight.reference) == (half.gradient_scale, half.reference)
     assert not unlisted_files(bundle)
     weights = (bundle.folder / "weights.bin").read_bytes()
     assert weights == (digits_bundle / "weights.bin").read_bytes()
 
 
-def test_every_product_but_the_outer_ones_is_quantised(bundle: Bundle, kind: EightBitType) -> None:
-    model = onnx.load(bundle.path(f"classifier.{kind}.onnx"))
+def test_every_product_but_the_outer_ones_is_quantised(
+    bundle: Bundle, precision: EightBitType
+) -> None:
+    model = onnx.load(bundle.path(f"classifier.{precision}.onnx"))
     makers = {name: node for node in model.graph.node for name in node.output}
     values = {tensor.name: tensor for tensor in model.graph.initializer}
     products = [node for node in model.graph.node if node.op_type in ("Conv", "Gemm")]
@@ -97,7 +99,7 @@ def test_every_product_but_the_outer_ones_is_quantised(bundle: Bundle, kind: Eig
             assert there.op_type == "QuantizeLinear"
             assert there.input[1:] == back.input[1:]
             scale, zero = (values[n] for n in there.input[1:])
-            assert zero.data_type == TYPES[kind]
+            assert zero.data_type == TYPES[precision]
             assert not any(numpy_helper.to_array(zero).astype(np.float32).flat)
             assert scale.data_type == onnx.TensorProto.FLOAT16
             if index == 0:
@@ -106,7 +108,7 @@ def test_every_product_but_the_outer_ones_is_quantised(bundle: Bundle, kind: Eig
             weights = numpy_helper.to_array(values[there.input[0]]).astype(np.float32)
             highest = np.abs(weights).reshape(len(weights), -1).max(1)
             np.testing.assert_allclose(
-                numpy_helper.to_array(scale), highest / LARGEST[kind], rtol=1e-3, atol=1e-7
+                numpy_helper.to_array(scale), highest / LARGEST[precision], rtol=1e-3, atol=1e-7
             )
     inputs = {tensor.name: tensor.type.tensor_type.elem_type for tensor in model.graph.input}
     assert inputs["images"] == inputs["masks"] == onnx.TensorProto.FLOAT16
@@ -114,10 +116,10 @@ def test_every_product_but_the_outer_ones_is_quantised(bundle: Bundle, kind: Eig
     assert not model.metadata_props
 
 
-def test_fidelity_is_recorded_and_verified(bundle: Bundle, kind: EightBitType) -> None:
+def test_fidelity_is_recorded_and_verified(bundle: Bundle, precision: EightBitType) -> None:
     """Measured with the example classifier: masked logits off by 1.5 % and 2.1 %."""
-    report, half = (bundle.precision(name).fidelity for name in (kind, "fp16"))
-    assert 10 * half.masked_logits < report.masked_logits < {"int8": 0.03, "fp8": 0.05}[kind]
+    report, half = (bundle.precision(name).fidelity for name in (precision, "fp16"))
+    assert 10 * half.masked_logits < report.masked_logits < {"int8": 0.03, "fp8": 0.05}[precision]
     assert (report.logits, report.features, report.gradients, report.partitions) == (
         half.logits,
         half.features,
@@ -127,22 +129,22 @@ def test_fidelity_is_recorded_and_verified(bundle: Bundle, kind: EightBitType) -
     assert report.saliency_rank > 0.998
     assert report.saliency_similarity > 0.99
     assert report.saliency_overlap > 0.95
-    with ccam.load(bundle, backend="onnxruntime-cpu", precision=kind) as explainer:
-        again, phrases = verify_bundle(bundle, explainer.networks, kind)
+    with ccam.load(bundle, backend="onnxruntime-cpu", precision=precision) as explainer:
+        again, phrases = verify_bundle(bundle, explainer.networks, precision)
     assert phrases == []
-    assert 1e-3 < again.masked_logits < {"int8": 0.03, "fp8": 0.06}[kind]
+    assert 1e-3 < again.masked_logits < {"int8": 0.03, "fp8": 0.06}[precision]
 
 
 def test_explanations_are_those_of_float32(
-    bundle: Bundle, kind: EightBitType, digits_images: list[np.ndarray]
+    bundle: Bundle, precision: EightBitType, digits_images: list[np.ndarray]
 ) -> None:
     """On scenes that nothing was calibrated with."""
     images = np.stack(digits_images)
     with ccam.load(bundle, backend="onnxruntime-cpu") as explainer:
         expected = explainer.explain(images)
-    with ccam.load(bundle, backend="onnxruntime-cpu", precision=kind) as explainer:
+    with ccam.load(bundle, backend="onnxruntime-cpu", precision=precision) as explainer:
         got = explainer.explain(images)
-    assert got.settings["precision"] == kind
+    assert got.settings["precision"] == precision
     np.testing.assert_array_equal(got.targets, expected.targets)
     ranks = list(map(spearman, got.saliency, expected.saliency))
     assert np.median(ranks) > 0.99
@@ -193,14 +195,14 @@ def peaks() -> Peaks:
     return model.eval()
 
 
-def rounded(values: Tensor, scale: Tensor, kind: EightBitType) -> Tensor:
+def rounded(values: Tensor, scale: Tensor, precision: EightBitType) -> Tensor:
     """To the nearest number that 8 bits hold, by PyTorch."""
-    if kind == "fp8":
+    if precision == "fp8":
         return (values / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
     return (values / scale).round().clamp(-128, 127) * scale
 
 
-def emulated(model: ir.Model, masked: Tensor, kind: EightBitType) -> Tensor:
+def emulated(model: ir.Model, masked: Tensor, precision: EightBitType) -> Tensor:
     """What a quantised Peaks gives, by PyTorch, with the graph's weights and activations' scale."""
     values = {
         name: torch.tensor(value.const_value.numpy()).float()
@@ -215,43 +217,43 @@ def emulated(model: ir.Model, masked: Tensor, kind: EightBitType) -> Tensor:
     )
     weights, bias = (values[str(value.name)] for value in first.inputs[1:] if value is not None)
     x = F.conv2d(masked, weights, bias, 2, 1).half().float().relu()
-    assert 0.9 * x.max() < scale * LARGEST[kind] < 1.5 * x.max()
+    assert 0.9 * x.max() < scale * LARGEST[precision] < 1.5 * x.max()
     weights = peaks().conv2.weight.half().float()
     highest = weights.abs().amax((1, 2, 3), keepdim=True)
-    weights = rounded(weights, (highest / LARGEST[kind]).half().float(), kind)
-    x = F.conv2d(rounded(x, scale, kind), weights, None, 2, 1).relu()
+    weights = rounded(weights, (highest / LARGEST[precision]).half().float(), precision)
+    x = F.conv2d(rounded(x, scale, precision), weights, None, 2, 1).relu()
     return peaks().head(x.half().float().amax((2, 3)))  # type: ignore[no-any-return]
 
 
-def test_a_graph_computes_with_8_bits(kind: EightBitType, tmp_path: Path) -> None:
+def test_a_graph_computes_with_8_bits(precision: EightBitType, tmp_path: Path) -> None:
     """ONNX Runtime's result is that of rounded values, far from that of whole ones."""
-    model = quantise(half_classifier(peaks()), batches(), kind)
+    model = quantise(half_classifier(peaks()), batches(), precision)
     ir.save(model, tmp_path / "classifier.onnx")
     feeds = next(batches())
     masked = torch.from_numpy((feeds["images"] * feeds["masks"]).astype(np.float32))
     with torch.no_grad():
         whole = peaks()(masked).numpy()
-        expected = emulated(model, masked, kind).numpy()
+        expected = emulated(model, masked, precision).numpy()
     with OnnxRuntimeEngine(tmp_path / "classifier.onnx") as engine:
         got = engine.run(feeds)["logits"]
     error = relative_error(got, whole)
-    assert error > {"int8": 3e-3, "fp8": 3e-2}[kind]
+    assert error > {"int8": 3e-3, "fp8": 3e-2}[precision]
     assert relative_error(got, expected) < error / 2
 
 
-def test_small_weights_keep_their_8_bits(kind: EightBitType, tmp_path: Path) -> None:
+def test_small_weights_keep_their_8_bits(precision: EightBitType, tmp_path: Path) -> None:
     """Scales below half precision's normal numbers are no zeros."""
     model = tiny()
     with torch.no_grad():
         model.conv2.weight.mul_(1e-3)
         model.conv2.bias.mul_(1e-3)  # type: ignore[union-attr]
         model.head.weight.mul_(1e3)
-    ir.save(quantise(half_classifier(model), batches(), kind), tmp_path / "c.onnx")
+    ir.save(quantise(half_classifier(model), batches(), precision), tmp_path / "c.onnx")
     feeds = next(batches())
     masked = torch.from_numpy((feeds["images"] * feeds["masks"]).astype(np.float32))
     with OnnxRuntimeEngine(tmp_path / "c.onnx") as engine, torch.no_grad():
         error = relative_error(engine.run(feeds)["logits"], model(masked).numpy())
-    assert error < {"int8": 0.02, "fp8": 0.06}[kind]
+    assert error < {"int8": 0.02, "fp8": 0.06}[precision]
 
 
 def test_a_network_without_inner_products_is_refused() -> None:
@@ -259,30 +261,32 @@ def test_a_network_without_inner_products_is_refused() -> None:
         quantise(half_classifier(Net()), batches(), "int8")
 
 
-def test_a_broken_tolerance_is_named(kind: PrecisionName, tmp_path: Path) -> None:
-    settings = ExportSettings(tolerance={kind: {"masked_logits": 0}})
-    with pytest.raises(ToleranceError, match=rf"^the {kind} graphs .+: masked_logits .+ above 0$"):
-        export(TinyNet().eval(), tmp_path / "tiny", SIZE, None, kind, settings)
+def test_a_broken_tolerance_is_named(precision: PrecisionName, tmp_path: Path) -> None:
+    settings = ExportSettings(tolerance={precision: {"masked_logits": 0}})
+    with pytest.raises(
+        ToleranceError, match=rf"^the {precision} graphs .+: masked_logits .+ above 0$"
+    ):
+        export(TinyNet().eval(), tmp_path / "tiny", SIZE, None, precision, settings)
     assert not list(tmp_path.iterdir())
 
 
-def build(bundle: Bundle, kind: EightBitType) -> bytes:
+def build(bundle: Bundle, precision: EightBitType) -> bytes:
     library = load_library("tensorrt-rtx")
-    path = bundle.path(bundle.precision(kind).graphs["classifier"])
-    targets = library.targets((), kind)
-    assert ("8.6" in targets) == (kind == "int8")
+    path = bundle.path(bundle.precision(precision).graphs["classifier"])
+    targets = library.targets((), precision)
+    assert ("8.6" in targets) == (precision == "int8")
     return plans.build_plan(library, path, plans.profiles(4), targets)
 
 
-def test_tensorrt_takes_the_graph(bundle: Bundle, kind: EightBitType) -> None:
+def test_tensorrt_takes_the_graph(bundle: Bundle, precision: EightBitType) -> None:
     """A strongly typed network, for every compute capability that has the type."""
     pytest.importorskip("tensorrt_rtx")
-    assert len(build(bundle, kind)) > 1000
+    assert len(build(bundle, precision)) > 1000
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("name", ["resnet18", "efficientnet_b0"])
-def test_recipes_quantise_and_build(name: str, kind: EightBitType, tmp_path: Path) -> None:
+def test_recipes_quantise_and_build(name: str, precision: EightBitType, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
-    export_recipe(name, tmp_path / name, kind, random_weights=True)
-    assert len(build(read_bundle(tmp_path / name), kind)) > 1_000_000
+    export_recipe(name, tmp_path / name, precision, random_weights=True)
+    assert len(build(read_bundle(tmp_path / name), precision)) > 1_000_000

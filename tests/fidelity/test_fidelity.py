@@ -125,7 +125,7 @@ def test_one_odd_image_is_reported_and_no_failure() -> None:
 
 
 @pytest.mark.parametrize(
-    ("got", "expected", "error"),
+    ("actual", "expected", "error"),
     [
         ([3, 4], [3, 4], 0),
         ([3, 4.5], [3, 4], 0.1),
@@ -136,8 +136,8 @@ def test_one_odd_image_is_reported_and_no_failure() -> None:
         ([np.inf, 4], [3, 4], np.inf),
     ],
 )
-def test_relative_error_by_hand(got: list[float], expected: list[float], error: float) -> None:
-    values = np.array(got, np.float32), np.array(expected, np.float32)
+def test_relative_error_by_hand(actual: list[float], expected: list[float], error: float) -> None:
+    values = np.array(actual, np.float32), np.array(expected, np.float32)
     assert relative_error(*values) == pytest.approx(error)
 
 

@@ -87,11 +87,11 @@ def test_ssim_is_scikit_images(size: tuple[int, int]) -> None:
 
 
 @given(arrays(np.float32, (8, 9), elements=UNIT), arrays(np.float32, (8, 9), elements=UNIT))
-def test_ssim_is_scikit_images_on_any_map(one: Floats, other: Floats) -> None:
+def test_ssim_is_scikit_images_on_any_map(first: Floats, second: Floats) -> None:
     expected = metrics.structural_similarity(
-        one.astype(np.float64), other.astype(np.float64), data_range=1
+        first.astype(np.float64), second.astype(np.float64), data_range=1
     )
-    assert ssim(one, other) == pytest.approx(expected, abs=1e-9)
+    assert ssim(first, second) == pytest.approx(expected, abs=1e-9)
 
 
 def test_ssim_falls_with_the_difference() -> None:
@@ -113,7 +113,7 @@ def row(*values: float) -> Floats:
 
 
 @pytest.mark.parametrize(
-    ("one", "other", "share"),
+    ("first", "second", "share"),
     [
         # Ten pixels: the highest one.
         (row(1, 9, 2, 3, 4, 5, 6, 7, 8, 0), row(0, 1, 0, 0, 0, 0, 0, 0, 0, 0), 1),
@@ -128,9 +128,9 @@ def row(*values: float) -> Floats:
         (row(9, 8, 8, 8, 0, 0, 0, 0, 0, 0, 0), row(9, 0, 0, 8, 0, 0, 0, 0, 0, 0, 0), 4 / 3 / 2),
     ],
 )
-def test_top_overlap_by_hand(one: Floats, other: Floats, share: float) -> None:
-    assert top_overlap(one, other) == pytest.approx(share)
-    assert top_overlap(other, one) == pytest.approx(share)
+def test_top_overlap_by_hand(first: Floats, second: Floats, share: float) -> None:
+    assert top_overlap(first, second) == pytest.approx(share)
+    assert top_overlap(second, first) == pytest.approx(share)
 
 
 def test_top_overlap_of_flat_maps() -> None:

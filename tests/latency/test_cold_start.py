@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from ccam_deploy.errors import BackendError
@@ -22,6 +23,16 @@ def test_parts_of_a_cold_start(tiny_bundle: Path) -> None:
     assert start.peak_memory_mib is not None
     assert 20 < start.peak_memory_mib < 1000
     assert start.device_memory_mib is None
+    assert msgspec.to_builtins(start) == {
+        "batch": 3,
+        "total_ms": start.total_ms,
+        "imports_ms": start.imports_ms,
+        "load_ms": start.load_ms,
+        "first_ms": start.first_ms,
+        "second_ms": start.second_ms,
+        "peak_memory_mib": start.peak_memory_mib,
+        "device_memory_mib": None,
+    }
 
 
 def test_what_goes_wrong_in_the_process_is_one_line(tmp_path: Path) -> None:

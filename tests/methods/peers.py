@@ -53,19 +53,19 @@ def enlarged(maps: Tensor, size: Sequence[int]) -> Floats:
     return np.asarray(wide.detach(), np.float32)
 
 
-def assert_correlated(got: Floats, expected: Floats, least: float = 0.999) -> None:
+def assert_correlated(actual: Floats, expected: Floats, least: float = 0.999) -> None:
     """Pearson correlation of each map with its peer; neither may be flat."""
-    for one, other in zip(got, expected, strict=True):
-        assert one.std() > 0
-        assert other.std() > 0
-        assert np.corrcoef(one.ravel(), other.ravel())[0, 1] >= least
+    for saliency, peer in zip(actual, expected, strict=True):
+        assert saliency.std() > 0
+        assert peer.std() > 0
+        assert np.corrcoef(saliency.ravel(), peer.ravel())[0, 1] >= least
 
 
-def assert_same(got: Floats, expected: Floats, off: float = 0.02) -> None:
+def assert_same(actual: Floats, expected: Floats, off: float = 0.02) -> None:
     """Correlated, and off by at most a share as a whole: a correlation does not see the scale.
 
     Where a ReLU's input is all but zero, engines round it to either side; that is the 2 %.
     """
-    assert_correlated(got, expected)
-    for one, other in zip(got, expected, strict=True):
-        assert np.linalg.norm(one - other) <= off * np.linalg.norm(other)
+    assert_correlated(actual, expected)
+    for saliency, peer in zip(actual, expected, strict=True):
+        assert np.linalg.norm(saliency - peer) <= off * np.linalg.norm(peer)

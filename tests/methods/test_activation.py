@@ -247,7 +247,7 @@ def test_cam_refuses_a_shallow_layer(tiny_bundle: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "changes", "message"),
+    ("method", "changes", "message"),
     [
         (GradCAMPlusPlus, {"epsilon": -1.0}, "epsilon is -1.0"),
         (GradCAMPlusPlus, {"epsilon": np.inf}, "epsilon is inf"),
@@ -256,9 +256,9 @@ def test_cam_refuses_a_shallow_layer(tiny_bundle: Path) -> None:
         (LayerCAM, {"layers": ("a", "b"), "relu": False}, "relu is false; the maps of"),
     ],
 )
-def test_options_out_of_range(kind: Any, changes: dict[str, Any], message: str) -> None:
+def test_options_out_of_range(method: Any, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(OptionError, match=message):
-        kind(**changes)
+        method(**changes)
 
 
 class Given:

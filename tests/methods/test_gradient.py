@@ -80,10 +80,10 @@ def test_guided_backprop_is_captums(case: Case) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["smoothgrad", "smoothgrad_sq"])
-def test_smoothgrad_is_captums(case: Case, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("nt_type", ["smoothgrad", "smoothgrad_sq"])
+def test_smoothgrad_is_captums(case: Case, nt_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the same noise: Captum's own cannot be given, so it is put in the place of PyTorch's."""
-    options = SmoothGrad(4, 0.1, 3, square=kind == "smoothgrad_sq", channels="sum")
+    options = SmoothGrad(4, 0.1, 3, square=nt_type == "smoothgrad_sq", channels="sum")
     got = case.explain(options).raw_saliency
     shape = case.images.shape[1:]
     draws = [np.random.default_rng((3, n)).standard_normal(shape, np.float32) for n in range(4)]
@@ -93,7 +93,7 @@ def test_smoothgrad_is_captums(case: Case, kind: str, monkeypatch: pytest.Monkey
     for one, image, target in zip(got, case.images, case.classes, strict=True):
         values = peer.attribute(
             torch.from_numpy(image[None].copy()),
-            nt_type=kind,
+            nt_type=nt_type,
             nt_samples=4,
             stdevs=0.1 * float(np.ptp(image)),
             target=target,
@@ -181,7 +181,7 @@ def test_a_bundle_without_gradients(tiny_bundle: Path, method: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "option", "value", "message"),
+    ("method", "option", "value", "message"),
     [
         (IntegratedGradients, "steps", 0, "steps is 0; with rule midpoint it must be 1 to"),
         (IntegratedGradients, "rule", "simpson", 'rule is "simpson"; it must be midpoint'),
@@ -195,9 +195,9 @@ def test_a_bundle_without_gradients(tiny_bundle: Path, method: str) -> None:
         (XRAI, "least", 0, "least is 0"),
     ],
 )
-def test_unusable_options(kind: type, option: str, value: object, message: str) -> None:
+def test_unusable_options(method: type, option: str, value: object, message: str) -> None:
     with pytest.raises(OptionError, match=message):
-        kind(**{option: value})
+        method(**{option: value})
 
 
 @pytest.mark.parametrize(

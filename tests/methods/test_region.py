@@ -295,7 +295,7 @@ def test_scores_that_are_not_finite_are_refused(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize(
-    ("kind", "changes", "message"),
+    ("method", "changes", "message"),
     [
         (ScoreCAM, {"weights": "cic"}, 'weights is "cic"; it must be increase, probability'),
         (ScoreCAM, {"channels": -1}, "channels is -1"),
@@ -308,9 +308,9 @@ def test_scores_that_are_not_finite_are_refused(monkeypatch: pytest.MonkeyPatch)
         (RISE, {"file": "a.npy", "seed": 1}, "leave them out with a file"),
     ],
 )
-def test_options_out_of_range(kind: Any, changes: dict[str, Any], message: str) -> None:
+def test_options_out_of_range(method: Any, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(OptionError, match=message):
-        kind(**changes)
+        method(**changes)
 
 
 @pytest.mark.parametrize(

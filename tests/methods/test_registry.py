@@ -93,7 +93,7 @@ def test_a_check_refuses_what_an_explanation_does(
 
 
 @pytest.mark.parametrize(
-    ("chosen", "message"),
+    ("method", "message"),
     [
         (CollectionCAM(layers=("x",)), 'layer "x" is not in the bundle'),
         (GradCAM(layer="x"), 'layer "x" is not in the bundle'),
@@ -104,10 +104,10 @@ def test_a_check_refuses_what_an_explanation_does(
     ],
 )
 def test_a_check_finds_options_that_do_not_suit(
-    tiny_bundle: Path, chosen: Method, message: str
+    tiny_bundle: Path, method: Method, message: str
 ) -> None:
     with ccam.load(tiny_bundle) as explainer, pytest.raises(OptionError, match=message):
-        explainer.require_method(chosen)
+        explainer.require_method(method)
 
 
 @pytest.mark.parametrize("name", METHODS)

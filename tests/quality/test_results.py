@@ -41,15 +41,15 @@ def fill(folder: Path) -> Results:
     return results
 
 
-def assert_same(one: Row, other: Row) -> None:
-    assert (one.key, one.name, one.target) == (other.key, other.name, other.target)
-    assert one.probability == other.probability
+def assert_same(first: Row, second: Row) -> None:
+    assert (first.key, first.name, first.target) == (second.key, second.name, second.target)
+    assert first.probability == second.probability
     for name in METRICS:
-        mine, theirs = one.values[name], other.values[name]
+        mine, theirs = first.values[name], second.values[name]
         assert mine == theirs or (math.isnan(mine) and math.isnan(theirs))
-    assert set(one.curves) == set(other.curves)
-    for curve in one.curves:
-        np.testing.assert_array_equal(one.curves[curve], other.curves[curve])
+    assert set(first.curves) == set(second.curves)
+    for curve in first.curves:
+        np.testing.assert_array_equal(first.curves[curve], second.curves[curve])
 
 
 def test_rows_come_back_to_the_bit(tmp_path: Path) -> None:

@@ -131,7 +131,11 @@ class Device(Protocol):
         ...
 
     def wait(self) -> None:
-        """Wait until the stream's work is done. Raises BackendError where some of it failed."""
+        """Wait until the stream's work is done.
+
+        Raises:
+            BackendError: Some of it failed.
+        """
         ...
 
     def mark(self) -> Any:

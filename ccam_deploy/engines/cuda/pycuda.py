@@ -61,7 +61,11 @@ class CudaDevice:
     """A stream and its memory on the first GPU; see Device."""
 
     def __init__(self) -> None:
-        """Create a stream. Raises BackendError where a package, the driver or a GPU is missing."""
+        """Create a stream.
+
+        Raises:
+            BackendError: A package, the driver or a GPU is missing.
+        """
         self._driver, self._context = _primary_context()
         self._memory: dict[int, Any] = {}
         self._graphs: list[weakref.finalize[..., Any]] = []
@@ -81,7 +85,11 @@ class CudaDevice:
 
     @contextmanager
     def current(self) -> Iterator[None]:
-        """See Device. Raises BackendError for errors of the driver and of kernels' launches."""
+        """See Device.
+
+        Raises:
+            BackendError: The driver or a kernel's launch failed.
+        """
         with _backend_errors():
             self._context.push()
             try:
@@ -234,7 +242,17 @@ def _is_driver_error(error: Exception) -> bool:
 
 
 def _require_success(answer: tuple[Any, ...]) -> Any:
-    """The value that a call of cuda.bindings returned. Raises BackendError where it failed."""
+    """Check what a call of cuda.bindings returned.
+
+    Args:
+        answer: Its result and its values.
+
+    Returns:
+        The first value; None where there is none.
+
+    Raises:
+        BackendError: The call failed.
+    """
     bindings = _bindings()
     result, *values = answer
     if result != bindings.CUresult.CUDA_SUCCESS:

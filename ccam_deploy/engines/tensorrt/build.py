@@ -104,11 +104,25 @@ def build(
     current = select.current_plans(bundle, library, targets, precision, settings.max_batch)
     if current and not settings.force:
         return Built(bundle, current, fresh=False)
-    built = _build(bundle, library, precision, settings, targets, progress)
-    digest = hashlib.sha256(b"".join(built.values())).hexdigest()
+    contents = _build_plans(bundle, library, precision, settings, targets, progress)
+    entries = _entries(bundle, library, precision, settings.max_batch, targets, contents)
+    _add(bundle, entries, contents)
+    return Built(read_bundle(bundle.folder), entries, fresh=True)
+
+
+def _entries(
+    bundle: Bundle,
+    library: Library,
+    precision: PrecisionName,
+    max_batch: int,
+    targets: tuple[str, ...],
+    contents: Mapping[str, bytes],
+) -> tuple[Plan, ...]:
+    """What the manifest says of each graph's plan, whose folder is named after their contents."""
+    digest = hashlib.sha256(b"".join(contents.values())).hexdigest()
     device = targets[0] if len(targets) == 1 else "several"
     folder = f"plans/{device}-{library.flavour}-{library.version}-{precision}-{digest[:8]}"
-    entries = tuple(
+    return tuple(
         Plan(
             file=f"{folder}/{graph}.plan",
             graph=graph,
@@ -118,23 +132,13 @@ def build(
             devices=targets,
             source=bundle.manifest.files[file].sha256,
             weights=bundle.manifest.files[WEIGHTS].sha256,
-            max_batch=settings.max_batch,
+            max_batch=max_batch,
         )
         for graph, file in bundle.precision(precision).graphs.items()
     )
-    place = bundle.folder / folder
-    existed = place.exists()
-    try:
-        _write(place, built)
-        _record(bundle, entries)
-    except OSError as error:
-        if not existed:
-            shutil.rmtree(place, ignore_errors=True)
-        raise BundleError(f"cannot write the plans: {error.strerror or error}") from error
-    return Built(read_bundle(bundle.folder), entries, fresh=True)
 
 
-def _build(
+def _build_plans(
     bundle: Bundle,
     library: Library,
     precision: PrecisionName,
@@ -145,11 +149,11 @@ def _build(
     """The plan of each graph."""
     tuned_for = plans.profiles(settings.max_batch)
     timings = None if settings.timing_cache is None else TimingCache(settings.timing_cache)
-    built = {}
+    contents = {}
     for graph, file in bundle.precision(precision).graphs.items():
         title = f"{graph} ({precision})"
         progress(title, 0.0, "")
-        built[graph] = plans.build_plan(
+        contents[graph] = plans.build_plan(
             library,
             bundle.path(file),
             tuned_for,
@@ -158,13 +162,26 @@ def _build(
             partial(progress, title),
         )
         progress(title, 1.0, "")
-    return built
+    return contents
 
 
-def _write(place: Path, built: Mapping[str, bytes]) -> None:
+def _add(bundle: Bundle, entries: tuple[Plan, ...], contents: Mapping[str, bytes]) -> None:
+    """Write the plans and record them; a bundle where that fails is left as it was."""
+    place = (bundle.folder / entries[0].file).parent
+    existed = place.exists()
+    try:
+        _write(place, contents)
+        _record(bundle, entries)
+    except OSError as error:
+        if not existed:
+            shutil.rmtree(place, ignore_errors=True)
+        raise BundleError(f"cannot write the plans: {error.strerror or error}") from error
+
+
+def _write(place: Path, contents: Mapping[str, bytes]) -> None:
     """Write the plans to a new folder, which appears whole or not at all."""
     with staged_folder(place) as folder:
-        for graph, plan in built.items():
+        for graph, plan in contents.items():
             (folder / f"{graph}.plan").write_bytes(plan)
 
 

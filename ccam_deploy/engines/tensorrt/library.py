@@ -103,7 +103,14 @@ def _has_fp8(device: str) -> bool:
 
 
 def present_device() -> str:
-    """The compute capability of the first GPU. Raises BackendError where there is none."""
+    """Find the compute capability of the first GPU.
+
+    Returns:
+        Major and minor number, such as "8.9".
+
+    Raises:
+        BackendError: There is no GPU.
+    """
     try:
         from numba import cuda
 
@@ -115,7 +122,17 @@ def present_device() -> str:
 
 
 def load_library(flavour: Flavour) -> Library:
-    """Import a flavour of TensorRT. Raises BackendError where it is not installed."""
+    """Import a flavour of TensorRT.
+
+    Args:
+        flavour: One of FLAVOURS.
+
+    Returns:
+        The library.
+
+    Raises:
+        BackendError: It is not installed.
+    """
     try:
         return Library(flavour, importlib.import_module(FLAVOURS[flavour]))
     except ImportError as error:

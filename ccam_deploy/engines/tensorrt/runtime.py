@@ -66,7 +66,17 @@ class SharedPlan:
         self.inputs, self.outputs = self._tensors()
 
     def index(self, profile: ProfileName) -> int:
-        """The number of a profile. Raises BackendError where the plan does not have it."""
+        """Find the number of a profile.
+
+        Args:
+            profile: The profile's name.
+
+        Returns:
+            Its index in the plan.
+
+        Raises:
+            BackendError: The plan does not have it.
+        """
         if profile not in self.profiles:
             raise BackendError(
                 f"{self.name} has no profile for {profile}, only for {', '.join(self.profiles)}; "

@@ -16,7 +16,14 @@ class TimingCache:
     """
 
     def __init__(self, file: Path) -> None:
-        """Read the file if it exists. Raises BackendError where it cannot be read."""
+        """Read the file if it exists.
+
+        Args:
+            file: The cache; `keep` makes it where it is missing.
+
+        Raises:
+            BackendError: The file cannot be read.
+        """
         self.file = file
         try:
             self._content = file.read_bytes() if file.exists() else b""

@@ -51,7 +51,6 @@ def collection_sums(
     """
     parts = cuda.shared.array((MOST_WARPS, TILE), np.float64)
     scratch = cuda.shared.array(MOST_WARPS, np.float64)
-    ticket = cuda.shared.array(1, np.int32)
     tile, collection, pair = cuda.blockIdx.x, cuda.blockIdx.y, cuda.blockIdx.z
     layer = layer_of_tile(table, tile)
     if collection >= counts[pair, layer]:
@@ -81,16 +80,25 @@ def collection_sums(
             total += parts[other, lane]
         unscaled[pair, start + pixel] = max(total, 0.0)
 
+    if is_last(finished[pair, layer], collection, (count + TILE - 1) // TILE):
+        pixels = slice(start, start + count)
+        scale(unscaled[pair, pixels], sums[pair, pixels], scratch)
+
+
+@cuda.jit(device=True)
+def is_last(finished: Array, collection: int, tiles: int) -> bool:
+    """Count a tile of a map as done; tell the block that is the last, which sees all of the map."""
+    ticket = cuda.shared.array(1, np.int32)
     cuda.threadfence()
     cuda.syncthreads()
     if cuda.threadIdx.x == 0:
-        ticket[0] = cuda.atomic.add(finished, (pair, layer, collection), 1)
+        ticket[0] = cuda.atomic.add(finished, collection, 1)
     cuda.syncthreads()
-    if ticket[0] == (count + TILE - 1) // TILE - 1:
-        cuda.threadfence()
-        finished[pair, layer, collection] = 0
-        pixels = slice(start, start + count)
-        scale(unscaled[pair, pixels], sums[pair, pixels], scratch)
+    if ticket[0] != tiles - 1:
+        return False
+    cuda.threadfence()
+    finished[collection] = 0
+    return True
 
 
 @cuda.jit(device=True)

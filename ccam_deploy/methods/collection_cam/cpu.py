@@ -20,11 +20,11 @@ from ccam_deploy.methods.base import (
     MaskSequence,
     Method,
     MethodResult,
-    Stopwatch,
     not_finite,
     places_of,
 )
 from ccam_deploy.methods.scores import Score, probabilities, require_score, score_of
+from ccam_deploy.methods.stopwatch import Stopwatch
 
 _MOST_COLLECTIONS = 1024
 

@@ -25,7 +25,6 @@ from ccam_deploy.methods.base import (
     MaskSequence,
     Method,
     MethodResult,
-    Stopwatch,
     not_finite,
     require_finite_logits,
 )
@@ -33,6 +32,7 @@ from ccam_deploy.methods.collection_cam.cpu import CollectionCAM, draw_masks
 from ccam_deploy.methods.collection_cam.memory import Setup
 from ccam_deploy.methods.collection_cam.pipeline import PairResults, Pipeline
 from ccam_deploy.methods.scores import score_of
+from ccam_deploy.methods.stopwatch import Stopwatch
 from ccam_deploy.targets import first_occurrences
 
 

@@ -21,8 +21,8 @@ from ccam_deploy.engines.cuda.device import ALIGNMENT, Device, DeviceTensor
 from ccam_deploy.engines.cuda.graph_replay import StreamRunner
 from ccam_deploy.engines.cuda.slots import Graphs
 from ccam_deploy.kernels.cuda.buffers import Buffers
-from ccam_deploy.methods.base import Stopwatch
 from ccam_deploy.methods.collection_cam.memory import DeviceMemory, Setup, rows_of, words_of
+from ccam_deploy.methods.stopwatch import Stopwatch
 
 _UNTIL_64, _FROM_64 = 2, 16
 """Numbers of masks are rounded up to multiples of these, so that fewer graphs are captured."""

@@ -51,7 +51,7 @@ def test_whole_pipeline_matches_pytorch(digits: ccam.Explainer, options: Collect
         assert_equal_maps(result.raw_saliency[index], expected.numpy(), undecided)
 
 
-def assert_equal_maps(got: np.ndarray, expected: np.ndarray, undecided: int) -> None:
+def assert_equal_maps(actual: np.ndarray, expected: np.ndarray, undecided: int) -> None:
     """Equal to 1e-4, but for a few of the 9,216 pixels (a thousandth) that the last bit decides.
 
     Two comparisons are strict: a mask's value with the quantile, which may lie on a plateau of the
@@ -59,7 +59,7 @@ def assert_equal_maps(got: np.ndarray, expected: np.ndarray, undecided: int) -> 
     equal terms, so that now and then one of its signs is noise; one place of a small feature map
     covers many pixels.
     """
-    difference = np.abs(got - expected)
+    difference = np.abs(actual - expected)
     assert np.count_nonzero(difference > 1e-4) <= undecided
     assert difference.max() < 1e-2
 

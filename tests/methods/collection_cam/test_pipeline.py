@@ -39,21 +39,21 @@ def device() -> Iterator[Run]:
         yield lambda job: pool.submit(run, job).result()
 
 
-def assert_same(got: ccam.Explanation, expected: ccam.Explanation, tolerance: float) -> None:
-    assert got.targets.tolist() == expected.targets.tolist()
-    assert got.image_index.tolist() == expected.image_index.tolist()
-    np.testing.assert_allclose(got.logits, expected.logits, atol=tolerance)
-    for layer, other in zip(got.layers, expected.layers, strict=True):
+def assert_same(actual: ccam.Explanation, expected: ccam.Explanation, tolerance: float) -> None:
+    assert actual.targets.tolist() == expected.targets.tolist()
+    assert actual.image_index.tolist() == expected.image_index.tolist()
+    np.testing.assert_allclose(actual.logits, expected.logits, atol=tolerance)
+    for layer, other in zip(actual.layers, expected.layers, strict=True):
         assert layer.name == other.name
         assert layer.labels.tolist() == other.labels.tolist()
         assert layer.count.tolist() == other.count.tolist()
         np.testing.assert_allclose(layer.quality, other.quality, atol=1e-5)
     for pair in range(len(expected)):
-        np.testing.assert_allclose(got.masks[pair], expected.masks[pair], atol=1e-5)
-        np.testing.assert_allclose(got.weights[pair], expected.weights[pair], atol=tolerance)
-        np.testing.assert_allclose(got.mic[pair], expected.mic[pair], atol=10 * tolerance)
-    np.testing.assert_allclose(got.raw_saliency, expected.raw_saliency, atol=tolerance)
-    np.testing.assert_allclose(got.saliency, expected.saliency, atol=10 * tolerance)
+        np.testing.assert_allclose(actual.masks[pair], expected.masks[pair], atol=1e-5)
+        np.testing.assert_allclose(actual.weights[pair], expected.weights[pair], atol=tolerance)
+        np.testing.assert_allclose(actual.mic[pair], expected.mic[pair], atol=10 * tolerance)
+    np.testing.assert_allclose(actual.raw_saliency, expected.raw_saliency, atol=tolerance)
+    np.testing.assert_allclose(actual.saliency, expected.saliency, atol=10 * tolerance)
 
 
 def test_matches_cpu(bundle: Path, device: Run) -> None:

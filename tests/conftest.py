@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from functools import cache
@@ -34,6 +35,13 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     fixtures = item.fixturenames if isinstance(item, pytest.Function) else ()
     if item.get_closest_marker("nightly") or SLOW_FIXTURES.intersection(fixtures):
         item.add_marker("slow")
+
+
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector what was imported: it took a sixth of the suite's time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -294,6 +294,7 @@ def test_results_tell_how_they_were_made(digits: ccam.Explainer) -> None:
     assert all(seconds > 0 for seconds in result.timings.values())
 
 
+@pytest.mark.slow
 def test_half_precision_is_near_and_not_the_same(
     digits_bundle: Path, digits: ccam.Explainer
 ) -> None:

@@ -15,6 +15,7 @@ from ccam_deploy.engines.onnxruntime import OnnxRuntimeEngine
 from tests.helpers import noise
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("batch_size", "masks"), [(3, [3, 3, 2]), (16, [8])])
 def test_what_score_cam_runs_is_kept(tiny_bundle: Path, batch_size: int, masks: list[int]) -> None:
     """The backbone once, then the classifier on the masks of eight channels."""

@@ -51,6 +51,7 @@ def test_rise_says_how_many_masks_it_has() -> None:
     assert (usual[1].method, fewer[1].method) == (RISE(), RISE(masks=10))
 
 
+@pytest.mark.slow
 def test_a_part_says_that_it_is_one(
     digits_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

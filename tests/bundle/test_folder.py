@@ -107,6 +107,7 @@ def test_a_full_disk_leaves_the_old_manifest(folder: Path) -> None:
     assert (folder / "manifest.json").stat().st_mode & 0o777 == 0o644
 
 
+@pytest.mark.slow
 def test_every_byte_of_the_manifest_matters(folder: Path) -> None:
     path = folder / "manifest.json"
     for offset in range(path.stat().st_size):

@@ -90,6 +90,7 @@ def test_methods_get_images_as_they_were_normalised() -> None:
     np.testing.assert_allclose(Looks.seen[1].ravel(), [-2, -2, -3], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_map_turned_upside_down_is_alike() -> None:
     """Spearman's correlation of -1 counts as 1, and SSIM tells the two apart."""
 
@@ -158,6 +159,7 @@ def test_random_weights_have_the_variance_that_they_should() -> None:
     assert (values["p_norm1_weight"] == 1).all()
 
 
+@pytest.mark.slow
 def test_seeds_and_what_was_trained_come_back() -> None:
     classifier, images = tiny_classifier(), noise(1, 3, 32, 48)
     trained = classifier.backbone(images).logits
@@ -171,6 +173,7 @@ def test_seeds_and_what_was_trained_come_back() -> None:
     np.testing.assert_array_equal(classifier.backbone(images).logits, trained)
 
 
+@pytest.mark.slow
 def test_the_callers_model_is_left_as_it_was() -> None:
     model = tiny()
     before = {name: value.clone() for name, value in model.state_dict().items()}

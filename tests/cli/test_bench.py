@@ -160,6 +160,7 @@ def test_table_of_a_gpu(digits_result: dict[str, Any]) -> None:
     assert ["batch", "3", "1.5", "1.25", "0.5"] in [line.split() for line in text.splitlines()]
 
 
+@pytest.mark.slow
 def test_json_on_stdout_alone(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     slots = []
     load = explainer.load
@@ -270,6 +271,7 @@ class TestBadInput:
         message = failure("bench", tiny_bundle, *words)
         assert message == "--compare torch needs torch: pip install 'ccam-deploy[export]'"
 
+    @pytest.mark.slow
     def test_another_model(self, tiny_bundle: Path, tmp_path: Path) -> None:
         torch.manual_seed(1)
         other = tiny()
@@ -283,6 +285,7 @@ class TestBadInput:
         assert 'layer "' in failure("bench", tiny_bundle, *digits)
 
 
+@pytest.mark.slow
 def test_full_disk_leaves_nothing(tiny_bundle: Path, tmp_path: Path) -> None:
     with full_disk(100):
         message = failure("bench", tiny_bundle, *QUICK, "--output", tmp_path / "x.json")
@@ -290,6 +293,7 @@ def test_full_disk_leaves_nothing(tiny_bundle: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_model_file_for_torch(tiny_bundle: Path, tmp_path: Path) -> None:
     torch.save(tiny().state_dict(), tmp_path / "tiny.pt")
     words = ("--compare", "torch", "--arch", "tests.networks:tiny", "--json")

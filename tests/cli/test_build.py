@@ -99,6 +99,7 @@ def test_bad_options(bundle: Path, words: list[str], message: str) -> None:
     assert not unlisted_files(read_bundle(bundle))
 
 
+@pytest.mark.slow
 def test_the_progress_on_a_terminal(bundle: Path) -> None:
     """A bar that ends full, and the phases of TensorRT beside it; nothing of it on stdout."""
     ours, theirs = pty.openpty()

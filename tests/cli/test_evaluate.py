@@ -126,6 +126,7 @@ def test_interrupt_and_go_on(
         assert one == other, name
 
 
+@pytest.mark.slow
 def test_images_that_cannot_be_read_are_passed_over(digits_bundle: Path, tmp_path: Path) -> None:
     """In any place of a group; every file counts the others alone, and a rerun ends the same."""
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")

@@ -161,6 +161,7 @@ def test_a_good_and_a_bad_image(tiny_bundle: Path, here: Path) -> None:
     assert result.stdout.startswith("good.png: class ")
 
 
+@pytest.mark.slow
 def test_large_maps_are_shrunk_and_made_once(
     tiny_bundle: Path, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -196,6 +197,7 @@ def test_full_disk_while_explaining(tiny_bundle: Path, here: Path) -> None:
     assert tree(here) == ["explanations", "one.png"]
 
 
+@pytest.mark.slow
 def test_the_examples_in_one_process(digits_bundle: Path, here: Path) -> None:
     """The installed command, on the trained example and its own images."""
     files = example_files()[:2]

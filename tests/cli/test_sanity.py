@@ -47,6 +47,7 @@ def test_a_check_is_printed_and_written(weights: Path) -> None:
     assert weights.read_bytes() == content_before
 
 
+@pytest.mark.slow
 def test_scenes_and_other_methods(weights: Path) -> None:
     pytest.importorskip("sklearn", reason="scikit-learn is not installed")
     words = ("--images", "scenes", "--limit", 3, "--method", "grad-cam", "--depth", 1, "--json")

@@ -15,6 +15,7 @@ from tests.helpers import RECIPES
 pytest.importorskip("sklearn")
 
 
+@pytest.mark.slow
 def test_accuracy_on_scenes_it_never_saw(digits: ccam.Explainer) -> None:
     scenes = make_scenes("test", 300, seed=50_000)
     images = prepared(scenes)
@@ -23,6 +24,7 @@ def test_accuracy_on_scenes_it_never_saw(digits: ccam.Explainer) -> None:
     assert (logits.argmax(1) == truth).mean() > 0.9
 
 
+@pytest.mark.slow
 def test_maps_lie_on_the_digit(digits: ccam.Explainer) -> None:
     """The peak of the map is inside the digit's box far more often than its area would have it."""
     scenes = make_scenes("test", 40, seed=60_000)

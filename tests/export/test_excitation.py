@@ -214,6 +214,7 @@ class Gated(nn.Module):
         return self.head((x * self.gate(x).relu()).mean((2, 3)))  # type: ignore[no-any-return]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "reason"),
     [

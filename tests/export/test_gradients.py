@@ -232,6 +232,7 @@ def test_gradient_graph_of_each_operator(name: str) -> None:
         assert not [t for t in targets if any(word in t for word in forbidden)]
 
 
+@pytest.mark.slow
 def test_ties_give_the_gradient_to_the_first(tmp_path: Path) -> None:
     """As PyTorch does, row by row inside the window."""
     model = Wrapped(nn.MaxPool2d(2, 2)).eval()
@@ -246,6 +247,7 @@ def test_ties_give_the_gradient_to_the_first(tmp_path: Path) -> None:
     assert not gradient[:, :, :, 1::2].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("body", "message"),
     [

@@ -32,6 +32,7 @@ from tests.helpers import noise
 from tests.networks import Detached, tiny
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("precision", "error"), [("fp32", 1e-5), ("fp16", 1e-2)])
 def test_head_is_the_end_of_the_classifier(
     headed_bundle: Path, precision: str, error: float

@@ -61,6 +61,7 @@ def test_a_graph_of_known_operators_is_not_traced_again(
     assert [value.name for value in model.graph.outputs] == ["logits"]
 
 
+@pytest.mark.slow
 def test_the_long_way_gives_the_same_graph(
     program: Program, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -98,6 +99,7 @@ def test_the_registry_is_built_once_and_put_back(monkeypatch: pytest.MonkeyPatch
     assert ONNXRegistry.__dict__["from_torchlib"] is before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("operator", "arguments", "options"),
     [

@@ -33,6 +33,7 @@ def logits(model: Model) -> Tensor:
     return value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "arch", "allow_pickle"),
     [

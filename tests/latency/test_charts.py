@@ -46,6 +46,7 @@ def figures(batch: int, concurrency: int = 1) -> BatchLatency:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batches", [(1,), (1, 8)])
 def test_picture(batches: tuple[int, ...]) -> None:
     content = charts.draw_latency([figures(batch) for batch in batches], "digits", "png")

@@ -15,6 +15,7 @@ from tests.helpers import example_files
 HOW = {"backend": "onnxruntime-cpu", "precision": "fp32", "batch_size": 16, "threads": 1}
 
 
+@pytest.mark.slow
 def test_parts_of_a_cold_start(tiny_bundle: Path) -> None:
     start = measure_cold_start(tiny_bundle, example_files()[:2], 3, HOW)
     assert start.batch == 3

@@ -25,6 +25,7 @@ def test_conditions_name_versions_and_machine() -> None:
     assert machine.cores >= 1
 
 
+@pytest.mark.slow
 def test_peak_memory_is_this_process_s() -> None:
     """At least what is resident now, and grown by what is taken and given back."""
     before = conditions.peak_memory()

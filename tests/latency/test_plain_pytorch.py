@@ -34,10 +34,9 @@ def digits_as(form: str, folder: Path) -> Model:
     return digits_model()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize(
-    "form", [pytest.param(form, marks=[pytest.mark.slow] * (form != "module")) for form in MODELS]
-)
+@pytest.mark.parametrize("form", MODELS)
 @pytest.mark.parametrize("index", [0, 3])
 def test_peer_agrees_with_the_explainer(
     digits: ccam.Explainer, index: int, form: str, tmp_path: Path

@@ -64,6 +64,7 @@ def test_score_cam_follows_its_equations(digits_case: Case) -> None:
             assert_correlated(saliency[image][None], peer)
 
 
+@pytest.mark.slow
 def test_score_cam_with_softmax_is_torchcams(case: Case) -> None:
     """It takes the softmax of the logits, less a constant, over the channels.
 
@@ -123,6 +124,7 @@ def rise_by_definition(case: Case, masks: Floats, p: float, image: int) -> Float
     return np.asarray(maps[case.classes[image]])
 
 
+@pytest.mark.slow
 def test_rise_with_masks_given_is_its_authors(case: Case, tmp_path: Path) -> None:
     size = case.images.shape[2:]
     masks = random_masks(np.random.default_rng(5), 60, 6, 0.3, (size[0], size[1]))

@@ -169,6 +169,7 @@ def test_numbers_are_pytorchs(digits: ccam.Explainer, tmp_path: Path, protocol: 
         assert row.values["proportion"] == pytest.approx(100 * inside, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_protocols_follow_their_class(digits: ccam.Explainer, tmp_path: Path) -> None:
     """Where the label is not the best class, only RISE's curves follow the best one."""
     picture = open_dataset("scenes", digits.bundle.manifest)[1].read()
@@ -215,17 +216,17 @@ def test_what_numbers_depend_on_may_not_change(
     make(digits, limit=3).open(tmp_path, "scenes")
     make(digits, limit=3).open(tmp_path, "scenes")
     for changed, message in (
-        ({"limit": 4}, "with images 3, not 4"),
-        ({"limit": 3, "seed": 2}, "with seed 0, not 2"),
-        ({"limit": 3, "protocol": "rise"}, 'with protocol "paper", not "rise"'),
-        ({"limit": 3, "target": "label"}, 'with target "predicted", not "label"'),
+        ({"limit": 4}, "an evaluation of 3 images, and this command asks for 4"),
+        ({"limit": 3, "seed": 2}, "with seed 0, and this command has 2"),
+        ({"limit": 3, "protocol": "rise"}, 'with protocol "paper", and this command has "rise"'),
+        ({"limit": 3, "target": "label"}, 'with target "predicted", and this command has "label"'),
         ({"limit": 3, "metrics": ("deletion",)}, "with metrics "),
     ):
         with pytest.raises(OptionError, match=message):
             make(digits, **changed).open(tmp_path, "scenes")
     with (
         ccam.load(digits_bundle, batch_size=3) as other,
-        pytest.raises(OptionError, match="with batch_size 16, not 3"),
+        pytest.raises(OptionError, match="with batch_size 16, and this command has 3"),
     ):
         make(other, limit=3).open(tmp_path, "scenes")
 

@@ -181,6 +181,7 @@ def test_driver_errors_are_backend_errors(driver: FakeDriver, bindings: FakeBind
         raise DriverError("a kernel would not launch")
 
 
+@pytest.mark.slow
 def test_events_are_used_again(driver: FakeDriver, bindings: FakeBindings) -> None:
     """None is made on the way once there are as many as are held at a time."""
     device = CudaDevice()
@@ -193,6 +194,7 @@ def test_events_are_used_again(driver: FakeDriver, bindings: FakeBindings) -> No
     assert driver.calls.count("event") == 2
 
 
+@pytest.mark.slow
 def test_pinned_memory_is_freed_where_the_context_is_current(
     driver: FakeDriver, bindings: FakeBindings
 ) -> None:

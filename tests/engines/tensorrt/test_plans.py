@@ -31,6 +31,7 @@ def folder(digits_bundle: Path, tmp_path: Path) -> Path:
     return shutil.copytree(digits_bundle, tmp_path / "digits")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_every_graph_becomes_a_plan(
     folder: Path, rtx: library.Library, precision: PrecisionName

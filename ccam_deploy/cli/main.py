@@ -22,7 +22,7 @@ from ccam_deploy.cli.info import info
 from ccam_deploy.cli.printing import say
 from ccam_deploy.cli.propose import propose
 from ccam_deploy.cli.sanity import sanity
-from ccam_deploy.cli.signals import Terminated, termination_as_exit
+from ccam_deploy.cli.signals import Terminated, signals_as_exceptions
 from ccam_deploy.cli.verify import verify
 from ccam_deploy.errors import CcamError
 
@@ -45,7 +45,7 @@ class _Group(click.Group):
             sys.stdout.reconfigure(errors="backslashreplace")
         debug = "--debug" in takewhile(lambda word: word.startswith("-"), words)
         try:
-            with termination_as_exit():
+            with signals_as_exceptions():
                 code = super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
         except click.exceptions.NoArgsIsHelpError as error:
             error.show()

@@ -20,25 +20,38 @@ class Terminated(SystemExit):
 
 
 @contextmanager
-def termination_as_exit() -> Iterator[None]:
-    """Raise Terminated at the first SIGTERM, and ignore later ones while clean-up runs.
+def signals_as_exceptions() -> Iterator[None]:
+    """Raise KeyboardInterrupt at Ctrl-C, and Terminated at the first SIGTERM.
 
-    While a module is being imported the exception waits: some libraries swallow what is raised
-    then, or report it as a failed import. Does nothing outside of the main thread, where no handler
-    can be set.
+    While a module is being imported they wait: some libraries swallow what is raised then, or
+    report it as a failed import. Later SIGTERMs are ignored while clean-up runs. Where Ctrl-C is
+    ignored or handled otherwise, it stays so. Does nothing outside of the main thread, where no
+    handler can be set.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    waiting: list[int] = []
 
-    def leave(signum: int, frame: FrameType | None) -> None:
+    def leave(number: int, frame: FrameType | None) -> None:
+        if number != signal.SIGALRM:
+            waiting.append(number)
         if _importing(frame):
             signal.setitimer(signal.ITIMER_REAL, _RETRY_SECONDS)
             return
+        if not waiting:  # what it waited for was raised meanwhile
+            return
+        terminated = signal.SIGTERM in waiting
+        waiting.clear()
+        if not terminated:
+            raise KeyboardInterrupt
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise Terminated
 
-    previous = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGALRM)}
+    numbers = [signal.SIGTERM, signal.SIGALRM]
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        numbers.append(signal.SIGINT)
+    previous = {number: signal.signal(number, leave) for number in numbers}
     try:
         yield
     finally:

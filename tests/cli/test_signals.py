@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from ccam_deploy.__main__ import main as entry
-from ccam_deploy.cli.signals import Terminated, held_signals, termination_as_exit
+from ccam_deploy.cli.signals import Terminated, held_signals, signals_as_exceptions
 from tests.damage import contents
 from tests.helpers import RECIPES, ROOT
 
@@ -115,8 +115,7 @@ def test_in_the_middle_of_an_export(
             assert told, "the export ended too early"
         process.send_signal(number)
         rest = process.stderr.read()
-        assert process.wait(60) == exit_code
-    assert rest.splitlines()[-1] == line
+    assert (process.returncode, rest.splitlines()[-1]) == (exit_code, line)
     assert "Traceback" not in rest
     assert not [path for path in tmp_path.rglob("*") if path.is_file() or path.name != "out"]
 
@@ -124,7 +123,7 @@ def test_in_the_middle_of_an_export(
 def test_sigterm_is_an_exit_once() -> None:
     """A second one does not cut the clean-up short; the handler before comes back."""
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Terminated) as ended, termination_as_exit():
+    with pytest.raises(Terminated) as ended, signals_as_exceptions():
         try:
             signal.raise_signal(signal.SIGTERM)
         finally:
@@ -137,7 +136,7 @@ def test_other_threads_run_without_handlers() -> None:
     reached = []
 
     def work() -> None:
-        with termination_as_exit(), held_signals():
+        with signals_as_exceptions(), held_signals():
             reached.append(signal.getsignal(signal.SIGTERM))
 
     thread = threading.Thread(target=work)
@@ -162,7 +161,7 @@ def test_a_held_interrupt_is_raised_where_asked() -> None:
 @pytest.mark.usefixtures("interrupts")
 def test_a_held_signal_is_raised_at_the_end_of_the_block() -> None:
     reached = []
-    with pytest.raises(Terminated), termination_as_exit(), held_signals():
+    with pytest.raises(Terminated), signals_as_exceptions(), held_signals():
         signal.raise_signal(signal.SIGTERM)
         reached.append("end")
     assert reached == ["end"]
@@ -179,22 +178,41 @@ def test_an_ignored_interrupt_stays_ignored() -> None:
         signal.signal(signal.SIGINT, before)
 
 
-def test_termination_waits_for_an_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A library that swallows what is raised while it is imported cannot swallow SIGTERM."""
-    (tmp_path / "swallowing.py").write_text(
+@pytest.mark.usefixtures("interrupts")
+@pytest.mark.parametrize(
+    ("name", "exception"), [("SIGTERM", Terminated), ("SIGINT", KeyboardInterrupt)]
+)
+def test_signals_wait_for_an_import(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    exception: type[BaseException],
+) -> None:
+    """A library that swallows what is raised while it is imported cannot swallow them."""
+    (tmp_path / f"swallowing_{name}.py").write_text(
         "import os, signal\n"
         "raised = False\n"
         "try:\n"
-        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        f"    os.kill(os.getpid(), signal.{name})\n"
         "    [None for _ in range(1000)]\n"
         "except BaseException:\n"
         "    raised = True\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     raised: list[bool] = []
-    before = signal.getsignal(signal.SIGALRM)
-    with pytest.raises(Terminated), termination_as_exit():
-        raised.append(importlib.import_module("swallowing").raised)
+    numbers = signal.SIGALRM, signal.SIGINT, signal.SIGTERM
+    before = [signal.getsignal(number) for number in numbers]
+    with pytest.raises(exception), signals_as_exceptions():
+        raised.append(importlib.import_module(f"swallowing_{name}").raised)
         signal.pause()
     assert raised == [False]
-    assert signal.getsignal(signal.SIGALRM) is before
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
+@pytest.mark.usefixtures("interrupts")
+def test_an_alarm_that_comes_late_raises_nothing() -> None:
+    with pytest.raises(Terminated), signals_as_exceptions():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            signal.raise_signal(signal.SIGALRM)

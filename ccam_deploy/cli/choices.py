@@ -55,7 +55,7 @@ def make_methods(names: Sequence[str], pairs: Sequence[str]) -> dict[str, Method
             raise OptionError(f'option "{key}" is unknown; {known}')
         for name in takers:
             values[name][key] = value
-    return {name: _make_method(kind, values[name]) for name, kind in types.items()}
+    return {name: _make_method(method, values[name]) for name, method in types.items()}
 
 
 def parse_targets(words: Sequence[str], manifest: Manifest) -> list[Target]:
@@ -121,7 +121,7 @@ def find_inputs(images: Sequence[Path], output: Path) -> list[Path]:
     place = output.resolve()
     files = []
     for path in images:
-        found = find_images([path])
+        images = find_images([path])
         if path.is_dir():
             if path.resolve() == place:
                 raise OptionError(
@@ -129,10 +129,10 @@ def find_inputs(images: Sequence[Path], output: Path) -> list[Path]:
                     "next run explains what this one writes"
                 )
             inside = path.resolve() in place.parents
-            found = [f for f in found if not (inside and place in f.resolve().parents)]
-            if not found:
+            images = [f for f in images if not (inside and place in f.resolve().parents)]
+            if not images:
                 raise ImageError(f"{path} holds no images but those in --output {output}")
-        files += found
+        files += images
     return files
 
 

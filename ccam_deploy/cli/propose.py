@@ -254,24 +254,24 @@ def _on_scenes(proposer: _Proposer) -> dict[str, Any]:
     from ccam_deploy.files import write_file
 
     limit = proposer.options.limit or SCENES_LIMIT
-    kinds = get_args(SceneType)
+    scene_types = get_args(SceneType)
     results: list[dict[str, Any]] = []
     rows: list[list[Tile]] = []
-    with progress("proposing", limit * len(kinds)) as bar:
-        for kind in kinds:
+    with progress("proposing", limit * len(scene_types)) as bar:
+        for scene_type in scene_types:
             alone, guided, truth = [], [], []
             for number in range(limit):
-                scene = make_scene("test", number, kind)
+                scene = make_scene("test", number, scene_type)
                 picture = Image.fromarray(scene.image)
                 proposal = proposer.propose(picture, list(dict.fromkeys(scene.digits)))
                 alone.append(proposal.alone)
                 guided.append(proposal.guided)
                 truth.append(scene.boxes)
-                if number < _SHOWN_SCENES // len(kinds):
+                if number < _SHOWN_SCENES // len(scene_types):
                     rows.append(_tiles(picture, proposal, proposer.method.name, scene.boxes))
                 bar.update(1)
             results += [
-                {"scenes": kind, "boxes_of": name, **dataclasses.asdict(measured)}
+                {"scenes": scene_type, "boxes_of": name, **dataclasses.asdict(measured)}
                 for name, measured in (
                     ("selective search", proposals.coverage(alone, truth)),
                     (f"with {proposer.method.name}", proposals.coverage(guided, truth)),

@@ -121,7 +121,7 @@ def find_inputs(images: Sequence[Path], output: Path) -> list[Path]:
     place = output.resolve()
     files = []
     for path in images:
-        images = find_images([path])
+        pictures = find_images([path])
         if path.is_dir():
             if path.resolve() == place:
                 raise OptionError(
@@ -129,10 +129,10 @@ def find_inputs(images: Sequence[Path], output: Path) -> list[Path]:
                     "next run explains what this one writes"
                 )
             inside = path.resolve() in place.parents
-            images = [f for f in images if not (inside and place in f.resolve().parents)]
-            if not images:
+            pictures = [f for f in pictures if not (inside and place in f.resolve().parents)]
+            if not pictures:
                 raise ImageError(f"{path} holds no images but those in --output {output}")
-        files += images
+        files += pictures
     return files
 
 

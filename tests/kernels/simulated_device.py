@@ -25,7 +25,7 @@ from greenlet import getcurrent, greenlet
 from numpy.typing import NDArray
 
 from ccam_deploy.kernels.cuda.buffers import Buffers, Spec
-from ccam_deploy.kernels.cuda.geometry import Geometry, LayerPlace
+from ccam_deploy.kernels.cuda.geometry import BLOCK_CLUSTERS, Geometry, LayerPlace
 
 if TYPE_CHECKING:
     from ccam_deploy.kernels.cuda.launch import CollectionKernels
@@ -44,6 +44,7 @@ class Run:
     logits: [images, classes], or [rows, classes] of masked images.   codes: [pairs].
     room_for_k: the most collections that the buffers have room for; 0 for k_max.
     given: contents of buffers before the first stage.   threads: per block, for every kernel.
+    block_clusters: see Geometry.
     """
 
     shapes: tuple[tuple[int, int, int], ...]
@@ -63,6 +64,7 @@ class Run:
     gradient_scale: float = 1.0
     mask_dtype: str = "float32"
     standardise: bool = False
+    block_clusters: int = BLOCK_CLUSTERS
     threads: int = 64
 
     def geometry(self) -> Geometry:
@@ -78,6 +80,7 @@ class Run:
             self.room_for_k or self.k_max,
             self.theta,
             self.mask_dtype,
+            self.block_clusters,
         )
 
 

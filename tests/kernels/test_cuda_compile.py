@@ -33,7 +33,7 @@ TABLE, OWNER, STARTS = i8[:, ::1], i4[::1], i4[::1]
 HIERARCHY = f8[:, ::1], f4[:, ::1], i4[:, ::1]
 PSI, LABELS, COUNTS = f4[:, :, ::1], i4[:, ::1], i4[:, ::1]
 MAPS, RANKS = (i4[:, ::1], f4[:, ::1], f4[:, ::1]), types.Tuple((i8, i8, f4))
-FLAGS = types.uint8[::1]
+FLAGS, MERGES = types.uint8[::1], i4[:, :, ::1]
 
 
 def signatures(dtype: Any) -> dict[Any, tuple[tuple[Any, ...], str]]:
@@ -52,10 +52,23 @@ def signatures(dtype: Any) -> dict[Any, tuple[tuple[Any, ...], str]]:
         ),
         statistics.channel_statistics: ((*inputs, f8, PSI), "statistics"),
         statistics.standardise: ((TABLE, PSI, PSI), "search"),
-        ward.begin: ((TABLE, PSI, *HIERARCHY, f8[:, ::1], COUNTS), "search"),
+        ward.begin: ((TABLE, PSI, *HIERARCHY, f8[:, ::1], COUNTS, MERGES), "search"),
         ward.search: ((TABLE, *HIERARCHY, COUNTS), "search"),
+        ward.merge: ((TABLE, *HIERARCHY, f8[:, ::1], COUNTS, MERGES, i8, i8), "search"),
+        ward.relink: ((TABLE, *HIERARCHY, COUNTS, MERGES, i8, i8), "search"),
         cut.partition: (
-            (TABLE, *HIERARCHY, f8[:, ::1], i4[::1], LABELS, COUNTS, f4[:, :, ::1], i4[:, ::1]),
+            (
+                TABLE,
+                *HIERARCHY,
+                f8[:, ::1],
+                MERGES,
+                i8,
+                i4[::1],
+                LABELS,
+                COUNTS,
+                f4[:, :, ::1],
+                i4[:, ::1],
+            ),
             "partition",
         ),
         sums.collection_sums: (

@@ -204,7 +204,7 @@ def test_buffers_may_have_room_for_more_collections(device: Device) -> None:
             np.testing.assert_array_equal(roomy[name][:2], exact[name][:2])
 
 
-def test_hard_partitions_match_cpu(device: Device) -> None:
+def hard_layers() -> list[Floats]:
     """Ties that leave every ratio the same, and statistics that float32 cannot tell apart."""
     stream = np.random.default_rng(11)
     corners = np.array([[x, y, 0, 0] for x in (0, 1) for y in (0, 1)])
@@ -218,8 +218,41 @@ def test_hard_partitions_match_cpu(device: Device) -> None:
     chain = np.zeros((30, 4))
     chain[:, 1] = 3.0 ** np.arange(30)
     cases = [squares, dead, gradients_only, offset, huge, tiny, wide, chain, chain[::-1]]
-    layers = [case[None].astype(np.float32) for case in cases]
-    run = partition_run(layers)
+    return [case[None].astype(np.float32) for case in cases]
+
+
+def test_hard_partitions_match_cpu(device: Device) -> None:
+    run = partition_run(hard_layers())
+    assert_partitions_match(run, device(run))
+
+
+@pytest.mark.parametrize(("block_clusters", "threads"), [(4, 64), (12, 64)])
+def test_rounds_of_the_grid_change_nothing(
+    device: Device, block_clusters: int, threads: int
+) -> None:
+    """Few grid rounds, or enough for some layers only, or more than it takes: the same to the bit.
+
+    A chain needs more rounds than are launched, and a layer of one or two channels none.
+    """
+    random = np.random.default_rng(2).standard_normal((1, 40, 4)).astype(np.float32)
+    few = random[:, :2], random[:, :1], np.ones_like(random[:, :16])
+    layers = [*hard_layers()[:4], hard_layers()[-1], random, *few]
+    one_block = partition_run(layers)
+    shared_out = replace(one_block, block_clusters=block_clusters, threads=threads)
+    assert shared_out.geometry().grid_rounds == {4: 9, 12: 5}[block_clusters]
+    expected, out = device(one_block), device(shared_out)
+    assert expected["merges"][:1].max() == 0
+    assert out["merges"][:1].max() > 0
+    for name in ("labels", "counts", "quality", "rounds"):
+        np.testing.assert_array_equal(out[name][:1], expected[name][:1])
+
+
+@pytest.mark.nightly
+def test_a_block_takes_over_in_the_middle_of_a_large_layer(device: Device) -> None:
+    """As on a card: more channels than shared memory holds, and not enough rounds of the grid."""
+    psi = np.random.default_rng(5).standard_normal((1, 600, 4)).astype(np.float32)
+    run = partition_run([psi, psi[:, ::2]], threads=256)
+    assert run.geometry().grid_rounds == 3
     assert_partitions_match(run, device(run))
 
 

@@ -54,6 +54,7 @@ def _block_reduction(combine: Callable[[Any, Any], Any]) -> Any:
 
 
 warp_min = _warp_reduction(min)
+warp_sum = _warp_reduction(operator.add)
 block_sum = _block_reduction(operator.add)
 block_max = _block_reduction(max)
 block_min = _block_reduction(min)

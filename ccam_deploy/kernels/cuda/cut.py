@@ -17,9 +17,15 @@ from ccam_deploy.kernels.cuda.collectives import (
     block_sum,
 )
 from ccam_deploy.kernels.cuda.geometry import LARGEST_K
-from ccam_deploy.kernels.cuda.hierarchy import Exact, Links, coarse_of, exact_of, links_of
+from ccam_deploy.kernels.cuda.hierarchy import (
+    History,
+    coarse_of,
+    exact_of,
+    history_of,
+    links_of,
+)
 from ccam_deploy.kernels.cuda.layer_table import layer_row
-from ccam_deploy.kernels.cuda.ward import SLOTS, build
+from ccam_deploy.kernels.cuda.ward import SLOTS, finish
 
 WORST_QUALITY = -1.0
 
@@ -45,6 +51,8 @@ def partition(
     all_coarse: Array,
     all_links: Array,
     scales: Array,
+    merges: Array,
+    most: int,
     k_range: Array,
     labels: Array,
     counts: Array,
@@ -59,6 +67,8 @@ def partition(
         all_coarse: [COARSE_ROWS, P · channels] float32, from the same.
         all_links: [LINK_ROWS, P · channels] int32, from the same.
         scales: [P, L] float64, from the same.
+        merges: [P, L, rounds] int32, from the rounds of `ward.merge` and `ward.relink`.
+        most: As in those.
         k_range: [2] int32, k_min and k_max, the numbers of collections to try.
         labels: [P, channels] int32, written: collections, numbered by their first channel.
         counts: [P, L] int32, 0 where a statistic is not finite; elsewhere the number of
@@ -84,29 +94,31 @@ def partition(
     exact = exact_of(all_exact, start, start + channels)
     coarse = coarse_of(all_coarse, start, start + channels)
     links = links_of(all_links, start, start + channels)
-    turns = build(exact, coarse, links, scales[pair, layer])
-    largest = min(k_max, distinct(exact, links))
-    highest_merges(exact, links, largest - 1, top)
-    count = best_count(exact, links, top, k_min, largest, quality[pair, layer])
-    write_labels(links, top, count, labels[pair, first : first + channels])
+    history = history_of(all_exact, all_links, start, start + channels)
+    scale = scales[pair, layer]
+    turns = finish(exact, coarse, links, history, scale, merges[pair, layer], most)
+    largest = min(k_max, distinct(history))
+    highest_merges(history, largest - 1, top)
+    count = best_count(history, top, k_min, largest, quality[pair, layer])
+    write_labels(history, links.stale, top, count, labels[pair, first : first + channels])
     if cuda.threadIdx.x == 0:
         counts[pair, layer] = count
         rounds[pair, layer] = turns
 
 
 @cuda.jit(device=True)
-def distinct(exact: Exact, links: Links) -> int:
+def distinct(history: History) -> int:
     """The number of distinct channels: one more than the merges that are not at height 0."""
     scratch = cuda.shared.array(MOST_WARPS, np.int32)
     merges = np.int32(0)
-    for slot in range(cuda.threadIdx.x, links.parent.shape[0], cuda.blockDim.x):
-        if links.parent[slot] >= 0 and exact.merge_height[slot] > 0:
+    for slot in range(cuda.threadIdx.x, history.parent.shape[0], cuda.blockDim.x):
+        if history.parent[slot] >= 0 and history.merge_height[slot] > 0:
             merges += np.int32(1)
     return int(1 + block_sum(merges, scratch))
 
 
 @cuda.jit(device=True)
-def highest_merges(exact: Exact, links: Links, count: int, top: Array) -> None:
+def highest_merges(history: History, count: int, top: Array) -> None:
     """Write the slots that the last `count` merges took away, the last merge first."""
     heights = cuda.shared.array(MOST_WARPS, np.float64)
     orders = cuda.shared.array(MOST_WARPS, np.int32)
@@ -114,9 +126,9 @@ def highest_merges(exact: Exact, links: Links, count: int, top: Array) -> None:
     before_height, before_order = math.inf, np.int32(0)
     for place in range(count):
         height, order = -1.0, np.int32(0)
-        for slot in range(cuda.threadIdx.x, links.parent.shape[0], cuda.blockDim.x):
-            if links.parent[slot] >= 0:
-                that_height, that_order = exact.merge_height[slot], links.order[slot]
+        for slot in range(cuda.threadIdx.x, history.parent.shape[0], cuda.blockDim.x):
+            if history.parent[slot] >= 0:
+                that_height, that_order = history.merge_height[slot], history.order[slot]
                 if later(before_height, before_order, that_height, that_order) and later(
                     that_height, that_order, height, order
                 ):
@@ -149,14 +161,11 @@ def later(height: float, order: int, other_height: float, other_order: int) -> b
 
 
 @cuda.jit(device=True)
-def best_count(
-    exact: Exact, links: Links, top: Array, k_min: int, largest: int, quality: Array
-) -> int:
+def best_count(history: History, top: Array, k_min: int, largest: int, quality: Array) -> int:
     """Undo the last merges one by one, and find the number of collections with the best ratio.
 
     Args:
-        exact: The hierarchy.
-        links: The hierarchy.
+        history: The hierarchy.
         top: The slots that the last merges took away, the last merge first.
         k_min: The smallest number of collections to try.
         largest: The largest.
@@ -177,16 +186,23 @@ def best_count(
         if count == 1:
             if thread == 0:
                 slots[0] = 0
-                write_cluster(clusters, 0, exact.centroid, exact.size, exact.spread, 0)
+                write_cluster(clusters, 0, history.centroid, history.size, history.spread, 0)
         else:
             added = top[count - 2]
-            if thread < count - 1 and slots[thread] == links.parent[added]:
+            if thread < count - 1 and slots[thread] == history.parent[added]:
                 write_cluster(
-                    clusters, thread, exact.old_centroid, exact.old_size, exact.old_spread, added
+                    clusters,
+                    thread,
+                    history.old_centroid,
+                    history.old_size,
+                    history.old_spread,
+                    added,
                 )
             if thread == count - 1:
                 slots[thread] = added
-                write_cluster(clusters, thread, exact.centroid, exact.size, exact.spread, added)
+                write_cluster(
+                    clusters, thread, history.centroid, history.size, history.spread, added
+                )
         cuda.syncthreads()
         if count > 1 and thread < count:
             ratios[thread] = ratio(clusters, thread, count)
@@ -235,9 +251,18 @@ def ratio(clusters: Cut, place: int, count: int) -> Number:
 
 
 @cuda.jit(device=True)
-def write_labels(links: Links, top: Array, count: int, labels: Array) -> None:
-    """Label each channel by the rank of its cluster's slot, which is its first channel."""
-    label_of_slot = links.stale  # free once the hierarchy stands
+def write_labels(
+    history: History, label_of_slot: Array, top: Array, count: int, labels: Array
+) -> None:
+    """Label each channel by the rank of its cluster's slot, which is its first channel.
+
+    Args:
+        history: The hierarchy.
+        label_of_slot: [C] int32, scratch.
+        top: The slots that the last merges took away.
+        count: The number of collections.
+        labels: [C] int32, written.
+    """
     thread, threads = cuda.threadIdx.x, cuda.blockDim.x
     for slot in range(thread, label_of_slot.shape[0], threads):
         label_of_slot[slot] = -1
@@ -254,5 +279,5 @@ def write_labels(links: Links, top: Array, count: int, labels: Array) -> None:
     for channel in range(thread, labels.shape[0], threads):
         slot = channel
         while label_of_slot[slot] < 0:
-            slot = links.parent[slot]
+            slot = history.parent[slot]
         labels[channel] = label_of_slot[slot]

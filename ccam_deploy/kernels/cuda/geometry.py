@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
@@ -12,12 +13,17 @@ from numpy.typing import DTypeLike, NDArray
 from ccam_deploy.errors import OptionError
 from ccam_deploy.kernels.cuda.buffers import Buffers, Spec
 
-EXACT_ROWS, COARSE_ROWS, LINK_ROWS = 14, 6, 7
+EXACT_ROWS, COARSE_ROWS, LINK_ROWS = 14, 6, 8
 """Rows of the arrays that hold Ward's hierarchy, see `hierarchy`."""
 
 TILE = 32
 LARGEST_K = 32
 LARGEST_LAYER = 4096
+
+BLOCK_CLUSTERS = 256
+"""The most clusters of a layer that one block merges in shared memory."""
+_LEFT_BY_A_ROUND = 0.75
+"""The share of a layer's clusters that a round of merging leaves, or less, in most layers."""
 
 
 class LayerRow(NamedTuple):
@@ -75,6 +81,8 @@ class Geometry:
         k_max: The most collections that a layer may have in any batch.
         theta: Mask values not above this quantile become 0; in [0, 1).
         mask_dtype: The type in which the classifier takes its masks, float32 or float16.
+        block_clusters: Down to how many clusters the whole grid merges those of a layer, before
+            one block goes on; 1 to BLOCK_CLUSTERS. Results do not depend on it.
 
     Raises:
         OptionError: A size exceeds what the kernels take.
@@ -86,6 +94,7 @@ class Geometry:
     k_max: int = 10
     theta: float = 0.1
     mask_dtype: DTypeLike = np.float32
+    block_clusters: int = BLOCK_CLUSTERS
 
     def __post_init__(self) -> None:
         if self.k_max > LARGEST_K:
@@ -111,6 +120,12 @@ class Geometry:
     def tiles(self) -> int:
         """Tiles of at most TILE pixels; none lies in two layers."""
         return sum(map(_tiles, self.layers))
+
+    @property
+    def grid_rounds(self) -> int:
+        """How many rounds of merging use the whole grid."""
+        excess = max(layer.channels for layer in self.layers) / self.block_clusters
+        return max(0, math.ceil(math.log(excess) / -math.log(_LEFT_BY_A_ROUND)))
 
     @property
     def masks(self) -> int:
@@ -191,6 +206,7 @@ class Geometry:
             coarse=Spec((COARSE_ROWS, slots), np.float32),
             links=Spec((LINK_ROWS, slots), np.int32),
             scales=Spec((pairs, layers), np.float64),
+            merges=Spec((pairs, layers, max(self.grid_rounds, 1)), np.int32),
             rounds=Spec((pairs, layers), np.int32),
             unscaled=Spec((pairs, sums), np.float64),
             finished=Spec((pairs, layers, self.k_max), np.int32, zeroed=True),

@@ -2,7 +2,9 @@
 
 Each group lies in one two-dimensional array of all layers and pairs, so that few arguments are
 passed to the kernels; only this module knows in which row. A cluster lives in the slot of its
-first channel: in every array, an element or a column is a slot.
+first channel. In these arrays an element or a column is a slot; while one block merges the last
+clusters, `Exact`, `Coarse` and `Links` lie in its shared memory, where clusters are numbered as
+they come.
 """
 
 from __future__ import annotations
@@ -22,27 +24,20 @@ class Exact(NamedTuple):
         size: The number of channels.
         spread: The sum of squared distances to the centroid.
         height: The height at which the cluster arose.
-        old_centroid: [4, C], for a slot that was merged into another: the other's before that.
-        old_size: The other's size before the merge.
-        old_spread: The other's spread before the merge.
-        merge_height: For a slot that was merged into another: the height of that merge.
     """
 
     centroid: Array
     size: Array
     spread: Array
     height: Array
-    old_centroid: Array
-    old_size: Array
-    old_spread: Array
-    merge_height: Array
 
 
 class Coarse(NamedTuple):
     """The clusters in float32, scaled so that the layer's largest statistic is about 1.
 
     Attributes:
-        centroid: [4, C], scaled.
+        centroid: [4, C], scaled; infinite for a cluster that was merged into another, so that it
+            is nobody's nearest.
         size: [C], the number of channels.
         error: [C], a bound on the distance from the scaled centroid to the true one.
     """
@@ -57,21 +52,46 @@ class Links(NamedTuple):
 
     Attributes:
         nearest: The nearest cluster.
-        parent: The slot that a slot was merged into, or -1.
-        order: When it was merged, as round · SLOTS + slot.
-        changed: The last round in which the cluster changed.
-        live: The slots that hold a cluster, in the first elements.
+        changed: The last round that merged the cluster.
+        live: Clusters that were not merged into another, in the first elements.
         other_live: The same for every second round.
-        stale: The slots whose nearest is out of date; after the last round, labels.
+        stale: The clusters whose nearest is out of date.
+        slot: Each cluster's slot.
     """
 
     nearest: Array
-    parent: Array
-    order: Array
     changed: Array
     live: Array
     other_live: Array
     stale: Array
+    slot: Array
+
+
+class History(NamedTuple):
+    """What was merged with what, by slot; each array [C] except for the centroids.
+
+    Attributes:
+        centroid: [4, C] float64, of the slot's cluster when it was merged into another; for slot 0,
+            in the end, of all channels.
+        size: float64, the number of channels of the same.
+        spread: float64, the sum of squared distances to the centroid of the same.
+        old_centroid: [4, C] float64, for a slot that was merged into another: the other's before.
+        old_size: float64, the other's size before.
+        old_spread: float64, the other's spread before.
+        merge_height: float64, for a slot that was merged into another: the height of that merge.
+        parent: int32, the slot that a slot was merged into, or -1.
+        order: int32, for a slot that was merged into another: when, as round · SLOTS + slot.
+    """
+
+    centroid: Array
+    size: Array
+    spread: Array
+    old_centroid: Array
+    old_size: Array
+    old_spread: Array
+    merge_height: Array
+    parent: Array
+    order: Array
 
 
 @cuda.jit(device=True)
@@ -82,10 +102,6 @@ def exact_of(rows: Array, start: int, end: int) -> Exact:
         rows[4, start:end],
         rows[5, start:end],
         rows[6, start:end],
-        rows[7:11, start:end],
-        rows[11, start:end],
-        rows[12, start:end],
-        rows[13, start:end],
     )
 
 
@@ -97,7 +113,7 @@ def coarse_of(rows: Array, start: int, end: int) -> Coarse:
 
 @cuda.jit(device=True)
 def links_of(rows: Array, start: int, end: int) -> Links:
-    """The slots from `start` to `end` of [7, n] int32."""
+    """The slots from `start` to `end` of [8, n] int32."""
     return Links(
         rows[0, start:end],
         rows[1, start:end],
@@ -105,5 +121,20 @@ def links_of(rows: Array, start: int, end: int) -> Links:
         rows[3, start:end],
         rows[4, start:end],
         rows[5, start:end],
-        rows[6, start:end],
+    )
+
+
+@cuda.jit(device=True)
+def history_of(exact_rows: Array, link_rows: Array, start: int, end: int) -> History:
+    """The slots from `start` to `end` of [14, n] float64 and [8, n] int32."""
+    return History(
+        exact_rows[0:4, start:end],
+        exact_rows[4, start:end],
+        exact_rows[5, start:end],
+        exact_rows[7:11, start:end],
+        exact_rows[11, start:end],
+        exact_rows[12, start:end],
+        exact_rows[13, start:end],
+        link_rows[6, start:end],
+        link_rows[7, start:end],
     )

@@ -150,18 +150,27 @@ class CollectionKernels:
             grid = 4, layers, pairs
             statistics.standardise[grid, self.threads.search, stream](b.table, b.psi, psi)
         hierarchy = b.exact, b.coarse, b.links
-        ward.begin[(layers, pairs), self.threads.search, stream](
-            b.table, psi, *hierarchy, b.scales, b.counts
+        threads, most = self.threads.search, self.geometry.block_clusters
+        ward.begin[(layers, pairs), threads, stream](
+            b.table, psi, *hierarchy, b.scales, b.counts, b.merges
         )
-        rows = self.threads.search // WARP
         largest = max(layer.channels for layer in self.geometry.layers)
-        ward.search[(-(-largest // rows), layers, pairs), self.threads.search, stream](
-            b.table, *hierarchy, b.counts
-        )
+        by_thread = -(-largest // threads), layers, pairs
+        by_warp = -(-largest // (threads // WARP)), layers, pairs
+        ward.search[by_warp, threads, stream](b.table, *hierarchy, b.counts)
+        for turn in range(1, self.geometry.grid_rounds + 1):
+            ward.merge[by_thread, threads, stream](
+                b.table, *hierarchy, b.scales, b.counts, b.merges, turn, most
+            )
+            ward.relink[by_warp, threads, stream](
+                b.table, *hierarchy, b.counts, b.merges, turn, most
+            )
         cut.partition[(layers, pairs), self.threads.partition, stream](
             b.table,
             *hierarchy,
             b.scales,
+            b.merges,
+            most,
             inputs.k_range,
             b.labels,
             b.counts,

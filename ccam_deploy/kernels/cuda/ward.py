@@ -267,7 +267,7 @@ def clusters_before(merges: Array, channels: int, turn: int) -> int:
 @cuda.jit(device=True)
 def out_of_date(links: Links, cluster: int, turn: int) -> bool:
     """Whether a round merged the cluster or its nearest."""
-    return links.changed[cluster] == turn or links.changed[links.nearest[cluster]] == turn
+    return bool(links.changed[cluster] == turn or links.changed[links.nearest[cluster]] == turn)
 
 
 @cuda.jit(device=True)
@@ -357,7 +357,7 @@ def finish(
         if slots[place] == 0:
             keep(last, history, place, 0)
     cuda.syncthreads()
-    return turn
+    return int(turn)
 
 
 @cuda.jit(device=True)
@@ -432,7 +432,7 @@ def merge_until(
                 links.nearest[cluster] = other
         source, target = target, source
         cuda.syncthreads()
-    return turn
+    return int(turn)
 
 
 @cuda.jit(device=True)

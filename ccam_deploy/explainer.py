@@ -178,6 +178,39 @@ class Explainer:
         batch = self._methods.context.batch(image, self.networks.backbone(image), first, first)
         make_method(method).require_support(self.networks, batch)
 
+    def warm_up(
+        self,
+        batch: int = 1,
+        *,
+        method: str | Method = DEFAULT_METHOD,
+        progress: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        """Prepare for calls of 1 to `batch` images, so that none of them takes longer than others.
+
+        On a GPU, engines plan and compile for each number of rows when they first meet it, which
+        takes many times longer than an explanation. This runs every number that Collection-CAM
+        needs, on every slot; it waits for callers that hold one. For other methods, and on a CPU,
+        it makes two calls on noise.
+
+        Args:
+            batch: The most images of a call.
+            method: A method with its options, or its name for its defaults.
+            progress: Called with a line for each step.
+
+        Raises:
+            OptionError: `batch` is out of range, or the method does not suit the bundle.
+            BackendError: The engine fails, or there is too little memory.
+        """
+        if batch < 1:
+            raise OptionError(f"batch is {batch}; it must be at least 1")
+        requested = make_method(method)
+        if self.on_device is not None and isinstance(requested, CollectionCAM):
+            self.on_device.warm_up(min(batch, self.batch_size), requested, progress)
+            return
+        for count in sorted({1, min(batch, self.batch_size)}):
+            progress(f"{count} images" if count > 1 else "one image")
+            self.explain(self._noise(count), method=requested)
+
     def calibrate(
         self, images: int = 1, classes: int = 1, method: str | Method = DEFAULT_METHOD
     ) -> None:

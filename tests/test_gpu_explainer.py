@@ -86,12 +86,8 @@ def test_cuda_graphs_give_the_same_bits(bundle: Path, backend: str) -> None:
             got, expected = replayed.explain(call), plain.explain(call)
             assert got.raw_saliency.tobytes() == expected.raw_saliency.tobytes()
             assert got.logits.tobytes() == expected.logits.tobytes()
-        assert plain.notes == ()
-        if backend == "onnxruntime-cuda":
-            assert replayed.notes == ("CUDA graphs are off: this engine cannot be captured",)
-        else:
-            assert replayed.notes == ()
-            assert "weigh" in replayed.explain(calls[0]).timings
+        assert plain.notes == replayed.notes == ()
+        assert {"classifier", "combine"} <= set(replayed.explain(calls[0]).timings)
 
 
 def test_threads_share_an_explainer(explainer: ccam.Explainer) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
-from contextlib import redirect_stdout
-from functools import cache
+from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout, suppress
+from functools import cache, partial
+from itertools import chain, repeat
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -30,11 +32,32 @@ _DTYPES: dict[str, np.dtype[Any]] = {
 }
 
 
+_CHANNELS_LAST = {"prefer_nhwc": "1"}
+_CAPTURE = {"enable_cuda_graph": "1"}
+_NO_CAPTURE = -1
+_MOST_CAPTURED = 256
+"""ONNX Runtime keeps what it captured as long as the session."""
+
+
+class _CaptureRefusedError(BackendError):
+    """ONNX Runtime cannot capture the runs of a graph."""
+
+
 class OnnxRuntimeGraph:
-    """An ONNX graph on tensors in a GPU's memory or, for tests, the host's; see DeviceGraph."""
+    """An ONNX graph on tensors in a GPU's memory or, for tests, the host's; see DeviceGraph.
+
+    On a GPU, ONNX Runtime captures the run of each set of tensors that is bound, and replays it:
+    what is captured is not planned again when the number of rows changes.
+
+    Attributes:
+        inputs: See DeviceGraph.
+        outputs: See DeviceGraph.
+        limits: Empty: any number of rows may be given.
+        capturable: False: its arena allocates while it runs, and it may leave operators to the CPU.
+        replays_itself: Whether ONNX Runtime captures CUDA graphs of its own.
+    """
 
     capturable = False
-    """Its arena allocates while it runs, and it may leave operators to the CPU."""
 
     def __init__(self, path: Path, device: Device, stream: int) -> None:
         """Load the graph.
@@ -47,32 +70,71 @@ class OnnxRuntimeGraph:
         Raises:
             BackendError: The graph cannot be loaded on the device.
         """
-        runtime = _import()
         self._path = path
         self._device = device
-        self._session = open_session(path, device, 1, stream)
+        self._session, self._captures = _open_graph(path, device, stream)
+        self.replays_itself = self._captures
         self.inputs = _specs(self._session.get_inputs())
         self.outputs = _specs(self._session.get_outputs())
         self.limits: Mapping[str, int] = {}
-        self._options = runtime.RunOptions()
-        # The stream keeps the order; the run must not wait for it.
-        self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        self._uncaptured = self._options(_NO_CAPTURE)
+        self._captured = 0
+
+    def bind(self, tensors: Mapping[str, DeviceTensor]) -> Callable[[], None]:
+        """See DeviceGraph. The second run is captured, and replayed from then on."""
+        binding = self._binding(tensors)
+        if not self._captures or self._captured >= _MOST_CAPTURED:
+            return partial(self._run, binding, self._uncaptured)
+        self._captured += 1
+        captured = self._options(self._captured)
+        options = chain([self._uncaptured], repeat(captured))
+        return lambda: self._run(binding, next(options))
 
     def launch(self, tensors: Mapping[str, DeviceTensor]) -> None:
         """Put a run on the stream; see DeviceGraph."""
+        self._run(self._binding(tensors), self._uncaptured)
+
+    def close(self) -> None:
+        """Free the session."""
+        del self._session
+
+    def _binding(self, tensors: Mapping[str, DeviceTensor]) -> Any:
         binding = self._session.io_binding()
         for specs, bind in ((self.inputs, binding.bind_input), (self.outputs, binding.bind_output)):
             for spec in specs:
                 tensor = tensors[spec.name]
                 bind(spec.name, self._device, 0, tensor.dtype, tensor.shape, tensor.address)
+        return binding
+
+    def _run(self, binding: Any, options: Any) -> None:
         try:
-            self._session.run_with_iobinding(binding, self._options)
+            self._session.run_with_iobinding(binding, options)
         except Exception as error:
             raise BackendError(f"ONNX Runtime failed on {self._path}: {brief(error)}") from error
 
-    def close(self) -> None:
-        """Free the session."""
-        del self._session
+    def _options(self, graph_id: int) -> Any:
+        options = _import().RunOptions()
+        # The stream keeps the order; the run must not wait for it.
+        options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        if self._captures:
+            options.add_run_config_entry("gpu_graph_id", str(graph_id))
+        return options
+
+
+def _open_graph(
+    path: Path, device: Device, stream: int
+) -> tuple[onnxruntime.InferenceSession, bool]:
+    """Open a session in the fastest way that a graph allows, and say whether it captures runs.
+
+    ONNX Runtime refuses to capture a graph of which it leaves a node to the CPU. Which nodes it
+    leaves depends on the layout: not every operator has a kernel for channels last.
+    """
+    if device == "cpu":
+        return open_session(path, device, 1, stream), False
+    for options in (_CHANNELS_LAST | _CAPTURE, _CAPTURE):
+        with suppress(_CaptureRefusedError):
+            return open_session(path, device, 1, stream, options), True
+    return open_session(path, device, 1, stream, _CHANNELS_LAST), False
 
 
 class OnnxRuntimeEngine(Engine):
@@ -110,7 +172,11 @@ class OnnxRuntimeEngine(Engine):
 
 
 def open_session(
-    model: Path | bytes, device: Device, threads: int = 0, stream: int = 0
+    model: Path | bytes,
+    device: Device,
+    threads: int = 0,
+    stream: int = 0,
+    cuda_options: Mapping[str, str] = MappingProxyType({}),
 ) -> onnxruntime.InferenceSession:
     """Load a model on a device and on no other.
 
@@ -119,6 +185,7 @@ def open_session(
         device: Where to run it.
         threads: Threads inside an operator; 0 lets ONNX Runtime choose.
         stream: The handle of a CUDA stream to work on; 0 lets ONNX Runtime create one.
+        cuda_options: More options of the CUDA provider.
 
     Returns:
         The session.
@@ -139,14 +206,22 @@ def open_session(
     provider = require_provider(device)
     providers: list[Any] = [provider]
     if device == "cuda":  # it hands operators that it lacks to the CPU
-        cuda_options = {"use_tf32": "0"}  # which rounds the factors of float32 to 10 bits
+        settings = {
+            "use_tf32": "0",  # it rounds the factors of float32 to 10 bits
+            # A search for the fastest plan takes hundreds of milliseconds for each shape, and
+            # found none that was faster.
+            "cudnn_conv_algo_search": "HEURISTIC",
+            **cuda_options,
+        }
         if stream:
-            cuda_options["user_compute_stream"] = str(stream)
-        providers = [(provider, cuda_options), PROVIDERS["cpu"]]
+            settings["user_compute_stream"] = str(stream)
+        providers = [(provider, settings), PROVIDERS["cpu"]]
         _load_cuda(runtime)
     try:
         session = runtime.InferenceSession(model, options, providers=providers)
     except Exception as error:
+        if "graph capture" in str(error):
+            raise _CaptureRefusedError(brief(error)) from error
         name = model if isinstance(model, Path) else "a model"
         raise BackendError(f"ONNX Runtime cannot load {name}: {brief(error)}") from error
     used = session.get_providers()[0]

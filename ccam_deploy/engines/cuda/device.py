@@ -58,8 +58,27 @@ class DeviceGraph(Protocol):
     limits: Mapping[str, int]
 
     @property
+    def replays_itself(self) -> bool:
+        """Whether it keeps CUDA graphs of its own, which cannot be part of another."""
+        ...
+
+    @property
     def capturable(self) -> bool:
         """Whether a later launch for the same shapes may be captured in a CUDA graph."""
+        ...
+
+    def bind(self, tensors: Mapping[str, DeviceTensor]) -> Callable[[], None]:
+        """Prepare to run often on the same tensors, at the lowest cost for each run.
+
+        Args:
+            tensors: Every input and output by name.
+
+        Returns:
+            A function that does what `launch` does with them.
+
+        Raises:
+            BackendError: The engine refuses.
+        """
         ...
 
     def launch(self, tensors: Mapping[str, DeviceTensor]) -> None:
@@ -130,8 +149,11 @@ class Device(Protocol):
         """Put a copy within the device on the stream."""
         ...
 
-    def wait(self) -> None:
-        """Wait until the stream's work is done.
+    def wait(self, mark: Any = None) -> None:
+        """Wait until the stream's work is done, or that before a mark.
+
+        Args:
+            mark: An event from `mark`; None for all work.
 
         Raises:
             BackendError: Some of it failed.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ccam_deploy.engines.cuda.pycuda import CudaDevice
@@ -36,6 +37,8 @@ def onnxruntime_slots(paths: Mapping[str, Path], most: int) -> Slots:
         except BaseException:
             device.close()
             raise
-        return Slot(device, {"latency": graphs, "throughput": graphs})
+        # What ONNX Runtime captures in one thread, it does not replay in another.
+        worker = ThreadPoolExecutor(1, "ccam-deploy-gpu")
+        return Slot(device, {"latency": graphs, "throughput": graphs}, worker)
 
     return Slots(open_slot, most)

@@ -140,10 +140,10 @@ class CudaDevice:
         with _backend_errors():
             self._driver.memcpy_dtod_async(target, source, size, self._stream)
 
-    def wait(self) -> None:
+    def wait(self, mark: Any = None) -> None:
         """See Device."""
         with _backend_errors():
-            self._stream.synchronize()
+            (self._stream if mark is None else mark.event).synchronize()
 
     def mark(self) -> Any:
         """See Device."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypeVar, cast
@@ -26,6 +27,7 @@ class Closable(Protocol):
 
 
 Kept = TypeVar("Kept", bound=Closable)
+Result = TypeVar("Result")
 
 
 @dataclass
@@ -35,10 +37,13 @@ class Slot:
     Attributes:
         device: The stream and its memory.
         graphs: The graphs by name, tuned for a single image or for a batch.
+        worker: A pool of one thread, where engines keep what they captured by thread: `run` does
+            all work there. None where engines do not care.
     """
 
     device: Device
     graphs: Mapping[Use, Graphs]
+    worker: ThreadPoolExecutor | None = None
     _kept: dict[Hashable, Closable] = field(default_factory=dict)
     _scratch: dict[str, tuple[int, int]] = field(default_factory=dict)
 
@@ -65,8 +70,31 @@ class Slot:
         kept = self._kept[key] = self._kept.pop(key)
         return cast(Kept, kept)
 
+    def run(self, work: Callable[[], Result]) -> Result:
+        """Do some work with the device current, on the slot's thread if it has one.
+
+        Args:
+            work: Uses the slot. It ends before this returns, also where this is interrupted.
+
+        Returns:
+            What `work` returns.
+        """
+        if self.worker is None:
+            return work()
+        try:
+            return self.worker.submit(self._with_device, work).result()
+        except BaseException:
+            self.worker.submit(lambda: None).result()  # after whatever was submitted before
+            raise
+
+    def _with_device(self, work: Callable[[], Result]) -> Result:
+        with self.device.current():
+            return work()
+
     def close(self) -> None:
         """Wait for the stream, then free what is kept, the graphs and the device's memory."""
+        if self.worker is not None:
+            self.worker.shutdown()
         graphs = {id(g): g for gs in self.graphs.values() for g in gs.values()}
         try:
             with self.device.current():
@@ -82,7 +110,11 @@ class Slot:
 
 
 class Slots:
-    """Opens slots as callers need them, up to a number; safe to use from several threads."""
+    """Opens slots as callers need them, up to a number; safe to use from several threads.
+
+    Attributes:
+        most: How many slots there may be at a time.
+    """
 
     def __init__(
         self,
@@ -97,6 +129,7 @@ class Slots:
             most: How many slots there may be at a time; more callers wait for their turn.
             close_shared: Frees what all slots share. Called once, after the last slot is closed.
         """
+        self.most = most
         self._open = open_slot
         self._close_shared = close_shared
         self._lent = 0

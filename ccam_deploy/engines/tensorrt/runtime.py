@@ -7,7 +7,7 @@ first GPU wherever no other is current, as `CudaDevice` does.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -177,10 +177,16 @@ class PlanGraph:
         self._new_context = partial(_Context, plan, profile, scratch, device.stream)
         self._contexts: dict[tuple[DeviceTensor, ...], _Context] = {}
 
+    replays_itself = False
+
     @property
     def capturable(self) -> bool:
         """See DeviceGraph."""
         return all(context.capturable for context in self._contexts.values())
+
+    def bind(self, tensors: Mapping[str, DeviceTensor]) -> Callable[[], None]:
+        """See DeviceGraph. Contexts are kept by their tensors already."""
+        return partial(self.launch, dict(tensors))
 
     def launch(self, tensors: Mapping[str, DeviceTensor]) -> None:
         """See DeviceGraph."""

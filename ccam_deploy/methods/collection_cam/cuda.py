@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from weakref import WeakKeyDictionary
@@ -71,6 +72,7 @@ class DeviceCollectionCAM:
         self._cuda_graphs = cuda_graphs
         self._largest_k_max: dict[CollectionCAM, int] = {}
         self._k_max_lock = threading.Lock()
+        self._warming = threading.Lock()
         self.notes: tuple[str, ...] = ()
 
     def explain(
@@ -98,10 +100,11 @@ class DeviceCollectionCAM:
             BackendError: The engine failed, or a statistic is not finite.
             OptionError: The kernels do not take such sizes.
         """
+        use: Use = "latency" if len(images) == len(owner) == 1 else "throughput"
         logits, parts = [], []
-        with self._slots.take() as slot:
-            single = len(images) == len(owner) == 1
-            pipeline = self._pipeline(slot, "latency" if single else "throughput", options)
+
+        def run(slot: Slot) -> Geometry:
+            pipeline = self._pipeline(slot, use, options)
             for rows in row_chunks(len(images), pipeline.batch):
                 pairs = (owner >= rows.start) & (owner < rows.stop)
                 batch_logits, results = pipeline.run(
@@ -112,9 +115,13 @@ class DeviceCollectionCAM:
                     clock,
                 )
                 logits.append(batch_logits)
-                parts += results
+                parts.extend(results)
+            return pipeline.geometry
+
+        with self._slots.take() as slot:
+            geometry = slot.run(partial(run, slot))
         targets = np.concatenate([part.targets for part in parts])
-        method_results = [self._result(pipeline.geometry, part, options) for part in parts]
+        method_results = [self._result(geometry, part, options) for part in parts]
         return np.concatenate(logits), targets, method_results
 
     def passes(self, images: Floats, options: CollectionCAM) -> Callable[[], None]:
@@ -130,16 +137,43 @@ class DeviceCollectionCAM:
         """
         sizes: WeakKeyDictionary[Pipeline, list[tuple[int, int]]] = WeakKeyDictionary()
 
+        def run_on(slot: Slot) -> None:
+            use: Use = "latency" if len(images) == 1 else "throughput"
+            pipeline = self._pipeline(slot, use, options)
+            if pipeline not in sizes:
+                sizes[pipeline] = _sizes(pipeline, images, options)
+            for count, masks in sizes[pipeline]:
+                pipeline.passes(count, masks)
+
         def run() -> None:
             with self._slots.take() as slot:
-                use: Use = "latency" if len(images) == 1 else "throughput"
-                pipeline = self._pipeline(slot, use, options)
-                if pipeline not in sizes:
-                    sizes[pipeline] = _sizes(pipeline, images, options)
-                for count, masks in sizes[pipeline]:
-                    pipeline.passes(count, masks)
+                slot.run(partial(run_on, slot))
 
         return run
+
+    def warm_up(self, images: int, options: CollectionCAM, progress: Callable[[str], None]) -> None:
+        """Prepare every slot for calls of 1 to `images` images, once no caller holds one.
+
+        Args:
+            images: The most images of a call.
+            options: The method.
+            progress: Called with a line for each step.
+
+        Raises:
+            BackendError: The engine failed, or there is too little memory.
+            OptionError: The kernels do not take such sizes.
+        """
+
+        def prepare(slot: Slot) -> None:
+            self._pipeline(slot, "latency", options).warm_up(progress)
+            if images > 1:
+                self._pipeline(slot, "throughput", options).warm_up(progress)
+
+        # Two callers that each hold some of the slots would wait for each other.
+        with self._warming, ExitStack() as held:
+            slots = [held.enter_context(self._slots.take()) for _ in range(self._slots.most)]
+            for slot in slots:
+                slot.run(partial(prepare, slot))
 
     def _pipeline(self, slot: Slot, use: Use, options: CollectionCAM) -> Pipeline:
         """The slot's pipeline for some options, built on their first use.

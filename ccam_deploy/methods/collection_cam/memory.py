@@ -13,7 +13,7 @@ from numpy.typing import DTypeLike, NDArray
 from ccam_deploy.arrays import Floats
 from ccam_deploy.bundle.manifest import Layer
 from ccam_deploy.engines.base import TensorSpec
-from ccam_deploy.engines.cuda.device import ALIGNMENT, Device, DeviceGraph, DeviceTensor, Region
+from ccam_deploy.engines.cuda.device import Device, DeviceGraph, DeviceTensor, Region
 from ccam_deploy.engines.cuda.slots import Graphs
 from ccam_deploy.kernels.cuda.buffers import (
     ArrayGroup,
@@ -143,14 +143,14 @@ class ChunkedTensor:
     Attributes:
         name: The classifier's name for it.
         whole: A row for every mask.
-        aligned: Room for the rows of a chunk, for chunks that start where an engine cannot read or
-            write; None where there are none.
+        staged: The rows of one chunk. All chunks but the first are copied there, so that an engine
+            meets few addresses.
         written: Whether the classifier writes it.
     """
 
     name: str
     whole: DeviceTensor
-    aligned: DeviceTensor | None
+    staged: DeviceTensor
     written: bool
 
 
@@ -305,21 +305,24 @@ class DeviceMemory:
         self.chunked = self._chunked()
 
     def _chunked(self) -> tuple[ChunkedTensor, ...]:
-        """The classifier's tensors but the images, with room for chunks that are not aligned."""
+        """The classifier's tensors but the images, with room for a chunk of each."""
         tensors = {
             "masks": self.buffers.masks,
             "owner": self.buffers.owner_of_mask,
             "logits": self.graphs.mask_logits,
         }
-        aligned = self._region(
+        staged = self._region(
             {
                 name: ((self.chunk, *tensor.shape[1:]), tensor.dtype)
                 for name, tensor in tensors.items()
-                if rows_of(tensor, 0, self.chunk).bytes % ALIGNMENT
             }
         ).tensors
+        # The rows that a chunk is padded with must name an image.
+        first = np.zeros(self.chunk, tensors["owner"].dtype)
+        self._device.upload(staged["owner"].address, first)
+        self._device.wait()
         return tuple(
-            ChunkedTensor(name, tensor, aligned.get(name), written=name == "logits")
+            ChunkedTensor(name, tensor, staged[name], written=name == "logits")
             for name, tensor in tensors.items()
         )
 

@@ -1,13 +1,17 @@
 """Collection-CAM with everything between upload and download on a GPU.
 
-A batch takes two turns on the stream. The first runs backbone, gradient and the kernels up to the
-masks; the host then reads how many masks there are, and only for that it waits. The second sends
-the masks through the classifier and adds them up; all results come to the host in one copy.
+First come backbone, gradient and the kernels up to the masks. While the number of masks comes to
+the host, the classifier begins with as many as the last batch had; it goes on with those that are
+left once the number is known. Then the masks are added up, and all results come to the host in one
+copy. Engines see few numbers of rows, and always the same addresses.
+
+Where engines can be captured, all work between two waits is a CUDA graph. An engine that replays
+graphs of its own is launched by itself, and the kernels between engines are captured.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -17,15 +21,37 @@ from numpy.typing import NDArray
 
 from ccam_deploy.arrays import Floats
 from ccam_deploy.engines.base import row_chunks
-from ccam_deploy.engines.cuda.device import ALIGNMENT, Device, DeviceTensor
+from ccam_deploy.engines.cuda.device import Device, DeviceGraph, DeviceTensor
 from ccam_deploy.engines.cuda.graph_replay import StreamRunner
 from ccam_deploy.engines.cuda.slots import Graphs
 from ccam_deploy.kernels.cuda.buffers import Buffers
 from ccam_deploy.methods.collection_cam.memory import DeviceMemory, Setup, rows_of, words_of
+from ccam_deploy.methods.collection_cam.sizes import image_sizes, mask_sizes, padded
 from ccam_deploy.methods.stopwatch import Stopwatch
 
-_UNTIL_64, _FROM_64 = 2, 16
-"""Numbers of masks are rounded up to multiples of these, so that fewer graphs are captured."""
+_ROWS = 16
+"""The kernels after the classifier take a multiple of this, so that fewer graphs are captured."""
+_RUNS_TO_CAPTURE = 2
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Some work for the stream.
+
+    Attributes:
+        stage: The stage that it begins.
+        work: Puts it on the stream, and does not wait.
+        is_engine: Whether an engine runs it.
+    """
+
+    stage: str
+    work: Callable[[], object]
+    is_engine: bool = False
+
+    def launch(self, runner: StreamRunner) -> None:
+        """Mark the stage, and put the work on the stream."""
+        runner.mark(self.stage)
+        self.work()
 
 
 @dataclass(frozen=True)
@@ -86,12 +112,17 @@ class Pipeline:
         self._runner = StreamRunner(
             device,
             setup.cuda_graphs,
-            lambda: all(graph.capturable for graph in graphs.values()),
+            lambda: all(graph.capturable or graph.replays_itself for graph in graphs.values()),
             note,
         )
         self._memory = DeviceMemory(device, graphs, setup)
         self.batch, self.geometry = self._memory.batch, self._memory.geometry
         self._kernels, self._head = self._prepare_kernels()
+        self._engines_replay = any(graph.replays_itself for graph in graphs.values())
+        self._image_sizes = image_sizes(self.batch)
+        self._mask_sizes = mask_sizes(self._memory.chunk, self.batch == 1)
+        self._launchers: dict[tuple[str, int, bool], Callable[[], None]] = {}
+        self._last_rows: dict[int, int] = {}
 
     def run(
         self,
@@ -138,37 +169,76 @@ class Pipeline:
             masks: How many it had.
         """
         self._runner.forget()
-        work = partial(self._passes, images, masks)
-        self._runner.run(("passes", images, masks), "passes", work)
+        self._put(("passes", images), "passes", [self._backbone(images), self._gradient(images)])
+        self._classify(masks)
         self._runner.mark("")
+        self._device.wait()
+
+    def warm_up(self, progress: Callable[[str], None]) -> None:
+        """Run every graph with every number of rows, and every kernel, until all is captured.
+
+        Args:
+            progress: Called with a line for each step.
+        """
+        noise = np.random.default_rng(0).standard_normal(
+            (self.batch, *self._setup.input), np.float32
+        )
+        k_range = min(2, self.geometry.k_max), self.geometry.k_max
+        for count in self._image_sizes:
+            progress(f"{count} images" if count > 1 else "one image")
+            best = np.full(count, -1, np.int64)
+            for _ in range(_RUNS_TO_CAPTURE):
+                self.run(noise[:count], np.arange(count), best, k_range, Stopwatch())
+            if count > 1:  # several classes of an image
+                ranks = -1 - np.arange(count) % self._setup.classes
+                first = np.zeros(count, np.int64)
+                for _ in range(_RUNS_TO_CAPTURE):
+                    self.run(noise[:1], first, ranks, k_range, Stopwatch())
+        for rows in self._mask_sizes:
+            progress(f"{rows} masks")
+            for start in (0, self.geometry.masks - 1):
+                for _ in range(_RUNS_TO_CAPTURE):
+                    self._classify_chunk(start, rows)
         self._device.wait()
 
     def close(self) -> None:
         """Free the memory."""
         self._memory.close()
 
-    def _passes(self, images: int, masks: int) -> None:
-        self._launch("backbone", images)
-        self._launch("gradient", images)
-        self._classify(images, masks)
+    def _backbone(self, images: int) -> _Part:
+        return _Part("backbone", partial(self._launch, "backbone", images), is_engine=True)
+
+    def _gradient(self, pairs: int, gathered: bool = False) -> _Part:
+        work = partial(self._launch, "gradient", pairs, gathered)
+        return _Part("gradient", work, is_engine=True)
 
     def _run_pairs(self, images: int, pairs: int, first: bool) -> PairResults:
-        runner = self._runner
-        host = self._memory.host
+        runner, host = self._runner, self._memory.host
         direct = np.array_equal(host.pairs.owner[:pairs], np.arange(images))
-        if not direct:
-            self._memory.gathered()
-        work = partial(self._explain, images, pairs, direct, first)
-        runner.run(("explain", images, pairs, direct, first), "explain", work)
+        self._put(
+            ("explain", images, pairs, direct, first),
+            "explain",
+            self._explain(images, pairs, direct, first),
+        )
         runner.mark("")
-        self._device.wait()
+        counted = self._device.mark()
+        # While the count of masks is on its way, the classifier begins with as many as last time.
+        expected = self._last_rows.get(pairs, 0)
+        self._classify(expected)
+        self._device.wait(counted)
         masks = int(host.counts.starts[pairs * len(self._setup.selected)])
         # There are none where no layer has finite statistics; an engine needs at least one row.
-        rows = min(max(_rounded(masks), 1), self.geometry.masks)
-        work = partial(self._weigh, images, pairs, rows)
-        runner.run(("weigh", images, pairs, rows), "weigh", work)
+        rows = self._classify(max(masks, 1), start=expected)
+        self._last_rows[pairs] = rows
+        rows = min(-(-rows // _ROWS) * _ROWS, self.geometry.masks)
+        self._put(("combine", pairs, rows), "combine", [self._combine(pairs, rows)])
         runner.mark("")
         self._device.wait()
+        return self._results(pairs, masks)
+
+    def _results(self, pairs: int, masks: int) -> PairResults:
+        """Copies of what the stream brought to the host."""
+        host = self._memory.host
         of_masks, of_pairs = host.mask_values, host.pair_values
         return PairResults(
             targets=of_pairs.targets[:pairs].copy(),
@@ -183,8 +253,30 @@ class Pipeline:
             weights=of_masks.weights[:masks].copy(),
         )
 
-    def _explain(self, images: int, pairs: int, direct: bool, first: bool) -> None:
-        """Put the work up to the masks on the stream.
+    def _put(self, key: tuple[Hashable, ...], stage: str, parts: Sequence[_Part]) -> None:
+        """Put the parts of some work on the stream: as one graph, or each as a graph of its own.
+
+        Args:
+            key: Everything that the work depends on, except for the contents of memory.
+            stage: The name of the whole where it is replayed as one graph.
+            parts: In order. Engines that keep graphs of their own are launched by themselves.
+        """
+
+        def all_parts() -> None:
+            for part in parts:
+                part.launch(self._runner)
+
+        if not self._engines_replay:
+            self._runner.run(key, stage, all_parts)
+            return
+        for index, part in enumerate(parts):
+            if part.is_engine:
+                part.launch(self._runner)
+            else:
+                self._runner.run((*key, index), part.stage, partial(part.launch, self._runner))
+
+    def _explain(self, images: int, pairs: int, direct: bool, first: bool) -> list[_Part]:
+        """The work up to the masks.
 
         Args:
             images: How many.
@@ -192,89 +284,130 @@ class Pipeline:
             direct: Whether each image has one pair, in order.
             first: Whether the backbone has yet to run.
         """
-        runner, kernels, stream = self._runner, self._kernels, self._device.kernel_stream
+        kernels, stream = self._kernels, self._device.kernel_stream
         scale, options = self._setup.gradient_scale, self._setup.options
-        inputs = self._inputs(pairs)
-        runner.mark("upload")
-        self._memory.upload_pairs()
-        if first:
-            self._memory.upload_images(images)
-            runner.mark("backbone")
-            tensors = self._memory.graphs
-            for typed in tensors.typed_images.values():
-                source, target = map(self._memory.flat_view, (tensors.images, typed))
-                kernels.cast(source, target, stream)
-            self._launch("backbone", images)
-        runner.mark("gradient")
-        probability = options.score == "probability"
-        kernels.output_gradient(inputs, self._head, scale, probability, stream)
-        self._launch("gradient", pairs, {} if direct else self._gather(images, pairs, inputs))
-        runner.mark("statistics")
-        kernels.statistics(inputs, scale, stream)
-        runner.mark("partition")
-        kernels.partition(inputs, options.standardise, stream)
-        runner.mark("masks")
-        kernels.sums(inputs, stream)
-        kernels.masks(inputs, stream)
-        self._memory.download_counts()
 
-    def _weigh(self, images: int, pairs: int, rows: int) -> None:
-        """Put the classifier on `rows` masks, the weighted sum and the download on the stream."""
-        runner, stream, inputs = self._runner, self._device.kernel_stream, self._inputs(pairs)
-        runner.mark("classifier")
-        self._classify(images, rows)
-        runner.mark("combine")
-        probability = self._setup.options.score == "probability"
-        logits = self._memory.view(rows_of(self._memory.graphs.mask_logits, 0, rows))
-        self._kernels.scores(inputs, logits, probability, stream)
-        self._kernels.combine(inputs, stream)
-        runner.mark("download")
-        self._memory.download_results(pairs, rows)
+        def upload() -> None:
+            self._memory.upload_pairs()
+            if first:
+                self._memory.upload_images(images)
+                tensors = self._memory.graphs
+                for typed in tensors.typed_images.values():
+                    source, target = map(self._memory.flat_view, (tensors.images, typed))
+                    kernels.cast(source, target, stream)
 
-    def _launch(
-        self, name: str, rows: int, replaced: Mapping[str, DeviceTensor] | None = None
-    ) -> None:
-        """Put a graph on the stream; `replaced` tensors stand in for those of the same name."""
-        graph = self._graphs[name]
-        tensors = self._memory.graphs.bindings(graph) | dict(replaced or {})
-        graph.launch({name: rows_of(tensor, 0, rows) for name, tensor in tensors.items()})
+        def output_gradient() -> None:
+            inputs = self._inputs(pairs)
+            probability = options.score == "probability"
+            kernels.output_gradient(inputs, self._head, scale, probability, stream)
+            if not direct:
+                self._gather(images, pairs, inputs)
 
-    def _gather(self, images: int, pairs: int, inputs: Any) -> dict[str, DeviceTensor]:
+        def partition() -> None:
+            inputs = self._inputs(pairs)
+            kernels.statistics(inputs, scale, stream)
+            self._runner.mark("partition")
+            kernels.partition(inputs, options.standardise, stream)
+            self._runner.mark("masks")
+            kernels.sums(inputs, stream)
+            kernels.masks(inputs, stream)
+            self._memory.download_counts()
+
+        return [
+            _Part("upload", upload),
+            *([self._backbone(images)] if first else []),
+            _Part("gradient", output_gradient),
+            self._gradient(pairs, gathered=not direct),
+            _Part("statistics", partition),
+        ]
+
+    def _combine(self, pairs: int, rows: int) -> _Part:
+        """The weighted sum of masks, from the logits of `rows` masked images, and the download."""
+
+        def work() -> None:
+            stream, inputs = self._device.kernel_stream, self._inputs(pairs)
+            probability = self._setup.options.score == "probability"
+            logits = self._memory.view(rows_of(self._memory.graphs.mask_logits, 0, rows))
+            self._kernels.scores(inputs, logits, probability, stream)
+            self._kernels.combine(inputs, stream)
+            self._runner.mark("download")
+            self._memory.download_results(pairs, rows)
+
+        return _Part("combine", work)
+
+    def _launch(self, name: str, rows: int, gathered: bool = False) -> None:
+        """Put the backbone or the gradient graph on the stream, on padded rows."""
+        key = name, padded(rows, self._image_sizes), gathered
+        if key not in self._launchers:
+            graph = self._graphs[name]
+            tensors = self._memory.graphs.bindings(graph)
+            if gathered:
+                tensors |= self._memory.gathered()
+            self._launchers[key] = self._bind(
+                graph, {name: rows_of(tensor, 0, key[1]) for name, tensor in tensors.items()}
+            )
+        self._launchers[key]()
+
+    def _bind(self, graph: DeviceGraph, tensors: dict[str, DeviceTensor]) -> Callable[[], None]:
+        if self._setup.cuda_graphs:
+            return graph.bind(tensors)
+        return partial(graph.launch, tensors)
+
+    def _gather(self, images: int, pairs: int, inputs: Any) -> None:
         """Put copies of the residuals on the stream, a row for each pair instead of each image."""
-        gathered = self._memory.gathered()
         tensors = self._memory.graphs.bindings(self._graphs["gradient"])
-        for name, target in gathered.items():
+        for name, target in self._memory.gathered().items():
             source = self._memory.view(words_of(rows_of(tensors[name], 0, images)))
             copied = self._memory.view(words_of(rows_of(target, 0, pairs)))
             self._kernels.gather(inputs, source, copied, self._device.kernel_stream)
-        return gathered
 
-    def _classify(self, images: int, masks: int) -> None:
-        """Put the classifier on the stream, a chunk of the masks at a time."""
-        for rows in row_chunks(masks, self._memory.chunk):
-            self._classify_chunk(images, rows.start, rows.stop - rows.start)
+    def _classify(self, masks: int, start: int = 0) -> int:
+        """Put the classifier on the stream, a chunk of the masks at a time.
 
-    def _classify_chunk(self, images: int, start: int, rows: int) -> None:
-        """Run the classifier on some masks; on aligned copies where they are not aligned."""
-        graph = self._graphs["classifier"]
-        tensors = {"images": rows_of(self._memory.graphs.images_for(graph), 0, images)}
-        copies_back = []
+        Args:
+            masks: How many need logits.
+            start: How many have them already.
+
+        Returns:
+            How many have them then, `masks` or a few more.
+        """
+        while start < masks:
+            rows = padded(min(masks - start, self._memory.chunk), self._mask_sizes)
+            chunk = _Part("classifier", partial(self._classify_chunk, start, rows), is_engine=True)
+            self._put(("classify", start, rows), "classifier", [chunk])
+            start = min(start + rows, self.geometry.masks)
+        return start
+
+    def _classify_chunk(self, start: int, rows: int) -> None:
+        """Run the classifier on some masks, padded to `rows`: in place, or on staged copies."""
+        staged = start > 0
+        key = "classifier", rows, staged
+        if key not in self._launchers:
+            self._launchers[key] = self._bind_classifier(rows, staged)
+        if not staged:
+            self._launchers[key]()
+            return
+        count = min(rows, self.geometry.masks - start)
         for chunked in self._memory.chunked:
-            part = rows_of(chunked.whole, start, rows)
-            if part.address % ALIGNMENT:
-                assert chunked.aligned is not None
-                aligned = replace(part, address=chunked.aligned.address)
-                if chunked.written:
-                    copies_back.append((part, aligned))
-                else:
-                    self._device.copy(aligned.address, part.address, part.bytes)
-                part = aligned
-            tensors[chunked.name] = part
+            if not chunked.written:
+                part = rows_of(chunked.whole, start, count)
+                self._device.copy(chunked.staged.address, part.address, part.bytes)
+        self._launchers[key]()
+        for chunked in self._memory.chunked:
+            if chunked.written:
+                part = rows_of(chunked.whole, start, count)
+                self._device.copy(part.address, chunked.staged.address, part.bytes)
+
+    def _bind_classifier(self, rows: int, staged: bool) -> Callable[[], None]:
+        """Prepare the classifier for `rows` masks of any of the batch's images."""
+        graph = self._graphs["classifier"]
         height, width = self._setup.input[1:]
+        tensors = {"images": self._memory.graphs.images_for(graph)}
+        for chunked in self._memory.chunked:
+            whole = chunked.staged if staged else chunked.whole
+            tensors[chunked.name] = rows_of(whole, 0, rows)
         tensors["masks"] = replace(tensors["masks"], shape=(rows, 1, height, width))
-        graph.launch(tensors)
-        for part, aligned in copies_back:
-            self._device.copy(part.address, aligned.address, part.bytes)
+        return self._bind(graph, tensors)
 
     def _inputs(self, pairs: int) -> Any:
         from ccam_deploy.kernels.cuda.launch import Inputs
@@ -300,8 +433,3 @@ class Pipeline:
             gradient=memory.view(memory.graphs.output_gradient),
         )
         return CollectionKernels(self.geometry, buffers), head
-
-
-def _rounded(masks: int) -> int:
-    step = _UNTIL_64 if masks <= 64 else _FROM_64
-    return -(-masks // step) * step

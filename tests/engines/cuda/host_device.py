@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from ccam_deploy.errors import BackendError
 from ccam_deploy.methods import CollectionCAM
 
 Array = NDArray[Any]
+Launch = tuple[str, int]
 _THREADS = 32
 _GARBAGE = 0xFF
 """NaN in every float, -1 in every integer: what was not written must not be read."""
@@ -82,7 +83,7 @@ class HostDevice:
     def copy(self, target: int, source: int, size: int) -> None:
         self._bytes(target, size)[:] = self._bytes(source, size)
 
-    def wait(self) -> None:
+    def wait(self, mark: float | None = None) -> None:
         pass
 
     def mark(self) -> float:
@@ -116,11 +117,62 @@ class HostDevice:
         raise AssertionError(f"{size} bytes at {address} are not in the device's memory")
 
 
-def slot_on(device: HostDevice, paths: Mapping[str, Path], limits: Mapping[str, int]) -> Slot:
-    """A slot whose graphs run on ONNX Runtime where the device's memory is, the host's."""
-    graphs = {name: OnnxRuntimeGraph(path, "cpu", 0) for name, path in paths.items()}
+@dataclass
+class Record:
+    """What graphs did.
+
+    launches: each launch's graph and rows.   bound: how often each graph was bound, by its name,
+    rows and addresses.
+    """
+
+    launches: list[Launch] = field(default_factory=list)
+    bound: Counter[Any] = field(default_factory=Counter)
+
+    def take(self) -> list[Launch]:
+        """The launches since the last call."""
+        launches, self.launches = self.launches, []
+        return launches
+
+
+class RecordedGraph(OnnxRuntimeGraph):
+    """A graph on ONNX Runtime where the device's memory is, the host's."""
+
+    def __init__(self, name: str, path: Path, record: Record) -> None:
+        super().__init__(path, "cpu", 0)
+        self.name = name
+        self.record = record
+
+    def bind(self, tensors: Mapping[str, DeviceTensor]) -> Callable[[], None]:
+        addresses = tuple(tensor.address for tensor in tensors.values())
+        self.record.bound[self.name, self._rows(tensors), addresses] += 1
+        run = super().bind(tensors)
+
+        def launch() -> None:
+            self.record.launches.append((self.name, self._rows(tensors)))
+            run()
+
+        return launch
+
+    def launch(self, tensors: Mapping[str, DeviceTensor]) -> None:
+        self.record.launches.append((self.name, self._rows(tensors)))
+        super().launch(tensors)
+
+    def _rows(self, tensors: Mapping[str, DeviceTensor]) -> int:
+        return next(tensors[n].shape[0] for n in ("logits", "gradient_0") if n in tensors)
+
+
+def slot_on(
+    device: HostDevice,
+    paths: Mapping[str, Path],
+    limits: Mapping[str, int],
+    record: Record,
+    replays_itself: bool = False,
+) -> Slot:
+    """A slot whose graphs run on ONNX Runtime where the device's memory is."""
+    graphs = {name: RecordedGraph(name, path, record) for name, path in paths.items()}
     for graph in graphs.values():
-        graph.capturable = True
+        graph.capturable = not replays_itself
+        graph.replays_itself = replays_itself
         graph.limits = limits
     return Slot(device, {"latency": graphs, "throughput": graphs})
 
@@ -140,6 +192,8 @@ class Job:
     """What to run in the simulator's process: the calls of one explainer, one after the other.
 
     passes: how often to run the passes of the first call alone, in the end.
+    replays_itself: whether engines keep CUDA graphs of their own.   warm_up: the most images that
+    the explainer is prepared for before the first call; 0 for none.
     """
 
     bundle: Path
@@ -150,19 +204,25 @@ class Job:
     cuda_graphs: bool = True
     captures: bool = True
     passes: int = 0
+    replays_itself: bool = False
+    warm_up: int = 0
 
 
 @dataclass(frozen=True)
 class Report:
     """What came of a job.
 
-    allocations: how many there had been after each call.   launches: each graph's rows, of the
-    passes alone.
+    allocations, bound: how many there had been before the first call, and after each.
+    launches: each graph's name and rows, of each call.   passes: the same of the passes alone.
+    progress: what the warm-up said.
     """
 
     results: list[ccam.Explanation]
     allocations: list[int]
-    launches: list[tuple[str, int]]
+    bound: list[int]
+    launches: list[list[Launch]]
+    passes: list[Launch]
+    progress: list[str]
     notes: tuple[str, ...]
     captured: int
     replayed: int
@@ -177,18 +237,27 @@ def run(job: Job) -> Report:
     bundle = read_bundle(job.bundle)
     chosen = bundle.precision(job.precision)
     paths = {name: bundle.path(file) for name, file in chosen.graphs.items()}
-    devices = []
+    devices: list[HostDevice] = []
+    record = Record()
 
     def open_slot() -> Slot:
         devices.append(HostDevice(job.captures))
-        return slot_on(devices[-1], paths, {"batch": 8, "masks": job.masks})
+        limits = {"batch": 8, "masks": job.masks}
+        return slot_on(devices[-1], paths, limits, record, job.replays_itself)
+
+    def counts() -> tuple[int, int]:
+        return sum(device.allocations for device in devices), record.bound.total()
 
     host = load_networks(paths, chosen.gradient_scale, "onnxruntime-cpu")
     networks = Networks(host.engines, chosen.gradient_scale, "host", Slots(open_slot, 1))
     with ccam.Explainer(
         bundle, networks, job.precision, job.batch_size, job.cuda_graphs
     ) as explainer:
-        results, allocations = [], []
+        results, per_call, progress, passes = [], [], list[str](), list[Launch]()
+        if job.warm_up:
+            explainer.warm_up(job.warm_up, method=job.calls[0].method, progress=progress.append)
+            record.take()
+        numbers = [counts()]
         for call in job.calls:
             results.append(
                 explainer.explain(
@@ -198,34 +267,26 @@ def run(job: Job) -> Report:
                     budget_ms=call.budget_ms,
                 )
             )
-            allocations.append(sum(device.allocations for device in devices))
+            numbers.append(counts())
+            per_call.append(record.take())
         notes = explainer.notes
-        launches: list[tuple[str, int]] = []
         if job.passes and explainer.on_device is not None:
-            passes = explainer.on_device.passes(job.calls[0].images, job.calls[0].method)
-            passes()
-            with networks.slots.take() as slot:  # type: ignore[union-attr]
-                for name, graph in slot.graphs["throughput"].items():
-                    graph.launch = partial(_recorded, name, graph.launch, launches)  # type: ignore[method-assign]
+            run_passes = explainer.on_device.passes(job.calls[0].images, job.calls[0].method)
+            run_passes()
+            record.take()
             for _ in range(job.passes):
-                passes()
+                run_passes()
+            passes = record.take()
     assert not any(device.blocks for device in devices)
+    allocations, bindings = map(list, zip(*numbers, strict=True))
     return Report(
         results,
         allocations,
-        launches,
+        bindings,
+        per_call,
+        passes,
+        progress,
         notes,
         sum(device.captured for device in devices),
         sum(device.replayed for device in devices),
     )
-
-
-def _recorded(
-    name: str,
-    launch: Callable[[Mapping[str, DeviceTensor]], None],
-    launches: list[tuple[str, int]],
-    tensors: Mapping[str, DeviceTensor],
-) -> None:
-    output = next(tensors[name] for name in ("logits", "gradient_0") if name in tensors)
-    launches.append((name, output.shape[0]))
-    launch(tensors)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from ccam_deploy.engines.cuda.device import DeviceTensor
 from ccam_deploy.engines.cuda.host_engine import HostedGraph
 from ccam_deploy.engines.cuda.slots import Slot, Slots
 from ccam_deploy.errors import BackendError
-from tests.engines.cuda.host_device import HostDevice, slot_on
+from tests.engines.cuda.host_device import HostDevice, Record, slot_on
 from tests.helpers import noise
 
 
@@ -63,7 +64,7 @@ class NumpyDevice:
     def copy(self, target: int, source: int, size: int) -> None:
         raise NotImplementedError
 
-    def wait(self) -> None:
+    def wait(self, mark: object = None) -> None:
         pass
 
     def mark(self) -> Any:
@@ -100,10 +101,14 @@ class Gather:
     )
     limits: Mapping[str, int] = {"batch": 2, "masks": 6}
     capturable = False
+    replays_itself = False
 
     def __init__(self, device: NumpyDevice) -> None:
         self.device = device
         self.closed = 0
+
+    def bind(self, tensors: Mapping[str, DeviceTensor]) -> Callable[[], None]:
+        return partial(self.launch, tensors)
 
     def launch(self, tensors: Mapping[str, DeviceTensor]) -> None:
         t = {n: self.device.view(x.address, x.shape, x.dtype) for n, x in tensors.items()}
@@ -179,7 +184,7 @@ def test_networks_on_a_slot_give_what_the_cpu_gives(
     bundle = read_bundle(tiny_bundle)
     chosen = bundle.precision("fp32")
     paths = {name: bundle.path(file) for name, file in chosen.graphs.items()}
-    slots = Slots(lambda: slot_on(HostDevice(), paths, limits), 1)
+    slots = Slots(lambda: slot_on(HostDevice(), paths, limits, Record()), 1)
     engines = {name: HostedGraph(slots, name) for name in paths}
     images, masks = noise(5, 3, 32, 48), np.abs(noise(7, 32, 48))
     owner = np.array([4, 0, 2, 2, 4, 1, 0])

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import signal
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -208,3 +210,63 @@ def test_what_slots_share_is_closed_where_the_last_slot_does_not_open() -> None:
     assert shared == [1]
     slots.close()
     assert shared == [1]
+
+
+def test_a_slot_with_a_thread_does_all_work_there() -> None:
+    """Whichever thread borrows it; the device is current there, and errors come back."""
+    device = FakeDevice()
+    slot = Slot(cast(Device, device), {}, ThreadPoolExecutor(1))
+    slots = Slots(lambda: slot, 1)
+    current: list[tuple[int, int]] = []
+
+    def work() -> int:
+        current.append((threading.get_ident(), device.users))
+        return len(current)
+
+    def borrow() -> int:
+        with slots.take() as taken:
+            return taken.run(work)
+
+    with ThreadPoolExecutor(1) as other:
+        assert [borrow(), other.submit(borrow).result()] == [1, 2]
+    (thread, users), again = current
+    assert again == (thread, users)
+    assert thread != threading.get_ident()
+    assert users == 2  # the borrower's thread and the slot's
+    with pytest.raises(OptionError, match="no"), slots.take() as taken:
+        taken.run(fail)
+    slots.close()
+    assert (device.users, device.closed) == (0, 1)
+
+
+def fail() -> None:
+    raise OptionError("no")
+
+
+def test_an_interrupted_borrower_waits_for_the_work() -> None:
+    """The next borrower must not meet it."""
+    slot = Slot(cast(Device, FakeDevice()), {}, ThreadPoolExecutor(1))
+    started, go_on, done = threading.Event(), threading.Event(), list[str]()
+
+    def work() -> None:
+        started.set()
+        go_on.wait(60)
+        done.append("work")
+
+    def interrupt() -> None:
+        started.wait(60)
+        signal.raise_signal(signal.SIGINT)
+
+    def arrive(*_: object) -> None:
+        threading.Timer(0.05, go_on.set).start()
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, arrive)
+    try:
+        threading.Thread(target=interrupt).start()
+        with pytest.raises(KeyboardInterrupt):
+            slot.run(work)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert done == ["work"]
+    slot.close()

@@ -1,0 +1,143 @@
+"""How graphs are opened and run on ONNX Runtime's CUDA provider, on a runtime that only listens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ccam_deploy.engines import onnxruntime as engine_module
+from ccam_deploy.engines.cuda.device import DeviceTensor
+from ccam_deploy.engines.onnxruntime import OnnxRuntimeGraph
+from ccam_deploy.errors import BackendError
+
+REFUSAL = (
+    "This session cannot use the graph capture feature as requested by the user as all compute "
+    "graph nodes have not been partitioned to the CUDAExecutionProvider"
+)
+X = SimpleNamespace(name="x", type="tensor(float)", shape=["n", 2])
+Y = SimpleNamespace(name="y", type="tensor(float)", shape=["n", 2])
+
+
+class RunOptions:
+    def __init__(self) -> None:
+        self.entries: dict[str, str] = {}
+
+    def add_run_config_entry(self, key: str, value: str) -> None:
+        self.entries[key] = value
+
+
+class Runtime:
+    """Sessions that refuse some options, and note with what they were opened and run.
+
+    refuses: provider options that a session is not opened with.   opened: each session's provider
+    options.   runs: each run's binding and CUDA graph.
+    """
+
+    RunOptions = RunOptions
+
+    def __init__(self, refuses: tuple[dict[str, str], ...] = (), error: str = REFUSAL) -> None:
+        self.refuses = refuses
+        self.error = error
+        self.opened: list[dict[str, str]] = []
+        self.runs: list[tuple[Any, str | None]] = []
+
+    def SessionOptions(self) -> Any:  # noqa: N802
+        return SimpleNamespace(add_session_config_entry=lambda key, value: None)
+
+    def InferenceSession(self, model: Path, options: Any, providers: Any) -> Any:  # noqa: N802
+        (_, settings), _ = providers
+        if any(refused.items() <= settings.items() for refused in self.refuses):
+            raise RuntimeError(self.error)
+        self.opened.append(settings)
+
+        def run(binding: Any, options: RunOptions) -> None:
+            self.runs.append((binding, options.entries.get("gpu_graph_id")))
+
+        return SimpleNamespace(
+            get_providers=lambda: ["CUDAExecutionProvider"],
+            get_inputs=lambda: [X],
+            get_outputs=lambda: [Y],
+            io_binding=lambda: SimpleNamespace(
+                bind_input=lambda *words: None, bind_output=lambda *words: None
+            ),
+            run_with_iobinding=run,
+        )
+
+    def get_available_providers(self) -> list[str]:
+        return ["CUDAExecutionProvider", "CPUExecutionProvider"]
+
+    def preload_dlls(self) -> None:
+        pass
+
+
+def open_graph(monkeypatch: pytest.MonkeyPatch, runtime: Runtime) -> OnnxRuntimeGraph:
+    monkeypatch.setattr(engine_module, "_import", lambda: runtime)
+    return OnnxRuntimeGraph(Path("net.onnx"), "cuda", 77)
+
+
+def tensors(rows: int) -> dict[str, DeviceTensor]:
+    return {name: DeviceTensor(256, (rows, 2), np.dtype("float32")) for name in "xy"}
+
+
+@pytest.mark.parametrize(
+    ("refused", "layout", "captures"),
+    [
+        ((), "1", True),
+        (({"prefer_nhwc": "1", "enable_cuda_graph": "1"},), None, True),
+        (({"enable_cuda_graph": "1"},), "1", False),
+    ],
+)
+def test_the_fastest_way_that_a_graph_allows(
+    monkeypatch: pytest.MonkeyPatch,
+    refused: tuple[dict[str, str], ...],
+    layout: str | None,
+    captures: bool,
+) -> None:
+    runtime = Runtime(refused)
+    graph = open_graph(monkeypatch, runtime)
+    (settings,) = runtime.opened
+    assert settings.get("prefer_nhwc") == layout
+    assert settings.get("enable_cuda_graph") == ("1" if captures else None)
+    assert graph.replays_itself is captures
+    assert not graph.capturable
+    assert settings["user_compute_stream"] == "77"
+    assert settings["use_tf32"] == "0"
+    graph.bind(tensors(2))()
+    assert [graph_id for _, graph_id in runtime.runs] == ["-1" if captures else None]
+
+
+def test_other_errors_are_not_taken_for_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = Runtime(({"enable_cuda_graph": "1"},), error="out of memory")
+    with pytest.raises(BackendError, match=r"cannot load net\.onnx: out of memory"):
+        open_graph(monkeypatch, runtime)
+    assert runtime.opened == []
+
+
+def test_each_binding_is_captured_once_it_is_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a CUDA graph of its own; what is not bound is not captured."""
+    runtime = Runtime()
+    graph = open_graph(monkeypatch, runtime)
+    two, three = graph.bind(tensors(2)), graph.bind(tensors(3))
+    for run in (two, three, two, three, two):
+        run()
+    graph.launch(tensors(2))
+    bindings, ids = zip(*runtime.runs, strict=True)
+    assert list(ids) == ["-1", "-1", "1", "2", "1", "-1"]
+    assert bindings[0] is bindings[2] is bindings[4]
+    assert bindings[1] is bindings[3]
+
+
+def test_what_is_captured_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX Runtime frees nothing that it captured before the session is closed."""
+    monkeypatch.setattr(engine_module, "_MOST_CAPTURED", 2)
+    runtime = Runtime()
+    graph = open_graph(monkeypatch, runtime)
+    for rows in (1, 2, 3):
+        run = graph.bind(tensors(rows))
+        run()
+        run()
+    assert [graph_id for _, graph_id in runtime.runs] == ["-1", "1", "-1", "2", "-1", "-1"]

@@ -22,6 +22,7 @@ def simplify(joint: fx.GraphModule) -> None:
         LoweringError: A size is no multiple of the batch.
     """
     _sizes_from_batch(joint)
+    _leave_batch_open(joint)
     _tidy(joint)
     _fold_constants(joint)
     _merge_equal_nodes(joint)
@@ -50,6 +51,30 @@ def _sizes_from_batch(joint: fx.GraphModule) -> None:
             size.meta["val"] = node.meta["val"]
         node.replace_all_uses_with(size)
         joint.graph.erase_node(node)
+
+
+def _leave_batch_open(joint: fx.GraphModule) -> None:
+    """Let operators find the batch's size themselves: engines would compute it on the CPU."""
+    for node in joint.graph.nodes:
+        if node.target is aten.expand.default:
+            source, sizes = node.args[0], list(node.args[1])
+            shape = source.meta["val"].shape
+            own = [None] * (len(sizes) - len(shape)) + list(shape)
+            for axis, size in enumerate(sizes):
+                if isinstance(size, fx.Node) and _is_same(size.meta["val"], own[axis]):
+                    sizes[axis] = -1
+            node.update_arg(1, sizes)
+        elif node.target in (aten.view.default, aten._unsafe_view.default, aten.reshape.default):
+            sizes = list(node.args[1])
+            unknown = [axis for axis, size in enumerate(sizes) if isinstance(size, fx.Node)]
+            if len(unknown) == 1 and -1 not in sizes:
+                sizes[unknown[0]] = -1
+                node.update_arg(1, sizes)
+    joint.graph.eliminate_dead_code()
+
+
+def _is_same(size: torch.SymInt, other: Any) -> bool:
+    return isinstance(other, torch.SymInt) and bool(size.node.expr == other.node.expr)
 
 
 def _last_placeholder(joint: fx.GraphModule) -> fx.Node:

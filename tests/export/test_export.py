@@ -140,6 +140,16 @@ def test_half_precision_adds_graphs(digits_bundle: Path) -> None:
         assert np.linalg.norm(one - other) < 0.1 * np.linalg.norm(one)
 
 
+def test_no_graph_computes_with_sizes(digits_bundle: Path) -> None:
+    """Engines do that on the CPU, and cannot capture it: the batch is left for them to infer."""
+    bundle = read_bundle(digits_bundle)
+    for precision in bundle.manifest.precisions.values():
+        assert set(precision.graphs) == {"backbone", "gradient", "classifier"}
+        for file in precision.graphs.values():
+            model = onnx.load(bundle.path(file), load_external_data=False)
+            assert not {node.op_type for node in model.graph.node} & {"Shape", "Size", "Range"}
+
+
 @pytest.mark.slow
 def test_impossible_tolerance(tiny_bundle: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_bundle, tmp_path / "tiny")

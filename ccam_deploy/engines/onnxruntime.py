@@ -36,13 +36,14 @@ class OnnxRuntimeGraph:
     capturable = False
     """Its arena allocates while it runs, and it may leave operators to the CPU."""
 
-    def __init__(self, path: Path, device: Device, stream: int) -> None:
+    def __init__(self, path: Path, device: Device, stream: int, tf32: bool = False) -> None:
         """Load the graph.
 
         Args:
             path: The ONNX file.
             device: Where the tensors lie.
             stream: The handle of the CUDA stream to work on; 0 on the CPU.
+            tf32: See open_session.
 
         Raises:
             BackendError: The graph cannot be loaded on the device.
@@ -50,7 +51,7 @@ class OnnxRuntimeGraph:
         runtime = _import()
         self._path = path
         self._device = device
-        self._session = open_session(path, device, 1, stream)
+        self._session = open_session(path, device, 1, stream, tf32)
         self.inputs = _specs(self._session.get_inputs())
         self.outputs = _specs(self._session.get_outputs())
         self.limits: Mapping[str, int] = {}
@@ -110,7 +111,7 @@ class OnnxRuntimeEngine(Engine):
 
 
 def open_session(
-    model: Path | bytes, device: Device, threads: int = 0, stream: int = 0
+    model: Path | bytes, device: Device, threads: int = 0, stream: int = 0, tf32: bool = False
 ) -> onnxruntime.InferenceSession:
     """Load a model on a device and on no other.
 
@@ -119,6 +120,8 @@ def open_session(
         device: Where to run it.
         threads: Threads inside an operator; 0 lets ONNX Runtime choose.
         stream: The handle of a CUDA stream to work on; 0 lets ONNX Runtime create one.
+        tf32: Whether a GPU may round the factors of float32 products to 10 bits of mantissa; a
+            CPU never does.
 
     Returns:
         The session.
@@ -139,7 +142,7 @@ def open_session(
     provider = require_provider(device)
     providers: list[Any] = [provider]
     if device == "cuda":  # it hands operators that it lacks to the CPU
-        cuda_options = {"use_tf32": "0"}  # which rounds the factors of float32 to 10 bits
+        cuda_options = {"use_tf32": str(int(tf32))}  # on by default
         if stream:
             cuda_options["user_compute_stream"] = str(stream)
         providers = [(provider, cuda_options), PROVIDERS["cpu"]]

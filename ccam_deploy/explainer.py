@@ -362,7 +362,8 @@ def load(
     Args:
         bundle: The bundle's folder, or a bundle that was read.
         backend: "auto" for the best that works here, or a backend by name.
-        precision: "fp32", or "fp16", "int8" or "fp8" where the bundle has it.
+        precision: "fp32"; "tf32", its graphs with factors of 10 bits on a GPU; or "fp16", "int8"
+            or "fp8" where the bundle has it.
         batch_size: The most images, and the most masked images, that go through an engine at a
             time; it bounds memory.
         threads: Threads inside an operator on a CPU; 0 lets the engine choose.

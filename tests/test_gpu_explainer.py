@@ -17,12 +17,13 @@ from ccam_deploy.engines.tensorrt.build import build
 from ccam_deploy.engines.tensorrt.library import FLAVOURS, Flavour, load_library
 from ccam_deploy.errors import BackendError
 from ccam_deploy.fidelity.similarity import spearman
+from ccam_deploy.fidelity.verification import verify_bundle
 from ccam_deploy.targets import Top
 from tests.helpers import example_pictures
 
 pytestmark = pytest.mark.gpu
 
-PRECISIONS: tuple[PrecisionName, ...] = ("fp32", "fp16")
+PRECISIONS: tuple[PrecisionName, ...] = ("fp32", "tf32", "fp16")
 GPU_BACKENDS = (*FLAVOURS, "onnxruntime-cuda")
 
 
@@ -73,6 +74,17 @@ def test_half_precision_gives_nearly_what_the_cpu_gives(
     assert got.targets.tolist() == expected.targets.tolist()
     ranks = [spearman(*maps) for maps in zip(got.saliency, expected.saliency, strict=True)]
     assert np.median(ranks) > 0.95
+
+
+def test_tf32_keeps_to_its_bounds_and_float32_to_its_own(bundle: Path, backend: str) -> None:
+    opened = read_bundle(bundle)
+    reports = {}
+    for precision in ("fp32", "tf32"):
+        with ccam.load(opened, backend=backend, precision=precision) as explainer:
+            networks, explain = explainer.networks, explainer.explain
+            reports[precision], broken = verify_bundle(opened, networks, precision, explain)
+        assert broken == []
+    assert reports["tf32"].logits > 10 * reports["fp32"].logits
 
 
 def test_cuda_graphs_give_the_same_bits(bundle: Path, backend: str) -> None:

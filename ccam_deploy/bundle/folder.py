@@ -12,7 +12,7 @@ from typing import get_args
 import msgspec
 
 from ccam_deploy.bundle.consistency import require_consistency
-from ccam_deploy.bundle.manifest import FORMAT, FileRecord, Manifest, Precision, PrecisionName
+from ccam_deploy.bundle.manifest import FORMAT, FileRecord, GraphPrecision, Manifest, Precision
 from ccam_deploy.errors import BundleError, IntegrityError, ManifestError, OptionError
 from ccam_deploy.files import replace_file
 
@@ -47,20 +47,22 @@ class Bundle:
         return self.folder / name
 
     def precision(self, name: str) -> Precision:
-        """Return the graphs of a numeric type.
+        """Return the graphs that run in a precision.
 
         Args:
-            name: "fp32", "fp16", "int8" or "fp8".
+            name: "fp32", "fp16", "int8" or "fp8"; or "tf32", which runs the graphs of "fp32". The
+                fidelity and the tolerance are theirs too, without the rounding of TF32.
 
         Raises:
-            OptionError: The bundle was exported without this type.
+            OptionError: The bundle was exported without these graphs.
         """
+        graphs = "fp32" if name == "tf32" else name
         for available, precision in self.manifest.precisions.items():
-            if available == name:
+            if available == graphs:
                 return precision
         available_names = ", ".join(self.manifest.precisions)
-        hint = f"; export with --precision {name}" if name in get_args(PrecisionName) else ""
-        raise OptionError(f"the bundle has no {name} graphs, only {available_names}{hint}")
+        hint = f"; export with --precision {graphs}" if graphs in get_args(GraphPrecision) else ""
+        raise OptionError(f"the bundle has no {graphs} graphs, only {available_names}{hint}")
 
 
 def read_bundle(folder: str | Path) -> Bundle:

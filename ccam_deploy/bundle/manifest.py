@@ -20,7 +20,11 @@ OPTIONAL_GRAPHS = ("head", *IMAGE_GRADIENTS, "excitation")
 Positive = Annotated[int, msgspec.Meta(gt=0)]
 Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 """A SHA-256, in hexadecimal."""
-PrecisionName = Literal["fp32", "fp16", "int8", "fp8"]
+GraphPrecision = Literal["fp32", "fp16", "int8", "fp8"]
+"""The numeric type of a bundle's graphs."""
+PrecisionName = Literal["fp32", "tf32", "fp16", "int8", "fp8"]
+"""How graphs run: in their own type; in "tf32" those of "fp32", on a GPU that may round the factors
+of convolutions and matrix products to 10 bits of mantissa."""
 Resize = Literal["crop", "stretch"]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 
@@ -147,7 +151,7 @@ class Plan:
     Attributes:
         file: Its path inside the bundle.
         graph: The name of the graph that it was built from.
-        precision: The numeric type of that graph.
+        precision: How the plan runs that graph.
         library: "tensorrt" or "tensorrt-rtx".
         version: The library's version.
         devices: Compute capabilities of the GPUs that can run it, such as "8.9".
@@ -203,7 +207,7 @@ class Manifest:
     classes: Positive
     labels: tuple[str, ...]
     layers: tuple[Layer, ...]
-    precisions: dict[PrecisionName, Precision]
+    precisions: dict[GraphPrecision, Precision]
     random_weights: bool
     source: str
     tools: dict[str, str]

@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import importlib
 import json
-import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -22,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from ccam_deploy.checks.compiling import missing_to_compile
+from ccam_deploy.checks.imports import import_trouble
 from ccam_deploy.checks.probe_graph import tiny_graph
 from ccam_deploy.engines import onnxruntime
 from ccam_deploy.engines.onnxruntime import Device
@@ -163,16 +163,11 @@ def _import(module: str, name: str, extra: Extra) -> Any:
     """Import a module. Raises TroubleError where it is missing, or misses something itself."""
     try:
         return importlib.import_module(module)
-    except (ImportError, OSError) as error:
+    except (ImportError, OSError, AttributeError) as error:
         missing = getattr(error, "name", None)
         if isinstance(error, ModuleNotFoundError) and missing == module.split(".")[0]:
             raise TroubleError("it is not installed", install(extra)) from error
-        missing_file = re.search(r"[\w.+-]+\.so[.\d]*|[\w.+-]+\.dll", str(error))
-        if missing_file and "cannot open shared object" in str(error):
-            remedy = f"install {missing_file[0]}, or add its folder to LD_LIBRARY_PATH"
-        else:
-            remedy = f"reinstall it: pip install --force-reinstall {_package(name)}"
-        raise TroubleError(f"it cannot be imported: {brief(error)}", remedy) from error
+        raise TroubleError(*import_trouble(error, _package(name))) from error
 
 
 def _version(*distributions: str) -> str:
@@ -332,7 +327,8 @@ def _tensorrt(flavour: Flavour) -> str:
     gpu = _usable_gpu()
     if gpu is None:
         return f"{version} builds plans; no GPU to run them on"
-    _require_supported(Library(flavour, trt), gpu)
+    if reason := Library(flavour, trt).why_not_on(_dotted(gpu.capability)):
+        raise TroubleError(reason, "use another backend on this GPU: onnxruntime-cuda or tensorrt")
     network = builder.create_network(0)
     parser = trt.OnnxParser(network, log)
     plan = None
@@ -349,26 +345,6 @@ def _tensorrt(flavour: Flavour) -> str:
             f"{version} cannot open a plan that it built", "update the NVIDIA driver"
         )
     return version
-
-
-def _require_supported(tensorrt: Library, gpu: Gpu) -> None:
-    """Refuse a GPU that TensorRT-RTX builds plans on but does not run on.
-
-    Newer GPUs than the newest it knows are supported; TensorRT names none, it builds for the GPU
-    that is here.
-    """
-    capabilities = list(tensorrt.capabilities)
-    capability = _dotted(gpu.capability)
-    if not capabilities or capability in capabilities:
-        return
-    newest = max(tuple(map(int, name.split("."))) for name in capabilities)
-    if gpu.capability > newest:
-        return
-    raise TroubleError(
-        f"{tensorrt.flavour} {tensorrt.version} does not run on compute capability {capability}, "
-        f"only on {', '.join(capabilities)} and newer",
-        "use another backend on this GPU: onnxruntime-cuda or tensorrt",
-    )
 
 
 _CHECKS: Mapping[str, Callable[[], str]] = {

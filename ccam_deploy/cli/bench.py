@@ -103,7 +103,8 @@ def bench(options: BenchOptions) -> None:
 
     Prints a table; --output writes everything, samples included, to a JSON file. --plot needs the
     extra "plot". --compare torch runs Collection-CAM in plain PyTorch and needs the bundle's model:
-    --model, or --recipe, with the options that it was exported with.
+    --model, or --recipe, with the options that it was exported with. PyTorch computes in float32,
+    with TF32 on a GPU unless --precision is fp32.
     """
     from msgspec.structs import replace
 
@@ -290,6 +291,7 @@ def _torch_peer(explainer: Explainer, options: BenchOptions, notes: list[str]) -
     if device == "cpu" and not on_cpu:
         notes.append("torch cannot use a GPU here, so it ran on the CPU")
     plain_pytorch.use_threads(options.engine.threads)
+    plain_pytorch.use_tf32(options.engine.precision != "fp32")
     layers = [layer.name for layer in manifest.layers]
     peer = plain_pytorch.of_model(model, layers, manifest.input, device)
     probe = np.random.default_rng(0).standard_normal((1, *manifest.input), np.float32)

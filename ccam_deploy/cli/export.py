@@ -29,11 +29,12 @@ from ccam_deploy.cli.options import (
     output_to,
 )
 from ccam_deploy.cli.parameters import Option, unset, with_options
-from ccam_deploy.cli.printing import print_json, say
+from ccam_deploy.cli.printing import print_json, say, tf32_note
 from ccam_deploy.errors import BackendError, CcamError, OptionError
 
 if TYPE_CHECKING:
     from ccam_deploy.bundle.folder import Bundle
+    from ccam_deploy.bundle.manifest import PrecisionName
     from ccam_deploy.cli.planner import Planner
 
 Labels = Annotated[
@@ -91,9 +92,9 @@ def export(options: ExportOptions) -> None:
     MODEL is an exported program (.pt2), a weights file with --arch or --recipe, a TorchScript
     file, or with --allow-pickle a pickled module. Without MODEL, the network is the recipe's own.
 
-    A bundle always has fp32 graphs; --precision fp16 adds half-precision ones, int8 and fp8 add
-    those and an 8-bit classifier. --library, --max-batch, --device and --timing-cache go with
-    --build. An older bundle at --output is replaced.
+    A bundle always has fp32 graphs, which tf32 runs too; --precision fp16 adds half-precision
+    ones, int8 and fp8 add those and an 8-bit classifier. --library, --max-batch, --device and
+    --timing-cache go with --build. An older bundle at --output is replaced.
     """
     require_torch("export", "export", "cpu")
     from ccam_deploy.export import export as run
@@ -114,9 +115,9 @@ def export(options: ExportOptions) -> None:
         prepared.network, output, prepared.input_size, layers, precision, prepared.settings
     )
     if not options.as_json:
-        _report(bundle)
+        _report(bundle, precision)
     if planner:
-        bundle = _build(planner, bundle, options.as_json)
+        bundle = _build(planner, bundle, precision, options.as_json)
     if options.as_json:
         import msgspec
 
@@ -149,9 +150,12 @@ def _planner(options: ExportOptions) -> Planner | None:
     return None
 
 
-def _build(planner: Planner, bundle: Bundle, as_json: bool) -> Bundle:
-    """Build every precision of a bundle that was just exported."""
-    for precision in bundle.manifest.precisions:
+def _build(planner: Planner, bundle: Bundle, asked: str, as_json: bool) -> Bundle:
+    """Build every precision of a bundle that was just exported, and TF32 where it was asked for."""
+    precisions: list[PrecisionName] = list(bundle.manifest.precisions)
+    if asked == "tf32":
+        precisions.append("tf32")
+    for precision in precisions:
         try:
             built = planner.build(bundle, precision)
         except CcamError as error:
@@ -183,7 +187,7 @@ def _prepare(options: ExportOptions) -> PreparedModel:
     return dataclasses.replace(prepared, settings=settings)
 
 
-def _report(bundle: Bundle) -> None:
+def _report(bundle: Bundle, asked: str) -> None:
     manifest = bundle.manifest
     layers = ", ".join(layer.name for layer in manifest.layers)
     say(f"{bundle.folder}: {manifest.classes} classes, layers {layers}")
@@ -194,3 +198,5 @@ def _report(bundle: Bundle) -> None:
             f"gradients {max(fidelity.gradients):.1e}, "
             f"saliency rank correlation {fidelity.saliency_rank:.4f}"
         )
+    if asked == "tf32":
+        say(tf32_note(bundle.folder))

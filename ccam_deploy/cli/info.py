@@ -9,8 +9,8 @@ import click
 
 from ccam_deploy.cli.options import AsJson, BundleFolder
 from ccam_deploy.cli.parameters import with_options
-from ccam_deploy.cli.printing import print_json
-from ccam_deploy.text import text_table
+from ccam_deploy.cli.printing import print_json, tf32_note
+from ccam_deploy.text import one_line, text_table
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -35,7 +35,7 @@ def info(options: InfoOptions) -> None:
     """Show what BUNDLE contains.
 
     Prints its input, classes, target layers and TensorRT plans, and how far its graphs are from
-    PyTorch in float32.
+    PyTorch in float32, as the export measured it.
     """
     from ccam_deploy.bundle.folder import read_bundle
 
@@ -65,10 +65,11 @@ def _text(bundle: Bundle) -> str:
     manifest = bundle.manifest
     layers: Table = [("layer", "channels", "height", "width")]
     layers += [(x.name, str(x.channels), str(x.height), str(x.width)) for x in manifest.layers]
-    tables = [_facts(manifest), layers, _fidelity(manifest)]
+    fidelity = f"{text_table(_fidelity(manifest))}\n{one_line(tf32_note(bundle.folder))}"
+    parts = [text_table(_facts(manifest)), text_table(layers), fidelity]
     if manifest.plans:
-        tables.append(_plans(manifest))
-    return "\n\n".join(text_table(rows) for rows in tables)
+        parts.append(text_table(_plans(manifest)))
+    return "\n\n".join(parts)
 
 
 def _facts(manifest: Manifest) -> Table:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,6 +35,16 @@ def write_json(path: Path, value: Any) -> None:
 
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
     write_file(path, text.encode("utf-8", "backslashreplace"))
+
+
+def tf32_note(bundle: Path) -> str:
+    """Say how to measure TF32, whose fidelity no export records.
+
+    Args:
+        bundle: The bundle's folder.
+    """
+    command = shlex.join(["ccam-deploy", "verify", str(bundle), "--precision", "tf32"])
+    return f"tf32, the fp32 graphs on a GPU, is measured there by {command}"
 
 
 @contextmanager

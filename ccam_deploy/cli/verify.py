@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ccam_deploy.cli.options import AsJson, BackendName, BundleFolder, Threads
-from ccam_deploy.cli.parameters import with_options
-from ccam_deploy.cli.printing import print_json, say
+from ccam_deploy.cli.options import AsJson, BackendName, BundleFolder, PrecisionOrNone, Threads
+from ccam_deploy.cli.parameters import unset, with_options
+from ccam_deploy.cli.printing import print_json, say, tf32_note
 from ccam_deploy.errors import IntegrityError
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ class VerifyOptions:
 
     bundle: BundleFolder
     backend: BackendName = "auto"
+    precision: PrecisionOrNone = unset("every one that was exported")
     threads: Threads = 0
     as_json: AsJson = False
 
@@ -32,7 +33,8 @@ def verify(options: VerifyOptions) -> None:
     """Check that BUNDLE is intact and works as exported.
 
     Checks the manifest, the hash of every file, and every graph against the values that were
-    recorded at export, on the backend that `explain` would use here.
+    recorded at export, on the backend that `explain` would use here. No export can run tf32:
+    --precision tf32 measures it, on a GPU.
     """
     import msgspec
 
@@ -48,7 +50,8 @@ def verify(options: VerifyOptions) -> None:
         )
     reports: dict[str, Any] = {}
     problems = []
-    for precision in bundle.manifest.precisions:
+    precisions = [options.precision] if options.precision else bundle.manifest.precisions
+    for precision in precisions:
         with load(
             bundle, backend=options.backend, precision=precision, threads=options.threads
         ) as explainer:
@@ -65,8 +68,18 @@ def verify(options: VerifyOptions) -> None:
         print_json({"files": count, "graphs": reports})
     if problems:
         raise IntegrityError("the graphs do not give what was recorded: " + "; ".join(problems))
-    if not options.as_json:
-        say(f"{options.bundle}: {count} files and all graphs are as exported")
+    if options.as_json:
+        return
+    if not options.precision:
+        say(tf32_note(options.bundle))
+    say(f"{options.bundle}: {count} files {_verdict(options.precision)}")
+
+
+def _verdict(precision: str | None) -> str:
+    if precision == "tf32":
+        return "are as exported, and the fp32 graphs keep to the bounds of tf32"
+    graphs = f"the {precision} graphs" if precision else "all graphs"
+    return f"and {graphs} are as exported"
 
 
 def _report(title: str, report: Fidelity) -> None:

@@ -59,20 +59,21 @@ class OnnxRuntimeGraph:
 
     capturable = False
 
-    def __init__(self, path: Path, device: Device, stream: int) -> None:
+    def __init__(self, path: Path, device: Device, stream: int, tf32: bool = False) -> None:
         """Load the graph.
 
         Args:
             path: The ONNX file.
             device: Where the tensors lie.
             stream: The handle of the CUDA stream to work on; 0 on the CPU.
+            tf32: Whether a GPU may round the factors of float32 products to 10 bits of mantissa.
 
         Raises:
             BackendError: The graph cannot be loaded on the device.
         """
         self._path = path
         self._device = device
-        self._session, self._captures = _open_graph(path, device, stream)
+        self._session, self._captures = _open_graph(path, device, stream, tf32)
         self.replays_itself = self._captures
         self.inputs = _specs(self._session.get_inputs())
         self.outputs = _specs(self._session.get_outputs())
@@ -122,7 +123,7 @@ class OnnxRuntimeGraph:
 
 
 def _open_graph(
-    path: Path, device: Device, stream: int
+    path: Path, device: Device, stream: int, tf32: bool
 ) -> tuple[onnxruntime.InferenceSession, bool]:
     """Open a session in the fastest way that a graph allows, and say whether it captures runs.
 
@@ -131,10 +132,11 @@ def _open_graph(
     """
     if device == "cpu":
         return open_session(path, device, 1, stream), False
+    products = {"use_tf32": str(int(tf32))}
     for options in (_CHANNELS_LAST | _CAPTURE, _CAPTURE):
         with suppress(_CaptureRefusedError):
-            return open_session(path, device, 1, stream, options), True
-    return open_session(path, device, 1, stream, _CHANNELS_LAST), False
+            return open_session(path, device, 1, stream, products | options), True
+    return open_session(path, device, 1, stream, products | _CHANNELS_LAST), False
 
 
 class OnnxRuntimeEngine(Engine):
@@ -207,7 +209,7 @@ def open_session(
     providers: list[Any] = [provider]
     if device == "cuda":  # it hands operators that it lacks to the CPU
         settings = {
-            "use_tf32": "0",  # it rounds the factors of float32 to 10 bits
+            "use_tf32": "0",  # on by default; it rounds the factors of float32 to 10 bits
             # A search for the fastest plan takes hundreds of milliseconds for each shape, and
             # found none that was faster.
             "cudnn_conv_algo_search": "HEURISTIC",

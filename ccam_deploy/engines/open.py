@@ -44,7 +44,7 @@ def open_networks(
         bundle: The bundle.
         backend: A name, or "auto" for the first that works here; TensorRT counts where the bundle
             has plans for it.
-        precision: One of the bundle's.
+        precision: One of the bundle's, or "tf32".
         threads: Threads inside an operator on a CPU; 0 lets the engine choose.
         slots: How many callers a GPU serves at a time; each has its own stream and buffers.
 
@@ -97,7 +97,7 @@ def _open(bundle: Bundle, backend: Backend, precision: str, threads: int, slots:
         plan_slots = tensorrt_slots(bundle, backend, precision, slots)
         return _on_slots(plan_slots, list(graphs.graphs), graphs.gradient_scale, backend)
     paths = {name: bundle.path(file) for name, file in graphs.graphs.items()}
-    return load_networks(paths, graphs.gradient_scale, backend, threads, slots)
+    return load_networks(paths, graphs.gradient_scale, backend, threads, slots, precision == "tf32")
 
 
 def load_networks(
@@ -106,6 +106,7 @@ def load_networks(
     backend: Backend,
     threads: int = 0,
     slots: int = 1,
+    tf32: bool = False,
 ) -> Networks:
     """Load ONNX graphs on ONNX Runtime.
 
@@ -115,17 +116,24 @@ def load_networks(
         backend: "onnxruntime-cpu" or "onnxruntime-cuda".
         threads: See open_networks.
         slots: See open_networks.
+        tf32: Whether to run in TF32.
 
     Returns:
         The networks.
 
     Raises:
-        BackendError: The backend does not work here.
+        BackendError: The backend does not work here, or has no TF32.
     """
     if backend == "onnxruntime-cuda":
         from ccam_deploy.engines.cuda.onnxruntime_slots import onnxruntime_slots
 
-        return _on_slots(onnxruntime_slots(paths, slots), list(paths), gradient_scale, backend)
+        on_device = onnxruntime_slots(paths, slots, tf32)
+        return _on_slots(on_device, list(paths), gradient_scale, backend)
+    if tf32:
+        raise BackendError(
+            "tf32 does not run on a CPU, only on NVIDIA GPUs of compute capability 8.0 or newer, "
+            "with onnxruntime-cuda, tensorrt or tensorrt-rtx; use fp32 here"
+        )
     from ccam_deploy.engines.onnxruntime import OnnxRuntimeEngine
 
     engines: dict[str, Engine] = {}

@@ -19,10 +19,10 @@ from ccam_deploy.bundle.manifest import (
     FORMAT,
     OPTIONAL_GRAPHS,
     WEIGHTS,
+    GraphPrecision,
     Layer,
     Manifest,
     Precision,
-    PrecisionName,
 )
 from ccam_deploy.bundle.staging import require_replaceable, staged_bundle
 from ccam_deploy.engines import load_networks
@@ -45,9 +45,10 @@ from ccam_deploy.image_files import MIN_SIDE
 RECORDED_IMAGES = 2
 """How many calibration images a bundle records, to be verified on."""
 
-_TYPES: dict[PrecisionName, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16}
-_PRECISIONS: dict[str, tuple[PrecisionName, ...]] = {
+_TYPES: dict[GraphPrecision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16}
+_PRECISIONS: dict[str, tuple[GraphPrecision, ...]] = {
     "fp32": ("fp32",),
+    "tf32": ("fp32",),
     "fp16": ("fp32", "fp16"),
     "int8": ("fp32", "fp16", "int8"),
     "fp8": ("fp32", "fp16", "fp8"),
@@ -89,8 +90,9 @@ def export(
         output: The bundle's folder; a bundle in it is replaced.
         input_size: Height, width, 224×224 by default; a program has its own.
         layers: Names of the target layers, found automatically by default.
-        precision: "fp32"; "fp16" for half-precision graphs as well; "int8" or "fp8" for those and
-            a classifier graph in 8 bits, calibrated on the calibration images under their masks.
+        precision: "fp32", whose graphs "tf32" runs too; "fp16" for half-precision graphs as well;
+            "int8" or "fp8" for those and a classifier graph in 8 bits, calibrated on the
+            calibration images under their masks.
         settings: What to record and check beside the model itself.
 
     Returns:
@@ -134,7 +136,7 @@ def export(
 
 def _validated_precisions(
     precision: str, input_size: tuple[int, int] | None
-) -> tuple[PrecisionName, ...]:
+) -> tuple[GraphPrecision, ...]:
     """All precisions to export; raises OptionError before an export takes its time."""
     if precision not in _PRECISIONS:
         known = ", ".join(_PRECISIONS)
@@ -145,8 +147,8 @@ def _validated_precisions(
 
 
 def _convert(
-    prepared: PreparedModel, precisions: Sequence[PrecisionName], settings: ExportSettings
-) -> dict[PrecisionName, Graphs]:
+    prepared: PreparedModel, precisions: Sequence[GraphPrecision], settings: ExportSettings
+) -> dict[GraphPrecision, Graphs]:
     """The graphs of each precision that has its own floating-point type."""
     program, layers = prepared.program, prepared.layers
     converted = {}
@@ -179,17 +181,17 @@ def _reference(prepared: PreparedModel, graphs: Graphs, settings: ExportSettings
 
 
 def _write(
-    precisions: Sequence[PrecisionName],
-    converted: Mapping[PrecisionName, Graphs],
+    precisions: Sequence[GraphPrecision],
+    converted: Mapping[GraphPrecision, Graphs],
     observation: Observation,
     folder: Path,
     settings: ExportSettings,
-) -> dict[PrecisionName, dict[str, str]]:
+) -> dict[GraphPrecision, dict[str, str]]:
     """Write the graphs of each precision and their weights; returns graph name -> file name.
 
     A graph that a precision lacks is that of the wider one before it.
     """
-    models: dict[PrecisionName, list[tuple[str, ir.Model]]] = {
+    models: dict[GraphPrecision, list[tuple[str, ir.Model]]] = {
         name: list(graphs.items()) for name, graphs in converted.items()
     }
     for eight_bits in EIGHT_BIT_TYPES:
@@ -199,7 +201,7 @@ def _write(
             batches = masked_batches(observation)
             quantised = quantise(converted["fp16"].classifier, batches, eight_bits)
             models[eight_bits] = [("classifier", quantised)]
-    files: dict[PrecisionName, dict[str, str]] = {}
+    files: dict[GraphPrecision, dict[str, str]] = {}
     wider: dict[str, str] = {}
     with closing(WeightFile(folder / WEIGHTS)) as weights:
         for name, named_models in models.items():
@@ -210,7 +212,7 @@ def _write(
 
 
 def _compare(
-    name: PrecisionName,
+    name: GraphPrecision,
     files: dict[str, str],
     folder: Path,
     reference: Reference,

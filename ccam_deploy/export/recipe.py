@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ccam_deploy.bundle.manifest import (
+    GraphPrecision,
     Interpolation,
     Positive,
     PrecisionName,
@@ -79,7 +80,7 @@ class Recipe(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     layers: list[str] = []
     precision: PrecisionName = "fp32"
     calibration: str = ""
-    tolerance: dict[PrecisionName, dict[str, Bound]] = {}
+    tolerance: dict[GraphPrecision, dict[str, Bound]] = {}
 
 
 def read_recipe(path: Path) -> Recipe:

@@ -5,20 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import get_args
 
 from PIL import Image
 
 from ccam_deploy.arrays import Floats
 from ccam_deploy.bundle.manifest import (
+    GraphPrecision,
     Interpolation,
-    PrecisionName,
     Preprocessing,
     Resize,
 )
 from ccam_deploy.errors import OptionError
 from ccam_deploy.examples.photographs import photographs
 from ccam_deploy.export.program import Program
-from ccam_deploy.fidelity.tolerance import QUANTITIES, TOLERANCE
+from ccam_deploy.fidelity.tolerance import QUANTITIES
 from ccam_deploy.preprocess import prepare_images
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -60,7 +61,7 @@ class ExportSettings:
     interpolation: Interpolation = "bilinear"
     labels: tuple[str, ...] = ()
     calibration: Sequence[Image.Image] = ()
-    tolerance: Mapping[PrecisionName, Mapping[str, float]] = field(default_factory=dict)
+    tolerance: Mapping[GraphPrecision, Mapping[str, float]] = field(default_factory=dict)
     name: str = ""
     source: str = ""
     random_weights: bool = False
@@ -78,8 +79,12 @@ class ExportSettings:
         if not all(math.isfinite(value) for value in (*self.mean, *self.std)):
             raise OptionError(f"mean is {self.mean} and std {self.std}; they must be finite")
         for precision, bounds in self.tolerance.items():
+            if precision not in (checked := get_args(GraphPrecision)):
+                raise OptionError(
+                    f'tolerance "{precision}" is unknown; an export checks {", ".join(checked)}'
+                )
             for name in bounds:
-                if precision not in TOLERANCE or name not in QUANTITIES:
+                if name not in QUANTITIES:
                     known = ", ".join(QUANTITIES)
                     raise OptionError(
                         f'tolerance "{precision}.{name}" is unknown; there are {known}'

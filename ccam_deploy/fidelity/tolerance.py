@@ -65,6 +65,18 @@ class Tolerance:
                 )
         return replace(self, **bounds)
 
+    def widened(self, bounds: Mapping[str, float]) -> Tolerance:
+        """Return the tolerance with no checked bound tighter than the one given for its quantity.
+
+        Args:
+            bounds: Bounds by quantity.
+        """
+        wider = {
+            name: (min if name in _SMALLEST else max)(bound, bounds.get(name, bound))
+            for name, bound in self.bounds().items()
+        }
+        return replace(self, **wider)
+
     def without(self, quantities: Collection[str]) -> Tolerance:
         """Return the tolerance with some quantities unchecked."""
         return replace(self, **dict.fromkeys(quantities))
@@ -90,6 +102,19 @@ _HALF = Tolerance(
     excitation=1e-2,
 )
 _EIGHT_BITS = replace(_HALF, masked_logits=0.2)
+_TF32 = Tolerance(
+    logits=1e-2,
+    masked_logits=1e-2,
+    features=1e-2,
+    gradients=0.1,
+    saliency_rank=0.95,
+    saliency_similarity=0.9,
+    saliency_overlap=0.9,
+    head=1e-2,
+    input_gradient=0.2,
+    guided_gradient=0.2,
+    excitation=1e-2,
+)
 TOLERANCE: dict[PrecisionName, Tolerance] = {
     "fp32": Tolerance(
         logits=1e-4,
@@ -104,11 +129,12 @@ TOLERANCE: dict[PrecisionName, Tolerance] = {
         guided_gradient=1e-2,
         excitation=1e-2,
     ),
+    "tf32": _TF32,
     "fp16": _HALF,
     "int8": _EIGHT_BITS,
     "fp8": _EIGHT_BITS,
 }
-"""What a trained network must keep to in each precision."""
+"""What a trained network must keep to in each precision; in TF32, where it runs."""
 
 _RANDOM_HALF = Tolerance(logits=0.1, masked_logits=0.1, features=0.4, head=0.1, excitation=0.2)
 _RANDOM_EIGHT_BITS = replace(_RANDOM_HALF, masked_logits=0.4)
@@ -126,6 +152,7 @@ RANDOM_TOLERANCE: dict[PrecisionName, Tolerance] = {
         guided_gradient=0.2,
         excitation=0.2,
     ),
+    "tf32": replace(_RANDOM_HALF, gradients=0.3),
     "fp16": _RANDOM_HALF,
     "int8": _RANDOM_EIGHT_BITS,
     "fp8": _RANDOM_EIGHT_BITS,

@@ -16,7 +16,7 @@ from ccam_deploy.errors import IntegrityError
 from ccam_deploy.explanation import Explanation
 from ccam_deploy.fidelity.comparison import compare_observations
 from ccam_deploy.fidelity.observation import load_observation, observe
-from ccam_deploy.fidelity.tolerance import Tolerance, broken_bounds
+from ccam_deploy.fidelity.tolerance import RANDOM_TOLERANCE, TOLERANCE, Tolerance, broken_bounds
 
 
 def verify_bundle(
@@ -30,7 +30,8 @@ def verify_bundle(
     Args:
         bundle: The bundle, with the record of its export.
         classifier: Its graphs, opened on some engine.
-        precision: The precision to compare.
+        precision: The precision to compare. No export runs "tf32", so its bounds are the usual
+            ones, or those that the export accepted of "fp32" where they are wider.
         explain: Makes maps and partitions in the way to be verified, such as a GPU's kernels; by
             default the CPU's kernels make them between the classifier's graphs.
 
@@ -53,5 +54,12 @@ def verify_bundle(
         labels = tuple(layer.labels for layer in explanation.layers)
         actual = replace(actual, labels=labels, saliency=explanation.saliency)
     fidelity = compare_observations(actual, expected)
-    tolerance = Tolerance().with_bounds(entry.tolerance)
-    return fidelity, broken_bounds(fidelity, tolerance, layers)
+    return fidelity, broken_bounds(fidelity, _tolerance(bundle, precision), layers)
+
+
+def _tolerance(bundle: Bundle, precision: str) -> Tolerance:
+    accepted = bundle.precision(precision).tolerance
+    if precision != "tf32":
+        return Tolerance().with_bounds(accepted)
+    usual = RANDOM_TOLERANCE if bundle.manifest.random_weights else TOLERANCE
+    return usual["tf32"].widened(accepted)

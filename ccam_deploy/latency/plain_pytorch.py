@@ -171,6 +171,12 @@ def use_threads(count: int) -> None:
         torch.set_num_threads(count)
 
 
+def use_tf32(allowed: bool) -> None:
+    """Say whether PyTorch may run products of float32 in TF32 on a GPU, process-wide."""
+    torch.backends.cudnn.allow_tf32 = allowed
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+
+
 def hooks(model: nn.Module, layers: Sequence[str]) -> Record:
     """Make a Record of a model's modules.
 

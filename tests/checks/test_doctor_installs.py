@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import sys
+from importlib import metadata
+from types import ModuleType
 
+import numpy as np
 import pytest
 
 from ccam_deploy.checks import doctor
@@ -105,3 +108,89 @@ def test_broken_install(monkeypatch: pytest.MonkeyPatch, error: Exception, remed
     assert str(error).splitlines()[0] in finding.detail
     assert "\n" not in finding.detail
     assert finding.remedy == remedy
+
+
+PYCUDA = "/usr/lib/python3/dist-packages/pycuda/_driver.cpython-312-x86_64-linux-gnu.so"
+
+
+@pytest.mark.usefixtures("driver")
+@pytest.mark.parametrize(
+    ("message", "detail", "remedy"),
+    [
+        (
+            f"{PYCUDA}: undefined symbol: cuCtxCreate_v4",
+            "libcuda.so.1 has no cuCtxCreate_v4",
+            "update the NVIDIA driver: pycuda was compiled for a newer libcuda.so.1",
+        ),
+        (
+            f"{PYCUDA}: undefined symbol: curandGetProperty",
+            "libcurand.so has no curandGetProperty",
+            "install the libcurand.so of the CUDA that pycuda was compiled with",
+        ),
+        (
+            f"{PYCUDA}: undefined symbol: cudaGetDeviceProperties_v2, version libcudart.so.12",
+            "libcudart.so has no cudaGetDeviceProperties_v2",
+            "install the libcudart.so of the CUDA that pycuda was compiled with",
+        ),
+        (
+            f"{PYCUDA}: undefined symbol: _ZN5boost6detail12set_tss_dataEPKvPFvPFvPvES3_ES5_S3_b",
+            "no library has _ZN5boost6detail12set_tss_dataEPKvPFvPFvPvES3_ES5_S3_b",
+            "compile it for the libraries that are here: "
+            "pip install --force-reinstall --no-cache-dir pycuda",
+        ),
+        (
+            "libcurand.so.10: cannot open shared object file: No such file or directory",
+            "libcurand.so.10: cannot open shared object file: No such file or directory",
+            "install libcurand.so.10, or add its folder to LD_LIBRARY_PATH",
+        ),
+    ],
+)
+def test_what_pycuda_misses_is_named(
+    monkeypatch: pytest.MonkeyPatch, message: str, detail: str, remedy: str
+) -> None:
+    for name in ("pycuda", "pycuda.driver"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    broken = Broken("pycuda", ImportError(message))
+    monkeypatch.setattr(sys, "meta_path", [broken, *sys.meta_path])
+    monkeypatch.setattr(doctor, "missing_to_compile", lambda: {"nvcc on the PATH": "cuda-nvcc"})
+    finding = doctor.try_name("pycuda")
+    assert finding == Finding("pycuda", False, f"it cannot be imported: {detail}", remedy)
+
+
+@pytest.mark.usefixtures("driver")
+@pytest.mark.parametrize(
+    ("error", "detail", "remedy"),
+    [
+        (
+            ImportError("Numba needs NumPy 2.1 or less. Got NumPy 2.5."),
+            "numba 0.61.0 needs numpy 2.1 or less, 2.5.2 is installed",
+            "pip install --upgrade numba, or where that is not enough 'numpy==2.1.*'",
+        ),
+        (
+            ImportError("Numba needs NumPy 1.20 or less"),
+            "numba 0.61.0 needs numpy 1.20 or less, 2.5.2 is installed",
+            "pip install --upgrade numba, or where that is not enough 'numpy==1.20.*'",
+        ),
+        (
+            ImportError("Numba needs NumPy 3.1 or greater. Got NumPy 2.5."),
+            "numba 0.61.0 needs numpy 3.1 or greater, 2.5.2 is installed",
+            "pip install --upgrade numpy",
+        ),
+        (
+            AttributeError("module 'numpy' has no attribute 'trapz'"),
+            "numba 0.61.0 does not work with numpy 2.5.2: module 'numpy' has no attribute 'trapz'",
+            "pip install --upgrade numba",
+        ),
+    ],
+)
+def test_numba_and_numpy_that_do_not_go_together(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, detail: str, remedy: str
+) -> None:
+    """Reinstalling numba-cuda, which sits on both, would change nothing."""
+    for name in [name for name in sys.modules if name.split(".")[0] in ("numba", "numba_cuda")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "numba_cuda", ModuleType("numba_cuda"))
+    monkeypatch.setattr(sys, "meta_path", [Broken("numba", error), *sys.meta_path])
+    monkeypatch.setattr(metadata, "version", {"numba": "0.61.0"}.__getitem__)
+    monkeypatch.setattr(np, "__version__", "2.5.2")
+    assert doctor.try_name("numba-cuda") == Finding("numba-cuda", False, detail, remedy)

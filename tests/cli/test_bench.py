@@ -299,6 +299,7 @@ def test_model_file_for_torch(tiny_bundle: Path, tmp_path: Path) -> None:
     words = ("--compare", "torch", "--arch", "tests.networks:tiny", "--json")
     done = success("bench", tiny_bundle, *QUICK, *words, "--model", tmp_path / "tiny.pt")
     assert json.loads(done.stdout)["batches"][0]["compare"]["torch"]["ratio"] > 0
+    assert not torch.backends.cudnn.allow_tf32  # as little as ours, in fp32
 
 
 def test_formats_of_plots_are_in_the_help() -> None:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ccam_deploy.bundle.folder import read_bundle, write_manifest
-from ccam_deploy.bundle.manifest import Precision, PrecisionName
+from ccam_deploy.bundle.manifest import GraphPrecision, Precision
 from tests.command import success
 
 
@@ -39,15 +39,20 @@ def test_info_compares_the_precisions(tiny_bundle: Path, here: Path) -> None:
         saliency_overlap=0.7654,
         partitions=0.75,
     )
-    both: dict[PrecisionName, Precision] = {
+    both: dict[GraphPrecision, Precision] = {
         "fp32": whole,
         "int8": replace(whole, fidelity=report),
     }
     write_manifest(folder, replace(manifest, precisions=both))
-    lines = success("info", folder).stdout.splitlines()
+    lines = success("info", "tiny").stdout.splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("against PyTorch"))
     assert lines[start].split() == ["against", "PyTorch", "in", "float32", "fp32", "int8"]
-    last = {line[:29].strip(): line.split()[-1] for line in lines[start:]}
+    *table, note = lines[start:]
+    assert note == (
+        "tf32, the fp32 graphs on a GPU, is measured there by "
+        "ccam-deploy verify tiny --precision tf32"
+    )
+    last = {line[:29].strip(): line.split()[-1] for line in table}
     assert last == {
         "against PyTorch in float32": "int8",
         "logits, relative error": "1.5e-02",

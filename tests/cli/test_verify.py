@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,9 @@ from tests.command import failure, success
 
 
 def test_verify(tiny_bundle: Path, here: Path) -> None:
-    last = success("verify", tiny_bundle).stdout.splitlines()[-1]
+    *_, note, last = success("verify", tiny_bundle).stdout.splitlines()
+    command = shlex.join(["ccam-deploy", "verify", str(tiny_bundle), "--precision", "tf32"])
+    assert note == f"tf32, the fp32 graphs on a GPU, is measured there by {command}"
     assert last == f"{tiny_bundle}: 5 files and all graphs are as exported"
     report = json.loads(success("verify", tiny_bundle, "--json").stdout)
     assert report["files"] == 5
@@ -27,3 +30,11 @@ def test_verify(tiny_bundle: Path, here: Path) -> None:
     write_manifest(here / "tiny", replace(strict, precisions={"fp32": precision}))
     message = "the graphs do not give what was recorded: fp32: saliency_rank 1 is below 1.5"
     assert failure("verify", "tiny") == message
+
+
+def test_one_precision(digits_bundle: Path) -> None:
+    line, verdict = success("verify", digits_bundle, "--precision", "fp16").stdout.splitlines()
+    assert line.startswith("fp16 on onnxruntime-")
+    assert verdict.endswith(" files and the fp16 graphs are as exported")
+    message = failure("verify", digits_bundle, "--precision", "int8")
+    assert message.startswith("the bundle has no int8 graphs, only fp32, fp16; export with")

@@ -9,14 +9,17 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
 from ccam_deploy.bundle.folder import Bundle, read_bundle
 from ccam_deploy.engines import TensorSpec, available, load_networks, open_networks
 from ccam_deploy.engines import onnxruntime as engine_module
-from ccam_deploy.engines.onnxruntime import OnnxRuntimeEngine, devices
+from ccam_deploy.engines.cuda import onnxruntime_slots
+from ccam_deploy.engines.onnxruntime import OnnxRuntimeEngine, OnnxRuntimeGraph, devices
 from ccam_deploy.errors import BackendError, OptionError
+from tests.engines.cuda.host_device import HostDevice
 from tests.helpers import noise
 
 without_cuda = pytest.mark.skipif(
@@ -148,6 +151,85 @@ def test_cuda_is_preloaded_once_and_in_silence(capsys: pytest.CaptureFixture[str
         engine_module._load_cuda(runtime)
     assert len(loaded) == 1
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+def test_tf32_is_asked_of_the_cuda_provider(
+    monkeypatch: pytest.MonkeyPatch, graph: Path, tf32: bool
+) -> None:
+    """In float32 it is refused: ONNX Runtime's default is to use it."""
+    given: list[Any] = []
+
+    class Session:
+        def __init__(self, model: Path, options: object, providers: list[Any]) -> None:
+            given.extend(providers)
+
+        def get_providers(self) -> list[str]:
+            return ["CUDAExecutionProvider"]
+
+        def get_inputs(self) -> list[Any]:
+            return []
+
+        get_outputs = get_inputs
+
+    runtime: Any = ModuleType("onnxruntime")
+    runtime.SessionOptions = onnxruntime.SessionOptions
+    runtime.RunOptions = onnxruntime.RunOptions
+    runtime.InferenceSession = Session
+    runtime.get_available_providers = lambda: ["CUDAExecutionProvider"]
+    runtime.preload_dlls = lambda: None
+    monkeypatch.setattr(engine_module, "_import", lambda: runtime)
+    OnnxRuntimeGraph(graph, "cuda", 7, tf32)
+    (name, options), _ = given
+    assert name == "CUDAExecutionProvider"
+    assert options["use_tf32"] == ("1" if tf32 else "0")
+    assert options["user_compute_stream"] == "7"
+
+
+@pytest.mark.parametrize(("precision", "tf32"), [("fp32", False), ("tf32", True)])
+def test_tf32_reaches_the_graphs_of_a_slot(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, precision: str, tf32: bool
+) -> None:
+    """They are those of fp32."""
+    opened: list[tuple[str, bool]] = []
+
+    def graph(path: Path, device: str, stream: int, tf32: bool = False) -> OnnxRuntimeGraph:
+        opened.append((path.name, tf32))
+        return OnnxRuntimeGraph(path, "cpu", 0)
+
+    monkeypatch.setattr(onnxruntime_slots, "CudaDevice", HostDevice)
+    monkeypatch.setattr(onnxruntime_slots, "OnnxRuntimeGraph", graph)
+    monkeypatch.setattr(onnxruntime_slots, "require_provider", lambda device: None)
+    monkeypatch.setattr(onnxruntime_slots, "present_device", lambda: "8.0")
+    networks = open_networks(read_bundle(tiny_bundle), "onnxruntime-cuda", precision)
+    networks.close()
+    graphs = ("backbone", "gradient", "classifier")
+    assert opened == [(f"{name}.onnx", tf32) for name in graphs]
+
+
+def test_tf32_is_refused_on_a_gpu_that_lacks_it(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would run as float32 there."""
+    monkeypatch.setattr(onnxruntime_slots, "require_provider", lambda device: None)
+    monkeypatch.setattr(onnxruntime_slots, "present_device", lambda: "7.5")
+    message = r"^compute capability 7\.5 has no TF32, which 8\.0 and newer have; use fp32$"
+    with pytest.raises(BackendError, match=message):
+        open_networks(read_bundle(tiny_bundle), "onnxruntime-cuda", "tf32")
+
+
+@without_cuda
+@pytest.mark.parametrize(
+    ("backend", "start"),
+    [("onnxruntime-cpu", ""), ("auto", "no backend works here: onnxruntime-cpu: ")],
+)
+def test_a_cpu_says_where_tf32_runs(tiny_bundle: Path, backend: str, start: str) -> None:
+    with pytest.raises(BackendError) as caught:
+        open_networks(read_bundle(tiny_bundle), backend, "tf32")
+    assert str(caught.value) == (
+        f"{start}tf32 does not run on a CPU, only on NVIDIA GPUs of compute capability 8.0 or "
+        "newer, with onnxruntime-cuda, tensorrt or tensorrt-rtx; use fp32 here"
+    )
 
 
 @without_cuda

@@ -281,6 +281,10 @@ def test_models_that_cannot_be_exported(
         ({"std": (1, math.nan, 1)}, "they must be finite"),
         ({"mean": (0, math.inf, 1)}, "they must be finite"),
         ({"tolerance": {"fp32": {"logit": 1}}}, 'tolerance "fp32.logit" is unknown; there are log'),
+        (
+            {"tolerance": {"tf32": {}}},
+            'tolerance "tf32" is unknown; an export checks fp32, fp16',
+        ),
         ({"labels": ("a", "b")}, "there are 2 labels for the model's 5 classes"),
         ({"cover": (31, 48)}, "cover is (31, 48); it must not be smaller than the input (32, 48)"),
     ],
@@ -294,7 +298,7 @@ def test_settings_that_do_not_fit(tmp_path: Path, settings: dict[str, Any], mess
 
 def test_arguments_that_do_not_fit(tmp_path: Path) -> None:
     with pytest.raises(
-        OptionError, match=r'^precision "fp64" is unknown; there are fp32, fp16, int8, fp8$'
+        OptionError, match=r'^precision "fp64" is unknown; there are fp32, tf32, fp16, int8, fp8$'
     ):
         export(tiny(), tmp_path / "bundle", SIZE, None, "fp64")
     with pytest.raises(OptionError, match=r"^input_size is \(4, 48\); both must be 8 or more$"):

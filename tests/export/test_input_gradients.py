@@ -18,7 +18,7 @@ from torch import nn
 import ccam_deploy as ccam
 from ccam_deploy.bundle.consistency import require_consistency
 from ccam_deploy.bundle.folder import read_bundle
-from ccam_deploy.bundle.manifest import GRAPHS, PrecisionName
+from ccam_deploy.bundle.manifest import GRAPHS, GraphPrecision
 from ccam_deploy.engines import load_networks, open_networks
 from ccam_deploy.engines.onnxruntime import OnnxRuntimeEngine
 from ccam_deploy.engines.tensorrt.build import BuildSettings, build
@@ -210,7 +210,7 @@ def test_the_command_line_writes_the_graphs(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_tensorrt_builds_the_graphs(
-    gradients_bundle: Path, tmp_path: Path, precision: PrecisionName
+    gradients_bundle: Path, tmp_path: Path, precision: GraphPrecision
 ) -> None:
     pytest.importorskip("tensorrt_rtx")
     bundle = read_bundle(shutil.copytree(gradients_bundle, tmp_path / "copy"))

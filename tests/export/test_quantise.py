@@ -16,7 +16,7 @@ from torch import Tensor
 
 import ccam_deploy as ccam
 from ccam_deploy.bundle.folder import Bundle, read_bundle, unlisted_files
-from ccam_deploy.bundle.manifest import PrecisionName
+from ccam_deploy.bundle.manifest import GraphPrecision
 from ccam_deploy.engines.onnxruntime import OnnxRuntimeEngine
 from ccam_deploy.engines.tensorrt import plans
 from ccam_deploy.engines.tensorrt.library import load_library
@@ -261,7 +261,7 @@ def test_a_network_without_inner_products_is_refused() -> None:
         quantise(half_classifier(Net()), batches(), "int8")
 
 
-def test_a_broken_tolerance_is_named(precision: PrecisionName, tmp_path: Path) -> None:
+def test_a_broken_tolerance_is_named(precision: GraphPrecision, tmp_path: Path) -> None:
     settings = ExportSettings(tolerance={precision: {"masked_logits": 0}})
     with pytest.raises(
         ToleranceError, match=rf"^the {precision} graphs .+: masked_logits .+ above 0$"

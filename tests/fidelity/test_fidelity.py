@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 import ccam_deploy as ccam
 from ccam_deploy.arrays import Floats
 from ccam_deploy.bundle.folder import Bundle, read_bundle
-from ccam_deploy.bundle.manifest import Precision, PrecisionName
+from ccam_deploy.bundle.manifest import GraphPrecision, Precision
 from ccam_deploy.engines import Networks, open_networks
 from ccam_deploy.errors import IntegrityError, OptionError
 from ccam_deploy.explanation import Explanation
@@ -195,7 +195,7 @@ def test_a_bundle_with_bounds_that_cannot_fail_still_verifies(
     """Exports of random weights recorded such bounds once."""
     entry = bundle.precision("fp32")
     bounds = {**entry.tolerance, "gradients": 10.0, "saliency_rank": -1.0, "saliency_overlap": 0.0}
-    precisions: dict[PrecisionName, Precision] = {
+    precisions: dict[GraphPrecision, Precision] = {
         "fp32": dataclasses.replace(entry, tolerance=bounds)
     }
     manifest = dataclasses.replace(bundle.manifest, precisions=precisions)

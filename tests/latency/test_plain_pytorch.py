@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -64,3 +65,15 @@ def layers_of(script: Model) -> list[str]:
 def test_another_model_is_refused() -> None:
     with pytest.raises(LayerError, match='layer "layer1" is not in the model'):
         plain_pytorch.of_model(tiny(), DIGITS_LAYERS, (3, 32, 48))
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_tf32_is_switched_in_convolutions_and_in_matrix_products(allowed: bool) -> None:
+    backends: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [backend.allow_tf32 for backend in backends]
+    try:
+        plain_pytorch.use_tf32(allowed)
+        assert [backend.allow_tf32 for backend in backends] == [allowed, allowed]
+    finally:
+        for backend, value in zip(backends, before, strict=True):
+            backend.allow_tf32 = value

@@ -86,7 +86,7 @@ def build(
     Args:
         bundle: The bundle.
         library: The TensorRT that builds.
-        precision: One of the bundle's.
+        precision: One of the bundle's, or "tf32", whose plans stand beside those of "fp32".
         settings: Options; None for the defaults.
         progress: Called often.
 
@@ -160,6 +160,7 @@ def _build_plans(
             targets,
             timings,
             partial(progress, title),
+            precision == "tf32",
         )
         progress(title, 1.0, "")
     return contents

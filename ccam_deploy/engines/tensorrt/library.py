@@ -15,6 +15,8 @@ Flavour = Literal["tensorrt", "tensorrt-rtx"]
 FLAVOURS: dict[Flavour, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 TITLES: dict[Flavour, str] = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
 TURING = "7.5"
+_OLDEST = {"fp8": ("8.9", "int8"), "tf32": ("8.0", "fp32")}
+"""The precisions that older GPUs lack: the oldest compute capability, and what to use before."""
 
 
 @dataclass(frozen=True)
@@ -61,13 +63,33 @@ class Library:
         """
         return not self.capabilities
 
+    def why_not_on(self, capability: str) -> str:
+        """Say that plans do not run on a GPU, though TensorRT-RTX would build some there.
+
+        Newer GPUs than the newest that it knows are supported; TensorRT names none, it builds for
+        the GPU that is here.
+
+        Args:
+            capability: The GPU's compute capability, such as "8.9".
+
+        Returns:
+            A sentence; empty where the library runs on the GPU.
+        """
+        known = list(self.capabilities)
+        if not known or capability in known or _version(capability) > max(map(_version, known)):
+            return ""
+        return (
+            f"{self.flavour} {self.version} does not run on compute capability {capability}, "
+            f"only on {', '.join(known)} and newer"
+        )
+
     def targets(self, devices: Sequence[str], precision: str = "fp32") -> tuple[str, ...]:
         """Resolve the compute capabilities to build for.
 
         Args:
             devices: Such as "8.9"; empty for all that the library supports, from 8.0 on. Turing,
                 "7.5", has no float32 matrix products in TensorRT-RTX, so it must be asked for.
-            precision: FP8 needs 8.9 or newer.
+            precision: FP8 needs 8.9 or newer, TF32 8.0.
 
         Returns:
             The compute capabilities, in ascending order.
@@ -89,17 +111,35 @@ class Library:
                     f"{self.flavour} does not support compute capability {device}; "
                     f"it supports {', '.join(known)}"
                 )
-            if precision == "fp8" and not _has_fp8(device):
-                raise OptionError(
-                    f"compute capability {device} has no FP8, which 8.9 and newer have; use int8"
-                )
-        usual = [d for d in known if d != TURING and (precision != "fp8" or _has_fp8(d))]
+            if reason := why_without(device, precision):
+                raise OptionError(reason)
+        usual = [d for d in known if d != TURING and not why_without(d, precision)]
         return tuple(device for device in known if device in (devices or usual))
 
 
-def _has_fp8(device: str) -> bool:
-    major, _, minor = device.partition(".")
-    return (int(major), int(minor)) >= (8, 9)
+def why_without(device: str, precision: str) -> str:
+    """Say what a GPU lacks for a precision.
+
+    Args:
+        device: Its compute capability, such as "8.9".
+        precision: A precision.
+
+    Returns:
+        A sentence with what to use; empty where the GPU has the precision.
+    """
+    if precision not in _OLDEST:
+        return ""
+    oldest, substitute = _OLDEST[precision]
+    if _version(device) >= _version(oldest):
+        return ""
+    return (
+        f"compute capability {device} has no {precision.upper()}, which {oldest} and newer have; "
+        f"use {substitute}"
+    )
+
+
+def _version(capability: str) -> tuple[int, ...]:
+    return tuple(map(int, capability.split(".")))
 
 
 def present_device() -> str:

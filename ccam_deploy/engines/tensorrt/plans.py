@@ -59,6 +59,7 @@ def build_plan(
     devices: Sequence[str],
     timings: TimingCache | None = None,
     report: progress.Report = lambda share, phase: None,
+    tf32: bool = False,
 ) -> bytes:
     """Build one ONNX graph into a plan.
 
@@ -70,6 +71,7 @@ def build_plan(
         timings: Read, and extended by what the build measures.
         report: Called often while TensorRT builds. An exception that it raises, or
             KeyboardInterrupt, ends the build and is raised here.
+        tf32: Whether products of float32 may round their factors to 10 bits of mantissa.
 
     Returns:
         The plan, as its file holds it.
@@ -89,7 +91,10 @@ def build_plan(
         raise BackendError(f"{library.flavour} rejects {graph.name}: {'; '.join(reasons[:2])}")
     config = builder.create_builder_config()
     _aim_at(library, config, devices)
-    config.clear_flag(trt.BuilderFlag.TF32)  # which rounds the factors of float32 to 10 bits
+    if tf32:
+        config.set_flag(trt.BuilderFlag.TF32)
+    else:
+        config.clear_flag(trt.BuilderFlag.TF32)  # which is set by default
     if (flag := getattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION", None)) is not None:
         config.set_flag(flag)  # without it, TensorRT-RTX may allocate in a run that is captured
     for profile in tuned_for:

@@ -26,7 +26,7 @@ def current_plans(
         bundle: The bundle.
         library: The TensorRT that would build.
         devices: Compute capabilities, from `Library.targets`.
-        precision: One of the bundle's.
+        precision: One of the bundle's, or "tf32".
         max_batch: The most images that a plan takes at a time.
 
     Returns:
@@ -65,7 +65,7 @@ def fitting_plans(
         library_flavour: Which TensorRT is installed.
         library_version: Its version.
         capability: The GPU's compute capability, such as "8.9".
-        precision: One of the bundle's.
+        precision: One of the bundle's, or "tf32".
         max_batch: How many images a plan must take at least; None for any number.
 
     Returns:

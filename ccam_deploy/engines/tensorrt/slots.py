@@ -10,6 +10,7 @@ from ccam_deploy.engines.cuda.slots import Graphs, Slot, Slots, Use
 from ccam_deploy.engines.tensorrt.library import Flavour, load_library, present_device
 from ccam_deploy.engines.tensorrt.runtime import PlanGraph, SharedPlan
 from ccam_deploy.engines.tensorrt.select import fitting_plans
+from ccam_deploy.errors import BackendError
 
 
 def tensorrt_slots(bundle: Bundle, flavour: Flavour, precision: str, most: int) -> Slots:
@@ -18,17 +19,21 @@ def tensorrt_slots(bundle: Bundle, flavour: Flavour, precision: str, most: int) 
     Args:
         bundle: The bundle.
         flavour: Which TensorRT to use.
-        precision: One of the bundle's.
+        precision: One of the bundle's, or "tf32".
         most: How many slots there may be at a time.
 
     Returns:
         The slots, one of them open.
 
     Raises:
-        BackendError: No plan fits the library or the GPU; see `fitting_plans`.
+        BackendError: The library does not run on the GPU, or no plan fits them; see
+            `fitting_plans`.
     """
     library = load_library(flavour)
-    plans_by_graph = fitting_plans(bundle, flavour, library.version, present_device(), precision)
+    capability = present_device()
+    if reason := library.why_not_on(capability):
+        raise BackendError(f"{reason}; use onnxruntime-cuda or tensorrt")
+    plans_by_graph = fitting_plans(bundle, flavour, library.version, capability, precision)
     first = CudaDevice()
     try:
         with first.current():

@@ -50,7 +50,7 @@ def test_every_graph_becomes_a_plan(
         assert shares == sorted(shares)
         assert (shares[0], shares[-1]) == (0, 1)
         assert len({phase for _, phase in steps}) > 3
-    graphs = made.manifest.precisions[precision].graphs
+    graphs = made.precision(precision).graphs
     assert [plan.graph for plan in made.manifest.plans] == list(graphs)
     assert done.plans == made.manifest.plans
     for plan in made.manifest.plans:
@@ -247,6 +247,80 @@ def test_fp8_is_built_for_gpus_that_have_it(rtx: library.Library) -> None:
         OptionError, match=r"^compute capability 8\.6 has no FP8, which 8\.9 and new"
     ):
         rtx.targets(("8.9", "8.6"), "fp8")
+
+
+def test_tf32_is_built_for_gpus_that_have_it(rtx: library.Library) -> None:
+    assert rtx.targets((), "tf32") == rtx.targets(())
+    with pytest.raises(OptionError, match=r"^compute capability 7\.5 has no TF32, which 8\.0 and"):
+        rtx.targets(("7.5", "8.9"), "tf32")
+
+
+def test_tf32_makes_another_plan_of_the_same_graph(
+    rtx: library.Library, digits_bundle: Path
+) -> None:
+    def contents(tf32: bool) -> bytes:
+        graph = digits_bundle / "backbone.onnx"
+        return plans.build_plan(rtx, graph, plans.profiles(1), ["8.9"], tf32=tf32)
+
+    assert contents(False) != contents(True)
+
+
+def test_plans_of_tf32_stand_beside_those_of_fp32(
+    folder: Path, rtx: library.Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[tuple[str, bool]] = []
+
+    def fake(library: library.Library, graph: Path, *others: Any) -> bytes:
+        built.append((graph.name, others[-1]))
+        return f"{graph.name} {others[-1]}".encode()
+
+    monkeypatch.setattr(plans, "build_plan", fake)
+    settings = BuildSettings(4, ("8.9",))
+    exact = build(read_bundle(folder), rtx, "fp32", settings)
+    with pytest.raises(BackendError, match=r"has no tf32 plans for .*--precision tf32"):
+        fitting_plans(exact.bundle, "tensorrt-rtx", rtx.version, "8.9", "tf32")
+    rounded = build(exact.bundle, rtx, "tf32", settings)
+    names = ("backbone.onnx", "gradient.onnx", "classifier.onnx")
+    assert built == [(name, tf32) for tf32 in (False, True) for name in names]
+    assert rounded.bundle.manifest.plans == (*exact.plans, *rounded.plans)
+    assert {plan.precision for plan in rounded.plans} == {"tf32"}
+    assert {plan.source for plan in rounded.plans} == {plan.source for plan in exact.plans}
+    assert not {plan.file for plan in rounded.plans} & {plan.file for plan in exact.plans}
+    assert len(list((folder / "plans").iterdir())) == 2
+    for precision, made in (("fp32", exact), ("tf32", rounded)):
+        found = fitting_plans(rounded.bundle, "tensorrt-rtx", rtx.version, "8.9", precision)
+        assert tuple(found.values()) == made.plans
+    again = build(rounded.bundle, rtx, "tf32", settings)
+    assert (again.fresh, again.plans) == (False, rounded.plans)
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+def test_the_flag_is_set_or_cleared(tmp_path: Path, tf32: bool) -> None:
+    """TensorRT sets it by default, so that float32 is exact only where it is cleared."""
+    changed: list[tuple[str, str]] = []
+    config = SimpleNamespace(
+        set_flag=lambda flag: changed.append(("set", flag)),
+        clear_flag=lambda flag: changed.append(("clear", flag)),
+        progress_monitor=None,
+    )
+    builder = SimpleNamespace(
+        create_network=lambda flags: SimpleNamespace(num_inputs=0),
+        create_builder_config=lambda: config,
+        build_serialized_network=lambda network, config: b"plan",
+    )
+    severities = SimpleNamespace(INTERNAL_ERROR=0, ERROR=1)
+    module = SimpleNamespace(
+        __version__="11.4.0",
+        ILogger=type("ILogger", (), {"Severity": severities, "__init__": lambda self: None}),
+        IProgressMonitor=type("IProgressMonitor", (), {"__init__": lambda self: None}),
+        Builder=lambda log: builder,
+        OnnxParser=lambda network, log: SimpleNamespace(parse_from_file=lambda path: True),
+        NetworkDefinitionCreationFlag=SimpleNamespace(),
+        BuilderFlag=SimpleNamespace(TF32="TF32"),
+    )
+    server = library.Library("tensorrt", module)
+    assert plans.build_plan(server, tmp_path / "x.onnx", (), ["9.0"], tf32=tf32) == b"plan"
+    assert changed == [("set" if tf32 else "clear", "TF32")]
 
 
 @pytest.fixture

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from ccam_deploy.bundle.folder import Bundle, read_bundle
 from ccam_deploy.bundle.manifest import WEIGHTS, Plan
+from ccam_deploy.engines.tensorrt import slots
+from ccam_deploy.engines.tensorrt.library import Library
 from ccam_deploy.engines.tensorrt.select import fitting_plans
 from ccam_deploy.errors import BackendError, OptionError
 
@@ -158,3 +161,21 @@ def test_a_folder_with_a_space_is_quoted(bare: Bundle) -> None:
 def test_a_precision_that_the_bundle_lacks(bare: Bundle) -> None:
     with pytest.raises(OptionError, match="the bundle has no fp16 graphs, only fp32"):
         fitting_plans(bare, "tensorrt-rtx", "1.7.1", "8.9", "fp16")
+
+
+def test_rtx_refuses_a_gpu_whatever_plans_there_are(
+    bare: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Building some for it would not help."""
+    capabilities = {f"SM{name}": name for name in ("80", "86", "89", "120", "121")}
+    module = SimpleNamespace(
+        __version__="1.7.1", ComputeCapability=SimpleNamespace(__members__=capabilities)
+    )
+    monkeypatch.setattr(slots, "load_library", lambda flavour: Library("tensorrt-rtx", module))
+    monkeypatch.setattr(slots, "present_device", lambda: "9.0")
+    with pytest.raises(BackendError) as caught:
+        slots.tensorrt_slots(having(bare, {"devices": ("9.0",)}), "tensorrt-rtx", "fp32", 1)
+    assert str(caught.value) == (
+        "tensorrt-rtx 1.7.1 does not run on compute capability 9.0, only on 8.0, 8.6, 8.9, 12.0, "
+        "12.1 and newer; use onnxruntime-cuda or tensorrt"
+    )

@@ -98,6 +98,16 @@ def test_half_precision_matches_cpu(bundle: Path, device: Run) -> None:
     np.testing.assert_allclose(got.raw_saliency, expected.raw_saliency, atol=5e-3)
 
 
+def test_tf32_changes_nothing_between_the_graphs(bundle: Path, device: Run) -> None:
+    """The kernels compute in float32; this device's engines do too."""
+    call = Call(noise(2, 3, 16, 24), None, OPTIONS)
+    rounded, exact = (
+        device(Job(bundle, (call,), precision)).results[0] for precision in ("tf32", "fp32")
+    )
+    assert rounded.settings == {**exact.settings, "precision": "tf32"}
+    assert rounded.raw_saliency.tobytes() == exact.raw_saliency.tobytes()
+
+
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_small_batches_and_chunks_give_the_same(bundle: Path, device: Run, precision: str) -> None:
     """More images and pairs than a run takes, and masks that start where no engine reads."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -31,6 +32,7 @@ from ccam_deploy.methods import (
 from ccam_deploy.methods.collection_cam.cost import Budget, Costs, Run, budgeted, validate_budget
 from ccam_deploy.methods.collection_cam.cuda import DeviceCollectionCAM
 from ccam_deploy.methods.factory import MethodFactory
+from ccam_deploy.prefetch import prepared_ahead
 from ccam_deploy.preprocess import Geometry, Source, prepare_images
 from ccam_deploy.targets import Targets, pairs_of, target_codes
 
@@ -39,6 +41,8 @@ Images = Floats | Sequence[Image.Image] | Image.Image
 _Input = tuple[Floats, tuple[Geometry, ...]]
 
 DEFAULT_BATCH = 16
+_DECODERS = 4
+"""Threads that decode and scale pictures while a GPU works."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,9 @@ class Explainer:
         self.precision = precision
         self.batch_size = batch_size
         self._now = now
+        self._decoders: ThreadPoolExecutor | None = None
+        if networks.slots is not None:  # a CPU's engines use all cores already
+            self._decoders = ThreadPoolExecutor(_DECODERS, "ccam-deploy-images")
         graphs = bundle.precision(precision)
         self._methods = MethodFactory(
             bundle.manifest,
@@ -144,7 +151,7 @@ class Explainer:
         validate_budget(budget_ms, requested)
         pictures = _sequence_of(images)
         plan = self._plan(target_codes(targets, len(pictures), self.bundle.manifest))
-        inputs: Iterable[_Input] = (self._prepare(pictures[batch.rows], clock) for batch in plan)
+        inputs = self._inputs(pictures, plan, clock)
         budget = None
         if budget_ms is not None:
             inputs = list(inputs)
@@ -259,7 +266,8 @@ class Explainer:
                         f"an image is a {type(picture).__name__}; "
                         "give PIL images or one float32 array"
                     )
-            return prepare_images(images, size[1:], self.bundle.manifest.preprocessing)
+            how = self.bundle.manifest.preprocessing
+            return prepare_images(images, size[1:], how, self._decoders)
         if images.dtype != np.float32 or images.shape[1:] != size:
             raise ImageError(
                 f"images are {images.dtype}{list(images.shape)}; "
@@ -271,6 +279,8 @@ class Explainer:
 
     def close(self) -> None:
         """Close the engines."""
+        if self._decoders is not None:
+            self._decoders.shutdown()
         self.networks.close()
 
     def __enter__(self) -> Explainer:
@@ -289,6 +299,18 @@ class Explainer:
             _BatchPlan(rows, *pairs_of(codes[rows]))
             for rows in row_chunks(len(codes), self.batch_size)
         ]
+
+    def _inputs(
+        self, pictures: Floats | Sequence[Image.Image], plan: Sequence[_BatchPlan], clock: Stopwatch
+    ) -> Iterable[_Input]:
+        """The batches' inputs; on a GPU each is prepared while it works on the one before."""
+
+        def prepare(batch: _BatchPlan) -> _Input:
+            return self._prepare(pictures[batch.rows], clock)
+
+        if self._decoders is None or len(plan) == 1:
+            return map(prepare, plan)
+        return prepared_ahead(prepare, plan)
 
     def _prepare(self, pictures: Floats | Sequence[Image.Image], clock: Stopwatch) -> _Input:
         with clock.stage("preprocess"):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
+from itertools import repeat
 
 import numpy as np
 from PIL import Image
@@ -148,7 +150,10 @@ def to_grey_or_rgb(picture: Image.Image, channels: int) -> Image.Image:
 
 
 def prepare_images(
-    pictures: Sequence[Image.Image], size: tuple[int, int], how: Preprocessing
+    pictures: Sequence[Image.Image],
+    size: tuple[int, int],
+    how: Preprocessing,
+    pool: Executor | None = None,
 ) -> tuple[Floats, tuple[Geometry, ...]]:
     """Turn, scale, crop and normalise images for the network.
 
@@ -156,6 +161,7 @@ def prepare_images(
         pictures: B images, which are turned as their EXIF data says.
         size: Height, width of the input.
         how: How they are scaled, cropped and normalised.
+        pool: Threads that take an image each; None for the caller's alone.
 
     Returns:
         [B, C, H, W] float32, and each image's geometry.
@@ -168,26 +174,31 @@ def prepare_images(
             f"the network takes {len(how.mean)} channels, images have 1 or 3; give an array"
         )
     batch = np.empty((len(pictures), len(how.mean), *size), np.float32)
-    geometries = []
-    for row, picture in zip(batch, pictures, strict=True):
-        require_usable_size(picture, "the image")
-        try:
-            turned = as_shown(picture)
-        except Exception as error:
-            raise ImageError(f"the image cannot be decoded: {brief(error)}") from error
-        place = input_geometry((turned.height, turned.width), size, how)
-        geometries.append(place)
-        coloured = to_grey_or_rgb(turned, len(how.mean))
-        scaled = coloured.resize(
-            (place.scaled[1], place.scaled[0]), Image.Resampling[how.interpolation.upper()]
-        )
-        top, left = place.corner
-        cropped = scaled.crop((left, top, left + size[1], top + size[0]))
-        pixels = np.asarray(cropped, dtype=np.float32).reshape(*size, -1).transpose(2, 0, 1)
-        mean = np.array(how.mean, np.float32)[:, None, None]
-        std = np.array(how.std, np.float32)[:, None, None]
-        row[:] = (pixels / np.float32(255) - mean) / std
-    return batch, tuple(geometries)
+    if pool is None or len(set(map(id, pictures))) < len(pictures):  # Pillow decodes on first use
+        return batch, tuple(map(_prepare_image, batch, pictures, repeat(how)))
+    return batch, tuple(pool.map(_prepare_image, batch, pictures, repeat(how)))
+
+
+def _prepare_image(row: Floats, picture: Image.Image, how: Preprocessing) -> Geometry:
+    """Write a picture to a row [C, H, W] of the batch; return its geometry."""
+    channels, height, width = row.shape
+    require_usable_size(picture, "the image")
+    try:
+        turned = as_shown(picture)
+    except Exception as error:
+        raise ImageError(f"the image cannot be decoded: {brief(error)}") from error
+    place = input_geometry((turned.height, turned.width), (height, width), how)
+    coloured = to_grey_or_rgb(turned, channels)
+    scaled = coloured.resize(
+        (place.scaled[1], place.scaled[0]), Image.Resampling[how.interpolation.upper()]
+    )
+    top, left = place.corner
+    cropped = scaled.crop((left, top, left + width, top + height))
+    pixels = np.asarray(cropped, dtype=np.float32).reshape(height, width, -1).transpose(2, 0, 1)
+    mean = np.array(how.mean, np.float32)[:, None, None]
+    std = np.array(how.std, np.float32)[:, None, None]
+    row[:] = (pixels / np.float32(255) - mean) / std
+    return place
 
 
 def restore_image(image: Floats, mean: Sequence[float], std: Sequence[float]) -> Image.Image:

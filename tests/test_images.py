@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -381,3 +382,18 @@ def test_boxes_meet_the_pixels_they_had(resize: Resize, size: tuple[int, int]) -
     seen = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
     got = place.to_input(np.array([box], np.float64))[0]
     np.testing.assert_allclose(got, seen, atol=0.75)
+
+
+def test_threads_prepare_what_one_does() -> None:
+    """The same bits in the same order; a picture that comes twice is decoded by one thread."""
+    pictures = [photograph(60 + 5 * n, 50) for n in range(7)]
+    streams = [io.BytesIO(encoded(picture)) for picture in pictures]
+    with ThreadPoolExecutor(4) as pool:
+        lazy = [Image.open(stream) for stream in streams]
+        for group in (pictures, lazy, [lazy[0], lazy[1], lazy[0]]):
+            batch, places = prepare_images(group, (40, 40), how(), pool)
+            expected, expected_places = prepare_images(group, (40, 40), how())
+            assert batch.tobytes() == expected.tobytes()
+            assert places == expected_places
+        with pytest.raises(ImageError, match=r"too narrow|at least 8"):
+            prepare_images([*pictures, Image.new("RGB", (1, 1))], (40, 40), how(), pool)

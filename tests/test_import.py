@@ -23,7 +23,7 @@ HEAVY = ("torch", "onnx", "onnxruntime", "numba", "tensorrt", "numpy", "scipy", 
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 FLOORS: tuple[frozenset[str], ...] = (
-    frozenset({"arrays", "errors", "extras", "text"}),
+    frozenset({"arrays", "errors", "extras", "prefetch", "text"}),
     frozenset({"files", "image_files", "plotting", "render"}),
     frozenset({"bundle", "examples"}),
     frozenset({"engines", "kernels", "preprocess", "targets"}),

@@ -103,7 +103,7 @@ class Explainer:
     @property
     def notes(self) -> tuple[str, ...]:
         """What differs from the request or could be faster, a line each."""
-        return self.networks.notes + (self.on_device.notes if self.on_device else ())
+        return self.networks.notes + self._methods.notes
 
     def explain(
         self,

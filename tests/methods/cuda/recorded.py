@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from unittest.mock import patch
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ccam_deploy.engines.cuda.device import DeviceTensor
 from ccam_deploy.engines.onnxruntime import OnnxRuntimeGraph
 from ccam_deploy.methods.cuda import rise
@@ -53,3 +56,24 @@ def run_recorded(job: Job, most_cells: int = rise.MOST_CELLS, threads: int = 32)
         patch.object(host_device, "_THREADS", threads),
     ):
         return Recorded(run(job), classifier, backbone)
+
+
+def accumulated(
+    scores: NDArray[np.float32], masks: NDArray[np.float32], owner: list[int], item: list[int]
+) -> NDArray[np.float64]:
+    """RISE's sums of a chunk, for a pair of each image.
+
+    scores: [P, n].   masks: [n, pixels].   owner, item: [n].
+    """
+    from numba import cuda
+
+    from ccam_deploy.kernels.cuda import grids
+
+    pairs = len(scores)
+    total = cuda.to_device(np.zeros((pairs, masks.shape[1])))
+    arrays = scores, masks, np.array(owner, np.int64), np.array(item, np.int32)
+    progress = np.array([0, len(masks), pairs, pairs], np.int32)
+    pair_owner = cuda.to_device(np.arange(pairs, dtype=np.int32))
+    given = map(cuda.to_device, arrays)
+    grids.accumulate[(1, pairs), 32](cuda.to_device(progress), *given, pair_owner, total)
+    return total.copy_to_host()  # type: ignore[no-any-return]

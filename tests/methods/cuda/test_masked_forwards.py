@@ -6,6 +6,7 @@ The engines are ONNX Runtime's on both sides; the simulator is slow, so the netw
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from tests.bundles import Bundles
 from tests.engines.cuda.host_device import Call, Job
 from tests.helpers import noise
 from tests.kernels.simulated_device import simulator
-from tests.methods.cuda.recorded import Recorded, run_recorded
+from tests.methods.cuda.recorded import Recorded, accumulated, run_recorded
 
 pytestmark = pytest.mark.slow
 
@@ -37,12 +38,17 @@ def bundle(bundles: Bundles) -> Path:
 
 
 @pytest.fixture(scope="module")
-def device() -> Iterator[Run]:
+def pool() -> Iterator[Executor]:
+    with simulator() as executor:
+        yield executor
+
+
+@pytest.fixture(scope="module")
+def device(pool: Executor) -> Run:
     def run(job: Job, most_cells: int = MOST_CELLS, threads: int = 32) -> Recorded:
         return pool.submit(run_recorded, job, most_cells, threads).result()
 
-    with simulator() as pool:
-        yield run
+    return run
 
 
 def assert_same(actual: ccam.Explanation, expected: ccam.Explanation, tolerance: float) -> None:
@@ -195,6 +201,16 @@ def test_results_do_not_depend_on_the_threads(bundle: Path, device: Run, name: s
     call = Call(noise(1, 3, 16, 24), [[1, 2]], METHODS[name])
     few, many = (device(Job(bundle, (call,)), threads=n).report.results[0] for n in (32, 96))
     assert_same(many, few, 1e-7)
+
+
+def test_rows_that_an_earlier_call_left_are_not_added(pool: Executor) -> None:
+    """The scores of padding, and of other images' rows, may be anything."""
+    masks = np.abs(noise(4, 40))
+    scores = np.array([[0.5, np.nan, 2, np.nan], [np.nan, 3, np.nan, np.inf]], np.float32)
+    owner, item = [0, 1, 0, 0], [0, 0, 1, -1]
+    found = pool.submit(accumulated, scores, masks, owner, item).result()
+    expected = np.stack([0.5 * masks[0] + 2 * masks[2], 3 * masks[1]])
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 def test_values_that_overflow_are_refused(bundle: Path, device: Run) -> None:

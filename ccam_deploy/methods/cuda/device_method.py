@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -27,6 +29,8 @@ from ccam_deploy.methods.stopwatch import Stopwatch
 from ccam_deploy.targets import classes_of, first_occurrences
 
 M = TypeVar("M", bound=Method)
+
+_RUNS_TO_CAPTURE = 2
 
 
 @dataclass(frozen=True)
@@ -151,23 +155,26 @@ class DeviceMethod(Method, Generic[M]):
         logits: list[Floats] = []
         kept: list[tuple[Classes, Classes]] = []
         found: list[PairMaps | BackendError] = []
-        with self.device.slots.take() as slot:
-            key = self.method, self.device.batch_size, self.device.cuda_graphs
-            pipeline = slot.keep(key, lambda: self._pipeline(slot))
+
+        def run_on(slot: Slot) -> None:
+            pipeline = self._kept(slot)
             for rows in row_chunks(len(images), pipeline.forwards.batch):
                 logits.append(pipeline.begin(images[rows], clock))
                 if not np.isfinite(logits[-1]).all():
-                    break
+                    return
                 pairs = (owner >= rows.start) & (owner < rows.stop)
                 places = owner[pairs] - rows.start
                 targets = classes_of(places, codes[pairs], logits[-1])
                 first = first_occurrences(places, targets)
                 places, targets = places[first], targets[first]
                 kept.append((places + rows.start, targets))
-                found += [
+                found.extend(
                     pipeline.explain(places[part], targets[part], context.baseline, clock)
                     for part in row_chunks(len(places), pipeline.forwards.batch)
-                ]
+                )
+
+        with self.device.slots.take() as slot:
+            slot.run(partial(run_on, slot))
         require_finite_logits(logits[-1])
         return BatchResult(
             np.concatenate(logits),
@@ -176,9 +183,40 @@ class DeviceMethod(Method, Generic[M]):
             MethodResult.joined(list(map(_result, found))),
         )
 
+    def warm_up(self, images: int, context: Context, progress: Callable[[str], None]) -> None:
+        """Prepare every slot for calls of 1 to `images` images, once no caller holds one.
+
+        Args:
+            images: The most images of a call.
+            context: The engines.
+            progress: Called with a line for each step.
+
+        Raises:
+            OptionError: The bundle cannot meet the method's options.
+            BackendError: The engine failed, or there is too little memory.
+        """
+        first = np.zeros(1, np.int64)
+
+        def prepare(slot: Slot) -> None:
+            pipeline = self._kept(slot)
+            most = min(images, pipeline.forwards.batch)
+            shape = most, *self.device.manifest.input
+            noise = np.random.default_rng(0).standard_normal(shape, np.float32)
+            for count in sorted({1, most}):
+                progress(f"{count} images" if count > 1 else "one image")
+                for _ in range(_RUNS_TO_CAPTURE):
+                    pipeline.begin(noise[:count], Stopwatch())
+                    pipeline.explain(first, first, context.baseline, Stopwatch())
+
+        self.device.slots.run_on_each(prepare)
+
     def explain(self, classifier: Classifier, batch: Batch, clock: Stopwatch) -> MethodResult:
         """Explain activations that are on the host: on the CPU; see Method."""
         return self.method.explain(classifier, batch, clock)
+
+    def _kept(self, slot: Slot) -> Pipeline:
+        key = self.method, self.device.batch_size, self.device.cuda_graphs
+        return slot.keep(key, lambda: self._pipeline(slot))
 
     @abstractmethod
     def _pipeline(self, slot: Slot) -> Pipeline:

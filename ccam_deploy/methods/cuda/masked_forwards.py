@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from ccam_deploy.arrays import Classes, Floats
 from ccam_deploy.engines.base import TensorSpec
 from ccam_deploy.engines.cuda.device import Device, DeviceGraph, DeviceTensor, Region
-from ccam_deploy.engines.cuda.graph_replay import StreamRunner
+from ccam_deploy.engines.cuda.graph_replay import Part, StreamRunner
 from ccam_deploy.engines.cuda.slots import Graphs
 from ccam_deploy.kernels.cuda.buffers import Spec
 from ccam_deploy.kernels.cuda.row_buffers import Chunk, RunInputs, chunk_specs, run_specs
@@ -95,8 +96,14 @@ class MaskedForwards:
         most = min(self._classifier.limits.get("masks", _LARGEST_CHUNK), _LARGEST_CHUNK)
         self.chunk_rows = _even(setup.masks, most)
         self.runner = StreamRunner(
-            device, setup.cuda_graphs, lambda: all(g.capturable for g in both), setup.note
+            device,
+            setup.cuda_graphs,
+            lambda: all(graph.capturable or graph.replays_itself for graph in both),
+            setup.note,
+            any(graph.replays_itself for graph in both),
         )
+        self._replays = setup.cuda_graphs
+        self._backbones: dict[int, Callable[[], None]] = {}
         self._regions: list[Region] = []
         try:
             self._allocate(setup)
@@ -104,12 +111,14 @@ class MaskedForwards:
             self.close()
             raise
 
-    def run_backbone(self, images: Floats, after: Callable[[], None], clock: Stopwatch) -> Floats:
+    def run_backbone(
+        self, images: Floats, after: Callable[[], None] | None, clock: Stopwatch
+    ) -> Floats:
         """Run the backbone on images, which masked forwards show from then on.
 
         Args:
             images: [B, C, H, W] float32, at most `batch`.
-            after: Puts more work that reads the activations on the stream.
+            after: Puts more work that reads the activations on the stream; None for nothing.
             clock: Takes the seconds of each stage.
 
         Returns:
@@ -121,14 +130,12 @@ class MaskedForwards:
         self.runner.mark("upload")
         self.device.upload(self._images.address, self._images.host["images"][:count])
         rows = 1 if count == 1 else self.batch
-
-        def work() -> None:
-            self._cast_images()
-            self.runner.mark("backbone")
-            self._launch_backbone(rows)
-            after()
-
-        self.runner.run(("backbone", rows), "backbone", work)
+        parts = [Part("backbone", partial(self._launch_backbone, rows), is_engine=True)]
+        if self._typed_images:
+            parts.insert(0, Part("upload", self._cast_images))
+        if after is not None:
+            parts.append(Part("statistics", after))
+        self.runner.put(("backbone", rows), "backbone", parts)
         self.runner.mark("download")
         self._logits.download()
         self.finish(clock)
@@ -157,8 +164,13 @@ class MaskedForwards:
             rows: How many rows the run has.
             work: The method's part; the same in every call.
         """
+        parts = (
+            Part("masks", work.render),
+            Part("classifier", self._classify, is_engine=True),
+            Part("combine", partial(self._collect, work)),
+        )
         for _ in range(-(-rows // self.chunk_rows)):
-            self.runner.run("chunk", "forwards", lambda: self._run_chunk(work))
+            self.runner.put(("chunk",), "forwards", parts)
 
     def finish(self, clock: Stopwatch) -> None:
         """Wait for the stream, and count the seconds of the stages."""
@@ -213,21 +225,20 @@ class MaskedForwards:
         self._regions.clear()
 
     def _launch_backbone(self, rows: int) -> None:
-        tensors = self._outputs | {"images": self._images_for(self._backbone)}
-        self._backbone.launch(
-            {
+        if rows not in self._backbones:
+            tensors = self._outputs | {"images": self._images_for(self._backbone)}
+            of_rows = {
                 name: replace(tensor, shape=(rows, *tensor.shape[1:]))
                 for name, tensor in tensors.items()
             }
-        )
+            self._backbones[rows] = self._bind(self._backbone, of_rows)
+        self._backbones[rows]()
 
-    def _run_chunk(self, work: ChunkWork) -> None:
+    def _bind(self, graph: DeviceGraph, tensors: dict[str, DeviceTensor]) -> Callable[[], None]:
+        return graph.bind(tensors) if self._replays else partial(graph.launch, tensors)
+
+    def _collect(self, work: ChunkWork) -> None:
         stream = self.device.kernel_stream
-        self.runner.mark("masks")
-        work.render()
-        self.runner.mark("classifier")
-        self._classifier.launch(self._bindings)
-        self.runner.mark("combine")
         self.kernels.scores(work.probability, stream)
         work.collect()
         self.kernels.advance(stream)
@@ -256,12 +267,13 @@ class MaskedForwards:
         specs = chunk_specs(self.chunk_rows, self.batch, self.size, masks.dtype, logits)
         chunk = self.region(specs.by_name()).tensors
         shape = self.chunk_rows, 1, *self.size
-        self._bindings = {
+        tensors = {
             "images": self._images_for(self._classifier),
             "masks": replace(chunk["masks"], shape=shape),
             "owner": chunk["owner"],
             "logits": chunk["logits"],
         }
+        self._classify = self._bind(self._classifier, tensors)
         self.kernels = ForwardKernels(
             RunInputs.of(self.views(self._inputs.tensors)), Chunk.of(self.views(chunk))
         )

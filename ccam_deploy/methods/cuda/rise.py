@@ -9,6 +9,7 @@ import numpy as np
 
 from ccam_deploy.arrays import Classes, Floats
 from ccam_deploy.engines.base import row_chunks
+from ccam_deploy.engines.cuda.graph_replay import Part
 from ccam_deploy.engines.cuda.slots import Slot
 from ccam_deploy.kernels.cuda.row_buffers import (
     Grids,
@@ -69,7 +70,7 @@ class RisePipeline(Pipeline):
 
     def begin(self, images: Floats, clock: Stopwatch) -> Floats:
         """Run the backbone; see Pipeline."""
-        return self.forwards.run_backbone(images, lambda: None, clock)
+        return self.forwards.run_backbone(images, None, clock)
 
     def explain(
         self, owner: Classes, targets: Classes, baseline: Floats, clock: Stopwatch
@@ -92,7 +93,7 @@ class RisePipeline(Pipeline):
             if piece.stop < masks:
                 forwards.finish(clock)  # before the host writes over what is being uploaded
         self._uploaded = self._piece == masks
-        forwards.runner.run("combine", "combine", self._finish)
+        forwards.runner.put(("finish",), "combine", [Part("combine", self._finish)])
         results = forwards.download(self._tensors, ("raw", "saliency"), pairs)
         forwards.finish(clock)
         raw, saliency = (maps.reshape(pairs, *forwards.size) for maps in results.values())

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from ccam_deploy.arrays import Classes, Floats
 from ccam_deploy.engines.cuda.device import DeviceTensor
+from ccam_deploy.engines.cuda.graph_replay import Part
 from ccam_deploy.engines.cuda.slots import Slot
 from ccam_deploy.errors import BackendError
 from ccam_deploy.kernels.cuda.row_buffers import (
@@ -85,7 +86,7 @@ class ScorePipeline(Pipeline):
         forwards.begin(owner, targets, rows, len(shown))
         self._inputs.upload()
         forwards.run_chunks(rows, self._work)
-        forwards.runner.run("combine", "combine", self._combine)
+        forwards.runner.put(("combine",), "combine", [Part("combine", self._combine)])
         results = forwards.download(self._tensors, ("raw", "saliency", "weights", "gains"), pairs)
         forwards.finish(clock)
         size = forwards.size

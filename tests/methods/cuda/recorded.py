@@ -1,9 +1,10 @@
-"""A job on the host device, and what each launch of its classifier was given."""
+"""A job on the host device, and what its classifier was given; a kernel of its own."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -15,22 +16,21 @@ from ccam_deploy.methods.cuda import rise
 from tests.engines.cuda import host_device
 from tests.engines.cuda.host_device import Job, Report, run
 
-Launch = tuple[tuple[str, int, tuple[int, ...]], ...]
+Binding = tuple[tuple[str, int, tuple[int, ...]], ...]
 """The name, address and shape of each tensor."""
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """A job's report, its launches of the classifier in order, and the backbone's rows."""
+    """A job's report, and the tensors that its classifier was bound to, in order."""
 
     report: Report
-    classifier: list[Launch]
-    backbone: list[int]
+    bound: list[Binding]
 
-    @property
-    def shapes(self) -> set[tuple[tuple[int, ...], ...]]:
-        """The shapes that the classifier was launched with."""
-        return {tuple(shape for _, _, shape in launch) for launch in self.classifier}
+    def rows(self, graph: str) -> list[int]:
+        """The rows of each launch of a graph."""
+        calls = self.report.launches
+        return [rows for launches in calls for name, rows in launches if name == graph]
 
 
 def run_recorded(job: Job, most_cells: int = rise.MOST_CELLS, threads: int = 32) -> Recorded:
@@ -38,24 +38,20 @@ def run_recorded(job: Job, most_cells: int = rise.MOST_CELLS, threads: int = 32)
 
     most_cells: how many cells of RISE's grids lie on the device.   threads: per block.
     """
-    classifier: list[Launch] = []
-    backbone: list[int] = []
-    plain = OnnxRuntimeGraph.launch
+    bound: list[Binding] = []
+    plain = OnnxRuntimeGraph._binding
 
-    def launch(graph: OnnxRuntimeGraph, tensors: Mapping[str, DeviceTensor]) -> None:
+    def binding(graph: OnnxRuntimeGraph, tensors: Mapping[str, DeviceTensor]) -> Any:
         if "masks" in tensors:
-            given = sorted((name, t.address, t.shape) for name, t in tensors.items())
-            classifier.append(tuple(given))
-        else:
-            backbone.append(tensors["images"].shape[0])
-        plain(graph, tensors)
+            bound.append(tuple(sorted((name, t.address, t.shape) for name, t in tensors.items())))
+        return plain(graph, tensors)
 
     with (
-        patch.object(OnnxRuntimeGraph, "launch", launch),
+        patch.object(OnnxRuntimeGraph, "_binding", binding),
         patch.object(rise, "MOST_CELLS", most_cells),
         patch.object(host_device, "_THREADS", threads),
     ):
-        return Recorded(run(job), classifier, backbone)
+        return Recorded(run(job), bound)
 
 
 def accumulated(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -113,22 +114,48 @@ def test_half_precision_is_close_to_cpu(bundle: Path, device: Run, name: str) ->
     assert np.corrcoef(got.saliency.ravel(), expected.saliency.ravel())[0, 1] > 0.999
 
 
+@pytest.mark.parametrize("replays_itself", [False, True])
 @pytest.mark.parametrize("method", [ScoreCAM(), FEW], ids=["score-cam", "rise"])
 def test_the_classifier_sees_one_shape_at_one_place(
-    bundle: Path, device: Run, method: ScoreCAM | RISE
+    bundle: Path, device: Run, method: ScoreCAM | RISE, replays_itself: bool
 ) -> None:
     """Whatever the numbers of images, of classes and of masks; and no memory is allocated."""
     images = noise(3, 3, 16, 24)
     shown = ((images[:1], None), (images, None), (images[:2], [[0, 1, 2], 4]))
     calls = tuple(Call(part, targets, method) for part, targets in shown)
-    recorded = device(Job(bundle, calls, masks=5))
-    assert len(set(recorded.classifier)) == 1
+    recorded = device(Job(bundle, calls, masks=5, replays_itself=replays_itself))
     chunk = 4  # of 7 or 8 rows in two parts
-    assert recorded.shapes == {((4, 3, 16, 24), (chunk, 5), (chunk, 1, 16, 24), (chunk,))}
+    (binding,) = recorded.bound
+    shapes = {name: shape for name, _, shape in binding}
+    assert shapes == {
+        "images": (4, 3, 16, 24),
+        "masks": (chunk, 1, 16, 24),
+        "owner": (chunk,),
+        "logits": (chunk, 5),
+    }
     rows = [rows_of(bundle, part, method) for part, _ in shown]
-    assert len(recorded.classifier) == sum(-(-count // chunk) for count in rows)
-    assert recorded.backbone == [1, 4, 4]
-    assert len(set(recorded.report.allocations)) == 1
+    assert recorded.rows("classifier") == [chunk] * sum(-(-count // chunk) for count in rows)
+    assert recorded.rows("backbone") == [1, 4, 4]
+    assert len(set(recorded.report.allocations[1:])) == 1
+
+
+@pytest.mark.parametrize("method", [ScoreCAM(), FEW], ids=["score-cam", "rise"])
+@pytest.mark.parametrize("replays_itself", [False, True])
+def test_no_call_after_the_warm_up_prepares_anything(
+    bundle: Path, device: Run, method: Method, replays_itself: bool
+) -> None:
+    """No memory is allocated, and neither engines nor kernels are prepared for new sizes."""
+    images = noise(3, 3, 16, 24)
+    calls = Call(images[:1], None, method), Call(images, [[0, 1, 2], 4, Top(2)], method)
+    job = Job(bundle, calls, masks=4, replays_itself=replays_itself)
+    warm = device(replace(job, warm_up=3)).report
+    assert len(set(warm.allocations)) == 1
+    assert len(set(warm.bound)) == 1
+    assert warm.progress == ["one image", "3 images"]
+    fewer = device(replace(job, warm_up=3, calls=calls[:1])).report
+    assert warm.captured == fewer.captured > 0
+    for got, expected in zip(warm.results, device(job).report.results, strict=True):
+        assert_same(got, expected, 0)
 
 
 @pytest.mark.parametrize("method", [ScoreCAM(), FEW], ids=["score-cam", "rise"])
@@ -160,10 +187,10 @@ def test_cuda_graphs_give_the_same_bits(bundle: Path, device: Run, method: Metho
     assert (plain.report.captured, plain.report.replayed) == (0, 0)
     pieces = "backbone of one", "backbone of more", "chunk", "combine"
     assert recorded.report.captured == len(pieces)
-    assert recorded.classifier[0][0][2] == plain.classifier[0][0][2]
-    assert len(recorded.classifier) == len(plain.classifier)
-    launches = len(recorded.classifier) + len(recorded.backbone) + len(calls)
-    assert recorded.report.replayed == launches - len(pieces)
+    launches = [len(recorded.rows(graph)) for graph in ("backbone", "classifier")]
+    assert launches == [len(plain.rows(graph)) for graph in ("backbone", "classifier")]
+    # Each piece was launched once before it was captured.
+    assert recorded.report.replayed == sum(launches) + len(calls) - len(pieces)
     for got, expected in zip(recorded.report.results, plain.report.results, strict=True):
         assert_same(got, expected, 0)
     assert {"backbone", "forwards", "combine"} <= set(recorded.report.results[-1].timings)
@@ -190,7 +217,7 @@ def test_flat_channels_have_no_forward(bundle: Path, device: Run) -> None:
     """A black picture makes flat maps in the first layer."""
     call = Call(np.zeros((1, 3, 16, 24), np.float32), 1, ScoreCAM("relu1", "softmax"))
     recorded = device(Job(bundle, (call, call)))
-    assert not recorded.classifier
+    assert not recorded.rows("classifier")
     for result in recorded.report.results:
         assert not result.raw_saliency.any()
         assert not np.any(result.weights)
@@ -233,7 +260,7 @@ def test_masks_of_a_file_run_through_host_arrays(bundle: Path, device: Run, tmp_
     np.save(tmp_path / "masks.npy", masks)
     call = Call(noise(1, 3, 16, 24), 2, RISE(file=str(tmp_path / "masks.npy")))
     recorded = device(Job(bundle, (call,)))
-    assert not recorded.classifier
+    assert not recorded.rows("classifier")
     with ccam.load(bundle, backend="onnxruntime-cpu") as explainer:
         expected = explainer.explain(call.images, 2, method=call.method)
     assert_same(recorded.report.results[0], expected, 0)

@@ -31,6 +31,7 @@ from ccam_deploy.methods import (
 )
 from ccam_deploy.methods.collection_cam.cost import Budget, Costs, Run, budgeted, validate_budget
 from ccam_deploy.methods.collection_cam.cuda import DeviceCollectionCAM
+from ccam_deploy.methods.cuda.device_method import DeviceMethod
 from ccam_deploy.methods.factory import MethodFactory
 from ccam_deploy.prefetch import prepared_ahead
 from ccam_deploy.preprocess import Geometry, Source, prepare_images
@@ -110,7 +111,7 @@ class Explainer:
     @property
     def notes(self) -> tuple[str, ...]:
         """What differs from the request or could be faster, a line each."""
-        return self.networks.notes + (self.on_device.notes if self.on_device else ())
+        return self.networks.notes + self._methods.notes
 
     def explain(
         self,
@@ -195,9 +196,9 @@ class Explainer:
         """Prepare for calls of 1 to `batch` images, so that none of them takes longer than others.
 
         On a GPU, engines plan and compile for each number of rows when they first meet it, which
-        takes many times longer than an explanation. This runs every number that Collection-CAM
-        needs, on every slot; it waits for callers that hold one. For other methods, and on a CPU,
-        it makes two calls on noise.
+        takes many times longer than an explanation. This runs every number that Collection-CAM,
+        Score-CAM or RISE needs, on every slot; it waits for callers that hold one. For other
+        methods, and on a CPU, it makes two calls on noise.
 
         Args:
             batch: The most images of a call.
@@ -213,6 +214,10 @@ class Explainer:
         requested = make_method(method)
         if self.on_device is not None and isinstance(requested, CollectionCAM):
             self.on_device.warm_up(min(batch, self.batch_size), requested, progress)
+            return
+        runner = self._methods.implement(requested)
+        if isinstance(runner, DeviceMethod):
+            runner.warm_up(min(batch, self.batch_size), self._methods.context, progress)
             return
         for count in sorted({1, min(batch, self.batch_size)}):
             progress(f"{count} images" if count > 1 else "one image")

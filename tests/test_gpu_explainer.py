@@ -18,6 +18,7 @@ from ccam_deploy.engines.tensorrt.library import FLAVOURS, Flavour, load_library
 from ccam_deploy.errors import BackendError
 from ccam_deploy.fidelity.similarity import spearman
 from ccam_deploy.fidelity.verification import verify_bundle
+from ccam_deploy.methods import RISE, Method, ScoreCAM
 from ccam_deploy.targets import Top
 from tests.helpers import example_pictures
 
@@ -85,6 +86,18 @@ def test_tf32_keeps_to_its_bounds_and_float32_to_its_own(bundle: Path, backend: 
             reports[precision], broken = verify_bundle(opened, networks, precision, explain)
         assert broken == []
     assert reports["tf32"].logits > 10 * reports["fp32"].logits
+
+
+@pytest.mark.parametrize("method", [ScoreCAM(), RISE(masks=150)], ids=["score-cam", "rise"])
+def test_masked_forwards_give_what_the_cpu_gives(
+    explainer: ccam.Explainer, digits: ccam.Explainer, method: Method
+) -> None:
+    pictures = example_pictures()
+    for call in (pictures[:1], pictures, pictures[:1]):
+        got, expected = (who.explain(call, Top(2), method=method) for who in (explainer, digits))
+        assert got.targets.tolist() == expected.targets.tolist()
+        ranks = [spearman(*maps) for maps in zip(got.saliency, expected.saliency, strict=True)]
+        assert np.median(ranks) > 0.99
 
 
 def test_cuda_graphs_give_the_same_bits(bundle: Path, backend: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, overload
 
 import numpy as np
@@ -162,7 +163,11 @@ class MethodResult:
 
     @classmethod
     def of_maps(
-        cls, raw: Floats, weights: Sequence[Floats] = (), mic: Sequence[Floats] = ()
+        cls,
+        raw: Floats,
+        weights: Sequence[Floats] = (),
+        mic: Sequence[Floats] = (),
+        saliency: Floats | None = None,
     ) -> MethodResult:
         """Make the result of a method that keeps no masks.
 
@@ -170,6 +175,7 @@ class MethodResult:
             raw: [P, H, W] float32, the maps.
             weights: [N] float32 for each pair, or nothing.
             mic: [N] float32 for each pair, or nothing.
+            saliency: [P, H, W] float32, the maps scaled to [0, 1], where that is done.
 
         Raises:
             BackendError: A map is not finite.
@@ -180,9 +186,10 @@ class MethodResult:
                 "a bundle in fp32 has the wider range"
             )
         none = [np.zeros(0, np.float32)] * len(raw)
-        empty = np.zeros((0, *raw.shape[1:]), np.float32)
-        masks = MaskSequence([lambda: empty] * len(raw))
-        return cls(raw, cpu.min_max(raw), (), masks, tuple(weights or none), tuple(mic or none))
+        # Unlike a lambda, this lets results be pickled.
+        masks = MaskSequence([partial(_no_masks, raw.shape[1:])] * len(raw))
+        scaled = cpu.min_max(raw) if saliency is None else saliency
+        return cls(raw, scaled, (), masks, tuple(weights or none), tuple(mic or none))
 
     @classmethod
     def joined(cls, parts: Sequence[MethodResult]) -> MethodResult:
@@ -363,6 +370,10 @@ def require_finite_logits(logits: Floats) -> None:
     """Raise BackendError where logits are NaN or infinite."""
     if not np.isfinite(logits).all():
         raise BackendError("the classifier gives NaN or infinite logits for these images")
+
+
+def _no_masks(size: tuple[int, ...]) -> Floats:
+    return np.zeros((0, *size), np.float32)
 
 
 def _join_layers(parts: tuple[LayerPartition, ...]) -> LayerPartition:

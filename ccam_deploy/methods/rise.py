@@ -122,17 +122,43 @@ def random_masks(
     Raises:
         OptionError: There are more cells than pixels.
     """
+    grids, corners = random_grids(source, count, cells, p, size)
+    wide = cpu.upsample(grids.astype(np.float32), enlarged_size(cells, size))
+    return np.stack(
+        [
+            grid[y : y + size[0], x : x + size[1]]
+            for grid, (y, x) in zip(wide, corners.tolist(), strict=True)
+        ]
+    )
+
+
+def random_grids(
+    source: np.random.Generator, count: int, cells: int, p: float, size: tuple[int, int]
+) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
+    """Draw the grids of RISE's masks, and the corners where they are cut out; see random_masks.
+
+    Returns:
+        [count, cells, cells] uint8, 0 or 1, and the row and column of each corner, [count, 2]
+        int32.
+
+    Raises:
+        OptionError: There are more cells than pixels.
+    """
     if cells > min(size):
         raise OptionError(f"cells is {cells}; an input of {size[0]}x{size[1]} takes {min(size)}")
     cell = [math.ceil(length / cells) for length in size]
-    grids, corners = np.empty((count, cells, cells), np.float32), []
+    grids = np.empty((count, cells, cells), np.uint8)
+    corners = np.empty((count, 2), np.int32)
     for index in range(count):  # mask by mask, so that chunks of any size give the same masks
         grids[index] = source.random((cells, cells)) < p
-        corners.append(source.integers(0, cell))
-    wide = cpu.upsample(grids, ((cells + 1) * cell[0], (cells + 1) * cell[1]))
-    return np.stack(
-        [grid[y : y + size[0], x : x + size[1]] for grid, (y, x) in zip(wide, corners, strict=True)]
-    )
+        corners[index] = source.integers(0, cell)
+    return grids, corners
+
+
+def enlarged_size(cells: int, size: tuple[int, int]) -> tuple[int, int]:
+    """Height and width of an enlarged grid of cells, out of which masks of a size are cut."""
+    height, width = ((cells + 1) * math.ceil(length / cells) for length in size)
+    return height, width
 
 
 def read_masks(file: str, size: tuple[int, int]) -> NDArray[np.floating]:

@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ccam_deploy.arrays import Floats
+from ccam_deploy.arrays import Classes, Doubles, Floats
 from ccam_deploy.engines import Classifier
 from ccam_deploy.engines.base import row_chunks
 from ccam_deploy.errors import OptionError
@@ -56,8 +56,7 @@ class ScoreCAM(Method):
             raise not_finite(batch.layers[place])
         scores, counted = self._score(classifier, batch, features, clock)
         with clock.stage("combine"):
-            rows = np.broadcast_to(batch.baseline, (len(scores), len(batch.baseline)))
-            base = score_of(self._score_type, rows, batch.targets)[:, None]
+            base = self.base_scores(batch.baseline, batch.targets)[:, None]
             gains = np.where(counted, scores - base, np.float32(0))
             if self.weights == "softmax":
                 weights = np.stack(list(map(cpu.softmax, scores, counted)))
@@ -73,8 +72,36 @@ class ScoreCAM(Method):
         batch.place_of(self.layer)
 
     @property
-    def _score_type(self) -> Score:
+    def score(self) -> Score:
+        """What a channel is scored by."""
         return "probability" if self.weights == "probability" else "logit"
+
+    def base_scores(self, baseline: Floats, targets: Classes) -> Floats:
+        """Score an input of zeros for each pair.
+
+        Args:
+            baseline: [classes] float32, its logits.
+            targets: [P] int64, the class of each pair.
+
+        Returns:
+            [P] float32.
+        """
+        rows = np.broadcast_to(baseline, (len(targets), len(baseline)))
+        return score_of(self.score, rows, targets)
+
+    def most_varied(self, spread: Doubles) -> NDArray[np.intp]:
+        """Choose the channels to use among those that are not flat.
+
+        Args:
+            spread: [n] float64, how much each varies over the image.
+
+        Returns:
+            Their places among the n, in ascending order.
+        """
+        most = self.channels
+        if not most or len(spread) <= most:
+            return np.arange(len(spread))
+        return np.sort(np.argsort(-spread, kind="stable")[:most])
 
     def _score(
         self, classifier: Classifier, batch: Batch, features: Floats, clock: Stopwatch
@@ -103,7 +130,7 @@ class ScoreCAM(Method):
                 for pair in np.flatnonzero(np.isin(batch.owner, shown)):
                     masked = image == batch.owner[pair]
                     classes = np.full(np.count_nonzero(masked), batch.targets[pair])
-                    values = score_of(self._score_type, logits[masked], classes)
+                    values = score_of(self.score, logits[masked], classes)
                     scores[pair, channel[masked]] = values
                     counted[pair, channel[masked]] = True
         return scores, counted
@@ -112,8 +139,7 @@ class ScoreCAM(Method):
         """Choose the channels of an image's features [C, h, w] to use, in ascending order."""
         flat = features.reshape(len(features), -1)
         varied = np.flatnonzero(flat.max(axis=1) > flat.min(axis=1))
-        most = self.channels
-        if not most or len(varied) <= most:
+        if not self.channels or len(varied) <= self.channels:
             return varied
         spread = flat[varied].std(axis=1, dtype=np.float64)
-        return np.sort(varied[np.argsort(-spread, kind="stable")[:most]])
+        return varied[self.most_varied(spread)]

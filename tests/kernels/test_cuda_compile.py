@@ -20,7 +20,18 @@ pytest.importorskip("numba.cuda")
 
 from numba import cuda, types
 
-from ccam_deploy.kernels.cuda import combine, cut, masks, scores, statistics, sums, ward
+from ccam_deploy.kernels.cuda import (
+    channels,
+    combine,
+    cut,
+    grids,
+    masks,
+    rows,
+    scores,
+    statistics,
+    sums,
+    ward,
+)
 from ccam_deploy.kernels.cuda.launch import Threads
 
 CAPABILITIES = ((7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
@@ -33,6 +44,8 @@ TABLE, OWNER, STARTS = i8[:, ::1], i4[::1], i4[::1]
 HIERARCHY = f8[:, ::1], f4[:, ::1], i4[:, ::1]
 PSI, LABELS, COUNTS = f4[:, :, ::1], i4[:, ::1], i4[:, ::1]
 MAPS, RANKS = (i4[:, ::1], f4[:, ::1], f4[:, ::1]), types.Tuple((i8, i8, f4))
+PROGRESS, ROW_OWNER, ITEM = i4[::1], i8[::1], i4[::1]
+LINES = i4[::1], f4[::1]
 FLAGS, MERGES = types.uint8[::1], i4[:, :, ::1]
 
 
@@ -86,6 +99,43 @@ def signatures(dtype: Any) -> dict[Any, tuple[tuple[Any, ...], str]]:
         ),
         combine.weighted_sum: ((STARTS, f4[::1], dtype[:, ::1], i8, f4[:, ::1]), "combine"),
         combine.min_max: ((f4[:, ::1], f4[:, ::1]), "scaling"),
+        **row_signatures(dtype),
+    }
+
+
+def row_signatures(dtype: Any) -> dict[Any, tuple[tuple[Any, ...], str]]:
+    """The same of the kernels of masked forwards."""
+    maps, doubles, bytes_ = f4[:, ::1], f8[:, ::1], types.uint8[:, ::1]
+    chunk, features = (dtype[:, ::1], ROW_OWNER, ITEM), dtype[:, :, ::1]
+    pair, triple = types.UniTuple(i8, 2), types.UniTuple(i8, 3)
+    return {
+        rows.row_scores: (
+            (PROGRESS, dtype[:, ::1], ROW_OWNER, ITEM, OWNER, i8[::1], i8, maps),
+            "scores",
+        ),
+        rows.advance: ((PROGRESS, i8), "scores"),
+        channels.channel_spread: ((features, bytes_, doubles), "statistics"),
+        channels.render_channels: (
+            (PROGRESS, i4[:, ::1], features, *LINES, pair, *chunk),
+            "masks",
+        ),
+        channels.keep_scores: ((PROGRESS, ROW_OWNER, ITEM, OWNER, maps, maps), "search"),
+        channels.channel_weights: (
+            (PROGRESS, OWNER, bytes_, f4[::1], maps, i8, maps, maps),
+            "combine",
+        ),
+        channels.weighted_channels: ((PROGRESS, OWNER, features, maps, maps), "sums"),
+        channels.enlarge: ((PROGRESS, maps, *LINES, pair, maps), "combine"),
+        grids.render_grids: (
+            (PROGRESS, OWNER, bytes_, i4[:, ::1], *LINES, triple, *chunk),
+            "masks",
+        ),
+        grids.clear: ((doubles,), "combine"),
+        grids.accumulate: (
+            (PROGRESS, maps, dtype[:, ::1], ROW_OWNER, ITEM, OWNER, doubles),
+            "combine",
+        ),
+        grids.mean: ((PROGRESS, doubles, f8, maps), "combine"),
     }
 
 

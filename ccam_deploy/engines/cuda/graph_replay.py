@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -13,6 +15,26 @@ RETRY_AFTER = 100
 """How often work is launched piece by piece after a failed capture, before the next attempt."""
 _MOST_GRAPHS = 64
 _MOST_REFUSALS = 3
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some work for the stream.
+
+    Attributes:
+        stage: The stage that it begins.
+        work: Puts it on the stream, and does not wait.
+        is_engine: Whether an engine runs it.
+    """
+
+    stage: str
+    work: Callable[[], object]
+    is_engine: bool = False
+
+    def launch(self, runner: StreamRunner) -> None:
+        """Mark the stage, and put the work on the stream."""
+        runner.mark(self.stage)
+        self.work()
 
 
 class StreamRunner:
@@ -30,6 +52,7 @@ class StreamRunner:
         replay: bool,
         capturable: Callable[[], bool],
         note: Callable[[str], None],
+        engines_replay: bool = False,
     ) -> None:
         """Prepare to run work.
 
@@ -38,11 +61,14 @@ class StreamRunner:
             replay: Whether to capture work at all.
             capturable: Whether the engines can be captured; called once all of them have run.
             note: Called with a line the first time that work cannot be captured.
+            engines_replay: Whether engines keep CUDA graphs of their own, which cannot be part of
+                another.
         """
         self._device = device
         self._replay = replay
         self._capturable = capturable
         self._note = note
+        self._engines_replay = engines_replay
         self._noted = False
         self._runs_before_capture: dict[Hashable, int] = {}
         self._refused: set[Hashable] = set()
@@ -65,6 +91,28 @@ class StreamRunner:
             return
         self.mark(stage)
         graph()
+
+    def put(self, key: tuple[Hashable, ...], stage: str, parts: Sequence[Part]) -> None:
+        """Put the parts of some work on the stream: as one graph, or each as a graph of its own.
+
+        Args:
+            key: Everything that the work depends on, except for the contents of memory.
+            stage: The name of the whole where it is replayed as one graph.
+            parts: In order. Engines that keep graphs of their own are launched by themselves.
+        """
+
+        def all_parts() -> None:
+            for part in parts:
+                part.launch(self)
+
+        if not self._engines_replay:
+            self.run(key, stage, all_parts)
+            return
+        for index, part in enumerate(parts):
+            if part.is_engine:
+                part.launch(self)
+            else:
+                self.run((*key, index), part.stage, partial(part.launch, self))
 
     def forget(self) -> None:
         """Drop the marks that an interrupted run left."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal, Protocol, TypeVar, cast
 
 from ccam_deploy.engines.cuda.device import Device, DeviceGraph
@@ -136,6 +137,7 @@ class Slots:
         self._free: list[Slot] = [open_slot()]
         self._permits = threading.Semaphore(most)
         self._lock = threading.Lock()
+        self._sole = threading.Lock()
         self._closed = False
 
     @property
@@ -167,6 +169,20 @@ class Slots:
                 raise
             finally:
                 self._give_back(slot, failed)
+
+    def run_on_each(self, work: Callable[[Slot], object]) -> None:
+        """Do some work on every slot, once no caller holds one.
+
+        Args:
+            work: Uses the slot that it is given.
+
+        Raises:
+            BackendError: The slots were closed, or a new slot cannot be opened.
+        """
+        # Two callers that each hold some of the slots would wait for each other.
+        with self._sole, ExitStack() as held:
+            for slot in [held.enter_context(self.take()) for _ in range(self.most)]:
+                slot.run(partial(work, slot))
 
     def close(self) -> None:
         """Close all slots; those that are lent close when they come back."""

@@ -168,8 +168,8 @@ class Geometry:
         share = np.empty(low.shape, np.float32)
         for number, layer in enumerate(self.layers):
             rows, columns = slice(0, height), slice(height, None)
-            low[number, rows], share[number, rows] = _line(layer.height, height)
-            low[number, columns], share[number, columns] = _line(layer.width, width)
+            low[number, rows], share[number, rows] = neighbours(layer.height, height)
+            low[number, columns], share[number, columns] = neighbours(layer.width, width)
         return low, share
 
     def split_sums(
@@ -230,7 +230,16 @@ def _tiles(layer: LayerPlace) -> int:
     return -(-layer.height * layer.width // TILE)
 
 
-def _line(source: int, target: int) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
+def neighbours(source: int, target: int) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
+    """Find the source lines that each of some lines lies between; see Geometry.interpolation.
+
+    Args:
+        source: How many lines are enlarged.
+        target: To how many.
+
+    Returns:
+        Two arrays [target]: the source line before each, and the share of the next one.
+    """
     centres = (np.arange(target) + 0.5) * (source / target) - 0.5
     centres = np.clip(centres, 0, source - 1)
     low = np.floor(centres).astype(np.intp)

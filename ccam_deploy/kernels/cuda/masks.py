@@ -34,7 +34,7 @@ BINS = 1 << FIRST_DIGIT
 NOTHING_ABOVE = np.int32(2**31 - 1)
 
 Source = tuple[Array, int]
-"""A collection sum: its pixels row by row, [h · w] float32, and w."""
+"""A small map: its pixels row by row, [h · w], and w."""
 
 
 @cuda.jit
@@ -136,17 +136,17 @@ def holder(starts: Array, slots: int, mask: int) -> int:
 
 
 @cuda.jit(device=True)
-def corners(source: Source, row: int, column: int) -> tuple[float, float, float, float]:
-    """The four pixels around a place: above left, below left, above right, below right."""
+def corners(source: Source, row: int, column: int) -> tuple[Number, Number, Number, Number]:
+    """The four pixels around a place: above left, below left, above right, below right; float32."""
     values, columns = source
     above = row * columns
     below = min(above + columns, values.shape[0] - columns)
     right = min(column + 1, columns - 1)
     return (
-        values[above + column],
-        values[below + column],
-        values[above + right],
-        values[below + right],
+        np.float32(values[above + column]),
+        np.float32(values[below + column]),
+        np.float32(values[above + right]),
+        np.float32(values[below + right]),
     )
 
 
@@ -191,10 +191,11 @@ def threshold_and_maximum(
     return threshold, highest.view(np.float32)
 
 
-def _walk(visit: Callable[..., Any]) -> Any:
+def walker(visit: Callable[..., Any]) -> Any:
     """A device function that shows each pixel of an upsampled map to `visit`.
 
-    `visit` takes its last result, `constants`, the pixel's place and its value.
+    `visit` takes its last result, `constants`, the pixel's place and its value. Each thread begins
+    with `state`, and gets its last result.
     """
 
     @cuda.jit(device=True)
@@ -254,8 +255,8 @@ def _write(state: int, constants: tuple[Array, float, float], place: int, value:
     return state
 
 
-walk_and_count = _walk(_count)
-walk_and_write = _walk(_write)
+walk_and_count = walker(_count)
+walk_and_write = walker(_write)
 
 
 @cuda.jit(device=True)

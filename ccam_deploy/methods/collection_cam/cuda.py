@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from weakref import WeakKeyDictionary
@@ -72,7 +71,6 @@ class DeviceCollectionCAM:
         self._cuda_graphs = cuda_graphs
         self._largest_k_max: dict[CollectionCAM, int] = {}
         self._k_max_lock = threading.Lock()
-        self._warming = threading.Lock()
         self.notes: tuple[str, ...] = ()
 
     def explain(
@@ -169,11 +167,7 @@ class DeviceCollectionCAM:
             if images > 1:
                 self._pipeline(slot, "throughput", options).warm_up(progress)
 
-        # Two callers that each hold some of the slots would wait for each other.
-        with self._warming, ExitStack() as held:
-            slots = [held.enter_context(self._slots.take()) for _ in range(self._slots.most)]
-            for slot in slots:
-                slot.run(partial(prepare, slot))
+        self._slots.run_on_each(prepare)
 
     def _pipeline(self, slot: Slot, use: Use, options: CollectionCAM) -> Pipeline:
         """The slot's pipeline for some options, built on their first use.

@@ -11,7 +11,7 @@ graphs of its own is launched by itself, and the kernels between engines are cap
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from ccam_deploy.arrays import Floats
 from ccam_deploy.engines.base import row_chunks
 from ccam_deploy.engines.cuda.device import Device, DeviceGraph, DeviceTensor
-from ccam_deploy.engines.cuda.graph_replay import StreamRunner
+from ccam_deploy.engines.cuda.graph_replay import Part, StreamRunner
 from ccam_deploy.engines.cuda.slots import Graphs
 from ccam_deploy.kernels.cuda.buffers import Buffers
 from ccam_deploy.methods.collection_cam.memory import DeviceMemory, Setup, rows_of, words_of
@@ -32,26 +32,6 @@ from ccam_deploy.methods.stopwatch import Stopwatch
 _ROWS = 16
 """The kernels after the classifier take a multiple of this, so that fewer graphs are captured."""
 _RUNS_TO_CAPTURE = 2
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Some work for the stream.
-
-    Attributes:
-        stage: The stage that it begins.
-        work: Puts it on the stream, and does not wait.
-        is_engine: Whether an engine runs it.
-    """
-
-    stage: str
-    work: Callable[[], object]
-    is_engine: bool = False
-
-    def launch(self, runner: StreamRunner) -> None:
-        """Mark the stage, and put the work on the stream."""
-        runner.mark(self.stage)
-        self.work()
 
 
 @dataclass(frozen=True)
@@ -114,11 +94,11 @@ class Pipeline:
             setup.cuda_graphs,
             lambda: all(graph.capturable or graph.replays_itself for graph in graphs.values()),
             note,
+            any(graph.replays_itself for graph in graphs.values()),
         )
         self._memory = DeviceMemory(device, graphs, setup)
         self.batch, self.geometry = self._memory.batch, self._memory.geometry
         self._kernels, self._head = self._prepare_kernels()
-        self._engines_replay = any(graph.replays_itself for graph in graphs.values())
         self._image_sizes = image_sizes(self.batch)
         self._mask_sizes = mask_sizes(self._memory.chunk, self.batch == 1)
         self._launchers: dict[tuple[str, int, bool], Callable[[], None]] = {}
@@ -169,7 +149,9 @@ class Pipeline:
             masks: How many it had.
         """
         self._runner.forget()
-        self._put(("passes", images), "passes", [self._backbone(images), self._gradient(images)])
+        self._runner.put(
+            ("passes", images), "passes", [self._backbone(images), self._gradient(images)]
+        )
         self._classify(masks)
         self._runner.mark("")
         self._device.wait()
@@ -205,17 +187,17 @@ class Pipeline:
         """Free the memory."""
         self._memory.close()
 
-    def _backbone(self, images: int) -> _Part:
-        return _Part("backbone", partial(self._launch, "backbone", images), is_engine=True)
+    def _backbone(self, images: int) -> Part:
+        return Part("backbone", partial(self._launch, "backbone", images), is_engine=True)
 
-    def _gradient(self, pairs: int, gathered: bool = False) -> _Part:
+    def _gradient(self, pairs: int, gathered: bool = False) -> Part:
         work = partial(self._launch, "gradient", pairs, gathered)
-        return _Part("gradient", work, is_engine=True)
+        return Part("gradient", work, is_engine=True)
 
     def _run_pairs(self, images: int, pairs: int, first: bool) -> PairResults:
         runner, host = self._runner, self._memory.host
         direct = np.array_equal(host.pairs.owner[:pairs], np.arange(images))
-        self._put(
+        self._runner.put(
             ("explain", images, pairs, direct, first),
             "explain",
             self._explain(images, pairs, direct, first),
@@ -231,7 +213,7 @@ class Pipeline:
         rows = self._classify(max(masks, 1), start=expected)
         self._last_rows[pairs] = rows
         rows = min(-(-rows // _ROWS) * _ROWS, self.geometry.masks)
-        self._put(("combine", pairs, rows), "combine", [self._combine(pairs, rows)])
+        self._runner.put(("combine", pairs, rows), "combine", [self._combine(pairs, rows)])
         runner.mark("")
         self._device.wait()
         return self._results(pairs, masks)
@@ -253,29 +235,7 @@ class Pipeline:
             weights=of_masks.weights[:masks].copy(),
         )
 
-    def _put(self, key: tuple[Hashable, ...], stage: str, parts: Sequence[_Part]) -> None:
-        """Put the parts of some work on the stream: as one graph, or each as a graph of its own.
-
-        Args:
-            key: Everything that the work depends on, except for the contents of memory.
-            stage: The name of the whole where it is replayed as one graph.
-            parts: In order. Engines that keep graphs of their own are launched by themselves.
-        """
-
-        def all_parts() -> None:
-            for part in parts:
-                part.launch(self._runner)
-
-        if not self._engines_replay:
-            self._runner.run(key, stage, all_parts)
-            return
-        for index, part in enumerate(parts):
-            if part.is_engine:
-                part.launch(self._runner)
-            else:
-                self._runner.run((*key, index), part.stage, partial(part.launch, self._runner))
-
-    def _explain(self, images: int, pairs: int, direct: bool, first: bool) -> list[_Part]:
+    def _explain(self, images: int, pairs: int, direct: bool, first: bool) -> list[Part]:
         """The work up to the masks.
 
         Args:
@@ -314,14 +274,14 @@ class Pipeline:
             self._memory.download_counts()
 
         return [
-            _Part("upload", upload),
+            Part("upload", upload),
             *([self._backbone(images)] if first else []),
-            _Part("gradient", output_gradient),
+            Part("gradient", output_gradient),
             self._gradient(pairs, gathered=not direct),
-            _Part("statistics", partition),
+            Part("statistics", partition),
         ]
 
-    def _combine(self, pairs: int, rows: int) -> _Part:
+    def _combine(self, pairs: int, rows: int) -> Part:
         """The weighted sum of masks, from the logits of `rows` masked images, and the download."""
 
         def work() -> None:
@@ -333,7 +293,7 @@ class Pipeline:
             self._runner.mark("download")
             self._memory.download_results(pairs, rows)
 
-        return _Part("combine", work)
+        return Part("combine", work)
 
     def _launch(self, name: str, rows: int, gathered: bool = False) -> None:
         """Put the backbone or the gradient graph on the stream, on padded rows."""
@@ -373,8 +333,8 @@ class Pipeline:
         """
         while start < masks:
             rows = padded(min(masks - start, self._memory.chunk), self._mask_sizes)
-            chunk = _Part("classifier", partial(self._classify_chunk, start, rows), is_engine=True)
-            self._put(("classify", start, rows), "classifier", [chunk])
+            chunk = Part("classifier", partial(self._classify_chunk, start, rows), is_engine=True)
+            self._runner.put(("classify", start, rows), "classifier", [chunk])
             start = min(start + rows, self.geometry.masks)
         return start
 

@@ -20,7 +20,7 @@ from ccam_deploy.engines.cuda.device import ALIGNMENT, DeviceTensor
 from ccam_deploy.engines.cuda.slots import Slot, Slots
 from ccam_deploy.engines.onnxruntime import OnnxRuntimeGraph
 from ccam_deploy.errors import BackendError
-from ccam_deploy.methods import CollectionCAM
+from ccam_deploy.methods import CollectionCAM, Method
 
 Array = NDArray[Any]
 Launch = tuple[str, int]
@@ -183,7 +183,7 @@ class Call:
 
     images: Array
     targets: Any = None
-    method: CollectionCAM = field(default_factory=CollectionCAM)
+    method: Method = field(default_factory=CollectionCAM)
     budget_ms: float | None = None
 
 
@@ -271,7 +271,9 @@ def run(job: Job) -> Report:
             per_call.append(record.take())
         notes = explainer.notes
         if job.passes and explainer.on_device is not None:
-            run_passes = explainer.on_device.passes(job.calls[0].images, job.calls[0].method)
+            method = job.calls[0].method
+            assert isinstance(method, CollectionCAM)
+            run_passes = explainer.on_device.passes(job.calls[0].images, method)
             run_passes()
             record.take()
             for _ in range(job.passes):

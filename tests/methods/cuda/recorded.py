@@ -1,0 +1,75 @@
+"""A job on the host device, and what its classifier was given; a kernel of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ccam_deploy.engines.cuda.device import DeviceTensor
+from ccam_deploy.engines.onnxruntime import OnnxRuntimeGraph
+from ccam_deploy.methods.cuda import rise
+from tests.engines.cuda import host_device
+from tests.engines.cuda.host_device import Job, Report, run
+
+Binding = tuple[tuple[str, int, tuple[int, ...]], ...]
+"""The name, address and shape of each tensor."""
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A job's report, and the tensors that its classifier was bound to, in order."""
+
+    report: Report
+    bound: list[Binding]
+
+    def rows(self, graph: str) -> list[int]:
+        """The rows of each launch of a graph."""
+        calls = self.report.launches
+        return [rows for launches in calls for name, rows in launches if name == graph]
+
+
+def run_recorded(job: Job, most_cells: int = rise.MOST_CELLS, threads: int = 32) -> Recorded:
+    """Run a job in this process, which must have been started by `simulator`.
+
+    most_cells: how many cells of RISE's grids lie on the device.   threads: per block.
+    """
+    bound: list[Binding] = []
+    plain = OnnxRuntimeGraph._binding
+
+    def binding(graph: OnnxRuntimeGraph, tensors: Mapping[str, DeviceTensor]) -> Any:
+        if "masks" in tensors:
+            bound.append(tuple(sorted((name, t.address, t.shape) for name, t in tensors.items())))
+        return plain(graph, tensors)
+
+    with (
+        patch.object(OnnxRuntimeGraph, "_binding", binding),
+        patch.object(rise, "MOST_CELLS", most_cells),
+        patch.object(host_device, "_THREADS", threads),
+    ):
+        return Recorded(run(job), bound)
+
+
+def accumulated(
+    scores: NDArray[np.float32], masks: NDArray[np.float32], owner: list[int], item: list[int]
+) -> NDArray[np.float64]:
+    """RISE's sums of a chunk, for a pair of each image.
+
+    scores: [P, n].   masks: [n, pixels].   owner, item: [n].
+    """
+    from numba import cuda
+
+    from ccam_deploy.kernels.cuda import grids
+
+    pairs = len(scores)
+    total = cuda.to_device(np.zeros((pairs, masks.shape[1])))
+    arrays = scores, masks, np.array(owner, np.int64), np.array(item, np.int32)
+    progress = np.array([0, len(masks), pairs, pairs], np.int32)
+    pair_owner = cuda.to_device(np.arange(pairs, dtype=np.int32))
+    given = map(cuda.to_device, arrays)
+    grids.accumulate[(1, pairs), 32](cuda.to_device(progress), *given, pair_owner, total)
+    return total.copy_to_host()  # type: ignore[no-any-return]

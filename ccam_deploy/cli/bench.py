@@ -32,8 +32,9 @@ from ccam_deploy.errors import OptionError
 if TYPE_CHECKING:
     from ccam_deploy.explainer import Explainer
     from ccam_deploy.latency.cases import Peer
-    from ccam_deploy.latency.measurement import LatencySettings
+    from ccam_deploy.latency.cold_start import ColdStart
     from ccam_deploy.latency.report import LatencyReport, MeasuredSettings
+    from ccam_deploy.latency.settings import LatencySettings
 
 TORCH = "torch"
 _LARGEST_ERROR = 0.05
@@ -57,6 +58,13 @@ Duration = Annotated[
 ]
 Warmup = Annotated[
     float, Option("--warmup", "Seconds of load before each batch is measured.", click.FLOAT)
+]
+ColdStarts = Annotated[
+    bool,
+    Option(
+        "--cold-start/--no-cold-start",
+        "Whether to measure how long a fresh process takes to its first explanation.",
+    ),
 ]
 Compared = Annotated[
     tuple[str, ...], Option("--compare", "Other backends, or torch, to measure in turn.", Words())
@@ -84,6 +92,7 @@ class BenchOptions:
     concurrency: Concurrency = 1
     duration: Duration = 10.0
     warmup: Warmup = 2.0
+    cold_start: ColdStarts = True
     compare: Compared = ()
     model: PyTorchModel = None
     source: ModelSource
@@ -101,17 +110,22 @@ def bench(options: BenchOptions) -> None:
     classifier's passes alone (the floor), the cold start and the memory. Without IMAGES, a
     photograph that comes with the package is explained.
 
-    Prints a table; --output writes everything, samples included, to a JSON file. --plot needs the
-    extra "plot". --compare torch runs Collection-CAM in plain PyTorch and needs the bundle's model:
-    --model, or --recipe, with the options that it was exported with. PyTorch computes in float32,
-    with TF32 on a GPU unless --precision is fp32.
+    Loading and preparing a GPU aside, each batch size takes at most --warmup, 2.5 times --duration
+    and 15 seconds, with --duration once more for each --compare, and 20 seconds for the cold start.
+    What would take longer is cut short, with a warning; calls that have begun are waited for.
+
+    Prints what it finds as it goes to stderr, and a table at the end; --output writes everything,
+    samples included, to a JSON file. --plot needs the extra "plot". --compare torch runs
+    Collection-CAM in plain PyTorch and needs the bundle's model: --model, or --recipe, with the
+    options that it was exported with. PyTorch computes in float32, with TF32 on a GPU unless
+    --precision is fp32.
     """
     from msgspec.structs import replace
 
     from ccam_deploy.image_files import find_images
-    from ccam_deploy.latency import measurement
+    from ccam_deploy.latency.settings import LatencySettings
 
-    settings = measurement.LatencySettings(
+    settings = LatencySettings(
         options.batches, options.concurrency, options.duration, options.warmup
     )
     _validate_comparison(options)
@@ -134,7 +148,7 @@ def _measure(
     from ccam_deploy.explainer import load
     from ccam_deploy.image_files import load_image
     from ccam_deploy.latency import report as latency_report
-    from ccam_deploy.latency.cold_start import measure_cold_start
+    from ccam_deploy.latency.cold_start import LIMIT_S
     from ccam_deploy.latency.conditions import load_average, machine
     from ccam_deploy.latency.measurement import measure_latency
 
@@ -143,10 +157,12 @@ def _measure(
     before = load_average()
     notes: list[str] = []
     with ExitStack() as stack:
+        say("loading", err=True)
         explainer = stack.enter_context(load(options.bundle, **setup))
         for note in explainer.networks.notes:
             say(f"skipped {note}", err=True)
         setup["backend"] = explainer.networks.backend
+        say("first explanation", err=True)
         facts = explainer.explain(pictures[:1]).settings
         peers: dict[str, Peer] = {}
         for name in options.compare:
@@ -155,12 +171,14 @@ def _measure(
             else:
                 other = stack.enter_context(load(explainer.bundle, **{**setup, "backend": name}))
                 peers[name] = _bundle_peer(other)
-        starts = []
-        for batch in settings.batches:
-            say(f"batch {batch}: cold start", err=True)
-            starts.append(measure_cold_start(options.bundle, files, batch, setup))
+        batch_sizes = settings.batches if options.cold_start else ()
+        starts = [_cold_start(options.bundle, files, batch, setup) for batch in batch_sizes]
         batches = measure_latency(explainer, pictures, settings, peers, partial(say, err=True))
         notes += [note for note in explainer.notes if note not in explainer.networks.notes]
+    late = [batch for batch, start in zip(batch_sizes, starts, strict=True) if start is None]
+    notes += [
+        f"batch {batch}: the cold start took over {LIMIT_S:g} s and was ended" for batch in late
+    ]
     return latency_report.LatencyReport(
         command="",
         conditions=latency_report.Conditions(
@@ -168,10 +186,25 @@ def _measure(
         ),
         settings=_measured_settings(explainer, facts, options, settings),
         bundle=latency_report.MeasuredBundle.of(explainer.bundle.manifest),
-        cold_start=starts,
+        cold_start=[start for start in starts if start],
         batches=batches,
-        warnings=notes + latency_report.doubts(batches, before),
+        warnings=notes + latency_report.doubts(batches, before, len(pictures)),
     )
+
+
+def _cold_start(
+    bundle: Path, files: Sequence[Path], batch: int, load_options: Mapping[str, Any]
+) -> ColdStart | None:
+    """Measure one cold start and say how long it took; None where it took too long."""
+    from ccam_deploy.latency.cold_start import measure_cold_start
+    from ccam_deploy.latency.tables import digits
+
+    say(f"batch {batch}: cold start", err=True)
+    start = measure_cold_start(bundle, files, batch, load_options)
+    if start:
+        parts = f"loading {digits(start.load_ms)}, first explanation {digits(start.first_ms)}"
+        say(f"batch {batch}: cold start {digits(start.total_ms)} ms: {parts}", err=True)
+    return start
 
 
 def _measured_settings(
@@ -318,7 +351,8 @@ def _command(context: click.Context) -> str:
         if isinstance(parameter, click.Argument):
             words += map(str, value if isinstance(value, tuple) else [value])
         elif value is not None and value != parameter.get_default(context):
-            words += _option_words(parameter.opts[0], value)
+            flags = parameter.secondary_opts if value is False else parameter.opts
+            words += _option_words(flags[0], value)
     return shlex.join(words)
 
 
@@ -326,5 +360,5 @@ def _option_words(flag: str, value: Any) -> Iterator[str]:
     yield flag
     if isinstance(value, tuple):
         yield ",".join(map(str, value))
-    elif value is not True:
+    elif not isinstance(value, bool):
         yield str(value)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import sys
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout, suppress
 from functools import cache, partial
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 Device = Literal["cpu", "cuda"]
 
 PROVIDERS: dict[Device, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_FATAL = 4
 _DTYPES: dict[str, np.dtype[Any]] = {
     "tensor(float)": np.dtype(np.float32),
     "tensor(float16)": np.dtype(np.float16),
@@ -198,7 +201,7 @@ def open_session(
     runtime = _import()
     options = runtime.SessionOptions()
     options.intra_op_num_threads = threads
-    options.log_severity_level = 4  # errors come as exceptions
+    options.log_severity_level = _FATAL  # errors come as exceptions
     # A bundle's sessions and the kernels take turns: a session that spins after its run only
     # takes the cores from the next.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -220,7 +223,8 @@ def open_session(
         providers = [(provider, settings), PROVIDERS["cpu"]]
         _load_cuda(runtime)
     try:
-        session = runtime.InferenceSession(model, options, providers=providers)
+        # Its fallback would print to stdout, and go on with the CPU.
+        session = runtime.InferenceSession(model, options, providers=providers, enable_fallback=0)
     except Exception as error:
         if "graph capture" in str(error):
             raise _CaptureRefusedError(brief(error)) from error
@@ -232,6 +236,8 @@ def open_session(
             f"ONNX Runtime gave {used} where {provider} was asked for; "
             "check that onnxruntime-gpu, a GPU and its driver are there"
         )
+    if device == "cuda":
+        _silence_default_logger(runtime)
     return session
 
 
@@ -243,6 +249,18 @@ def _load_cuda(runtime: Any) -> None:
     """
     with redirect_stdout(io.StringIO()):  # it prints the names of missing libraries
         runtime.preload_dlls()
+
+
+@cache
+def _silence_default_logger(runtime: Any) -> None:
+    """Keep ONNX Runtime's default logger from writing anything but fatal errors to stderr.
+
+    The CUDA provider logs two errors and a warning there, whatever a session's own severity, for
+    each convolution that cuDNN's front end has no plan for, and then runs the convolution in
+    another way. What really fails comes as an exception. The logger is the process's own; this is
+    done once, after the provider has loaded, so that a severity set later by the caller stays.
+    """
+    runtime.set_default_logger_severity(_FATAL)
 
 
 def require_provider(device: Device) -> str:
@@ -267,6 +285,10 @@ def _specs(tensors: list[onnxruntime.NodeArg]) -> tuple[TensorSpec, ...]:
 
 def _import() -> Any:
     try:
+        if "onnxruntime" not in sys.modules:
+            with warnings.catch_warnings():  # what matters of them fails when a session opens
+                warnings.simplefilter("ignore")
+                import onnxruntime
         import onnxruntime
     except ImportError as error:
         raise BackendError(

@@ -46,16 +46,22 @@ Peer = Callable[[Case], object]
 """Explains a case's preprocessed images in another way."""
 
 
-def make_cases(explainer: Explainer, pictures: Sequence[Image.Image], batch: int) -> list[Case]:
+def make_cases(
+    explainer: Explainer,
+    pictures: Sequence[Image.Image],
+    batch: int,
+    enough: Callable[[], bool] = lambda: False,
+) -> list[Case]:
     """Cut pictures into batches, the last one filled up from the start.
 
     Args:
         explainer: Explains each batch once, to learn its masks.
         pictures: 1 to MOST_IMAGES images.
         batch: Images in a batch, at least 1.
+        enough: Asked after each case; the cases end where it returns True.
 
     Returns:
-        The cases, which together hold every picture.
+        One case at least. Together they hold every picture, if there was never enough.
 
     Raises:
         OptionError: There are no or too many pictures.
@@ -64,8 +70,17 @@ def make_cases(explainer: Explainer, pictures: Sequence[Image.Image], batch: int
     if not 1 <= len(pictures) <= MOST_IMAGES:
         raise OptionError(f"there are {len(pictures)} images; give 1 to {MOST_IMAGES}")
     endless = cycle(pictures)
-    count = -(-len(pictures) // batch)
-    return [_make_case(explainer, [next(endless) for _ in range(batch)]) for _ in range(count)]
+    cases: list[Case] = []
+    for _ in range(count_cases(len(pictures), batch)):
+        cases.append(_make_case(explainer, [next(endless) for _ in range(batch)]))
+        if enough():
+            break
+    return cases
+
+
+def count_cases(pictures: int, batch: int) -> int:
+    """Count the batches that hold some number of pictures."""
+    return -(-pictures // batch)
 
 
 def _make_case(explainer: Explainer, pictures: Sequence[Image.Image]) -> Case:

@@ -9,8 +9,10 @@ import json
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
 from typing import IO, Any
@@ -19,6 +21,9 @@ import msgspec
 
 from ccam_deploy.errors import BackendError
 from ccam_deploy.latency.conditions import CPU, Gpu, gpu, peak_memory
+
+LIMIT_S = 20.0
+"""Seconds after which a cold start is given up."""
 
 
 class _Spans(msgspec.Struct, frozen=True):
@@ -57,8 +62,12 @@ class ColdStart(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def measure_cold_start(
-    bundle: Path, images: Sequence[Path], batch: int, load_options: Mapping[str, Any]
-) -> ColdStart:
+    bundle: Path,
+    images: Sequence[Path],
+    batch: int,
+    load_options: Mapping[str, Any],
+    limit: float = LIMIT_S,
+) -> ColdStart | None:
     """Start a process that loads a bundle and explains `batch` images.
 
     Args:
@@ -66,9 +75,10 @@ def measure_cold_start(
         images: Image files; they are repeated where the batch is larger.
         batch: How many images are explained in one call.
         load_options: Options of `ccam_deploy.load`, with the backend.
+        limit: Seconds after which the process is ended.
 
     Returns:
-        The times and the memory of that process.
+        The times and the memory of that process; None where it was ended.
 
     Raises:
         BackendError: The process failed; the message is its last line.
@@ -80,7 +90,39 @@ def measure_cold_start(
         "batch": batch,
         "load_options": dict(load_options),
     }
-    command = [sys.executable, "-m", __name__, json.dumps(job)]
+    ended = _run([sys.executable, "-m", __name__, json.dumps(job)], limit, before is not None)
+    if ended is None:
+        return None
+    if not ended.line:
+        raise BackendError(f"the cold start failed: {ended.last_words}")
+    return ColdStart(
+        batch=batch,
+        total_ms=_milliseconds(ended.until_ready),
+        device_memory_mib=_memory_taken(before, ended.card),
+        **msgspec.structs.asdict(msgspec.json.decode(ended.line, type=_Spans)),
+    )
+
+
+@dataclass(frozen=True)
+class _Ended:
+    """A process that has ended.
+
+    Attributes:
+        until_ready: Seconds from its start until it was ready.
+        line: The figures that it printed; empty where it failed.
+        card: The GPU before it ended; None where that was not asked for.
+        last_words: What it wrote to stderr last, or how it ended.
+    """
+
+    until_ready: float
+    line: str
+    card: Gpu | None
+    last_words: str
+
+
+def _run(command: Sequence[str], limit: float, on_gpu: bool) -> _Ended | None:
+    """Run the fresh process until it has printed its figures; None where it took too long."""
+    expired = threading.Event()
     started = time.perf_counter()
     # Its errors go to a file: a pipe that is only read at the end would block it when full.
     with (
@@ -89,26 +131,30 @@ def measure_cold_start(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
         ) as process,
     ):
+        timer = threading.Timer(limit, _end, (process, expired))
+        timer.start()
         try:
             ready = _line(process.stdout)
-            total = time.perf_counter() - started
+            until_ready = time.perf_counter() - started
             line = _line(process.stdout) if ready else ""
-            after = gpu() if before else None
+            timer.cancel()
+            card = gpu() if on_gpu else None
             process.communicate()
         except BaseException:
             process.kill()
             raise
+        finally:
+            timer.cancel()
         errors.seek(0)
-        error_lines = errors.read().strip().splitlines()
-    if process.returncode or not line:
-        last = error_lines[-1:] or [f"it ended with {process.returncode}"]
-        raise BackendError(f"the cold start failed: {last[0]}")
-    return ColdStart(
-        batch=batch,
-        total_ms=_milliseconds(total),
-        device_memory_mib=_memory_taken(before, after),
-        **msgspec.structs.asdict(msgspec.json.decode(line, type=_Spans)),
-    )
+        last = errors.read().strip().splitlines()[-1:] or [f"it ended with {process.returncode}"]
+    if expired.is_set():
+        return None
+    return _Ended(until_ready, "" if process.returncode else line, card, last[0])
+
+
+def _end(process: subprocess.Popen[str], expired: threading.Event) -> None:
+    expired.set()
+    process.kill()
 
 
 def _line(stream: IO[str] | None) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
@@ -18,20 +18,21 @@ from statistics import median
 import numpy as np
 from PIL import Image
 
-from ccam_deploy.engines.open import MOST_SLOTS
-from ccam_deploy.errors import OptionError
 from ccam_deploy.explainer import Explainer
-from ccam_deploy.latency.cases import Case, Peer, floor_call, make_cases
+from ccam_deploy.latency.cases import Case, Peer, count_cases, floor_call, make_cases
 from ccam_deploy.latency.conditions import CPU, clock_mhz, gpu, gpu_clocks
 from ccam_deploy.latency.report import BatchLatency, ClockRange, Comparison
+from ccam_deploy.latency.settings import STAGES_SHARE, Deadlines, LatencySettings
 from ccam_deploy.latency.stages import (
     StageTimes,
     device_times,
+    host_share,
     measure_stages,
     median_stages,
     seconds_by_stage,
     without_cuda_graphs,
 )
+from ccam_deploy.latency.tables import digits
 from ccam_deploy.latency.timing import (
     FEWEST_CALLS,
     WARM_CALLS,
@@ -41,44 +42,10 @@ from ccam_deploy.latency.timing import (
     measure_in_turn,
     measure_load,
     median_ratio,
+    midway,
     spread_within_inputs,
     summarise,
 )
-
-_STAGES_SHARE = 0.25
-
-
-@dataclass(frozen=True)
-class LatencySettings:
-    """What is measured.
-
-    Attributes:
-        batches: Images a call; each batch size is measured by itself.
-        concurrency: Threads that call the one explainer; on a GPU it needs as many slots.
-        duration: Seconds of steady load for each batch size, as many of taking turns with the
-            floor, and as many with each peer.
-        warmup: Seconds before each batch size is measured.
-
-    Raises:
-        OptionError: A value is outside its range.
-    """
-
-    batches: tuple[int, ...] = (1,)
-    concurrency: int = 1
-    duration: float = 10.0
-    warmup: float = 2.0
-
-    def __post_init__(self) -> None:
-        if not self.batches or min(self.batches) < 1:
-            raise OptionError(f"batch is {list(self.batches)}; it must be at least 1")
-        if len(set(self.batches)) != len(self.batches):
-            raise OptionError(f"batch is {list(self.batches)}; give each size once")
-        if not 1 <= self.concurrency <= MOST_SLOTS:
-            raise OptionError(f"concurrency is {self.concurrency}; it must be 1 to {MOST_SLOTS}")
-        if not 0 < self.duration < float("inf"):
-            raise OptionError(f"duration is {self.duration:g}; it must be above 0 seconds")
-        if not 0 <= self.warmup < float("inf"):
-            raise OptionError(f"warmup is {self.warmup:g}; it must be 0 seconds or more")
 
 
 def measure_latency(
@@ -89,14 +56,16 @@ def measure_latency(
     progress: Callable[[str], None] = lambda line: None,
     now: Clock = time.perf_counter,
 ) -> list[BatchLatency]:
-    """Measure every batch size.
+    """Measure every batch size, each in the time that Deadlines gives it.
+
+    On a GPU, every slot is prepared first, which takes as long as it takes.
 
     Args:
         explainer: What is measured.
         pictures: 1 to cases.MOST_IMAGES images.
         settings: Batch sizes and durations.
         peers: Other ways to explain, timed in turn with the explainer, by name.
-        progress: Called with a line before each step.
+        progress: Called with a line before each step, and with what it found.
         now: A clock in seconds.
 
     Returns:
@@ -108,13 +77,21 @@ def measure_latency(
         BackendError: An engine fails.
     """
     reports = []
+    if explainer.on_device is not None:
+        progress("preparing the GPU")
+        explainer.warm_up(max(settings.batches), progress=progress)
     for batch in settings.batches:
 
         def say(line: str, batch: int = batch) -> None:
             progress(f"batch {batch}: {line}")
 
-        cases = make_cases(explainer, pictures, batch)
-        measuring = _Measuring(explainer, cases, settings, peers or {}, say, now)
+        deadlines = Deadlines.of(settings, len(peers or {}), now())
+        half = midway(now(), deadlines.first_calls)
+        say("first explanations")
+        cases = make_cases(explainer, pictures, batch, partial(_passed, half, now))
+        if len(cases) < (every := count_cases(len(pictures), batch)):
+            say(f"there is time for {len(cases)} of {every} batches of images")
+        measuring = _Measuring(explainer, cases, settings, peers or {}, deadlines, say, now)
         reports.append(measuring.run())
     return reports
 
@@ -127,15 +104,17 @@ class _Measuring:
     cases: Sequence[Case]
     settings: LatencySettings
     peers: Mapping[str, Peer]
+    deadlines: Deadlines
     say: Callable[[str], None]
     now: Clock
 
     def run(self) -> BatchLatency:
-        on_gpu = self.explainer.networks.backend != CPU
         load, clocks = self._load()
         cpu_clock = clock_mhz()
-        card = gpu() if on_gpu else None
+        card = gpu() if self.on_gpu else None
         launched, replayed = self._stages()
+        share = host_share(replayed or launched, self.on_gpu)
+        self._say_stages(median_stages(launched), share)
         device = device_times(replayed, launched) if replayed else None
         turns, compared = self._turns()
         batch = len(self.cases[0].images)
@@ -156,6 +135,7 @@ class _Measuring:
             without_transfers_ms=device.without_transfers if device else None,
             device_launched_ms=device.launched if device else None,
             host_ms=device.host if device else None,
+            host_share=share,
             masks=masks,
             collections=self._collections(),
             cpu_clock_mhz=cpu_clock,
@@ -165,35 +145,49 @@ class _Measuring:
             samples_ms=_samples(load, turns, launched),
         )
 
+    @property
+    def on_gpu(self) -> bool:
+        return self.explainer.networks.backend != CPU
+
     def _load(self) -> tuple[Load, list[float]]:
         """Measure the steady load of all threads, and a GPU's clock meanwhile, in MHz."""
-        settings, count = self.settings, len(self.cases)
+        settings, count, deadlines = self.settings, len(self.cases), self.deadlines
         self.say(f"warming up for {settings.warmup:g} s")
-        _warm_slots(self.explainer, self.cases, settings.concurrency)
         calls = [
             self._each_in_turn(lambda case: self.explainer.explain(case.pictures))
             for _ in range(settings.concurrency)
         ]
-        measure_load(calls, settings.warmup, WARM_CALLS * count, self.now)
+        half = midway(self.now(), deadlines.load)
+        measure_load(calls, settings.warmup, WARM_CALLS * count, self.now, half)
         plural = "s" if settings.concurrency > 1 else ""
         self.say(f"{settings.concurrency} thread{plural} for {settings.duration:g} s")
-        on_cpu = self.explainer.networks.backend == CPU
         no_clocks: list[float] = []
-        with nullcontext(no_clocks) if on_cpu else gpu_clocks() as clocks:
-            load = measure_load(calls, settings.duration, FEWEST_CALLS * count, self.now)
+        fewest = FEWEST_CALLS * count
+        with gpu_clocks() if self.on_gpu else nullcontext(no_clocks) as clocks:
+            load = measure_load(calls, settings.duration, fewest, self.now, deadlines.load)
+        timing = summarise(load.seconds)
+        self.say(
+            f"latency {digits(timing.median)} ms, slowest of {timing.calls} calls "
+            f"{digits(timing.maximum)} ms"
+        )
         return load, clocks
 
     def _stages(self) -> tuple[list[StageTimes], list[StageTimes]]:
         """Time the stages of calls on pictures; on a GPU those of replayed calls on arrays too."""
         self.say("stages")
-        duration = self.settings.duration * _STAGES_SHARE
+        duration = self.settings.duration * STAGES_SHARE
         plain = without_cuda_graphs(self.explainer)
         pictures = [case.pictures for case in self.cases]
-        launched = measure_stages(plain, pictures, duration, self.now)
+        launched = measure_stages(plain, pictures, duration, self.now, self.deadlines.stages)
         if not self.explainer.networks.slots:
             return launched, []
         images = [case.images for case in self.cases]
-        return launched, measure_stages(self.explainer, images, duration, self.now)
+        until = self.deadlines.replays
+        return launched, measure_stages(self.explainer, images, duration, self.now, until)
+
+    def _say_stages(self, stages: Mapping[str, float], share: float) -> None:
+        words = ", ".join(f"{name} {digits(spent)}" for name, spent in stages.items())
+        self.say(f"{words} ms; the host's share of a call {share:.1%}")
 
     def _turns(self) -> tuple[dict[str, list[float]], dict[str, Comparison]]:
         """Time calls in turn: the seconds of each by name, and each peer's comparison."""
@@ -206,18 +200,23 @@ class _Measuring:
         }
         duration = self.settings.duration
         self.say(f"from images, from array and floor in turn for {duration:g} s")
-        seconds = self._in_turn(calls)
+        seconds = self._in_turn(calls, self.deadlines.turns)
+        floor = digits(summarise(seconds["floor"]).median)
+        ratio = median_ratio(seconds["from_array"], seconds["floor"])
+        self.say(f"floor {floor} ms, overhead {ratio:.3f}")
         compared = {}
-        for name, peer in self.peers.items():
+        for (name, peer), deadline in zip(self.peers.items(), self.deadlines.peers, strict=True):
             self.say(f"from array and {name} in turn for {duration:g} s")
             beside = f"from_array_beside_{name}"
-            both = self._in_turn({beside: from_array, name: self._each_in_turn(peer)})
+            peer_calls = {beside: from_array, name: self._each_in_turn(peer)}
+            both = self._in_turn(peer_calls, deadline)
             ratio = median_ratio(both[name], both[beside])
             compared[name] = Comparison(summarise(both[name]), ratio)
+            self.say(f"{name} {digits(compared[name].ms.median)} ms, {ratio:.2f} times as long")
             seconds |= both
         return seconds, compared
 
-    def _in_turn(self, calls: Mapping[str, Call]) -> dict[str, list[float]]:
+    def _in_turn(self, calls: Mapping[str, Call], deadline: float) -> dict[str, list[float]]:
         count = len(self.cases)
         return measure_in_turn(
             calls,
@@ -225,6 +224,7 @@ class _Measuring:
             warmup=WARM_CALLS * count,
             duration=self.settings.duration,
             now=self.now,
+            deadline=deadline,
         )
 
     def _each_in_turn(self, function: Callable[[Case], object]) -> Call:
@@ -244,22 +244,8 @@ class _Measuring:
         return {name: spread(threads) for name, threads in runs.items()}
 
 
-def _warm_slots(explainer: Explainer, cases: Sequence[Case], count: int) -> None:
-    """On a GPU, explain every case in each of some slots until their graphs are captured.
-
-    The slot that was given back last is lent first: it is kept away from the next calls, so that
-    they open another one, which calls at the same time would do only by chance.
-    """
-    slots = explainer.networks.slots
-    if slots is None:
-        return
-    with ExitStack() as kept:
-        for left in reversed(range(count)):
-            for case in cases:
-                for _ in range(WARM_CALLS):
-                    explainer.explain(case.images)
-            if left:
-                kept.enter_context(slots.take())
+def _passed(moment: float, now: Clock) -> bool:
+    return now() >= moment
 
 
 def _clock_range(clocks: Sequence[float]) -> ClockRange | None:

@@ -6,6 +6,7 @@ and `ccam-deploy bench --compare torch` compare with it.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -162,7 +163,9 @@ def of_model(
 
 def best_device() -> str:
     """Return PyTorch's name of the GPU where it can use one, else of the CPU."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    with warnings.catch_warnings():  # of a driver that it cannot use
+        warnings.simplefilter("ignore")
+        return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def use_threads(count: int) -> None:

@@ -9,12 +9,16 @@ from typing import Any
 import msgspec
 
 from ccam_deploy.bundle.manifest import Manifest
+from ccam_deploy.latency.cases import count_cases
 from ccam_deploy.latency.cold_start import ColdStart
 from ccam_deploy.latency.conditions import Gpu, Machine
-from ccam_deploy.latency.timing import Timing
+from ccam_deploy.latency.timing import FEWEST_CALLS, Timing
 
 WIDE = 0.1
 """An interquartile range wider than this share of the median makes a figure unreliable."""
+
+SLOWEST = 3.0
+"""A call that takes this many times the median did something that the others had not to do."""
 
 ENOUGH_FOR_P99 = 100
 BUSY = 0.5
@@ -140,6 +144,8 @@ class BatchLatency(msgspec.Struct, frozen=True, kw_only=True):
         without_transfers_ms: device_ms less upload and download.
         device_launched_ms: Sum of the stages on the GPU where each is launched by itself.
         host_ms: The rest of the call's time.
+        host_share: The host's share of a call: on a GPU the rest of its time over all of it, on a
+            CPU that of Python between the stages.
         masks: Masked forwards of each batch that was measured.
         collections: How many collections each layer has, image by image, by layer.
         cpu_clock_mhz: The cores' mean clock right after the load; None where unknown.
@@ -165,6 +171,7 @@ class BatchLatency(msgspec.Struct, frozen=True, kw_only=True):
     without_transfers_ms: float | None
     device_launched_ms: float | None
     host_ms: float | None
+    host_share: float
     masks: list[int]
     collections: dict[str, list[int]]
     cpu_clock_mhz: float | None
@@ -182,7 +189,7 @@ class LatencyReport(msgspec.Struct, frozen=True, kw_only=True):
         conditions: Versions, machine and load.
         settings: The settings that were measured with.
         bundle: The bundle that was measured.
-        cold_start: One for each batch size.
+        cold_start: One for each batch size, unless it was left out or given up.
         batches: The figures of each batch size.
         warnings: Reasons to doubt the figures, one line each.
     """
@@ -196,12 +203,13 @@ class LatencyReport(msgspec.Struct, frozen=True, kw_only=True):
     warnings: list[str]
 
 
-def doubts(batches: Sequence[BatchLatency], load: float | None) -> list[str]:
+def doubts(batches: Sequence[BatchLatency], load: float | None, images: int = 1) -> list[str]:
     """List reasons why figures may be unreliable, one line each.
 
     Args:
         batches: The figures of each batch size.
         load: The machine's load average before the measurement; None where unknown.
+        images: How many images there were to measure.
 
     Returns:
         The reasons; empty where there are none.
@@ -214,12 +222,41 @@ def doubts(batches: Sequence[BatchLatency], load: float | None) -> list[str]:
             "measure on an idle one"
         )
     for figures in batches:
-        lines += [f"batch {figures.batch}: {reason}" for reason in _doubts_of_batch(figures)]
+        reasons = [*_cuts(figures, images), *_doubts_of_batch(figures)]
+        lines += [f"batch {figures.batch}: {reason}" for reason in reasons]
     return lines
+
+
+def _cuts(figures: BatchLatency, images: int) -> list[str]:
+    """What there was no time for."""
+    reasons = []
+    measured, all_cases = len(figures.masks), count_cases(images, figures.batch)
+    if measured < all_cases:
+        reasons.append(
+            f"there was time for {measured} of {all_cases} batches of images; give --limit"
+        )
+    turns = {"floor": figures.floor_ms, **{n: peer.ms for n, peer in figures.compare.items()}}
+    short = [name for name, timing in turns.items() if timing.calls < FEWEST_CALLS * measured]
+    if short:
+        reasons.append(
+            f"there was no time for {FEWEST_CALLS} turns of each batch of images with "
+            f"{', '.join(short)}; give a longer --duration"
+        )
+    return reasons
 
 
 def _doubts_of_batch(figures: BatchLatency) -> list[str]:
     reasons = []
+    slow = {"latency": figures.latency_ms, "from array": figures.from_array_ms}
+    slowest = [
+        f"{name} {timing.maximum:.3g} of {timing.median:.3g} ms"
+        for name, timing in slow.items()
+        if timing.maximum > SLOWEST * timing.median
+    ]
+    if slowest:
+        reasons.append(
+            f"the slowest call took over {SLOWEST:g} times the median: {', '.join(slowest)}"
+        )
     wide = [f"{name} {spread:.0%}" for name, spread in figures.spreads.items() if spread > WIDE]
     if wide:
         reasons.append(f"the middle half is wider than {WIDE:.0%} of the median: {', '.join(wide)}")

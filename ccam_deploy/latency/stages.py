@@ -10,7 +10,14 @@ from itertools import cycle
 import numpy as np
 
 from ccam_deploy.explainer import Explainer, Images
-from ccam_deploy.latency.timing import FEWEST_CALLS, WARM_CALLS, Clock, measure_load
+from ccam_deploy.latency.timing import (
+    FEWEST_CALLS,
+    NEVER,
+    WARM_CALLS,
+    Clock,
+    measure_load,
+    midway,
+)
 
 _TRANSFERS = ("upload", "download")
 
@@ -49,6 +56,7 @@ def measure_stages(
     inputs: Sequence[Images],
     duration: float,
     now: Clock = time.perf_counter,
+    deadline: float = NEVER,
 ) -> list[StageTimes]:
     """Explain inputs over and over and time the stages, after a warm-up.
 
@@ -57,6 +65,7 @@ def measure_stages(
         inputs: Batches, explained one after the other.
         duration: Seconds to go on for; every input is explained FEWEST_CALLS times at least.
         now: A clock in seconds.
+        deadline: See measure_load; the warm-up takes half of the time until then at most.
 
     Returns:
         The durations of each call.
@@ -69,9 +78,11 @@ def measure_stages(
         result = explainer.explain(next(endless))
         calls.append(StageTimes(dict(result.timings), now() - started))
 
-    measure_load([call], 0, WARM_CALLS * len(inputs), now)
+    begun = now()
+    if begun < deadline:
+        measure_load([call], 0, WARM_CALLS * len(inputs), now, midway(begun, deadline))
     calls.clear()
-    measure_load([call], duration, FEWEST_CALLS * len(inputs), now)
+    measure_load([call], duration, FEWEST_CALLS * len(inputs), now, deadline)
     return calls
 
 
@@ -106,6 +117,22 @@ def device_times(replayed: Sequence[StageTimes], launched: Sequence[StageTimes])
         launched=_median_ms([call.device for call in launched]),
         host=_median_ms([call.total - call.device for call in replayed]),
     )
+
+
+def host_share(calls: Sequence[StageTimes], on_gpu: bool) -> float:
+    """Compute the median share of a call that the host takes.
+
+    Args:
+        calls: On a GPU calls on preprocessed images, as they are under load.
+        on_gpu: Whether the stages ran on a device. If not, the host's part is what Python takes
+            between and around them.
+
+    Returns:
+        A share in [0, 1], rounded to four decimals.
+    """
+    inside = [call.device if on_gpu else sum(call.seconds.values()) for call in calls]
+    shares = [1 - spent / call.total for spent, call in zip(inside, calls, strict=True)]
+    return round(max(float(np.median(shares)), 0.0), 4)
 
 
 def seconds_by_stage(calls: Sequence[StageTimes]) -> dict[str, list[float]]:

@@ -19,7 +19,8 @@ def report_text(report: LatencyReport) -> str:
         parts.append(_device(batches))
     if report.settings.compare:
         parts.append(_comparisons(batches))
-    parts.append(_cold_starts(report.cold_start))
+    if report.cold_start:
+        parts.append(_cold_starts(report.cold_start))
     return "\n\n".join(text_table(rows) for rows in parts)
 
 
@@ -45,20 +46,20 @@ def _facts(report: LatencyReport) -> Rows:
 
 
 def _latency(batches: Sequence[BatchLatency]) -> Rows:
-    statistics = ("mean", "median", "p90", "p95", "p99", "min", "max")
+    statistics = ("median", "slowest", "mean", "p90", "p95", "p99", "fastest")
     rates = ("explanations/s", "masked forwards/s")
     rows: Rows = [("latency, ms", "threads", *statistics, "calls", *rates)]
     for figures in batches:
         timing = figures.latency_ms
-        values = (timing.mean, timing.median, timing.p90, timing.p95, timing.p99)
+        values = (timing.median, timing.maximum, timing.mean, timing.p90, timing.p95, timing.p99)
         rows.append(
             (
                 f"batch {figures.batch}",
                 str(figures.concurrency),
-                *map(_digits, (*values, timing.minimum, timing.maximum)),
+                *map(digits, (*values, timing.minimum)),
                 str(timing.calls),
-                _digits(figures.explanations_per_second),
-                _digits(figures.masked_forwards_per_second),
+                digits(figures.explanations_per_second),
+                digits(figures.masked_forwards_per_second),
             )
         )
     return rows
@@ -73,7 +74,7 @@ def _cost(batches: Sequence[BatchLatency]) -> Rows:
         rows.append(
             (
                 f"batch {figures.batch}",
-                *(_digits(timing.median) for timing in timings),
+                *(digits(timing.median) for timing in timings),
                 f"{figures.overhead:.3f}",
                 _range(figures.masks),
             )
@@ -84,15 +85,16 @@ def _cost(batches: Sequence[BatchLatency]) -> Rows:
 def _stages(batches: Sequence[BatchLatency]) -> Rows:
     rows: Rows = [("stage, median ms", *(f"batch {figures.batch}" for figures in batches))]
     for name in dict.fromkeys(stage for figures in batches for stage in figures.stages_ms):
-        rows.append((name, *(_digits(figures.stages_ms.get(name, 0.0)) for figures in batches)))
-    return rows
+        rows.append((name, *(digits(figures.stages_ms.get(name, 0.0)) for figures in batches)))
+    shares = (f"{figures.host_share:.1%}" for figures in batches)
+    return [*rows, ("host's share of a call", *shares)]
 
 
 def _device(batches: Sequence[BatchLatency]) -> Rows:
     rows: Rows = [("on the GPU, median ms", "in all", "without transfers", "host beside it")]
     for figures in batches:
         values = (figures.device_ms, figures.without_transfers_ms, figures.host_ms)
-        rows.append((f"batch {figures.batch}", *(_digits(value) for value in values)))
+        rows.append((f"batch {figures.batch}", *(digits(value) for value in values)))
     return rows
 
 
@@ -100,7 +102,7 @@ def _comparisons(batches: Sequence[BatchLatency]) -> Rows:
     rows: Rows = [("compared, in turn", "other", "median ms", "times as long")]
     for figures in batches:
         for name, peer in figures.compare.items():
-            median = _digits(peer.ms.median)
+            median = digits(peer.ms.median)
             rows.append((f"batch {figures.batch}", name, median, f"{peer.ratio:.2f}"))
     return rows
 
@@ -115,7 +117,7 @@ def _cold_starts(starts: Sequence[ColdStart]) -> Rows:
         values = [start.total_ms, start.imports_ms, start.load_ms, start.first_ms, start.second_ms]
         figures = [*values, *[start.peak_memory_mib] * memory]
         figures += [start.device_memory_mib] * device_memory
-        rows.append((f"batch {start.batch}", *map(_digits, figures)))
+        rows.append((f"batch {start.batch}", *map(digits, figures)))
     return rows
 
 
@@ -124,7 +126,7 @@ def _range(counts: Sequence[int]) -> str:
     return str(low) if low == high else f"{low} to {high}"
 
 
-def _digits(value: float | None) -> str:
+def digits(value: float | None) -> str:
     """Three significant digits, or all digits of a larger whole number; a dash for None."""
     if value is None:
         return "–"

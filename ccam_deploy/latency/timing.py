@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,6 +17,9 @@ FEWEST_CALLS = 3
 
 WARM_CALLS = 3
 """Calls that warm up each input before it is timed."""
+
+NEVER = math.inf
+"""A deadline that does not come."""
 
 Call = Callable[[], object]
 Clock = Callable[[], float]
@@ -117,6 +121,7 @@ def measure_in_turn(
     warmup: int = 1,
     duration: float = 0.0,
     now: Clock = time.perf_counter,
+    deadline: float = NEVER,
 ) -> dict[str, list[float]]:
     """Time several calls in turn, A B C A B C ..., so that a slow moment meets all alike.
 
@@ -126,17 +131,22 @@ def measure_in_turn(
         warmup: Rounds that are run first and not timed.
         duration: Seconds since the end of the warm-up after which no round starts.
         now: A clock in seconds.
+        deadline: The moment after which no round starts but the first that is timed. The warm-up
+            takes half of the time until then at most.
 
     Returns:
         The seconds of every timed call, by name.
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
+    warm_until = midway(now(), deadline)
     for _ in range(warmup):
+        if now() >= warm_until:
+            break
         for call in calls.values():
             call()
     begun = now()
     done = 0
-    while done < rounds or now() - begun < duration:
+    while not done or (now() < deadline and (done < rounds or now() - begun < duration)):
         for name, call in calls.items():
             started = now()
             call()
@@ -173,6 +183,7 @@ def measure_load(
     duration: float,
     fewest: int = FEWEST_CALLS,
     now: Clock = time.perf_counter,
+    deadline: float = NEVER,
 ) -> Load:
     """Repeat each call in its own thread, all at the same time and without a pause.
 
@@ -183,6 +194,7 @@ def measure_load(
         duration: Seconds after which no call starts, once each thread has made `fewest` calls.
         fewest: The least number of calls of each thread.
         now: A clock in seconds.
+        deadline: The moment after which no call starts but the first of each thread.
 
     Returns:
         The durations of all calls.
@@ -195,7 +207,10 @@ def measure_load(
         seconds: list[float] = []
         begun = ended = now()
         try:
-            while not stop.is_set() and (ended - begun < duration or len(seconds) < fewest):
+            while not stop.is_set() and (
+                not seconds
+                or (ended < deadline and (ended - begun < duration or len(seconds) < fewest))
+            ):
                 started = now()
                 call()
                 ended = now()
@@ -217,6 +232,11 @@ def measure_load(
     begun = min(run[0] for run in runs)
     ended = max(run[1] for run in runs)
     return Load(tuple(run[2] for run in runs), ended - begun)
+
+
+def midway(moment: float, deadline: float) -> float:
+    """Return the moment at which half of the time until a deadline is over."""
+    return (moment + deadline) / 2
 
 
 def _rounded(value: float) -> float:

@@ -19,7 +19,9 @@ def fake_runtime(provider: str, answer: list[float], available: str = "CUDA") ->
     """An ONNX Runtime that gives one provider and one answer."""
 
     class Session:
-        def __init__(self, graph: bytes, options: object, providers: list[Any]) -> None:
+        def __init__(
+            self, graph: bytes, options: object, providers: list[Any], enable_fallback: int
+        ) -> None:
             assert preloaded == [True]
             assert graph == probe_graph.tiny_graph()
             assert providers[0][0] == "CUDAExecutionProvider"
@@ -37,6 +39,7 @@ def fake_runtime(provider: str, answer: list[float], available: str = "CUDA") ->
     preloaded: list[bool] = []
     module: Any = ModuleType("onnxruntime")
     module.preload_dlls = lambda: preloaded.append(True)
+    module.set_default_logger_severity = lambda severity: None
     module.__version__ = "1.99"
     module.get_available_providers = lambda: [f"{available}ExecutionProvider"]
     module.SessionOptions = Options

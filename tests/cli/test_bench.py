@@ -14,7 +14,9 @@ import torch
 
 from ccam_deploy import explainer, plotting
 from ccam_deploy.latency import cold_start, measurement
+from ccam_deploy.latency.cold_start import LIMIT_S
 from ccam_deploy.latency.report import LatencyReport
+from ccam_deploy.latency.settings import FIRST_CALLS_S, Deadlines, LatencySettings
 from ccam_deploy.latency.tables import report_text
 from tests.command import failure, run, success
 from tests.damage import full_disk
@@ -133,6 +135,19 @@ def test_cold_starts(digits_result: dict[str, Any]) -> None:
         assert start["device_memory_mib"] is None
 
 
+def test_parts_are_told_on_stderr_as_they_are_known(digits_result: dict[str, Any]) -> None:
+    lines = digits_result["stderr"].splitlines()
+    starts = [line for line in lines if "cold start" in line]
+    assert [line.partition(" ms")[0].rpartition(" ")[0] for line in starts[1::2]] == [
+        "batch 1: cold start",
+        "batch 3: cold start",
+    ]
+    for batch in (1, 3):
+        told = [line for line in lines if line.startswith(f"batch {batch}: ")]
+        for word in ("latency ", "classifier ", "overhead ", "torch "):
+            assert any(word in line for line in told)
+
+
 def test_table_for_a_person(digits_result: dict[str, Any]) -> None:
     text = digits_result["stdout"]
     for word in ("latency, ms", "overhead", "cold start, ms", "times as long", "classifier"):
@@ -170,8 +185,12 @@ def test_json_on_stdout_alone(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
         return load(*arguments, **how)
 
     monkeypatch.setattr(explainer, "load", noted)
-    done = success("bench", tiny_bundle, *QUICK, "--json", "--concurrency", 2)
+    done = success("bench", tiny_bundle, *QUICK, "--json", "--concurrency", 2, "--no-cold-start")
     found = json.loads(done.stdout)
+    assert found["cold_start"] == []
+    assert "--no-cold-start" in found["command"].split()
+    assert "cold start" not in done.stderr
+    assert "batch 1: latency " in done.stderr
     (report,) = found["batches"]
     assert slots == [2]
     assert found["settings"]["slots"] is None  # which only a GPU has
@@ -181,6 +200,19 @@ def test_json_on_stdout_alone(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
     busy = report["explanations_per_second"] * report["latency_ms"]["mean"] / 1000
     assert 1 < busy <= 2.01  # explanations a second × latency: how many were under way
     assert found["settings"]["images"] == ["a photograph of the package"]
+
+
+@pytest.mark.slow
+def test_cold_start_that_takes_too_long(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is left out, with a warning, and the rest is measured."""
+    monkeypatch.setattr(cold_start, "measure_cold_start", lambda *_: None)
+    done = success("bench", tiny_bundle, *QUICK, "--output", tmp_path / "found.json")
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["cold_start"] == []
+    assert found["warnings"][0] == "batch 1: the cold start took over 20 s and was ended"
+    assert "latency, ms" in done.stdout
 
 
 class MeasuringError(Exception):
@@ -305,3 +337,12 @@ def test_model_file_for_torch(tiny_bundle: Path, tmp_path: Path) -> None:
 def test_formats_of_plots_are_in_the_help() -> None:
     text = success("bench", "--help").stdout
     assert all(f".{kind}" in text for kind in plotting.PLOT_FORMATS)
+
+
+def test_the_bound_is_in_the_help() -> None:
+    """The figures of the help are those that the measurement keeps."""
+    text = " ".join(success("bench", "--help").stdout.split())
+    one = Deadlines.of(LatencySettings(duration=1.0, warmup=0.0), 0, 0.0)
+    rate = one.last - FIRST_CALLS_S
+    assert f"--warmup, {rate:g} times --duration and {FIRST_CALLS_S:g} seconds" in text
+    assert f"{LIMIT_S:g} seconds for the cold start" in text

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import onnx
@@ -17,7 +20,12 @@ from ccam_deploy.bundle.folder import Bundle, read_bundle
 from ccam_deploy.engines import TensorSpec, available, load_networks, open_networks
 from ccam_deploy.engines import onnxruntime as engine_module
 from ccam_deploy.engines.cuda import onnxruntime_slots
-from ccam_deploy.engines.onnxruntime import OnnxRuntimeEngine, OnnxRuntimeGraph, devices
+from ccam_deploy.engines.onnxruntime import (
+    OnnxRuntimeEngine,
+    OnnxRuntimeGraph,
+    devices,
+    open_session,
+)
 from ccam_deploy.errors import BackendError, OptionError
 from tests.engines.cuda.host_device import HostDevice
 from tests.helpers import noise
@@ -161,7 +169,9 @@ def test_tf32_is_asked_of_the_cuda_provider(
     given: list[Any] = []
 
     class Session:
-        def __init__(self, model: Path, options: object, providers: list[Any]) -> None:
+        def __init__(
+            self, model: Path, options: object, providers: list[Any], enable_fallback: int
+        ) -> None:
             given.extend(providers)
 
         def get_providers(self) -> list[str]:
@@ -178,6 +188,7 @@ def test_tf32_is_asked_of_the_cuda_provider(
     runtime.InferenceSession = Session
     runtime.get_available_providers = lambda: ["CUDAExecutionProvider"]
     runtime.preload_dlls = lambda: None
+    runtime.set_default_logger_severity = lambda severity: None
     monkeypatch.setattr(engine_module, "_import", lambda: runtime)
     OnnxRuntimeGraph(graph, "cuda", 7, tf32)
     (name, options), _ = given
@@ -230,6 +241,68 @@ def test_a_cpu_says_where_tf32_runs(tiny_bundle: Path, backend: str, start: str)
         f"{start}tf32 does not run on a CPU, only on NVIDIA GPUs of compute capability 8.0 or "
         "newer, with onnxruntime-cuda, tensorrt or tensorrt-rtx; use fp32 here"
     )
+
+
+class FakeRuntime(ModuleType):
+    """ONNX Runtime with a CUDA provider, whose sessions run where `used` says."""
+
+    def __init__(self, used: str) -> None:
+        super().__init__("onnxruntime")
+        self.used = used
+        self.severities: list[int] = []
+        self.keywords: list[dict[str, Any]] = []
+        self.SessionOptions = MagicMock
+        self.set_default_logger_severity = self.severities.append
+
+    def get_available_providers(self) -> list[str]:
+        return ["CUDAExecutionProvider", "CPUExecutionProvider"]
+
+    def preload_dlls(self) -> None:
+        pass
+
+    def InferenceSession(self, *arguments: Any, **keywords: Any) -> Any:  # noqa: N802
+        self.keywords.append(keywords)
+        return SimpleNamespace(get_providers=lambda: [self.used])
+
+
+def test_the_default_logger_is_silenced_once_cuda_has_loaded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Once for the process: what the caller sets later stays."""
+    runtime = FakeRuntime("CUDAExecutionProvider")
+    monkeypatch.setattr(engine_module, "_import", lambda: runtime)
+    for _ in range(2):
+        open_session(b"", "cuda")
+    assert runtime.severities == [4]
+    assert [words["enable_fallback"] for words in runtime.keywords] == [0, 0]
+
+
+def test_the_reason_why_cuda_does_not_load_is_not_silenced(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    runtime = FakeRuntime("CPUExecutionProvider")
+    monkeypatch.setattr(engine_module, "_import", lambda: runtime)
+    with pytest.raises(BackendError, match="gave CPUExecutionProvider where CUDAExecution"):
+        open_session(b"", "cuda")
+    assert runtime.severities == []
+
+
+def test_silence_is_the_default_loggers() -> None:
+    """A session's option that is set twice is a warning of that logger, not of a session's."""
+    code = (
+        "import onnxruntime\n"
+        "from ccam_deploy.engines.onnxruntime import _silence_default_logger\n"
+        "def say(name):\n"
+        "    options = onnxruntime.SessionOptions()\n"
+        "    options.add_session_config_entry(name, '1')\n"
+        "    options.add_session_config_entry(name, '2')\n"
+        "say('before'); _silence_default_logger(onnxruntime); say('after')\n"
+        "onnxruntime.set_default_logger_severity(2); _silence_default_logger(onnxruntime)\n"
+        "say('again')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    said = [name for name in ("before", "after", "again") if f"[{name}]" in done.stderr]
+    assert said == ["before", "again"]
 
 
 @without_cuda

@@ -48,7 +48,9 @@ class Runtime:
     def SessionOptions(self) -> Any:  # noqa: N802
         return SimpleNamespace(add_session_config_entry=lambda key, value: None)
 
-    def InferenceSession(self, model: Path, options: Any, providers: Any) -> Any:  # noqa: N802
+    def InferenceSession(  # noqa: N802
+        self, model: Path, options: Any, providers: Any, enable_fallback: int
+    ) -> Any:
         (_, settings), _ = providers
         if any(refused.items() <= settings.items() for refused in self.refuses):
             raise RuntimeError(self.error)
@@ -71,6 +73,9 @@ class Runtime:
         return ["CUDAExecutionProvider", "CPUExecutionProvider"]
 
     def preload_dlls(self) -> None:
+        pass
+
+    def set_default_logger_severity(self, severity: int) -> None:
         pass
 
 

@@ -36,6 +36,7 @@ def figures(batch: int, concurrency: int = 1) -> BatchLatency:
         without_transfers_ms=None,
         device_launched_ms=None,
         host_ms=None,
+        host_share=0.1,
         masks=[17],
         collections={"layer4": [17]},
         cpu_clock_mhz=None,

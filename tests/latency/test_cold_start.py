@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import msgspec
@@ -17,7 +18,8 @@ HOW = {"backend": "onnxruntime-cpu", "precision": "fp32", "batch_size": 16, "thr
 
 @pytest.mark.slow
 def test_parts_of_a_cold_start(tiny_bundle: Path) -> None:
-    start = measure_cold_start(tiny_bundle, example_files()[:2], 3, HOW)
+    start = measure_cold_start(tiny_bundle, example_files()[:2], 3, HOW, limit=600)
+    assert start
     assert start.batch == 3
     assert min(start.imports_ms, start.load_ms, start.first_ms, start.second_ms) > 0
     assert start.imports_ms + start.load_ms + start.first_ms < start.total_ms
@@ -61,3 +63,16 @@ def test_a_process_that_says_much_is_not_blocked(
     monkeypatch.setattr(cold_start, "__name__", "noisy")
     with pytest.raises(BackendError, match=r"^the cold start failed: the last words$"):
         measure_cold_start(tmp_path, example_files()[:1], 1, HOW)
+
+
+@pytest.mark.parametrize("before", ["", "print('ready', flush=True)\n"])
+def test_a_process_that_takes_too_long_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str
+) -> None:
+    """Before its first explanation, or before its second."""
+    (tmp_path / "slow.py").write_text(f"import time\n{before}time.sleep(600)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(cold_start, "__name__", "slow")
+    begun = time.perf_counter()
+    assert measure_cold_start(tmp_path, example_files()[:1], 1, HOW, limit=0.5) is None
+    assert 0.5 < time.perf_counter() - begun < 60

@@ -13,13 +13,14 @@ from msgspec.structs import replace
 from PIL import Image
 
 import ccam_deploy as ccam
-from ccam_deploy.engines.cuda.device import Device
-from ccam_deploy.engines.cuda.slots import Slot, Slots
+from ccam_deploy.engines.cuda.slots import Slots
 from ccam_deploy.errors import OptionError
 from ccam_deploy.latency import measurement
 from ccam_deploy.latency.cases import Case, floor_call, make_cases
-from ccam_deploy.latency.measurement import LatencySettings, measure_latency
+from ccam_deploy.latency.measurement import measure_latency
 from ccam_deploy.latency.report import WIDE, BatchLatency, ClockRange, doubts
+from ccam_deploy.latency.settings import Deadlines, LatencySettings
+from ccam_deploy.latency.timing import summarise
 from tests.clock import FakeClock
 from tests.helpers import example_pictures
 
@@ -74,6 +75,11 @@ class FakeExplainer:
             timings=timings,
         )
 
+    def warm_up(self, batch: int, progress: Callable[[str], None]) -> None:
+        """Takes longer than any deadline."""
+        progress(f"{batch} images")
+        self.clock.time += 1000
+
     def backbone(self, images: Any) -> Any:
         self.clock.time += 0.003 * len(images)
         return images
@@ -117,6 +123,7 @@ def test_figures_by_hand() -> None:
     assert report.stages_ms == pytest.approx(
         {"preprocess": 2, "passes": 8, "classifier": 28, "between": 10}
     )
+    assert report.host_share == round(10 / 48, 4)
     assert report.samples_ms["latency"] == [48, 48, 48]
     assert (report.gpu, report.gpu_clock_mhz) == (None, None)
     assert (report.device_ms, report.device_launched_ms, report.host_ms) == (None, None, None)
@@ -193,43 +200,11 @@ def test_threads_share_the_explainer() -> None:
     assert report.latency_ms.calls == 9
 
 
-def fake_slots(most: int) -> tuple[Slots, list[Slot]]:
-    """Slots on no device, and those that were opened."""
-    opened: list[Slot] = []
-
-    def open_slot() -> Slot:
-        device = SimpleNamespace(current=nullcontext, wait=lambda: None, close=lambda: None)
-        opened.append(Slot(cast(Device, device), {}))
-        return opened[-1]
-
-    return Slots(open_slot, most), opened
-
-
-def test_every_slot_is_warmed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Calls one after the other would all take the same slot, and leave the others cold."""
-    fake = FakeExplainer(FakeClock())
-    explainer = cast(ccam.Explainer, fake)
-    cases = make_cases(explainer, [picture(1), picture(2)], 1)
-    slots, opened = fake_slots(3)
-    fake.slots = slots
-    on: list[tuple[int, float]] = []
-
-    def explain(images: Any) -> None:
-        with slots.take() as slot:
-            on.append((opened.index(slot), float(images.sum())))
-
-    monkeypatch.setattr(fake, "explain", explain)
-    measurement._warm_slots(explainer, cases, 3)
-    assert sorted(on) == sorted(3 * [(slot, value) for slot in range(3) for value in (1.0, 2.0)])
-    with slots.take(), slots.take(), slots.take():  # all are free again
-        assert len(opened) == 3
-
-
 def test_on_a_gpu_stages_come_from_a_run_without_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     """A replayed graph is one stage: it tells what the device took, the other run tells on what."""
     clock = FakeClock()
     replaying, plain = FakeExplainer(clock), FakeExplainer(clock)
-    replaying.slots, _ = fake_slots(1)
+    replaying.slots = cast(Slots, object())
     replaying.backend = "tensorrt"
     monkeypatch.setattr(measurement, "without_cuda_graphs", lambda explainer: plain)
     floors: list[Any] = []
@@ -258,7 +233,9 @@ def test_on_a_gpu_stages_come_from_a_run_without_graphs(monkeypatch: pytest.Monk
     monkeypatch.setattr(plain, "explain", in_pieces)
     explainer = cast(ccam.Explainer, replaying)
     monkeypatch.setattr(measurement, "gpu_clocks", lambda: nullcontext([1980.0, 1755.0, 1900.0]))
-    (report,) = measure_latency(explainer, [picture(0)], ONE_ROUND, now=clock)
+    lines: list[str] = []
+    (report,) = measure_latency(explainer, [picture(0)], ONE_ROUND, None, lines.append, clock)
+    assert lines[:3] == ["preparing the GPU", "1 images", "batch 1: first explanations"]
     assert report.stages_ms == pytest.approx(
         {
             "preprocess": 2,
@@ -272,6 +249,7 @@ def test_on_a_gpu_stages_come_from_a_run_without_graphs(monkeypatch: pytest.Monk
     # Calls of 46 ms on arrays, 2 ms less than on images: preprocessing is not the host's part.
     assert (report.device_ms, report.without_transfers_ms) == (24, 20)
     assert (report.device_launched_ms, report.host_ms) == (36, 22)
+    assert report.host_share == round(22 / 46, 4)
     assert doubts([report], None)[-1] == (
         "batch 1: launched one by one the stages take 150% of the time that they take replayed, "
         "so they measure launches"
@@ -332,10 +310,98 @@ def test_doubts(monkeypatch: pytest.MonkeyPatch) -> None:
         "batch 1: the host takes 1.500 ms beside the device's 1.100 ms, "
         "so the host is what was measured"
     ]
+    assert doubts_of(latency_ms=summarise([0.1] * 99 + [0.31])) == [
+        "batch 1: the slowest call took over 3 times the median: latency 310 of 100 ms"
+    ]
+    assert doubts_of(latency_ms=summarise([0.1] * 99 + [0.3])) == []
     (short,) = measured([picture(0)], ONE_ROUND)
     assert doubts([short], None) == [
         "batch 1: p99 is of 3 calls, fewer than 100; give a longer --duration"
     ]
+
+
+def slow_calls(monkeypatch: pytest.MonkeyPatch, seconds: float) -> tuple[ccam.Explainer, FakeClock]:
+    """An explainer whose every explanation, and every run of the floor, takes some seconds."""
+    clock = FakeClock()
+    fake = FakeExplainer(clock)
+    explain = fake.explain
+
+    def slow(images: Any) -> Any:
+        started = clock.time
+        result = explain(images)
+        clock.time = started + seconds
+        return result
+
+    def floor(explainer: object, case: object) -> Callable[[], None]:
+        return clock.taking([seconds] * 999)
+
+    monkeypatch.setattr(fake, "explain", slow)
+    monkeypatch.setattr(measurement, "floor_call", floor)
+    return cast(ccam.Explainer, fake), clock
+
+
+@pytest.mark.parametrize("seconds", [0.5, 2.0, 9.0, 100.0])
+@pytest.mark.parametrize("pictures", [1, 64])
+def test_the_whole_ends_in_time(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, pictures: int
+) -> None:
+    """But for the calls in hand: one for the masks, one or a round for each part and its warm-up.
+
+    By hand, each batch size has 15 + (1 + 4) + 2 * 1 + 4 + 4 = 30 seconds.
+    """
+    explainer, clock = slow_calls(monkeypatch, seconds)
+
+    def peer(case: Case) -> None:
+        clock.time += seconds
+
+    settings = LatencySettings((1, 2), duration=4.0, warmup=1.0)
+    lines: list[str] = []
+    begun = clock.time
+    every = [picture(0)] * pictures
+    reports = measure_latency(explainer, every, settings, {"peer": peer}, lines.append, clock)
+    in_hand = 1 + 2 + 1 + 3 + 2
+    assert clock.time - begun <= 2 * (30 + in_hand * seconds)
+    assert Deadlines.of(settings, 1, 0.0).last == 30
+    for report in reports:
+        assert report.latency_ms.median == pytest.approx(1000 * seconds)
+        assert report.compare["peer"].ratio == pytest.approx(1)
+    if seconds == 100:
+        said = "\n".join(doubts(reports, None, pictures))
+        assert (
+            "batch 1: there was no time for 3 turns of each batch of images with floor, pe" in said
+        )
+        limit = "there was time for 1 of 64 batches of images; give --limit"
+        assert (limit in said) == any("there is time for 1 of 64" in line for line in lines)
+        assert (limit in said) == (pictures == 64)
+
+
+def test_each_part_is_told_as_soon_as_it_is_known() -> None:
+    clock = FakeClock()
+    explainer = cast(ccam.Explainer, FakeExplainer(clock))
+    lines: list[tuple[float, str]] = []
+
+    def peer(case: Case) -> None:
+        clock.time += 0.092
+
+    def tell(line: str) -> None:
+        lines.append((clock.time, line))
+
+    measure_latency(explainer, [picture(0)], ONE_ROUND, {"torch": peer}, tell, clock)
+    assert [line for _, line in lines] == [
+        "batch 1: first explanations",
+        "batch 1: warming up for 0 s",
+        "batch 1: 1 thread for 1e-09 s",
+        "batch 1: latency 48 ms, slowest of 3 calls 48 ms",
+        "batch 1: stages",
+        "batch 1: preprocess 2, passes 8, classifier 28, between 10 ms; "
+        "the host's share of a call 20.8%",
+        "batch 1: from images, from array and floor in turn for 1e-09 s",
+        "batch 1: floor 36 ms, overhead 1.278",
+        "batch 1: from array and torch in turn for 1e-09 s",
+        "batch 1: torch 92 ms, 2.00 times as long",
+    ]
+    moments = [moment for moment, _ in lines]
+    assert moments[3] < moments[5] < moments[7] < moments[9]
 
 
 def test_floor_runs_the_passes_of_an_explanation(digits: ccam.Explainer) -> None:

@@ -31,7 +31,13 @@ def test_text_of_the_committed_result() -> None:
     rows = [[cell.strip() for cell in line if cell] for line in lines]
     assert ["bundle", "resnet18, 224x224, random weights"] in rows
     assert ["collections", "layer1 9; layer2 3; layer3 2; layer4 2"] in rows
-    latency = ["314", "313", "320", "321", "330", "305", "334", "48", "3.19", "51"]
+    latency = ["313", "334", "314", "320", "321", "330", "305", "48", "3.19", "51"]
     assert ["batch 1", "1", *latency] in rows
     assert ["batch 1", "313", "314", "296", "1.060", "16"] in rows
+    assert ["host's share of a call", "0.2%", "0.1%"] in rows
     assert ["batch 1", "1030", "258", "282", "367", "352", "427"] in rows
+
+
+def test_text_without_a_cold_start() -> None:
+    report = msgspec.json.decode(COMMITTED.read_bytes(), type=LatencyReport)
+    assert "cold start" not in report_text(msgspec.structs.replace(report, cold_start=[]))

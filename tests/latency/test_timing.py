@@ -48,6 +48,27 @@ def test_load_of_one_thread(duration: float, calls: int) -> None:
     assert load.rate == 0.5
 
 
+@pytest.mark.parametrize(
+    ("deadline", "warm", "timed"), [(0, 0, 1), (1, 1, 1), (20, 2, 2), (22, 3, 2), (999, 4, 6)]
+)
+def test_turns_are_cut_at_the_deadline(deadline: float, warm: int, timed: int) -> None:
+    """Rounds of 5 seconds, 4 of them warm-up: that ends at half of the time, and one is timed."""
+    clock = FakeClock()
+    calls = {"a": clock.taking([2] * 99), "b": clock.taking([3] * 99)}
+    begun = clock.time
+    seconds = measure_in_turn(calls, 6, warmup=4, now=clock, deadline=begun + deadline)
+    assert seconds == {"a": [2] * timed, "b": [3] * timed}
+    assert clock.time - begun == 5 * (warm + timed)
+
+
+@pytest.mark.parametrize(("deadline", "calls"), [(-1, 1), (1, 1), (3, 2), (4, 2), (99, 5)])
+def test_load_is_cut_at_the_deadline(deadline: float, calls: int) -> None:
+    clock = FakeClock()
+    call = clock.taking([2] * 9)
+    load = measure_load([call], 9.0, fewest=4, now=clock, deadline=clock.time + deadline)
+    assert load.seconds == [2] * calls
+
+
 def test_load_runs_threads_at_the_same_time() -> None:
     """Every call waits for one of the other thread; alone, the first would time out."""
     both = threading.Barrier(2)

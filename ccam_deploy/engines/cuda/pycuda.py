@@ -9,6 +9,7 @@ them.
 from __future__ import annotations
 
 import math
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -276,7 +277,9 @@ def _primary_context() -> tuple[Any, Any]:
     created under.
     """
     try:
-        import pycuda.driver as driver
+        with warnings.catch_warnings():  # it warns before it fails: the error says it
+            warnings.simplefilter("ignore")
+            import pycuda.driver as driver
     except ImportError as error:
         raise BackendError(f"PyCUDA cannot be loaded ({brief(error)}): {_INSTALL}") from error
     try:
@@ -298,10 +301,15 @@ def _bindings() -> Any:
 @cache
 def _numba() -> Any:
     try:
-        from numba import cuda
-        from numba.cuda import dispatcher
+        with warnings.catch_warnings():  # of how the process loads libraries, or of Numba's files
+            warnings.simplefilter("ignore")
+            from numba import cuda
+            from numba.cuda import dispatcher
+            from numba.cuda.cudadrv.error import NvvmWarning
     except ImportError as error:
         raise BackendError(f"numba-cuda cannot be loaded ({brief(error)}): {_INSTALL}") from error
     # One image is a small grid; a warning about each would say nothing new.
     dispatcher.config.CUDA_LOW_OCCUPANCY_WARNINGS = 0
+    # Notes of the compiler on Numba's own code.
+    warnings.filterwarnings("ignore", category=NvvmWarning)
     return cuda

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gc
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -328,3 +330,38 @@ def test_missing_package_names_what_to_install(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(pycuda, "_primary_context", pycuda._primary_context.__wrapped__)
     with pytest.raises(BackendError, match=r"PyCUDA cannot be loaded .*ccam-deploy\[gpu\]"):
         CudaDevice()
+
+
+def test_a_warning_before_a_failing_import_is_left_to_the_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "pycuda").mkdir()
+    (tmp_path / "pycuda" / "__init__.py").touch()
+    (tmp_path / "pycuda" / "driver.py").write_text(
+        "import warnings\nwarnings.warn('headers')\nraise ImportError('no cuMemAlloc_v2')\n"
+    )
+    for name in ("pycuda", "pycuda.driver"):
+        monkeypatch.setitem(sys.modules, name, None)  # so that the import is undone
+        del sys.modules[name]
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(BackendError, match=r"PyCUDA cannot be loaded \(no cuMemAlloc_v2\)"):
+        pycuda._primary_context.__wrapped__()
+
+
+@pytest.mark.slow
+def test_numba_warns_of_nothing() -> None:
+    """Neither when it is loaded, nor of small grids, nor of what its compiler noted."""
+    pytest.importorskip("numba_cuda", reason="numba-cuda is missing")
+    code = (
+        "import os, sys, warnings\n"
+        "sys.setdlopenflags(sys.getdlopenflags() | os.RTLD_GLOBAL)\n"  # of which it warns
+        "from ccam_deploy.engines.cuda import pycuda\n"
+        "pycuda._numba()\n"
+        "from numba.cuda import dispatcher\n"
+        "from numba.cuda.cudadrv.error import NvvmWarning\n"
+        "assert dispatcher.config.CUDA_LOW_OCCUPANCY_WARNINGS == 0\n"
+        "warnings.warn('a note', NvvmWarning)\n"
+    )
+    words = [sys.executable, "-W", "error", "-c", code]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

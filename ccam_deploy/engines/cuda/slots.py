@@ -48,6 +48,11 @@ class Slot:
     _kept: dict[Hashable, Closable] = field(default_factory=dict)
     _scratch: dict[str, tuple[int, int]] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        """Start the thread now: an interrupt while it starts could bring a second one."""
+        if self.worker is not None:
+            self.worker.submit(lambda: None).result()
+
     def scratch(self, name: str, size: int) -> int:
         """Return the address of `size` bytes for one purpose.
 

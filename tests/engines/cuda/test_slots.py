@@ -255,7 +255,7 @@ def test_an_interrupted_borrower_waits_for_the_work() -> None:
 
     def interrupt() -> None:
         started.wait(60)
-        signal.raise_signal(signal.SIGINT)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
     def arrive(*_: object) -> None:
         threading.Timer(0.05, go_on.set).start()

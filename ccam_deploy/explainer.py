@@ -19,6 +19,7 @@ from ccam_deploy.engines import Networks, open_networks
 from ccam_deploy.engines.base import row_chunks
 from ccam_deploy.errors import ImageError, OptionError
 from ccam_deploy.explanation import Explanation
+from ccam_deploy.kernels.cuda.bundled import offer_kernels
 from ccam_deploy.methods import (
     DEFAULT_METHOD,
     BatchResult,
@@ -380,6 +381,8 @@ def load(
     opened = bundle if isinstance(bundle, Bundle) else read_bundle(bundle)
     _validate_batch_size(batch_size)
     networks = open_networks(opened, backend, precision, threads, slots)
+    if networks.slots is not None:
+        offer_kernels(opened)
     return Explainer(opened, networks, precision, batch_size, cuda_graphs)
 
 

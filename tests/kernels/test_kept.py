@@ -9,88 +9,24 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 pytest.importorskip("numba.cuda")
 
-from numba import cuda, types
+from numba import types
 from numba.cuda import dispatcher
 
 from ccam_deploy.kernels import cuda as package
 from ccam_deploy.kernels.cuda import kept, kernel_files
-from ccam_deploy.kernels.cuda.collectives import Array
-from ccam_deploy.kernels.cuda.kernel_files import Code, CodeFolder, digest_of, pack, unpack
+from ccam_deploy.kernels.cuda.kernel_files import Code, digest_of, pack, unpack
 from ccam_deploy.kernels.cuda.signatures import signatures
 from tests.bundles import Bundles
 from tests.damage import flip, full_disk
 from tests.engines.cuda.launched import launched
+from tests.kernels.declared import ARGUMENTS, HERE, Machine, double
 from tests.kernels.simulated_device import simulator
-
-ARGUMENTS = (types.float32[::1], types.int64)
-HERE = "8.9"
-
-
-def double(values: Array, count: int) -> None:
-    """A kernel that compiles quickly."""
-    place = cuda.threadIdx.x
-    if place < count:
-        values[place] *= 2
-
-
-class Machine:
-    """A machine whose device is only named.
-
-    folder: of its user.   store: of the process that runs now.   refuses: whether the driver
-    refuses code.   compiled: how often Numba compiled a kernel.
-    """
-
-    def __init__(self, folder: Path | None) -> None:
-        self.folder = folder
-        self.store = kept.KernelStore(CodeFolder(folder))
-        self.refuses = False
-        self.compiled = 0
-
-    def process(self) -> Any:
-        """A new process: its store, and the kernel as it is declared there."""
-        self.store = kept.KernelStore(CodeFolder(self.folder))
-        return kept.kernel(double)
-
-    def run(self) -> bytes:
-        """The machine code that a new process launches."""
-        kernel = self.process().compile(ARGUMENTS)
-        assert kernel.argument_types == ARGUMENTS
-        return bytes(kernel.library.get_cubin().code)
-
-    def files(self) -> list[Path]:
-        assert self.folder is not None
-        return sorted(self.folder.iterdir())
-
-
-@pytest.fixture
-def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
-    found = Machine(tmp_path / "cache" / "kernels")
-    device = SimpleNamespace(compute_capability=(8, 9))
-    context = SimpleNamespace(device=device)
-    monkeypatch.setattr("numba.cuda.dispatcher.get_current_device", lambda: device)
-    monkeypatch.setattr("numba.cuda.cudadrv.devices.get_context", lambda: context)
-    monkeypatch.setattr(kept, "store", lambda: found.store)
-    compile_cuda = dispatcher.compile_cuda
-
-    def compiling(function: Any, *others: Any, **options: Any) -> Any:
-        found.compiled += 1
-        return compile_cuda(function, *others, **options)
-
-    def bind(kernel: Any) -> None:
-        cubin = kernel.library.get_cubin()
-        if found.refuses and not hasattr(kernel, "target_context"):  # as for those that were kept
-            raise RuntimeError(f"no kernel image for {cubin}")
-
-    monkeypatch.setattr(dispatcher, "compile_cuda", compiling)
-    monkeypatch.setattr(dispatcher._Kernel, "bind", bind)
-    return found
 
 
 def test_a_kernel_is_compiled_once(machine: Machine) -> None:

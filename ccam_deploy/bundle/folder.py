@@ -19,6 +19,8 @@ from ccam_deploy.errors import BundleError, IntegrityError, ManifestError, Optio
 from ccam_deploy.files import replace_file
 
 MANIFEST = "manifest.json"
+RUNTIME_CACHE = ".runtime-cache"
+"""How the name of a file ends that holds what TensorRT-RTX compiled for the plan beside it."""
 _HASHED_AT_A_TIME = 4
 _WORTH_THREADS = 2**24
 """Bytes that one thread hashes in about the time that several take to start."""
@@ -140,13 +142,18 @@ def record_files(folder: Path, names: Iterable[str] | None = None) -> dict[str, 
 
 
 def unlisted_files(bundle: Bundle) -> list[str]:
-    """List the files in a bundle's folder that its manifest does not.
+    """List the files in a bundle's folder that neither its manifest names nor a plan's run left.
 
     Returns:
         Their paths inside the folder, sorted.
     """
     listed = {MANIFEST, *bundle.manifest.files}
-    return [name for name in _files_inside(bundle.folder) if name not in listed]
+    runnable = tuple(f"{plan.file}." for plan in bundle.manifest.plans)
+    return [
+        name
+        for name in _files_inside(bundle.folder)
+        if name not in listed and not (name.startswith(runnable) and name.endswith(RUNTIME_CACHE))
+    ]
 
 
 def hash_file(path: Path) -> str:

@@ -38,7 +38,7 @@ def tensorrt_slots(bundle: Bundle, flavour: Flavour, precision: str, most: int) 
     try:
         with first.current():
             plans = {
-                graph: SharedPlan(library, bundle.path(plan.file))
+                graph: SharedPlan(library, bundle.path(plan.file), capability)
                 for graph, plan in plans_by_graph.items()
             }
     finally:

@@ -207,10 +207,12 @@ class Explainer:
         requested = make_method(method)
         if self.on_device is not None and isinstance(requested, CollectionCAM):
             self.on_device.warm_up(min(batch, self.batch_size), requested, progress)
-            return
-        for count in sorted({1, min(batch, self.batch_size)}):
-            progress(f"{count} images" if count > 1 else "one image")
-            self.explain(self._noise(count), method=requested)
+        else:
+            for count in sorted({1, min(batch, self.batch_size)}):
+                progress(f"{count} images" if count > 1 else "one image")
+                self.explain(self._noise(count), method=requested)
+        if self.networks.slots is not None:
+            self.networks.slots.keep_compiled()
 
     def calibrate(
         self, images: int = 1, classes: int = 1, method: str | Method = DEFAULT_METHOD

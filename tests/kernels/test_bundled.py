@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -165,16 +166,9 @@ def test_loading_for_a_gpu_offers_the_kernels(
     monkeypatch.setattr("ccam_deploy.explainer.open_networks", lambda *options: networks)
     with ccam.load(bundle):
         assert offered == []
-    monkeypatch.setattr(networks, "slots", closing())
+    monkeypatch.setattr(networks, "slots", SimpleNamespace(close=lambda: None))
     with ccam.load(bundle):
         assert offered == [bundle]
-
-
-class closing:  # noqa: N801
-    """Slots that nobody takes."""
-
-    def close(self) -> None:
-        pass
 
 
 def test_an_unknown_device_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,7 +103,7 @@ def export_command(network: str, folder: Path, *options: str, backend: str = "au
     command = [sys.executable, "-m", "ccam_deploy", "export"]
     command += ["--recipe", str(recipe_path(network)), *options, "--output", str(folder)]
     if backend in FLAVOURS:
-        command += ["--build", "--library", backend]
+        command += ["--build", "--no-kernels", "--library", backend]
     return command
 
 

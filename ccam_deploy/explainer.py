@@ -20,6 +20,7 @@ from ccam_deploy.engines import Networks, open_networks
 from ccam_deploy.engines.base import row_chunks
 from ccam_deploy.errors import ImageError, OptionError
 from ccam_deploy.explanation import Explanation
+from ccam_deploy.kernels.cuda.bundled import offer_kernels
 from ccam_deploy.methods import (
     DEFAULT_METHOD,
     BatchResult,
@@ -214,14 +215,16 @@ class Explainer:
         requested = make_method(method)
         if self.on_device is not None and isinstance(requested, CollectionCAM):
             self.on_device.warm_up(min(batch, self.batch_size), requested, progress)
-            return
-        runner = self._methods.implement(requested)
-        if isinstance(runner, DeviceMethod):
-            runner.warm_up(min(batch, self.batch_size), self._methods.context, progress)
-            return
-        for count in sorted({1, min(batch, self.batch_size)}):
-            progress(f"{count} images" if count > 1 else "one image")
-            self.explain(self._noise(count), method=requested)
+        else:
+            runner = self._methods.implement(requested)
+            if isinstance(runner, DeviceMethod):
+                runner.warm_up(min(batch, self.batch_size), self._methods.context, progress)
+            else:
+                for count in sorted({1, min(batch, self.batch_size)}):
+                    progress(f"{count} images" if count > 1 else "one image")
+                    self.explain(self._noise(count), method=requested)
+        if self.networks.slots is not None:
+            self.networks.slots.keep_compiled()
 
     def calibrate(
         self, images: int = 1, classes: int = 1, method: str | Method = DEFAULT_METHOD
@@ -407,6 +410,8 @@ def load(
     opened = bundle if isinstance(bundle, Bundle) else read_bundle(bundle)
     _validate_batch_size(batch_size)
     networks = open_networks(opened, backend, precision, threads, slots)
+    if networks.slots is not None:
+        offer_kernels(opened)
     return Explainer(opened, networks, precision, batch_size, cuda_graphs)
 
 

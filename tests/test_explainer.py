@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -363,3 +364,15 @@ def test_unusable_settings(tiny_bundle: Path, settings: dict[str, Any], message:
 def test_no_bundle_there(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"none is not a bundle: there is no such folder"):
         ccam.load(tmp_path / "none")
+
+
+def test_warming_up_keeps_what_engines_compiled(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[str] = []
+    with ccam.load(tiny_bundle, backend="onnxruntime-cpu") as explainer:
+        monkeypatch.setattr(explainer, "explain", lambda *a, **b: kept.append("call"))
+        slots = SimpleNamespace(keep_compiled=lambda: kept.append("kept"), close=lambda: None)
+        monkeypatch.setattr(explainer.networks, "slots", slots)
+        explainer.warm_up(method="grad-cam")
+        assert kept == ["call", "kept"]

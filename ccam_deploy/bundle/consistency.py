@@ -69,8 +69,8 @@ def _in_the_files(manifest: Manifest) -> Iterator[str]:
     for precision in manifest.precisions.values():
         for file in (*precision.graphs.values(), precision.reference):
             yield from _unless_recorded(file, manifest)
-    for plan in manifest.plans:
-        yield from _unless_recorded(plan.file, manifest)
+    for file in sorted(manifest.built_files):
+        yield from _unless_recorded(file, manifest)
 
 
 def _unless_recorded(file: str, manifest: Manifest) -> Iterator[str]:

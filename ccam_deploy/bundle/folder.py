@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import get_args
 
 import msgspec
+from msgspec import UNSET
 
 from ccam_deploy.bundle.consistency import require_consistency
 from ccam_deploy.bundle.manifest import FORMAT, FileRecord, GraphPrecision, Manifest, Precision
@@ -17,6 +19,11 @@ from ccam_deploy.errors import BundleError, IntegrityError, ManifestError, Optio
 from ccam_deploy.files import replace_file
 
 MANIFEST = "manifest.json"
+RUNTIME_CACHE = ".runtime-cache"
+"""How the name of a file ends that holds what TensorRT-RTX compiled for the plan beside it."""
+_HASHED_AT_A_TIME = 4
+_WORTH_THREADS = 2**24
+"""Bytes that one thread hashes in about the time that several take to start."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +75,8 @@ class Bundle:
 def read_bundle(folder: str | Path) -> Bundle:
     """Read a bundle's manifest and compare every file with its recorded size and hash.
 
-    Plans whose files were removed are left out of the manifest: they can be built again, and
-    no graph is lost with them.
+    Plans and compiled kernels whose files were removed are left out of the manifest: they can be
+    built again, and no graph is lost with them.
 
     Args:
         folder: The bundle's folder.
@@ -84,24 +91,24 @@ def read_bundle(folder: str | Path) -> Bundle:
     """
     root = Path(folder)
     try:
-        manifest = _without_lost_plans(root, _read_manifest(root))
-        plan_files = {plan.file for plan in manifest.plans}
-        for name, record in manifest.files.items():
-            remedy = (
-                "remove it and build it again" if name in plan_files else "export the bundle again"
-            )
-            _verify_file(root, name, record, remedy)
+        manifest = _read_manifest(root)
+        lost = {name for name in manifest.built_files if not os.path.lexists(root / name)}
+        manifest = _without(manifest, lost)
+        _verify_files(root, manifest)
     except OSError as error:
         raise BundleError(f"{root} cannot be read: {error.strerror}") from error
     return Bundle(root, manifest)
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
+def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
     """Seal a manifest with its digest and write it, whole or not at all.
 
     Args:
         folder: The bundle's folder.
         manifest: The manifest; its own digest is not read.
+
+    Returns:
+        The manifest as reading will give it.
 
     Raises:
         ManifestError: A value could not be read back, such as a NaN.
@@ -111,6 +118,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     plain = _decode(folder / MANIFEST, _encode(manifest))
     sealed = replace(plain, digest=manifest_digest(plain))
     replace_file(folder / MANIFEST, _encode(sealed))
+    return sealed
 
 
 def record_files(folder: Path, names: Iterable[str] | None = None) -> dict[str, FileRecord]:
@@ -125,19 +133,27 @@ def record_files(folder: Path, names: Iterable[str] | None = None) -> dict[str, 
     """
     if names is None:
         names = [name for name in _files_inside(folder) if name != MANIFEST]
+    paths = {name: folder / name for name in names}
+    hashes = hash_files(list(paths.values()))
     return {
-        name: FileRecord((folder / name).stat().st_size, hash_file(folder / name)) for name in names
+        name: FileRecord(path.stat().st_size, digest)
+        for (name, path), digest in zip(paths.items(), hashes, strict=True)
     }
 
 
 def unlisted_files(bundle: Bundle) -> list[str]:
-    """List the files in a bundle's folder that its manifest does not.
+    """List the files in a bundle's folder that neither its manifest names nor a plan's run left.
 
     Returns:
         Their paths inside the folder, sorted.
     """
     listed = {MANIFEST, *bundle.manifest.files}
-    return [name for name in _files_inside(bundle.folder) if name not in listed]
+    runnable = tuple(f"{plan.file}." for plan in bundle.manifest.plans)
+    return [
+        name
+        for name in _files_inside(bundle.folder)
+        if name not in listed and not (name.startswith(runnable) and name.endswith(RUNTIME_CACHE))
+    ]
 
 
 def hash_file(path: Path) -> str:
@@ -146,16 +162,32 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def hash_files(paths: Sequence[Path]) -> list[str]:
+    """Return the SHA-256 of each file, in hexadecimal; a few files are read at a time.
+
+    Raises:
+        OSError: One cannot be read.
+    """
+    sizes = {path: path.stat().st_size for path in paths}
+    if sum(sizes.values()) < _WORTH_THREADS:
+        return [hash_file(path) for path in paths]
+    largest_first = sorted(sizes, key=lambda path: -sizes[path])
+    pool = ThreadPoolExecutor(_HASHED_AT_A_TIME)
+    try:
+        hashes = dict(zip(largest_first, pool.map(hash_file, largest_first), strict=True))
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return [hashes[path] for path in paths]
+
+
 def manifest_digest(manifest: Manifest) -> str:
     """Return the SHA-256 of a manifest with its own digest left empty, in hexadecimal."""
     return hashlib.sha256(_encode(replace(manifest, digest=""))).hexdigest()
 
 
 def digest_without_plans(manifest: Manifest) -> str:
-    """Return the digest of an export, which building plans does not change."""
-    plan_files = {plan.file for plan in manifest.plans}
-    files = {name: record for name, record in manifest.files.items() if name not in plan_files}
-    return manifest_digest(replace(manifest, files=files, plans=()))
+    """Return the digest of an export, which building plans and kernels does not change."""
+    return manifest_digest(_without(manifest, manifest.built_files))
 
 
 def _files_inside(folder: Path) -> list[str]:
@@ -197,23 +229,35 @@ def _decode(path: Path, content: bytes) -> Manifest:
         raise ManifestError(f"{path} is not a valid manifest: {error}") from error
 
 
-def _without_lost_plans(root: Path, manifest: Manifest) -> Manifest:
-    plan_files = {plan.file for plan in manifest.plans}
-    lost = {name for name in plan_files if not os.path.lexists(root / name)}
-    files = {name: record for name, record in manifest.files.items() if name not in lost}
-    plans = tuple(plan for plan in manifest.plans if plan.file not in lost)
-    return replace(manifest, files=files, plans=plans)
+def _without(manifest: Manifest, built: set[str]) -> Manifest:
+    """The manifest without some of the plans and compiled kernels, by their files."""
+    kernels = tuple(code for code in manifest.compiled if code.file not in built)
+    return replace(
+        manifest,
+        files={name: record for name, record in manifest.files.items() if name not in built},
+        plans=tuple(plan for plan in manifest.plans if plan.file not in built),
+        kernels=kernels or UNSET,
+    )
 
 
-def _verify_file(root: Path, name: str, record: FileRecord, remedy: str) -> None:
-    path = _path_inside(root, name)
-    if not path.is_file():
-        raise IntegrityError(f"{path} is missing; {remedy}")
-    size = path.stat().st_size
-    if size != record.bytes:
-        raise IntegrityError(f"{path} has {size} bytes, not {record.bytes}; {remedy}")
-    if hash_file(path) != record.sha256:
-        raise IntegrityError(f"{path} was changed after the export; {remedy}")
+def _verify_files(root: Path, manifest: Manifest) -> None:
+    """Raise IntegrityError for the first file that is missing, or else for one that was changed."""
+    paths = {name: _path_inside(root, name) for name in manifest.files}
+    for name, record in manifest.files.items():
+        if not paths[name].is_file():
+            raise _damaged(paths[name], "is missing", name in manifest.built_files)
+        size = paths[name].stat().st_size
+        if size != record.bytes:
+            problem = f"has {size} bytes, not {record.bytes}"
+            raise _damaged(paths[name], problem, name in manifest.built_files)
+    for (name, path), digest in zip(paths.items(), hash_files(list(paths.values())), strict=True):
+        if digest != manifest.files[name].sha256:
+            raise _damaged(path, "was changed after the export", name in manifest.built_files)
+
+
+def _damaged(path: Path, problem: str, built: bool) -> IntegrityError:
+    remedy = "remove it and build it again" if built else "export the bundle again"
+    return IntegrityError(f"{path} {problem}; {remedy}")
 
 
 def _path_inside(root: Path, name: str) -> Path:

@@ -172,6 +172,23 @@ class Plan:
 
 
 @dataclass(frozen=True)
+class KernelCode:
+    """Compiled kernels for one compute capability; see `kernels.cuda.kernel_files`.
+
+    Attributes:
+        file: Its path inside the bundle.
+        device: The compute capability of the GPUs that can run it, such as "8.9".
+        source: SHA-256 of the kernels' sources and of the compiler's versions.
+        compiler: The packages that compiled it, with their versions.
+    """
+
+    file: str
+    device: str
+    source: Digest
+    compiler: str
+
+
+@dataclass(frozen=True)
 class FileRecord:
     """The size of a file in bytes, and its SHA-256."""
 
@@ -197,6 +214,7 @@ class Manifest:
         tools: The versions of the libraries that exported it.
         files: Every file but the manifest, by its path inside the bundle.
         plans: Graphs that were built for some GPUs; a CPU needs none.
+        kernels: Kernels that were compiled for some GPUs; unset where there are none.
         digest: SHA-256 of the manifest with this field left empty.
     """
 
@@ -213,7 +231,18 @@ class Manifest:
     tools: dict[str, str]
     files: dict[str, FileRecord]
     plans: tuple[Plan, ...] = ()
+    kernels: tuple[KernelCode, ...] | UnsetType = UNSET
     digest: str = ""
+
+    @property
+    def compiled(self) -> tuple[KernelCode, ...]:
+        """The compiled kernels."""
+        return () if self.kernels is UNSET else self.kernels
+
+    @property
+    def built_files(self) -> set[str]:
+        """The files that `build` made, and can make again: plans and compiled kernels."""
+        return {plan.file for plan in self.plans} | {code.file for code in self.compiled}
 
     def label(self, index: int) -> str:
         """Return the name of a class, or its number where the classes have no names.

@@ -28,10 +28,11 @@ class BuildOptions:
 @click.command()
 @with_options(BuildOptions)
 def build(options: BuildOptions) -> None:
-    """Build TensorRT plans and add them to BUNDLE.
+    """Build TensorRT plans and add them to BUNDLE, with the kernels that run between them.
 
-    Plans that are up to date, for the same graphs, library, devices and batch, are kept. Prints
-    each plan's file and size.
+    Plans that are up to date, for the same graphs, library, devices and batch, are kept, and so are
+    compiled kernels. Prints the file and size of each that is new. Neither needs a GPU with
+    TensorRT-RTX.
     """
     import msgspec
 
@@ -42,8 +43,18 @@ def build(options: BuildOptions) -> None:
     planner = Planner(options.plans, options.force)
     precision = msgspec.convert(options.precision, PrecisionName)
     built = planner.build(read_bundle(options.bundle), precision)
-    if options.as_json:
-        plans = msgspec.to_builtins(built.plans)
-        print_json({"bundle": str(options.bundle), "up_to_date": not built.fresh, "plans": plans})
-    else:
+    if not options.as_json:
         planner.report(built)
+    compiled = planner.compile_kernels(built.bundle)
+    if options.as_json:
+        fresh = built.fresh or (compiled is not None and compiled.fresh)
+        print_json(
+            {
+                "bundle": str(options.bundle),
+                "up_to_date": not fresh,
+                "plans": msgspec.to_builtins(built.plans),
+                "kernels": msgspec.to_builtins(compiled.kernels if compiled else ()),
+            }
+        )
+    else:
+        planner.report_kernels(compiled)

@@ -93,8 +93,8 @@ def export(options: ExportOptions) -> None:
     file, or with --allow-pickle a pickled module. Without MODEL, the network is the recipe's own.
 
     A bundle always has fp32 graphs, which tf32 runs too; --precision fp16 adds half-precision
-    ones, int8 and fp8 add those and an 8-bit classifier. --library, --max-batch, --device and
-    --timing-cache go with --build. An older bundle at --output is replaced.
+    ones, int8 and fp8 add those and an 8-bit classifier. --library, --max-batch, --device,
+    --timing-cache and --kernels go with --build. An older bundle at --output is replaced.
     """
     require_torch("export", "export", "cpu")
     from ccam_deploy.export import export as run
@@ -165,7 +165,10 @@ def _build(planner: Planner, bundle: Bundle, asked: str, as_json: bool) -> Bundl
         bundle = built.bundle
         if not as_json:
             planner.report(built)
-    return bundle
+    compiled = planner.compile_kernels(bundle)
+    if not as_json:
+        planner.report_kernels(compiled)
+    return bundle if compiled is None else compiled.bundle
 
 
 def _prepare(options: ExportOptions) -> PreparedModel:

@@ -69,6 +69,9 @@ def _text(bundle: Bundle) -> str:
     parts = [text_table(_facts(manifest)), text_table(layers), fidelity]
     if manifest.plans:
         parts.append(text_table(_plans(manifest)))
+    if manifest.compiled:
+        rows = [(code.compiler, code.device) for code in manifest.compiled]
+        parts.append(text_table([("compiled kernels", "compute capability"), *rows]))
     return "\n\n".join(parts)
 
 

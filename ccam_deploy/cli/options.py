@@ -191,6 +191,13 @@ TimingCacheFile = Annotated[
         click.Path(path_type=Path, dir_okay=False),
     ),
 ]
+Kernels = Annotated[
+    bool,
+    Option(
+        "--kernels/--no-kernels",
+        "Also compile the kernels between the graphs, for machines that cannot keep them.",
+    ),
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,6 +266,7 @@ class PlanOptions:
     max_batch: MaxBatch = MAX_BATCH
     devices: Devices = ()
     timing_cache: TimingCacheFile = None
+    kernels: Kernels = True
 
 
 def parse_assignments(pairs: Sequence[str]) -> dict[str, str]:

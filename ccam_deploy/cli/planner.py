@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +16,12 @@ from ccam_deploy.cli.signals import held_signals
 from ccam_deploy.engines.tensorrt import library
 from ccam_deploy.engines.tensorrt.build import BuildSettings, Built
 from ccam_deploy.engines.tensorrt.build import build as run
+from ccam_deploy.errors import BackendError
 
 if TYPE_CHECKING:
     from ccam_deploy.bundle.folder import Bundle
     from ccam_deploy.bundle.manifest import PrecisionName
+    from ccam_deploy.kernels.cuda.bundled import Compiled
 
 _BAR_WIDTH = 16
 
@@ -42,6 +44,7 @@ class Planner:
             options.max_batch, options.devices, options.timing_cache, force
         )
         self.settings.require_supported(self.library)
+        self._compiles = options.kernels
 
     def require_precision(self, precision: str) -> None:
         """Make sure that the devices to build for have a precision.
@@ -61,6 +64,31 @@ class Planner:
 
             return run(bundle, self.library, precision, self.settings, progress)
 
+    def compile_kernels(self, bundle: Bundle) -> Compiled | None:
+        """Compile kernels for the GPUs that the bundle has plans for, with progress on stderr.
+
+        Returns:
+            The bundle with its kernels; None, after a note, where they cannot be compiled here, or
+            where they are not wanted.
+        """
+        if not self._compiles:
+            return None
+        from ccam_deploy.kernels.cuda.bundled import add_kernels
+
+        plans = [plan for plan in bundle.manifest.plans if plan.library == self.library.flavour]
+        devices = sorted({device for plan in plans for device in plan.devices}, key=_number)
+        try:
+            with held_signals() as release, _progress() as bars:
+
+                def progress(title: str, share: float, name: str) -> None:
+                    release()
+                    bars(title, share, name)
+
+                return add_kernels(bundle, devices, self.settings.force, progress)
+        except BackendError as error:
+            say(f"the bundle has plans but no compiled kernels: {error}", err=True)
+            return None
+
     def report(self, built: Built) -> None:
         """Print which plans were built, or that nothing had to be."""
         if not built.fresh:
@@ -71,9 +99,22 @@ class Planner:
             )
             return
         for plan in built.plans:
-            size = built.bundle.manifest.files[plan.file].bytes / 1e6
-            place = built.bundle.path(plan.file)
-            say(f"{place}: {size:.1f} MB for {', '.join(plan.devices)}")
+            _report_file(built.bundle, plan.file, plan.devices)
+
+    def report_kernels(self, compiled: Compiled | None) -> None:
+        """Print which kernels were compiled just now."""
+        if compiled is not None and compiled.fresh:
+            for code in compiled.kernels:
+                _report_file(compiled.bundle, code.file, (code.device,))
+
+
+def _report_file(bundle: Bundle, file: str, devices: Sequence[str]) -> None:
+    size = bundle.manifest.files[file].bytes / 1e6
+    say(f"{bundle.path(file)}: {size:.1f} MB for {', '.join(devices)}")
+
+
+def _number(capability: str) -> tuple[int, ...]:
+    return tuple(map(int, capability.split(".")))
 
 
 class _Progress:

@@ -18,12 +18,15 @@ from pathlib import Path
 from typing import IO, Any
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 from ccam_deploy.errors import BackendError
 from ccam_deploy.latency.conditions import CPU, Gpu, gpu, peak_memory
 
 LIMIT_S = 20.0
 """Seconds after which a cold start is given up."""
+_KERNELS = "ccam_deploy.kernels.cuda.kept"
+"""The module that is loaded where kernels of a GPU are."""
 
 
 class _Spans(msgspec.Struct, frozen=True):
@@ -34,6 +37,8 @@ class _Spans(msgspec.Struct, frozen=True):
     first_ms: float
     second_ms: float
     peak_memory_mib: float | None
+    kernels_compiled: int | UnsetType = UNSET
+    kernels_found: int | UnsetType = UNSET
 
 
 class ColdStart(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,6 +54,8 @@ class ColdStart(msgspec.Struct, frozen=True, kw_only=True):
         second_ms: The second, which finds everything in place.
         peak_memory_mib: The most memory that the process held; None where unknown.
         device_memory_mib: The memory that it took on the GPU; None on a CPU.
+        kernels_compiled: How many of a GPU's kernels this process compiled; unset on a CPU.
+        kernels_found: How many it found compiled, in the user's cache or in the bundle.
     """
 
     batch: int
@@ -59,6 +66,15 @@ class ColdStart(msgspec.Struct, frozen=True, kw_only=True):
     second_ms: float
     peak_memory_mib: float | None
     device_memory_mib: float | None
+    kernels_compiled: int | UnsetType = UNSET
+    kernels_found: int | UnsetType = UNSET
+
+    @property
+    def kernels(self) -> str | None:
+        """Whether the cache of kernels was "warm", or "cold" for some of them; None on a CPU."""
+        if self.kernels_compiled is UNSET:
+            return None
+        return "cold" if self.kernels_compiled else "warm"
 
 
 def measure_cold_start(
@@ -168,6 +184,15 @@ def _memory_taken(before: Gpu | None, after: Gpu | None) -> float | None:
     return after.memory_mib - before.memory_mib
 
 
+def _kernel_counts() -> tuple[int | UnsetType, int | UnsetType]:
+    """How many kernels were compiled and were found here; unset where there are none."""
+    if _KERNELS not in sys.modules:
+        return UNSET, UNSET
+    from ccam_deploy.kernels.cuda.kept import store
+
+    return store().compiled, store().found
+
+
 def _milliseconds(seconds: float) -> float:
     return round(1000 * seconds, 3)
 
@@ -186,6 +211,7 @@ def main() -> None:
         opened = time.perf_counter()
         explainer.explain(pictures)
         first = time.perf_counter()
+        compiled, found = _kernel_counts()
         print("ready", flush=True)
         again = time.perf_counter()
         explainer.explain(pictures)
@@ -195,6 +221,8 @@ def main() -> None:
             load_ms=_milliseconds(opened - opening),
             first_ms=_milliseconds(first - opened),
             second_ms=_milliseconds(second - again),
+            kernels_compiled=compiled,
+            kernels_found=found,
             peak_memory_mib=peak_memory(),
         )
         print(msgspec.json.encode(spans).decode(), flush=True)

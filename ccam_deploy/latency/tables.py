@@ -112,12 +112,14 @@ def _cold_starts(starts: Sequence[ColdStart]) -> Rows:
     memory = starts[0].peak_memory_mib is not None
     device_memory = starts[0].device_memory_mib is not None
     header += ["peak MiB"] * memory + ["GPU MiB"] * device_memory
-    rows: Rows = [tuple(header)]
+    kernels = starts[0].kernels is not None
+    rows: Rows = [(*header, *["kernels"] * kernels)]
     for start in starts:
         values = [start.total_ms, start.imports_ms, start.load_ms, start.first_ms, start.second_ms]
         figures = [*values, *[start.peak_memory_mib] * memory]
         figures += [start.device_memory_mib] * device_memory
-        rows.append((f"batch {start.batch}", *map(digits, figures)))
+        cache = [start.kernels or ""] * kernels
+        rows.append((f"batch {start.batch}", *map(digits, figures), *cache))
     return rows
 
 

@@ -18,12 +18,15 @@ import torch
 from ccam_deploy.bundle.folder import read_bundle, unlisted_files
 from ccam_deploy.engines.tensorrt import library, plans
 from ccam_deploy.errors import BackendError
+from ccam_deploy.kernels.cuda import ahead, bundled
+from ccam_deploy.kernels.cuda.kernel_files import Code, Codes
 from tests.command import SCRIPT, WEIGHTS, failure, success
 from tests.networks import tiny
 
 pytest.importorskip("tensorrt_rtx")
 
-RTX = ["--library", "tensorrt-rtx", "--device", "8.9", "--max-batch", "2"]
+WITH_KERNELS = ["--library", "tensorrt-rtx", "--device", "8.9", "--max-batch", "2"]
+RTX = [*WITH_KERNELS, "--no-kernels"]
 
 
 @pytest.fixture
@@ -74,6 +77,46 @@ def test_json(bundle: Path, stand_in: list[str]) -> None:
     again = json.loads(success("build", bundle, *RTX, "--json").stdout)
     assert again == {**first, "up_to_date": True}
     assert len(stand_in) == 3
+
+
+def test_kernels_come_with_the_plans(
+    bundle: Path, stand_in: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("numba.cuda")
+    compiled: list[str] = []
+
+    def compile_kernels(device: str, dtypes: list[str], progress: ahead.Progress) -> Codes:
+        compiled.append(device)
+        progress(0.5, "merge")
+        return {f"{name} {len(compiled)}": Code("entry", False, b"code") for name in dtypes}
+
+    monkeypatch.setattr(bundled, "compile_kernels", compile_kernels)
+    result = success("build", bundle, *WITH_KERNELS)
+    assert result.stderr.splitlines()[-1] == "building kernels (8.9)"
+    *_, line = result.stdout.splitlines()
+    assert re.fullmatch(r"tiny/kernels/8\.9-\w{8}\.kernels: 0\.0 MB for 8\.9", line)
+    again = json.loads(success("build", bundle, *WITH_KERNELS, "--json").stdout)
+    assert again["up_to_date"] is True
+    assert [code["device"] for code in again["kernels"]] == ["8.9"]
+    assert compiled == ["8.9"]
+    assert re.search(r"^numba-cuda \S+ numba \S+ +8\.9$", success("info", bundle).stdout, re.M)
+    forced = json.loads(success("build", bundle, *WITH_KERNELS, "--force", "--json").stdout)
+    assert forced["up_to_date"] is False
+    assert compiled == ["8.9", "8.9"]
+    assert not unlisted_files(read_bundle(bundle))
+
+
+def test_plans_are_kept_where_kernels_cannot_be_compiled(
+    bundle: Path, stand_in: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bundled, "source_digest", lambda: "")
+    result = success("build", bundle, *WITH_KERNELS)
+    *_, note = result.stderr.splitlines()
+    assert note.startswith(
+        "the bundle has plans but no compiled kernels: numba-cuda is not installed: pip install"
+    )
+    assert len(read_bundle(bundle).manifest.plans) == 3
+    assert json.loads(success("build", bundle, *WITH_KERNELS, "--json").stdout)["kernels"] == []
 
 
 def test_force_builds_anyway(bundle: Path, stand_in: list[str]) -> None:
@@ -189,6 +232,7 @@ def test_a_failed_build_leaves_the_exported_bundle(
         (["--max-batch", "8"], "--max-batch goes with --build"),
         (["--device", "8.9"], "--device goes with --build"),
         (["--timing-cache", "times.bin"], "--timing-cache goes with --build"),
+        (["--no-kernels"], "--kernels goes with --build"),
         (
             ["--build", "--library", "tensorrt-rtx", "--device", "1.0"],
             "tensorrt-rtx does not support compute capability 1.0",

@@ -17,6 +17,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
 from functools import partial
+from importlib import import_module
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -196,6 +197,9 @@ def _begin() -> None:
     kernel.BlockManager.run = _run_block
     for name in ("shfl_sync", "shfl_up_sync", "shfl_xor_sync", "ballot_sync"):
         setattr(kernelapi.FakeCUDAModule, name, globals()[f"_{name}"])
+    # Modules cannot declare kernels once another module's have run, which changed their `cuda`.
+    for module in ("launch", "row_launch"):
+        import_module(f"ccam_deploy.kernels.cuda.{module}")
 
 
 def _put_cuda_module(function: Any, module: Any) -> AbstractContextManager[None]:

@@ -12,7 +12,6 @@ import subprocess
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
@@ -33,110 +32,45 @@ from ccam_deploy.kernels.cuda import (
     ward,
 )
 from ccam_deploy.kernels.cuda.launch import Threads
+from ccam_deploy.kernels.cuda.signatures import signatures
 
 CAPABILITIES = ((7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
 DAILY = (8, 9)
 REGISTERS = 65536
 SHARED = 48 * 1024
 
-f4, f8, i4, i8 = types.float32, types.float64, types.int32, types.int64
-TABLE, OWNER, STARTS = i8[:, ::1], i4[::1], i4[::1]
-HIERARCHY = f8[:, ::1], f4[:, ::1], i4[:, ::1]
-PSI, LABELS, COUNTS = f4[:, :, ::1], i4[:, ::1], i4[:, ::1]
-MAPS, RANKS = (i4[:, ::1], f4[:, ::1], f4[:, ::1]), types.Tuple((i8, i8, f4))
-PROGRESS, ROW_OWNER, ITEM = i4[::1], i8[::1], i4[::1]
-LINES = i4[::1], f4[::1]
-FLAGS, MERGES = types.uint8[::1], i4[:, :, ::1]
-
-
-def signatures(dtype: Any) -> dict[Any, tuple[tuple[Any, ...], str]]:
-    """Each kernel's argument types, for features and masks of a type, and its row of Threads."""
-    inputs = TABLE, dtype[::1], dtype[::1], OWNER
-    return {
-        scores.cast: ((f4[::1], dtype[::1]), "combine"),
-        scores.gather: ((types.uint64[:, ::1], OWNER, types.uint64[:, ::1]), "combine"),
-        scores.output_gradient: (
-            (dtype[:, ::1], OWNER, OWNER, f4, i8, i8[::1], dtype[:, ::1]),
-            "scores",
-        ),
-        scores.mask_scores: (
-            (dtype[:, ::1], STARTS, i8[::1], i8, i8, i8, f4[::1]),
-            "scores",
-        ),
-        statistics.channel_statistics: ((*inputs, f8, PSI), "statistics"),
-        statistics.standardise: ((TABLE, PSI, PSI), "search"),
-        ward.begin: ((TABLE, PSI, *HIERARCHY, f8[:, ::1], COUNTS, MERGES), "search"),
-        ward.search: ((TABLE, *HIERARCHY, COUNTS), "search"),
-        ward.merge: ((TABLE, *HIERARCHY, f8[:, ::1], COUNTS, MERGES, i8, i8), "search"),
-        ward.relink: ((TABLE, *HIERARCHY, COUNTS, MERGES, i8, i8), "search"),
-        cut.partition: (
-            (
-                TABLE,
-                *HIERARCHY,
-                f8[:, ::1],
-                MERGES,
-                i8,
-                i4[::1],
-                LABELS,
-                COUNTS,
-                f4[:, :, ::1],
-                i4[:, ::1],
-            ),
-            "partition",
-        ),
-        sums.collection_sums: (
-            (*inputs, PSI, LABELS, COUNTS, f8[:, ::1], i4[:, :, ::1], f4[:, ::1]),
-            "sums",
-        ),
-        masks.index_masks: ((COUNTS, i8, STARTS, FLAGS, i8[::1]), "combine"),
-        masks.render_masks: (
-            (TABLE, *MAPS, STARTS, OWNER, i8, i8, i8, RANKS, dtype[:, ::1], FLAGS, i8[::1]),
-            "masks",
-        ),
-        combine.softmax_weights: (
-            (STARTS, f4[::1], FLAGS, i8, f4[::1]),
-            "search",
-        ),
-        combine.weighted_sum: ((STARTS, f4[::1], dtype[:, ::1], i8, f4[:, ::1]), "combine"),
-        combine.min_max: ((f4[:, ::1], f4[:, ::1]), "scaling"),
-        **row_signatures(dtype),
-    }
-
-
-def row_signatures(dtype: Any) -> dict[Any, tuple[tuple[Any, ...], str]]:
-    """The same of the kernels of masked forwards."""
-    maps, doubles, bytes_ = f4[:, ::1], f8[:, ::1], types.uint8[:, ::1]
-    chunk, features = (dtype[:, ::1], ROW_OWNER, ITEM), dtype[:, :, ::1]
-    pair, triple = types.UniTuple(i8, 2), types.UniTuple(i8, 3)
-    return {
-        rows.row_scores: (
-            (PROGRESS, dtype[:, ::1], ROW_OWNER, ITEM, OWNER, i8[::1], i8, maps),
-            "scores",
-        ),
-        rows.advance: ((PROGRESS, i8), "scores"),
-        channels.channel_spread: ((features, bytes_, doubles), "statistics"),
-        channels.render_channels: (
-            (PROGRESS, i4[:, ::1], features, *LINES, pair, *chunk),
-            "masks",
-        ),
-        channels.keep_scores: ((PROGRESS, ROW_OWNER, ITEM, OWNER, maps, maps), "search"),
-        channels.channel_weights: (
-            (PROGRESS, OWNER, bytes_, f4[::1], maps, i8, maps, maps),
-            "combine",
-        ),
-        channels.weighted_channels: ((PROGRESS, OWNER, features, maps, maps), "sums"),
-        channels.enlarge: ((PROGRESS, maps, *LINES, pair, maps), "combine"),
-        grids.render_grids: (
-            (PROGRESS, OWNER, bytes_, i4[:, ::1], *LINES, triple, *chunk),
-            "masks",
-        ),
-        grids.clear: ((doubles,), "combine"),
-        grids.accumulate: (
-            (PROGRESS, maps, dtype[:, ::1], ROW_OWNER, ITEM, OWNER, doubles),
-            "combine",
-        ),
-        grids.mean: ((PROGRESS, doubles, f8, maps), "combine"),
-    }
+THREADS = {
+    scores.cast: "combine",
+    scores.gather: "combine",
+    scores.output_gradient: "scores",
+    scores.mask_scores: "scores",
+    statistics.channel_statistics: "statistics",
+    statistics.standardise: "search",
+    ward.begin: "search",
+    ward.search: "search",
+    ward.merge: "search",
+    ward.relink: "search",
+    cut.partition: "partition",
+    sums.collection_sums: "sums",
+    masks.index_masks: "combine",
+    masks.render_masks: "masks",
+    combine.softmax_weights: "search",
+    combine.weighted_sum: "combine",
+    combine.min_max: "scaling",
+    rows.row_scores: "scores",
+    rows.advance: "scores",
+    channels.channel_spread: "statistics",
+    channels.render_channels: "masks",
+    channels.keep_scores: "search",
+    channels.channel_weights: "combine",
+    channels.weighted_channels: "sums",
+    channels.enlarge: "combine",
+    grids.render_grids: "masks",
+    grids.clear: "combine",
+    grids.accumulate: "combine",
+    grids.mean: "combine",
+}
+"""Each kernel's row of Threads."""
 
 
 @pytest.fixture(
@@ -159,7 +93,7 @@ def test_kernels_compile_without_spills(capability: tuple[int, int], tmp_path: P
     threads = asdict(Threads())
     done = set()
     for dtype in (types.float32, types.float16):
-        for kernel, (arguments, row) in signatures(dtype).items():
+        for kernel, arguments in signatures(dtype).items():
             if (kernel, arguments) in done:
                 continue
             done.add((kernel, arguments))
@@ -173,7 +107,7 @@ def test_kernels_compile_without_spills(capability: tuple[int, int], tmp_path: P
             assert used["spills"] == 0, name
             assert used["shared"] <= SHARED, name
             # Registers are handed out to warps in steps of 8 per thread.
-            assert -(-used["registers"] // 8) * 8 * threads[row] <= REGISTERS, name
+            assert -(-used["registers"] // 8) * 8 * threads[THREADS[kernel]] <= REGISTERS, name
 
 
 def assemble(assembler: str, ptx: str, capability: tuple[int, int], path: Path) -> dict[str, int]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 
 import msgspec
 import pytest
+from msgspec import UNSET
 
 from ccam_deploy.errors import BackendError
 from ccam_deploy.latency import cold_start
-from ccam_deploy.latency.cold_start import measure_cold_start
+from ccam_deploy.latency.cold_start import ColdStart, measure_cold_start
+from ccam_deploy.latency.tables import _cold_starts
 from tests.helpers import example_files
 
 HOW = {"backend": "onnxruntime-cpu", "precision": "fp32", "batch_size": 16, "threads": 1}
@@ -26,6 +29,7 @@ def test_parts_of_a_cold_start(tiny_bundle: Path) -> None:
     assert start.peak_memory_mib is not None
     assert 20 < start.peak_memory_mib < 1000
     assert start.device_memory_mib is None
+    assert start.kernels is None
     assert msgspec.to_builtins(start) == {
         "batch": 3,
         "total_ms": start.total_ms,
@@ -76,3 +80,38 @@ def test_a_process_that_takes_too_long_is_ended(
     begun = time.perf_counter()
     assert measure_cold_start(tmp_path, example_files()[:1], 1, HOW, limit=0.5) is None
     assert 0.5 < time.perf_counter() - begun < 60
+
+
+def cold(compiled: int, found: int) -> ColdStart:
+    return ColdStart(
+        batch=1,
+        total_ms=2000.0,
+        imports_ms=1.0,
+        load_ms=2.0,
+        first_ms=3.0,
+        second_ms=4.0,
+        peak_memory_mib=5.0,
+        device_memory_mib=None,
+        kernels_compiled=compiled,
+        kernels_found=found,
+    )
+
+
+def test_the_kernels_cache_is_named() -> None:
+    starts = [cold(0, 17), cold(1, 16), cold(17, 0)]
+    assert [start.kernels for start in starts] == ["warm", "cold", "cold"]
+    header, *rows = _cold_starts(starts)
+    assert header[-2:] == ("peak MiB", "kernels")
+    assert [row[-2:] for row in rows] == [("5", "warm"), ("5", "cold"), ("5", "cold")]
+
+
+def test_kernels_are_counted_where_there_are_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("numba.cuda")
+    from ccam_deploy.kernels.cuda import kept, kernel_files
+
+    store = kept.KernelStore(kernel_files.CodeFolder(None))
+    store.compiled, store.found = 3, 14
+    monkeypatch.setattr(kept, "store", lambda: store)
+    assert cold_start._kernel_counts() == (3, 14)
+    monkeypatch.delitem(sys.modules, kept.__name__)
+    assert cold_start._kernel_counts() == (UNSET, UNSET)

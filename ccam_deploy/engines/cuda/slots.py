@@ -127,6 +127,7 @@ class Slots:
         open_slot: Callable[[], Slot],
         most: int,
         close_shared: Callable[[], None] = lambda: None,
+        keep_compiled: Callable[[], None] = lambda: None,
     ) -> None:
         """Open the first slot.
 
@@ -134,7 +135,9 @@ class Slots:
             open_slot: Opens a new slot; several threads may call it at a time.
             most: How many slots there may be at a time; more callers wait for their turn.
             close_shared: Frees what all slots share. Called once, after the last slot is closed.
+            keep_compiled: Writes what engines compiled so far to files, for the next process.
         """
+        self.keep_compiled = keep_compiled
         self.most = most
         self._open = open_slot
         self._close_shared = close_shared

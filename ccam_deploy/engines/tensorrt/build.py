@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from ccam_deploy.bundle.folder import Bundle, read_bundle, record_files, write_manifest
+from ccam_deploy.bundle.folder import Bundle, record_files, write_manifest
 from ccam_deploy.bundle.manifest import WEIGHTS, Plan, PrecisionName
 from ccam_deploy.engines.tensorrt import plans, select
 from ccam_deploy.engines.tensorrt.library import Library
@@ -106,8 +106,7 @@ def build(
         return Built(bundle, current, fresh=False)
     contents = _build_plans(bundle, library, precision, settings, targets, progress)
     entries = _entries(bundle, library, precision, settings.max_batch, targets, contents)
-    _add(bundle, entries, contents)
-    return Built(read_bundle(bundle.folder), entries, fresh=True)
+    return Built(_add(bundle, entries, contents), entries, fresh=True)
 
 
 def _entries(
@@ -166,13 +165,13 @@ def _build_plans(
     return contents
 
 
-def _add(bundle: Bundle, entries: tuple[Plan, ...], contents: Mapping[str, bytes]) -> None:
+def _add(bundle: Bundle, entries: tuple[Plan, ...], contents: Mapping[str, bytes]) -> Bundle:
     """Write the plans and record them; a bundle where that fails is left as it was."""
     place = (bundle.folder / entries[0].file).parent
     existed = place.exists()
     try:
         _write(place, contents)
-        _record(bundle, entries)
+        return _record(bundle, entries)
     except OSError as error:
         if not existed:
             shutil.rmtree(place, ignore_errors=True)
@@ -186,7 +185,7 @@ def _write(place: Path, contents: Mapping[str, bytes]) -> None:
             (folder / f"{graph}.plan").write_bytes(plan)
 
 
-def _record(bundle: Bundle, entries: tuple[Plan, ...]) -> None:
+def _record(bundle: Bundle, entries: tuple[Plan, ...]) -> Bundle:
     """List the plans in the manifest instead of older ones with their key, which are removed."""
     keys = {_key(plan) for plan in entries}
     old = [plan for plan in bundle.manifest.plans if _key(plan) in keys]
@@ -194,10 +193,12 @@ def _record(bundle: Bundle, entries: tuple[Plan, ...]) -> None:
     dropped = {plan.file for plan in old} - {plan.file for plan in entries}
     records = {n: r for n, r in bundle.manifest.files.items() if n not in dropped}
     records |= record_files(bundle.folder, [plan.file for plan in entries])
-    manifest = replace(bundle.manifest, files=records, plans=(*kept, *entries))
-    write_manifest(bundle.folder, manifest)
+    manifest = write_manifest(
+        bundle.folder, replace(bundle.manifest, files=records, plans=(*kept, *entries))
+    )
     for folder in {(bundle.folder / name).parent for name in dropped}:
         shutil.rmtree(folder, ignore_errors=True)
+    return Bundle(bundle.folder, manifest)
 
 
 def _key(plan: Plan) -> tuple[object, ...]:

@@ -18,6 +18,7 @@ from ccam_deploy.engines.base import TensorSpec
 from ccam_deploy.engines.cuda.device import Device, DeviceTensor
 from ccam_deploy.engines.tensorrt import messages
 from ccam_deploy.engines.tensorrt.library import Library
+from ccam_deploy.engines.tensorrt.runtime_cache import RuntimeCache
 from ccam_deploy.errors import BackendError
 
 ProfileName = Literal["latency", "throughput"]
@@ -37,12 +38,13 @@ class SharedPlan:
         outputs: See DeviceGraph.
     """
 
-    def __init__(self, library: Library, path: Path) -> None:
+    def __init__(self, library: Library, path: Path, capability: str) -> None:
         """Load a plan; call this inside of Device.current.
 
         Args:
             library: The version of TensorRT that built the plan.
             path: The plan's file.
+            capability: The GPU's compute capability, such as "8.9".
 
         Raises:
             BackendError: TensorRT cannot load it here; the message has its reason.
@@ -61,9 +63,15 @@ class SharedPlan:
         self._engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
         if self._engine is None:
             raise self._recorder.error(f"{library.flavour} cannot load {path.name}")
+        self._compiled = RuntimeCache(path, capability)
         self._config = self._context_options()
         self.profiles = get_args(ProfileName)[: self._engine.num_optimization_profiles]
         self.inputs, self.outputs = self._tensors()
+
+    @property
+    def compiles(self) -> bool:
+        """Whether kernels are compiled where the plan runs, as TensorRT-RTX does."""
+        return hasattr(self._trt, "DynamicShapesKernelSpecializationStrategy")
 
     def index(self, profile: ProfileName) -> int:
         """Find the number of a profile.
@@ -110,16 +118,22 @@ class SharedPlan:
         """A recorder of TensorRT's errors; see `messages.recorder`."""
         return messages.recorder(self._trt)
 
+    def keep_compiled(self) -> None:
+        """Write what TensorRT-RTX has compiled for this plan to the file beside it."""
+        if self.compiles:
+            self._compiled.keep()
+
     def close(self) -> None:
-        """Free the plan, after its graphs are closed."""
+        """Keep what was compiled, and free the plan, after its graphs are closed."""
+        self.keep_compiled()
         self._config = self._engine = self._runtime = None
 
     def _context_options(self) -> Any:
         """The argument that creates contexts: a strategy, or an object that holds it and more."""
         strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        kernels = getattr(self._trt, "DynamicShapesKernelSpecializationStrategy", None)
-        if kernels is None:
+        if not self.compiles:
             return strategy
+        kernels = self._trt.DynamicShapesKernelSpecializationStrategy
         # TensorRT-RTX compiles kernels for each shape. It must do so at once: kernels that are
         # swapped later would change results, and a captured graph would miss them. StreamRunner
         # captures the CUDA graphs. Slots share the compiled kernels through the cache.
@@ -127,8 +141,9 @@ class SharedPlan:
         config.set_execution_context_allocation_strategy(strategy)
         config.dynamic_shapes_kernel_specialization_strategy = kernels.EAGER
         config.cuda_graph_strategy = self._trt.CudaGraphStrategy.DISABLED
-        if not config.set_runtime_cache(config.create_runtime_cache()):
+        if not self._compiled.attach(config):
             raise self._recorder.error(f"{self.flavour} takes no cache for {self.name}")
+        self._recorder.clear()  # it may hold why an older cache was refused
         return config
 
     def _tensors(self) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:

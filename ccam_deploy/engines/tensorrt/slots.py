@@ -38,7 +38,7 @@ def tensorrt_slots(bundle: Bundle, flavour: Flavour, precision: str, most: int) 
     try:
         with first.current():
             plans = {
-                graph: SharedPlan(library, bundle.path(plan.file))
+                graph: SharedPlan(library, bundle.path(plan.file), capability)
                 for graph, plan in plans_by_graph.items()
             }
     finally:
@@ -48,7 +48,11 @@ def tensorrt_slots(bundle: Bundle, flavour: Flavour, precision: str, most: int) 
         for plan in plans.values():
             plan.close()
 
-    return Slots(lambda: plan_slot(plans), most, close_plans)
+    def keep_compiled() -> None:
+        for plan in plans.values():
+            plan.keep_compiled()
+
+    return Slots(lambda: plan_slot(plans), most, close_plans, keep_compiled)
 
 
 def plan_slot(plans: dict[str, SharedPlan]) -> Slot:

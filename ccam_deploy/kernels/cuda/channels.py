@@ -16,6 +16,7 @@ from ccam_deploy.kernels.cuda.collectives import (
     block_min,
     block_sum,
 )
+from ccam_deploy.kernels.cuda.kept import kernel
 from ccam_deploy.kernels.cuda.masks import bilinear, corners, walker
 from ccam_deploy.kernels.cuda.row_buffers import NEXT, PAIRS, ROWS
 from ccam_deploy.kernels.cuda.rows import pad
@@ -25,7 +26,7 @@ INCREASE, SCORE, SOFTMAX = range(3)
 """What weighs a channel: its gain, its score, or the softmax of the scores."""
 
 
-@cuda.jit
+@kernel
 def channel_spread(features: Array, varied: Array, spread: Array) -> None:
     """Find flat channels, and how much each varies. One block per channel and image: grid (C, B).
 
@@ -55,7 +56,7 @@ def channel_spread(features: Array, varied: Array, spread: Array) -> None:
         spread[image, channel] = math.sqrt(total / values.shape[0])
 
 
-@cuda.jit
+@kernel
 def render_channels(
     progress: Array,
     rows: Array,
@@ -97,7 +98,7 @@ def render_channels(
         item[row] = channel
 
 
-@cuda.jit
+@kernel
 def keep_scores(
     progress: Array, owner: Array, item: Array, pair_owner: Array, chunk: Array, scores: Array
 ) -> None:
@@ -119,7 +120,7 @@ def keep_scores(
             scores[pair, item[row]] = chunk[pair, row]
 
 
-@cuda.jit
+@kernel
 def channel_weights(
     progress: Array,
     pair_owner: Array,
@@ -170,7 +171,7 @@ def channel_weights(
         gains[pair, channel] = gain
 
 
-@cuda.jit
+@kernel
 def weighted_channels(
     progress: Array, pair_owner: Array, features: Array, weights: Array, sums: Array
 ) -> None:
@@ -208,7 +209,7 @@ def weighted_channels(
         sums[pair, pixel] = total
 
 
-@cuda.jit
+@kernel
 def enlarge(
     progress: Array, sums: Array, low: Array, share: Array, shape: tuple[int, int], raw: Array
 ) -> None:

@@ -8,11 +8,12 @@ import numpy as np
 from numba import cuda
 
 from ccam_deploy.kernels.cuda.collectives import MOST_WARPS, Array, block_max, block_min, block_sum
+from ccam_deploy.kernels.cuda.kept import kernel
 
 INFINITY = np.float32(np.inf)
 
 
-@cuda.jit
+@kernel
 def softmax_weights(starts: Array, scores: Array, flat: Array, layers: int, weights: Array) -> None:
     """Weigh the masks of each pair that are not flat by softmax. One block per pair.
 
@@ -44,7 +45,7 @@ def softmax_weights(starts: Array, scores: Array, flat: Array, layers: int, weig
         weights[mask] = weight
 
 
-@cuda.jit
+@kernel
 def weighted_sum(starts: Array, weights: Array, masks: Array, layers: int, raw: Array) -> None:
     """Add up each pair's masks by their weights, with a ReLU. Grid (any, P).
 
@@ -66,7 +67,7 @@ def weighted_sum(starts: Array, weights: Array, masks: Array, layers: int, raw: 
         raw[pair, pixel] = max(total, np.float32(0))
 
 
-@cuda.jit
+@kernel
 def min_max(maps: Array, scaled: Array) -> None:
     """Scale each map to [0, 1]; a flat map becomes zeros. One block per map.
 

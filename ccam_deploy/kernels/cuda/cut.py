@@ -24,6 +24,7 @@ from ccam_deploy.kernels.cuda.hierarchy import (
     history_of,
     links_of,
 )
+from ccam_deploy.kernels.cuda.kept import kernel
 from ccam_deploy.kernels.cuda.layer_table import layer_row
 from ccam_deploy.kernels.cuda.ward import SLOTS, finish
 
@@ -44,7 +45,7 @@ class Cut(NamedTuple):
     spread: Array
 
 
-@cuda.jit
+@kernel
 def partition(
     table: Array,
     all_exact: Array,

@@ -6,12 +6,13 @@ import numpy as np
 from numba import cuda
 
 from ccam_deploy.kernels.cuda.collectives import Array
+from ccam_deploy.kernels.cuda.kept import kernel
 from ccam_deploy.kernels.cuda.masks import bilinear, corners
 from ccam_deploy.kernels.cuda.row_buffers import NEXT, PAIRS, ROWS, SHOWN
 from ccam_deploy.kernels.cuda.rows import pad
 
 
-@cuda.jit
+@kernel
 def render_grids(
     progress: Array,
     shown: Array,
@@ -56,7 +57,7 @@ def render_grids(
         item[row] = number
 
 
-@cuda.jit
+@kernel
 def clear(total: Array) -> None:
     """Begin with sums of zero. Grid (any, P).
 
@@ -68,7 +69,7 @@ def clear(total: Array) -> None:
         total[cuda.blockIdx.y, pixel] = 0.0
 
 
-@cuda.jit
+@kernel
 def accumulate(
     progress: Array,
     scores: Array,
@@ -102,7 +103,7 @@ def accumulate(
         total[pair, pixel] = value
 
 
-@cuda.jit
+@kernel
 def mean(progress: Array, total: Array, count: float, raw: Array) -> None:
     """Divide each pair's sum. Grid (any, P).
 

@@ -27,6 +27,7 @@ from ccam_deploy.kernels.cuda.collectives import (
     block_min,
     block_sum_before,
 )
+from ccam_deploy.kernels.cuda.kept import kernel
 from ccam_deploy.kernels.cuda.layer_table import layer_row
 
 FIRST_DIGIT, FIRST_SHIFT = 11, 19
@@ -37,7 +38,7 @@ Source = tuple[Array, int]
 """A small map: its pixels row by row, [h · w], and w."""
 
 
-@cuda.jit
+@kernel
 def index_masks(
     counts: Array, pairs: int, starts: Array, flat: Array, owner_of_mask: Array
 ) -> None:
@@ -71,7 +72,7 @@ def index_masks(
         owner_of_mask[mask] = 0
 
 
-@cuda.jit
+@kernel
 def render_masks(
     table: Array,
     low: Array,

@@ -13,13 +13,14 @@ import numpy as np
 from numba import cuda
 
 from ccam_deploy.kernels.cuda.collectives import MOST_WARPS, Array
+from ccam_deploy.kernels.cuda.kept import kernel
 from ccam_deploy.kernels.cuda.row_buffers import NEXT, PAIRS
 from ccam_deploy.kernels.cuda.scores import softmax_terms
 
 NOTHING = np.int32(-1)
 
 
-@cuda.jit
+@kernel
 def row_scores(
     progress: Array,
     logits: Array,
@@ -54,7 +55,7 @@ def row_scores(
         scores[pair, row] = score
 
 
-@cuda.jit
+@kernel
 def advance(progress: Array, rows: int) -> None:
     """Go on to the next chunk. One thread.
 

@@ -15,13 +15,14 @@ from ccam_deploy.kernels.cuda.collectives import (
     block_min,
     block_sum,
 )
+from ccam_deploy.kernels.cuda.kept import kernel
 from ccam_deploy.kernels.cuda.masks import holder
 
 INFINITY = np.float32(np.inf)
 NO_CLASS = np.int32(2**31 - 1)
 
 
-@cuda.jit
+@kernel
 def cast(values: Array, target: Array) -> None:
     """Copy values into another type. Any grid.
 
@@ -34,7 +35,7 @@ def cast(values: Array, target: Array) -> None:
         target[place] = values[place]
 
 
-@cuda.jit
+@kernel
 def gather(source: Array, owner: Array, target: Array) -> None:
     """Copy the row of each pair's image. Grid (any, P).
 
@@ -49,7 +50,7 @@ def gather(source: Array, owner: Array, target: Array) -> None:
         copied[place] = row[place]
 
 
-@cuda.jit
+@kernel
 def output_gradient(
     logits: Array,
     owner: Array,
@@ -90,7 +91,7 @@ def output_gradient(
         written[place] = scale * value
 
 
-@cuda.jit
+@kernel
 def mask_scores(
     logits: Array,
     starts: Array,

@@ -8,10 +8,11 @@ import numpy as np
 from numba import cuda
 
 from ccam_deploy.kernels.cuda.collectives import MOST_WARPS, Array, block_sum
+from ccam_deploy.kernels.cuda.kept import kernel
 from ccam_deploy.kernels.cuda.layer_table import layer_of_channel, layer_row
 
 
-@cuda.jit
+@kernel
 def channel_statistics(
     table: Array, features: Array, gradients: Array, owner: Array, inverse_scale: float, psi: Array
 ) -> None:
@@ -59,7 +60,7 @@ def channel_statistics(
         psi[pair, channel, 3] = gradient_deviation * inverse_scale
 
 
-@cuda.jit
+@kernel
 def standardise(table: Array, psi: Array, scaled: Array) -> None:
     """Scale each statistic to mean 0 and deviation 1 over a layer's channels.
 

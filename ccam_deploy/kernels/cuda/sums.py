@@ -15,10 +15,11 @@ from ccam_deploy.kernels.cuda.collectives import (
     block_min,
 )
 from ccam_deploy.kernels.cuda.geometry import TILE
+from ccam_deploy.kernels.cuda.kept import kernel
 from ccam_deploy.kernels.cuda.layer_table import layer_of_tile, layer_row
 
 
-@cuda.jit
+@kernel
 def collection_sums(
     table: Array,
     features: Array,

@@ -48,6 +48,7 @@ from ccam_deploy.kernels.cuda.hierarchy import (
     history_of,
     links_of,
 )
+from ccam_deploy.kernels.cuda.kept import kernel
 from ccam_deploy.kernels.cuda.layer_table import layer_row
 
 SLOTS = 1 << 13
@@ -60,7 +61,7 @@ CENTROID_ERROR = np.float32(2**-22)
 INFINITY = np.float32(np.inf)
 
 
-@cuda.jit
+@kernel
 def begin(
     table: Array,
     psi: Array,
@@ -128,7 +129,7 @@ def begin(
         history.parent[channel] = -1
 
 
-@cuda.jit
+@kernel
 def search(
     table: Array,
     all_exact: Array,
@@ -162,7 +163,7 @@ def search(
             links.nearest[slot] = other
 
 
-@cuda.jit
+@kernel
 def merge(
     table: Array,
     all_exact: Array,
@@ -209,7 +210,7 @@ def merge(
         cuda.atomic.add(merges, (pair, layer, turn - 1), merged)
 
 
-@cuda.jit
+@kernel
 def relink(
     table: Array,
     all_exact: Array,

@@ -218,7 +218,7 @@ def test_plans_agree_with_onnx_runtime(
     source, path = made(library, digits_bundle, graph, tmp_path)
     device = CudaDevice()
     with device.current():
-        plan = SharedPlan(library, path)
+        plan = SharedPlan(library, path, present_device())
     device.close()
     slots = Slots(lambda: plan_slot({graph: plan}), 1)
     with OnnxRuntimeEngine(source) as wanted, HostedGraph(slots, graph) as engine:
@@ -243,7 +243,7 @@ def test_captured_plans_give_the_same_bits(
 ) -> None:
     """Also after a run on other shapes has come between."""
     _, path = made(library, digits_bundle, "classifier", tmp_path)
-    plan = SharedPlan(library, path)
+    plan = SharedPlan(library, path, present_device())
     graph = PlanGraph(plan, device, device.allocate(plan.scratch_bytes("latency")))
     (output,) = plan.outputs
 

@@ -157,12 +157,12 @@ def test_library_tells_why_it_cannot_load_a_plan(path: Path) -> None:
     """TensorRT-RTX's own words, by way of the error recorder."""
     pytest.importorskip("tensorrt_rtx")
     with pytest.raises(BackendError, match=r"cannot load classifier\.plan: .*Error Code 1") as told:
-        SharedPlan(load_library("tensorrt-rtx"), path)
+        SharedPlan(load_library("tensorrt-rtx"), path, "8.9")
     assert "\n" not in str(told.value)
 
 
 def test_plan_tells_its_tensors_and_limits(path: Path) -> None:
-    plan = SharedPlan(library(FakeEngine(2)), path)
+    plan = SharedPlan(library(FakeEngine(2)), path, "8.9")
     assert [(s.name, s.dtype, s.shape) for s in plan.inputs] == [
         ("images", np.dtype("float16"), ("batch", 3)),
         ("masks", np.dtype("float32"), ("masks", 1)),
@@ -177,7 +177,7 @@ def test_plan_tells_its_tensors_and_limits(path: Path) -> None:
 
 
 def test_plan_without_a_profile_refuses_it(path: Path) -> None:
-    plan = SharedPlan(library(FakeEngine(1)), path)
+    plan = SharedPlan(library(FakeEngine(1)), path, "8.9")
     with pytest.raises(BackendError, match="no profile for throughput, only for latency"):
         PlanGraph(plan, slot(), 0, "throughput")
 
@@ -185,12 +185,12 @@ def test_plan_without_a_profile_refuses_it(path: Path) -> None:
 def test_unknown_types_are_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(TYPES, "logits", "BF16")
     with pytest.raises(BackendError, match=r'has "logits" in BF16, not FLOAT'):
-        SharedPlan(library(FakeEngine(1)), path)
+        SharedPlan(library(FakeEngine(1)), path, "8.9")
 
 
 def test_latency_needs_no_change_of_profile(path: Path) -> None:
     engine = FakeEngine(2)
-    PlanGraph(SharedPlan(library(engine), path), slot(), 4096).launch(tensors(3))
+    PlanGraph(SharedPlan(library(engine), path, "8.9"), slot(), 4096).launch(tensors(3))
     (context,) = engine.contexts
     assert context.options == "user"
     assert context.calls == [
@@ -205,7 +205,7 @@ def test_latency_needs_no_change_of_profile(path: Path) -> None:
 
 def test_throughput_takes_its_profile_and_scratch(path: Path) -> None:
     engine = FakeEngine(2)
-    graph = PlanGraph(SharedPlan(library(engine), path), slot(), 4096, "throughput")
+    graph = PlanGraph(SharedPlan(library(engine), path, "8.9"), slot(), 4096, "throughput")
     graph.launch(tensors(3, 4))
     assert engine.contexts[0].calls[:2] == [("profile", 1, 9), ("memory", 4096, 512)]
 
@@ -213,7 +213,7 @@ def test_throughput_takes_its_profile_and_scratch(path: Path) -> None:
 def test_tensors_elsewhere_have_a_context_of_their_own(path: Path) -> None:
     """A context that is told anything else spoils the graphs that were captured from it."""
     engine = FakeEngine(2)
-    graph = PlanGraph(SharedPlan(library(engine), path), slot(), 0)
+    graph = PlanGraph(SharedPlan(library(engine), path, "8.9"), slot(), 0)
     moved = {"masks": DeviceTensor(1024, (3, 1), np.dtype("float32"))}
     for given in (tensors(3), tensors(2), tensors(3), tensors(3) | moved, tensors(3)):
         graph.launch(given)
@@ -225,7 +225,7 @@ def test_tensors_elsewhere_have_a_context_of_their_own(path: Path) -> None:
 
 def test_contexts_are_limited_and_captured_ones_held(path: Path) -> None:
     engine, device = FakeEngine(2), Slot()
-    graph = PlanGraph(SharedPlan(library(engine), path), device, 0)  # type: ignore[arg-type]
+    graph = PlanGraph(SharedPlan(library(engine), path, "8.9"), device, 0)  # type: ignore[arg-type]
     for place in range(70):
         graph.launch(tensors(3) | {"logits": tensors(3, place=place)["logits"]})
     assert len(engine.contexts) == 70
@@ -237,7 +237,7 @@ def test_contexts_are_limited_and_captured_ones_held(path: Path) -> None:
 
 
 def test_unfit_tensors_are_refused(path: Path) -> None:
-    graph = PlanGraph(SharedPlan(library(FakeEngine(2)), path), slot(), 0)
+    graph = PlanGraph(SharedPlan(library(FakeEngine(2)), path, "8.9"), slot(), 0)
     given = tensors(3)
     with pytest.raises(BackendError, match=r'"logits" of shape \[3, 5\], there is room for \[2, 5'):
         graph.launch(given | {"logits": tensors(2)["logits"]})
@@ -253,7 +253,7 @@ def test_refusals_carry_the_librarys_words(
     path: Path, call: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(FakeContext, "fails", call)
-    graph = PlanGraph(SharedPlan(library(FakeEngine(2)), path), slot(), 0)
+    graph = PlanGraph(SharedPlan(library(FakeEngine(2)), path, "8.9"), slot(), 0)
     for _ in range(2):
         with pytest.raises(BackendError, match=f"Error Code 7: {call} will not do$"):
             graph.launch(tensors(3))
@@ -261,7 +261,7 @@ def test_refusals_carry_the_librarys_words(
 
 def test_slots_share_a_plan_and_not_a_context(path: Path) -> None:
     engine = FakeEngine(2)
-    plan = SharedPlan(library(engine), path)
+    plan = SharedPlan(library(engine), path, "8.9")
     first, second = PlanGraph(plan, slot(), 0), PlanGraph(plan, slot(), 0)
     first.launch(tensors(3))
     second.launch(tensors(2))

@@ -34,9 +34,13 @@ ONLY_RTX = {
     "DynamicShapesKernelSpecializationStrategy",
     "DynamicShapesKernelSpecializationStrategy.EAGER",
     "IExecutionContext.is_stream_capturable",
-    "IRuntimeConfig.create_runtime_cache",
     "IRuntimeConfig.cuda_graph_strategy",
     "IRuntimeConfig.dynamic_shapes_kernel_specialization_strategy",
+}
+OF_RUNTIME_CACHE = {
+    "IRuntimeCache.deserialize",
+    "IRuntimeCache.serialize",
+    "IRuntimeConfig.create_runtime_cache",
     "IRuntimeConfig.set_runtime_cache",
 }
 
@@ -78,6 +82,14 @@ def test_runtime_classes_have_what_is_used() -> None:
     assert "IExecutionContext.execute_async_v3" in names
     assert missing(rtx, names) == set()
     assert missing(lean, names) == ONLY_RTX
+
+
+def test_runtime_cache_has_what_is_used() -> None:
+    rtx = pytest.importorskip("tensorrt_rtx")
+    receivers = {"config": "IRuntimeConfig", "self._cache": "IRuntimeCache"}
+    names = used("tensorrt/runtime_cache.py", receivers)
+    assert names == OF_RUNTIME_CACHE
+    assert missing(rtx, names) == set()
 
 
 @pytest.mark.parametrize("package", ["tensorrt_rtx", "tensorrt_lean"])

@@ -102,7 +102,7 @@ class Pipeline:
         self._image_sizes = image_sizes(self.batch)
         self._mask_sizes = mask_sizes(self._memory.chunk, self.batch == 1)
         self._launchers: dict[tuple[str, int, bool], Callable[[], None]] = {}
-        self._last_rows: dict[int, int] = {}
+        self._last_masks: dict[int, int] = {}
 
     def run(
         self,
@@ -205,14 +205,13 @@ class Pipeline:
         runner.mark("")
         counted = self._device.mark()
         # While the count of masks is on its way, the classifier begins with as many as last time.
-        expected = self._last_rows.get(pairs, 0)
-        self._classify(expected)
+        classified = self._classify(self._last_masks.get(pairs, 0))
         self._device.wait(counted)
         masks = int(host.counts.starts[pairs * len(self._setup.selected)])
-        # There are none where no layer has finite statistics; an engine needs at least one row.
-        rows = self._classify(max(masks, 1), start=expected)
-        self._last_rows[pairs] = rows
-        rows = min(-(-rows // _ROWS) * _ROWS, self.geometry.masks)
+        self._last_masks[pairs] = masks
+        self._classify(masks, start=classified)
+        # There are none where no layer has finite statistics; kernels need at least one row.
+        rows = min(-(-max(masks, 1) // _ROWS) * _ROWS, self.geometry.masks)
         self._runner.put(("combine", pairs, rows), "combine", [self._combine(pairs, rows)])
         runner.mark("")
         self._device.wait()

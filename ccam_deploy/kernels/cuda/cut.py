@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import cuda
 
+from ccam_deploy.kernels.cuda.clusters import SLOTS
 from ccam_deploy.kernels.cuda.collectives import (
     ALL_LANES,
     MOST_WARPS,
@@ -26,7 +27,7 @@ from ccam_deploy.kernels.cuda.hierarchy import (
 )
 from ccam_deploy.kernels.cuda.kept import kernel
 from ccam_deploy.kernels.cuda.layer_table import layer_row
-from ccam_deploy.kernels.cuda.ward import SLOTS, finish
+from ccam_deploy.kernels.cuda.ward_block import finish
 
 WORST_QUALITY = -1.0
 

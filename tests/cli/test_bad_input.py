@@ -159,7 +159,10 @@ DIGITS = RECIPES / "digits.toml"
             ["explain", "tiny", "one.png", "--precision", "int8"],
             "the bundle has no int8 graphs, only fp32; export with --precision int8",
         ),
-        (["explain", "tiny", "one.png", "--precision", "int4"], "'fp32', 'fp16', 'int8', 'fp8'"),
+        (
+            ["explain", "tiny", "one.png", "--precision", "int4"],
+            "'fp32', 'tf32', 'fp16', 'int8', 'fp8'",
+        ),
         (["explain", "tiny", "one.png", "--colour"], "See ccam-deploy explain --help"),
         (["explain", "tiny"], "Missing argument 'IMAGES...'. See ccam-deploy explain --help"),
         (["explane"], "No such command 'explane'"),

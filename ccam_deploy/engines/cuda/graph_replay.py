@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, Self
 
-from ccam_deploy.engines.cuda.device import Device
+from ccam_deploy.engines.cuda.device import Device, DeviceGraph
 from ccam_deploy.errors import BackendError
 
 RETRY_AFTER = 100
@@ -75,6 +75,30 @@ class StreamRunner:
         self._graphs: dict[Hashable, Callable[[], None]] = {}
         self._marks: list[tuple[str, Any]] = []
         self._capturing = False
+
+    @classmethod
+    def of_graphs(
+        cls,
+        device: Device,
+        replay: bool,
+        graphs: Collection[DeviceGraph],
+        note: Callable[[str], None],
+    ) -> Self:
+        """Prepare to run work on some graphs.
+
+        Args:
+            device: Whose stream to use.
+            replay: Whether to capture work at all.
+            graphs: All graphs that the work launches.
+            note: Called with a line the first time that work cannot be captured.
+        """
+        return cls(
+            device,
+            replay,
+            lambda: all(graph.capturable or graph.replays_itself for graph in graphs),
+            note,
+            any(graph.replays_itself for graph in graphs),
+        )
 
     def run(self, key: Hashable, stage: str, work: Callable[[], None]) -> None:
         """Put work on the stream.

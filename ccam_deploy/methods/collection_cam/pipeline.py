@@ -89,13 +89,7 @@ class Pipeline:
             OptionError: The kernels do not take such sizes.
         """
         self._device, self._graphs, self._setup = device, graphs, setup
-        self._runner = StreamRunner(
-            device,
-            setup.cuda_graphs,
-            lambda: all(graph.capturable or graph.replays_itself for graph in graphs.values()),
-            note,
-            any(graph.replays_itself for graph in graphs.values()),
-        )
+        self._runner = StreamRunner.of_graphs(device, setup.cuda_graphs, graphs.values(), note)
         self._memory = DeviceMemory(device, graphs, setup)
         self.batch, self.geometry = self._memory.batch, self._memory.geometry
         self._kernels, self._head = self._prepare_kernels()

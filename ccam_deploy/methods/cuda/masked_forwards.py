@@ -95,13 +95,7 @@ class MaskedForwards:
         self.batch = min(setup.batch, *(g.limits.get("batch", setup.batch) for g in both))
         most = min(self._classifier.limits.get("masks", _LARGEST_CHUNK), _LARGEST_CHUNK)
         self.chunk_rows = _even(setup.masks, most)
-        self.runner = StreamRunner(
-            device,
-            setup.cuda_graphs,
-            lambda: all(graph.capturable or graph.replays_itself for graph in both),
-            setup.note,
-            any(graph.replays_itself for graph in both),
-        )
+        self.runner = StreamRunner.of_graphs(device, setup.cuda_graphs, both, setup.note)
         self._replays = setup.cuda_graphs
         self._backbones: dict[int, Callable[[], None]] = {}
         self._regions: list[Region] = []

@@ -58,5 +58,5 @@ clean:
 	touch $@
 
 .venv/.all: pyproject.toml constraints.txt | .venv/bin/python
-	$(PIP) --editable '.[export,cpu,cuda,rtx,plot,scenes,proposals,zoo,test,lint,docs]'
+	$(PIP) --editable '.[export,cpu,cuda,rtx,plot,scenes,proposals,imagenet,onnx,zoo,test,lint,docs]'
 	touch $@ .venv/.cpu

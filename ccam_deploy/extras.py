@@ -10,12 +10,16 @@ Extra = Literal[
     "export",
     "gpu",
     "gpu-onnxruntime",
+    "imagenet",
+    "onnx",
+    "peers",
     "plot",
     "proposals",
     "rtx",
     "sanity",
     "scenes",
     "xrai",
+    "zoo",
 ]
 """The extras that an error may ask for."""
 

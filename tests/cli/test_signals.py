@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from ccam_deploy.__main__ import main as entry
 from ccam_deploy.cli.signals import Terminated, held_signals, signals_as_exceptions
 from tests.damage import contents
-from tests.helpers import RECIPES, ROOT
+from tests.helpers import ROOT
+from tests.networks import tiny
 
 STAGING = """
 import signal, sys, time, click
@@ -103,12 +105,15 @@ def test_in_the_middle_of_an_export(
     tmp_path: Path, step: str, ending: tuple[signal.Signals, int, str]
 ) -> None:
     number, exit_code, line = ending
+    weights = tmp_path / "tiny.pt"
+    torch.save(tiny().state_dict(), weights)
     code = (
         "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "runpy.run_module('ccam_deploy', run_name='__main__')\n"
     )
-    command: list[Any] = [sys.executable, "-c", code, "export"]
-    command += ["--recipe", RECIPES / "digits.toml", "--output", tmp_path / "out" / "net"]
+    command: list[Any] = [sys.executable, "-c", code, "export", weights]
+    command += ["--arch", "tests.networks:tiny", "--input-size", "32x48"]
+    command += ["--output", tmp_path / "out" / "net"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
         assert process.stderr is not None
         while not (told := process.stderr.readline()).startswith(step):
@@ -117,7 +122,7 @@ def test_in_the_middle_of_an_export(
         rest = process.stderr.read()
     assert (process.returncode, rest.splitlines()[-1]) == (exit_code, line)
     assert "Traceback" not in rest
-    assert not [path for path in tmp_path.rglob("*") if path.is_file() or path.name != "out"]
+    assert set(tmp_path.rglob("*")) <= {weights, tmp_path / "out"}
 
 
 def test_sigterm_is_an_exit_once() -> None:

@@ -201,9 +201,11 @@ def test_verify_names_a_missing_record(gradients_bundle: Path, tmp_path: Path) -
 
 @pytest.mark.slow
 def test_the_command_line_writes_the_graphs(tmp_path: Path) -> None:
-    folder = tmp_path / "digits"
-    options = ("--gradients", "--json", "--output", folder)
-    result = success("export", "--recipe", RECIPES / "digits.toml", *options)
+    weights = tmp_path / "tiny.pt"
+    torch.save(tiny().state_dict(), weights)
+    network = ("--arch", "tests.networks:tiny", "--input-size", "32x48")
+    options = ("--gradients", "--json", "--output", tmp_path / "tiny")
+    result = success("export", weights, *network, *options)
     graphs = json.loads(result.stdout)["manifest"]["precisions"]["fp32"]["graphs"]
     assert set(graphs) > OPTIONAL
 

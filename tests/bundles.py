@@ -103,6 +103,7 @@ EXPORTS: dict[str, Callable[[Path], None]] = {
     "gradients": lambda folder: export_recipe("digits", folder, "fp16", gradients=True),
     "digits_int8": lambda folder: export_recipe("digits", folder, "int8"),
     "digits_fp8": lambda folder: export_recipe("digits", folder, "fp8"),
+    "lite0": lambda folder: export_recipe("efficientnet_lite0", folder, "fp32"),
     "tiny": lambda folder: _export_tiny(folder, labels=TINY_LABELS),
     "headed": lambda folder: _export_tiny(folder, "fp16", head=True, gradients=True),
     "pocket": lambda folder: _export_tiny(folder, "fp16", size=(16, 24)),

@@ -27,7 +27,13 @@ def _why_no_gpu() -> str:
     return ""
 
 
-SLOW_FIXTURES = {"gradients_bundle", "wide_bundle", "resnet18_bundle", "digits_result"}
+SLOW_FIXTURES = {
+    "digits_result",
+    "gradients_bundle",
+    "lite0_bundle",
+    "resnet18_bundle",
+    "wide_bundle",
+}
 """Whatever needs one of these is slow."""
 
 
@@ -91,6 +97,12 @@ def tiny_bundle(bundles: Bundles) -> Path:
 def headed_bundle(bundles: Bundles) -> Path:
     """The small network's bundle with all graphs, in both precisions. Do not change it: copy it."""
     return bundles.get("headed")
+
+
+@pytest.fixture(scope="session")
+def lite0_bundle(bundles: Bundles) -> Path:
+    """EfficientNet-Lite0 with its trained weights. Do not change it: copy it."""
+    return bundles.get("lite0")
 
 
 @pytest.fixture(scope="session")

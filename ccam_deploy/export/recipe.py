@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -27,6 +30,7 @@ from ccam_deploy.export.settings import (
     ExportSettings,
 )
 from ccam_deploy.export.sources import load_model
+from ccam_deploy.extras import Extra, install
 from ccam_deploy.image_files import find_images, load_image
 from ccam_deploy.preprocess import prepare_images
 
@@ -61,7 +65,8 @@ class Recipe(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
         name: The bundle's name.
         arch: "module:factory"; see build_model.
         input: What the network takes.
-        weights: A file beside the recipe.
+        weights: A file beside the recipe; or "package:pattern", the one file of an installed
+            package that has a path like this, such as "some_model:models/*.pth".
         pretrained: Arguments of the factory that download trained weights.
         labels: Class names; or a text file beside the recipe with one per line; or
             "module:weights", torchvision's weights that list them.
@@ -69,6 +74,7 @@ class Recipe(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
         precision: See export.
         calibration: A folder of images beside the recipe.
         tolerance: See ExportSettings.
+        extra: The extra that adds the packages which the recipe names.
     """
 
     name: str
@@ -81,6 +87,7 @@ class Recipe(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     precision: PrecisionName = "fp32"
     calibration: str = ""
     tolerance: dict[GraphPrecision, dict[str, Bound]] = {}
+    extra: Extra | None = None
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -158,21 +165,60 @@ def recipe_model(recipe: Recipe, folder: Path) -> nn.Module:
         The network.
 
     Raises:
-        SourceError: The recipe names no weights, or they cannot be read or downloaded.
+        SourceError: The recipe names no weights, or they cannot be read or downloaded, or a
+            package that it names is missing.
     """
-    if recipe.weights:
-        loaded = load_model(folder / recipe.weights, recipe.arch)
-        assert isinstance(loaded, nn.Module)
-        return loaded
-    if not recipe.pretrained:
-        raise SourceError(f"the recipe {recipe.name} has no trained weights; use --random-weights")
-    arguments = ", ".join(f"{key}={value!r}" for key, value in recipe.pretrained.items())
+    with _naming_extra(recipe):
+        if recipe.weights:
+            loaded = load_model(_weights_file(recipe.weights, folder), recipe.arch)
+            assert isinstance(loaded, nn.Module)
+            return loaded
+        if not recipe.pretrained:
+            raise SourceError(
+                f"the recipe {recipe.name} has no trained weights; use --random-weights"
+            )
+        arguments = ", ".join(f"{key}={value!r}" for key, value in recipe.pretrained.items())
+        import_module(recipe.arch.partition(":")[0])
+        try:
+            return build_model(f"{recipe.arch}({arguments})")
+        except SourceError as error:
+            raise SourceError(
+                f"{error}; without an internet connection use --random-weights"
+            ) from error
+
+
+@contextmanager
+def _naming_extra(recipe: Recipe) -> Iterator[None]:
+    """Tell what installs a package that the recipe names and that is missing."""
     try:
-        return build_model(f"{recipe.arch}({arguments})")
+        yield
     except SourceError as error:
+        if recipe.extra is None or not isinstance(error.__cause__, ModuleNotFoundError):
+            raise
+        raise SourceError(f"{error}; {install(recipe.extra)}") from error.__cause__
+
+
+def _weights_file(weights: str, folder: Path) -> Path:
+    """The file that a recipe's `weights` names, beside the recipe or in a package."""
+    package, colon, pattern = weights.partition(":")
+    if not colon:
+        return folder / weights
+    files = [file for root in _package_folders(package) for file in sorted(root.glob(pattern))]
+    if len(files) != 1:
         raise SourceError(
-            f"{error}; without an internet connection use --random-weights"
-        ) from error
+            f'weights "{weights}" name {len(files) or "no"} files of the package, not one'
+        )
+    return files[0]
+
+
+def _package_folders(package: str) -> list[Path]:
+    """The folders of an installed package, which is not imported for that."""
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or spec.submodule_search_locations is None:
+        raise SourceError(
+            f'package "{package}", which has the weights, is missing'
+        ) from ModuleNotFoundError(package)
+    return [Path(location) for location in spec.submodule_search_locations]
 
 
 def random_model(recipe: Recipe) -> nn.Module:
@@ -190,7 +236,7 @@ def random_model(recipe: Recipe) -> nn.Module:
     Raises:
         SourceError: The network cannot be built, or does not run on the recipe's input.
     """
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _naming_extra(recipe):
         torch.manual_seed(_SEED)
         network = build_model(recipe.arch)
         _set_statistics(network, recipe)
@@ -223,7 +269,8 @@ def _labels(recipe: Recipe, folder: Path) -> tuple[str, ...]:
         return tuple(recipe.labels)
     if ":" in recipe.labels:
         module_name, _, attribute = recipe.labels.partition(":")
-        weights = getattr(import_module(module_name), attribute, None)
+        with _naming_extra(recipe):
+            weights = getattr(import_module(module_name), attribute, None)
         default = getattr(weights, "DEFAULT", None)
         if default is None:
             raise OptionError(f'labels "{recipe.labels}" do not exist')

@@ -47,6 +47,9 @@ def test_all_promised_recipes_exist() -> None:
         "convnext_tiny",
         "densenet121",
         "efficientnet_b0",
+        "efficientnet_lite0",
+        "efficientnet_lite1",
+        "efficientnet_lite2",
         "mobilenet_v3_large",
         "regnet_y_400mf",
         "resnet101",
@@ -57,7 +60,7 @@ def test_all_promised_recipes_exist() -> None:
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_classes_are_named_after_torchvision_s_weights(name: str) -> None:
+def test_classes_have_the_names_of_imagenet(name: str) -> None:
     labels = recipe_settings(recipe_named(name), RECIPES).labels
     assert len(labels) == 1000
     assert (labels[0], labels[281]) == ("tench", "tabby")

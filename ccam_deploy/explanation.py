@@ -16,16 +16,17 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy.special import softmax
 
-from ccam_deploy import render
+from ccam_deploy import mask_pictures, render
 from ccam_deploy.arrays import Classes, Floats
 from ccam_deploy.errors import ImageError, OptionError
 from ccam_deploy.files import unused, write_file
 from ccam_deploy.methods import LayerPartition, MaskSequence
+from ccam_deploy.methods.base import no_masks
 from ccam_deploy.preprocess import Geometry, Source
 from ccam_deploy.render import Look, Tile
 
-FORMATS = ("overlay", "heatmap", "panel", "npz", "json")
-_SUFFIX = {"overlay": "overlay.png", "heatmap": "heatmap.png", "npz": "npz", "json": "json"}
+FORMATS = ("overlay", "heatmap", "panel", "masks", "npz", "json")
+_PICTURES = ("overlay", "heatmap", "masks")
 
 
 @dataclass(frozen=True)
@@ -166,6 +167,42 @@ class Explanation:
         drawings = [_Drawing(self, int(pair), look or Look()) for pair in pairs]
         return self._panel(image, [drawing.tile for drawing in drawings])
 
+    def masks_panel(self, pair: int = 0, look: Look | None = None) -> Image.Image:
+        """Draw the masks of a pair on what the network saw, those of a layer in a row.
+
+        A row starts with the layer's part of the map, captioned with the layer and the sum of its
+        masks' weights. Then come its masks, the heaviest first: the image under the mask as the
+        classifier gets it, with the mask's weight and how many channels it is made of.
+
+        Args:
+            pair: Which pair.
+            look: Color map and opacity of the layers' parts; None for the defaults.
+
+        Raises:
+            OptionError: The method keeps no masks, the color map is unknown, or the opacity is out
+                of range.
+        """
+        self.require_masks()
+        image = self.source.network_input(int(self.image_index[pair]))
+        how = self.source.manifest.preprocessing
+        ends = np.cumsum([layer.count[pair] for layer in self.layers])[:-1]
+        parts = zip(
+            self.layers,
+            np.split(self.masks[pair], ends),
+            np.split(self.weights[pair], ends),
+            strict=True,
+        )
+        rows = [
+            mask_pictures.LayerMasks(layer.name, masks, weights, np.bincount(layer.labels[pair]))
+            for layer, masks, weights in parts
+        ]
+        return mask_pictures.masks_grid(image, rows, how, look or Look())
+
+    def require_masks(self) -> None:
+        """Raise OptionError for an explanation by a method that keeps no masks."""
+        if not self.layers:
+            raise no_masks(str(self.settings["method"]))
+
     def save(
         self,
         folder: str | Path,
@@ -181,7 +218,7 @@ class Explanation:
 
         Args:
             folder: Where to write; a missing folder is made.
-            formats: Some of "overlay", "heatmap", "panel", "npz" and "json".
+            formats: Some of "overlay", "heatmap", "panel", "masks", "npz" and "json".
             look: Color map, opacity and color bar; None for the defaults.
             names: File names of the images, after which the files are named; None for those of
                 the PIL images' files, or "image-1" and so on.
@@ -190,7 +227,7 @@ class Explanation:
             The paths written for each pair; an image's panel stands with its last pair.
 
         Raises:
-            OptionError: A format is unknown.
+            OptionError: A format is unknown, or the method keeps no masks to draw.
             OutputError: A file cannot be written.
         """
         return ExplanationWriter(folder, formats, look).write(self, names)
@@ -301,12 +338,14 @@ class ExplanationWriter:
             The paths written for each pair; an image's panel stands with its last pair.
 
         Raises:
-            OptionError: There are not as many names as images.
+            OptionError: There are not as many names as images, or the method keeps no masks.
             OutputError: A file cannot be written.
         """
         files = _file_names(explanation) if names is None else list(map(str, names))
         if len(files) != len(explanation.logits):
             raise OptionError(f"there are {len(files)} names for {len(explanation.logits)} images")
+        if "masks" in self._formats:
+            explanation.require_masks()
         stems = [unused(Path(file).stem, self._stems) for file in files]
         written = []
         tiles: list[Tile] = []
@@ -314,7 +353,7 @@ class ExplanationWriter:
             drawing = _Drawing(explanation, pair, self._look)
             name = unused(f"{stems[image]}-{_class_word(explanation, pair)}", self._names)
             paths = [
-                self._save(f"{name}.{_SUFFIX[form]}", _content(form, drawing, files[image]))
+                self._save(f"{name}.{_suffix(form)}", _content(form, drawing, files[image]))
                 for form in self._formats
                 if form != "panel"
             ]
@@ -333,12 +372,18 @@ class ExplanationWriter:
         return path
 
 
+def _suffix(form: str) -> str:
+    return f"{form}.png" if form in _PICTURES else form
+
+
 def _content(form: str, drawing: _Drawing, file: str) -> bytes:
     """The content of a pair's file in one of FORMATS but "panel"."""
     if form == "overlay":
         return render.png(drawing.overlay)
     if form == "heatmap":
         return render.png(drawing.heatmap)
+    if form == "masks":
+        return render.png(drawing.explanation.masks_panel(drawing.pair, drawing.look))
     if form == "npz":
         return _npz(drawing)
     return _json(drawing.explanation, drawing.pair, file)

@@ -112,6 +112,17 @@ class Source:
         how = self.manifest.preprocessing
         return restore_image(self.images[image], how.mean, how.std).convert("RGB")
 
+    def network_input(self, image: int) -> Floats:
+        """Give an image as the network gets it, [C, H, W] float32."""
+        row: Floats
+        if isinstance(self.images, np.ndarray):
+            row = self.images[image]
+            return row
+        size, how = self.manifest.input[1:], self.manifest.preprocessing
+        prepared, _ = prepare_images([self.images[image]], size, how)
+        row = prepared[0]
+        return row
+
     def take(self, images: Sequence[int]) -> Source:
         """Keep some of the images."""
         if isinstance(self.images, np.ndarray):

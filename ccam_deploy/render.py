@@ -169,7 +169,7 @@ def grid(rows: Sequence[Sequence[Tile]], height: int = 0) -> Image.Image:
     """Put panels one above another, their pictures in columns.
 
     Args:
-        rows: The pictures of each panel; all panels have equally many.
+        rows: The pictures of each panel; a panel with fewer than another leaves its end empty.
         height: The height of every picture in pixels; 0 for that of the tallest, at least 192.
 
     Raises:
@@ -181,9 +181,12 @@ def grid(rows: Sequence[Sequence[Tile]], height: int = 0) -> Image.Image:
     height = height or max(_SMALLEST_TILE, *(tile.height for _, tile in tiles))
     font = _font(max(12, height // 16))
     scaled = [[(caption, _scaled(tile, height)) for caption, tile in row] for row in rows]
+    columns = [
+        [row[place] for row in scaled if place < len(row)] for place in range(max(map(len, rows)))
+    ]
     widths = [
         max(max(tile.width, _text_width(caption, font)) for caption, tile in column)
-        for column in zip(*scaled, strict=True)
+        for column in columns
     ]
     top = 2 * _MARGIN + _line_height(font)
     row_height = top + height + _MARGIN
@@ -193,7 +196,7 @@ def grid(rows: Sequence[Sequence[Tile]], height: int = 0) -> Image.Image:
     draw = ImageDraw.Draw(canvas)
     for number, row in enumerate(scaled):
         left, upper = _MARGIN, number * row_height
-        for (caption, tile), width in zip(row, widths, strict=True):
+        for (caption, tile), width in zip(row, widths, strict=False):
             draw.text((left, upper + _MARGIN), caption, fill="black", font=font)
             canvas.paste(tile, (left, upper + top))
             left += width + _MARGIN

@@ -112,6 +112,67 @@ def test_files_of_every_format(explanation: ccam.Explanation, tmp_path: Path) ->
     assert facts["probability"] == explanation.probability(2)
 
 
+def test_masks_are_drawn_by_weight_as_the_classifier_gets_them(
+    explanation: ccam.Explanation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the tiles show is computed from the masks alone; a grid of rows is left as it is."""
+    rows: list[list[render.Tile]] = []
+
+    def keep(tiles: list[list[render.Tile]]) -> Image.Image:
+        rows.extend(tiles)
+        return Image.new("RGB", (1, 1))
+
+    monkeypatch.setattr(render, "grid", keep)
+    explanation.masks_panel(2)
+    how = explanation.source.manifest.preprocessing
+    masks, weights = explanation.masks[2], explanation.weights[2]
+    assert len(rows) == len(explanation.layers)
+    place = 0
+    for layer, ((caption, part), *tiles) in zip(explanation.layers, rows, strict=True):
+        count = int(layer.count[2])
+        own = slice(place, place + count)
+        assert caption == f"{layer.name}: {weights[own].sum():.3f}"
+        assert len(tiles) == count
+        shares = [float(words.partition(",")[0]) for words, _ in tiles]
+        assert shares == sorted(shares, reverse=True)
+        heaviest = place + int(np.argmax(weights[own]))
+        channels = np.count_nonzero(layer.labels[2] == heaviest - place)
+        assert tiles[0][0] == f"{weights[heaviest]:.3f}, {channels} ch."
+        seen = explanation.geometries[1]
+        picture = explanation.picture(2).resize(seen.scaled[::-1], Image.Resampling.BILINEAR)
+        top, left = seen.corner
+        box = (left, top, left + seen.size[1], top + seen.size[0])
+        pixels = np.asarray(picture.crop(box), np.float64)
+        grey = 255 * np.array(how.mean)
+        expected = grey + (pixels - grey) * masks[heaviest][..., None]
+        np.testing.assert_allclose(np.asarray(tiles[0][1], np.float64), expected, atol=1)
+        total = np.einsum("n,nij->ij", weights[own], masks[own])
+        base = Image.fromarray(pixels.astype(np.uint8))
+        overlay = render.overlay(base, (total / total.max()).astype(np.float32))
+        np.testing.assert_allclose(
+            np.asarray(part, np.float64), np.asarray(overlay, np.float64), atol=4
+        )
+        place += count
+
+
+def test_masks_of_an_array_and_of_a_method_without_any(
+    digits: ccam.Explainer, tmp_path: Path
+) -> None:
+    images: Floats = digits.preprocess(example_pictures()[:1])[0]
+    result = digits.explain(images)
+    (paths,) = result.save(tmp_path, ("masks",))
+    assert [path.name for path in paths] == [f"image-1-{result.labels[0]}.masks.png"]
+    with Image.open(paths[0]) as picture:
+        np.testing.assert_array_equal(picture, result.masks_panel())
+    other = digits.explain(images, method="grad-cam")
+    message = "method grad-cam keeps no masks to draw; collection-cam does"
+    with pytest.raises(ccam.OptionError, match=message):
+        other.masks_panel()
+    with pytest.raises(ccam.OptionError, match=message):
+        other.save(tmp_path / "none", ("overlay", "masks"))
+    assert not (tmp_path / "none").exists()
+
+
 def test_files_without_names_are_numbered(digits: ccam.Explainer, tmp_path: Path) -> None:
     images: Floats = digits.preprocess(example_pictures()[:2])[0]
     written = digits.explain(images, 4).save(tmp_path, ("npz",))

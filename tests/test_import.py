@@ -27,7 +27,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"files", "image_files", "plotting", "render"}),
     frozenset({"bundle", "examples"}),
     frozenset({"engines", "kernels", "preprocess", "targets"}),
-    frozenset({"methods"}),
+    frozenset({"mask_pictures", "methods"}),
     frozenset({"explanation"}),
     frozenset({"explainer"}),
     frozenset({"fidelity"}),

@@ -204,9 +204,15 @@ def test_grid_has_its_pictures_in_columns() -> None:
     )
 
 
-def test_rows_of_a_grid_are_of_one_length() -> None:
-    with pytest.raises(ValueError, match="shorter"):
-        render.grid([TILES, TILES[:1]])
+def test_a_shorter_row_of_a_grid_leaves_its_end_empty() -> None:
+    grid = render.grid([TILES, TILES[:1]])
+    assert grid.size == render.grid([TILES, TILES]).size
+    whole = np.asarray(render.panel(TILES))
+    np.testing.assert_array_equal(np.asarray(grid)[: len(whole)], whole)
+    alone = np.asarray(render.panel(TILES[:1], 192))
+    below = np.asarray(grid)[len(whole) :]
+    np.testing.assert_array_equal(below[:, : alone.shape[1]], alone)
+    assert (below[:, alone.shape[1] :] == 255).all()
 
 
 def test_large_pictures_are_shown_smaller() -> None:

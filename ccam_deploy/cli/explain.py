@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from ccam_deploy.explanation import Explanation, ExplanationWriter
     from ccam_deploy.targets import Target
 
-FILES = ("overlay", "heatmap", "panel", "npz", "json")
+FILES = ("overlay", "heatmap", "panel", "masks", "npz", "json")
 
 Budget = Annotated[
     float | None,
@@ -84,10 +84,13 @@ def explain(options: ExplainOptions) -> None:
     from ccam_deploy.engines.base import row_chunks
     from ccam_deploy.explanation import ExplanationWriter
     from ccam_deploy.files import require_writable_folder
+    from ccam_deploy.methods.base import no_masks
     from ccam_deploy.methods.collection_cam.cost import validate_budget
 
     formats = _formats(options.save)
     (method,) = choices.make_methods([options.method.method], options.method.pairs).values()
+    if "masks" in formats and not method.keeps_masks:
+        raise no_masks(method.name)
     validate_budget(options.budget_ms, method)
     look = options.look.look(options.color_bar)
     files = choices.find_inputs(options.images, options.output)[: options.limit]

@@ -280,9 +280,11 @@ class Method(ABC):
 
     Attributes:
         name: The method's name on the command line and in results.
+        keeps_masks: Whether its results have masks, layer by layer.
     """
 
     name: ClassVar[str]
+    keeps_masks: ClassVar[bool] = False
 
     def run(
         self, images: Floats, owner: Classes, codes: Classes, context: Context, clock: Stopwatch
@@ -340,6 +342,11 @@ class Method(ABC):
             BackendError: As `explain`, except for what depends on the images.
         """
         self.explain(classifier, batch, Stopwatch())
+
+
+def no_masks(method: str) -> OptionError:
+    """Make the error for drawing the masks of a method that keeps none."""
+    return OptionError(f"method {method} keeps no masks to draw; collection-cam does")
 
 
 def places_of(layers: Sequence[str], names: Sequence[str]) -> list[int]:

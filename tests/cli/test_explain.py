@@ -28,13 +28,13 @@ LINE = re.compile(r"(\S+): class (\w+), probability (0\.\d{3}), masks \d+\+\d+, 
 def test_explain_writes_what_was_asked_for(tiny_bundle: Path, here: Path) -> None:
     picture(here / "one.png")
     words = ["explain", tiny_bundle, "one.png", "--target", "cat"]
-    result = success(*words, "--save", "overlay,heatmap, panel,npz,json")
+    result = success(*words, "--save", "overlay,heatmap, panel,masks,npz,json")
     first, *written = result.stdout.splitlines()
     matched = LINE.fullmatch(first)
     assert matched
     assert (matched[1], matched[2]) == ("one.png", "cat")
     stem = "explanations/one-cat"
-    kinds = ("overlay.png", "heatmap.png", "npz", "json")
+    kinds = ("overlay.png", "heatmap.png", "masks.png", "npz", "json")
     expected = [f"{stem}.{kind}" for kind in kinds] + ["explanations/one-panel.png"]
     assert [line.strip() for line in written] == expected
     assert result.stderr == ""
@@ -78,6 +78,9 @@ def test_explain_by_another_method(tiny_bundle: Path, here: Path) -> None:
     picture(here / "one.png")
     words = ["explain", tiny_bundle, "one.png", "--target", "cat", "--method", "layer-cam"]
     words += ["--option", "layers=relu2, relu1", "--option", "gamma=3"]
+    assert failure(*words, "--save", "overlay,masks") == (
+        "method layer-cam keeps no masks to draw; collection-cam does"
+    )
     line, *written = success(*words, "--save", "overlay,panel,npz,json").stdout.splitlines()
     assert re.fullmatch(r"one\.png: class cat, probability 0\.\d{3}, \d+\.\d ms", line)
     assert len(written) == 4

@@ -61,6 +61,7 @@ class CollectionCAM(Method):
     """
 
     name = "collection-cam"
+    keeps_masks = True
     theta: float = 0.1
     k_min: int = 2
     k_max: int = 10

@@ -135,12 +135,12 @@ def kernel_steps(device: Device, network: str, batch: int) -> tuple[dict[str, Wo
     head = Head(data.view("logits"), data.view("codes"), room.view("output_gradient"))
     mask_logits = data.view("mask_logits")
     return {
-        "output_gradient": lambda: kernels.output_gradient(inputs, head, 1.0, False, stream),
+        "output_gradient": lambda: kernels.output_gradient(inputs, head, 1.0, "logit", stream),
         "statistics": lambda: kernels.statistics(inputs, 1.0, stream),
         "partition": lambda: kernels.partition(inputs, False, stream),
         "sums": lambda: kernels.sums(inputs, stream),
         "masks": lambda: kernels.masks(inputs, stream),
-        "scores": lambda: kernels.scores(inputs, mask_logits, False, stream),
+        "scores": lambda: kernels.scores(inputs, mask_logits, "logit", stream),
         "combine": lambda: kernels.combine(inputs, stream),
     }, counts
 

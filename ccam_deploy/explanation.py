@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from scipy.special import softmax
 
 from ccam_deploy import mask_pictures, render
 from ccam_deploy.arrays import Classes, Floats
@@ -22,6 +21,7 @@ from ccam_deploy.errors import ImageError, OptionError
 from ccam_deploy.files import unused, write_file
 from ccam_deploy.methods import LayerPartition, MaskSequence
 from ccam_deploy.methods.base import no_masks
+from ccam_deploy.methods.scores import probabilities
 from ccam_deploy.preprocess import Geometry, Source
 from ccam_deploy.render import Look, Tile
 
@@ -93,9 +93,10 @@ class Explanation:
         return tuple(self.source.manifest.label(int(target)) for target in self.targets)
 
     def probability(self, pair: int = 0) -> float:
-        """Give the softmax probability of a pair's class, in [0, 1]."""
+        """Give the probability of a pair's class; the output itself if the activation is none."""
         logits = self.logits[self.image_index[pair]].astype(np.float64)
-        return float(softmax(logits)[self.targets[pair]])
+        activation = self.source.manifest.probabilities_by
+        return float(probabilities(logits[None], activation)[0, self.targets[pair]])
 
     def on_original(self, pair: int = 0) -> Floats:
         """Bring a pair's saliency to the original image.

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import fcntl
+import shutil
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ccam_deploy.bundle.folder import read_bundle, write_manifest
+from ccam_deploy.bundle.manifest import Activation
 from tests.helpers import RECIPES
 
 
@@ -89,11 +92,32 @@ def _export_tiny(
     export(tiny(), folder, size, None, precision, ExportSettings(**settings))
 
 
+def _export_ended(folder: Path, classes: int = 5, **settings: Any) -> None:
+    """A small network with a sigmoid at its end."""
+    import torch
+
+    from ccam_deploy.export import ExportSettings, export
+    from tests.networks import Ended
+
+    model = Ended(torch.sigmoid, classes).eval()
+    layers = ["net.relu1", "net.relu2"]
+    flips = {"fp32": {"saliency_rank": -1.0}}
+    chosen = ExportSettings(head=True, tolerance=flips, **settings)
+    export(model, folder, (16, 24), layers, "fp32", chosen)
+
+
 def _export_wide(folder: Path) -> None:
     from ccam_deploy.export import export
     from tests.networks import Wide
 
     export(Wide().eval(), folder, (224, 224))
+
+
+def activated(bundle: Path, copy: Path, activation: Activation) -> Path:
+    """A copy of a bundle with another activation."""
+    shutil.copytree(bundle, copy)
+    write_manifest(copy, replace(read_bundle(copy).manifest, activation=activation))
+    return copy
 
 
 TINY_LABELS = ("ant", "bee", "cat", "dog", "dog")
@@ -108,6 +132,9 @@ EXPORTS: dict[str, Callable[[Path], None]] = {
     "headed": lambda folder: _export_tiny(folder, "fp16", head=True, gradients=True),
     "pocket": lambda folder: _export_tiny(folder, "fp16", size=(16, 24)),
     "wide": _export_wide,
+    "sigmoid": _export_ended,
+    "outputs": lambda folder: _export_ended(folder, activation="none"),
+    "binary": lambda folder: _export_ended(folder, 1),
     "resnet18": lambda folder: export_recipe(
         "resnet18", folder, "fp16", random_weights=True, head=True, gradients=True
     ),

@@ -48,6 +48,18 @@ def make_tiny(classes: int = 5, channels: int = 3) -> nn.Module:
     return model
 
 
+class Ended(nn.Module):
+    """A TinyNet whose outputs go through something else at the end."""
+
+    def __init__(self, end: Callable[[Tensor], Tensor], classes: int = 5) -> None:
+        super().__init__()
+        self.net = make_tiny(classes)
+        self.end = end
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.end(self.net(x))
+
+
 class Wide(nn.Module):
     """images [B, 3, 224, 224] -> logits [B, 5]; 2,048 channels of 7×7, as a ResNet-101 has."""
 

@@ -7,7 +7,13 @@ from pathlib import Path
 
 from msgspec import UNSET
 
-from ccam_deploy.bundle.manifest import GRAPHS, OPTIONAL_GRAPHS, Manifest, Precision
+from ccam_deploy.bundle.manifest import (
+    GRAPHS,
+    OLDEST_FORMAT,
+    OPTIONAL_GRAPHS,
+    Manifest,
+    Precision,
+)
 from ccam_deploy.errors import ManifestError
 
 
@@ -27,6 +33,8 @@ def require_consistency(path: Path, manifest: Manifest) -> None:
 
 def _contradictions(manifest: Manifest) -> Iterator[str]:
     yield from _in_the_input(manifest)
+    if (manifest.activation is UNSET) != (manifest.format == OLDEST_FORMAT):
+        yield f"format {manifest.format} goes with activation {manifest.activation}"
     if not manifest.layers or not manifest.precisions:
         yield "it lists no layers or no graphs"
     for name, precision in manifest.precisions.items():

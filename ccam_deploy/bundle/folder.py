@@ -14,7 +14,14 @@ import msgspec
 from msgspec import UNSET
 
 from ccam_deploy.bundle.consistency import require_consistency
-from ccam_deploy.bundle.manifest import FORMAT, FileRecord, GraphPrecision, Manifest, Precision
+from ccam_deploy.bundle.manifest import (
+    FORMAT,
+    OLDEST_FORMAT,
+    FileRecord,
+    GraphPrecision,
+    Manifest,
+    Precision,
+)
 from ccam_deploy.errors import BundleError, IntegrityError, ManifestError, OptionError
 from ccam_deploy.files import replace_file
 
@@ -220,9 +227,10 @@ def _encode(manifest: Manifest) -> bytes:
 def _decode(path: Path, content: bytes) -> Manifest:
     try:
         version = msgspec.json.decode(content, type=_FormatOnly).format
-        if version != FORMAT:
+        if not OLDEST_FORMAT <= version <= FORMAT:
             raise ManifestError(
-                f"{path} has format {version}, this version reads {FORMAT}; export it again"
+                f"{path} has format {version}, this version reads {OLDEST_FORMAT} to {FORMAT}; "
+                "export it again"
             )
         return msgspec.json.decode(content, type=Manifest)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:

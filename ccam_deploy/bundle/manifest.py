@@ -11,7 +11,10 @@ from msgspec import UNSET, UnsetType
 
 from ccam_deploy.errors import TargetError
 
-FORMAT = 1
+FORMAT = 2
+"""The newest format, which new bundles have."""
+OLDEST_FORMAT = 1
+"""Format 1 has no activation: its probabilities are the softmax of the logits."""
 WEIGHTS = "weights.bin"
 GRAPHS = ("backbone", "gradient", "classifier")
 IMAGE_GRADIENTS = ("input_gradient", "guided_gradient")
@@ -25,6 +28,8 @@ GraphPrecision = Literal["fp32", "fp16", "int8", "fp8"]
 PrecisionName = Literal["fp32", "tf32", "fp16", "int8", "fp8"]
 """How graphs run: in their own type; in "tf32" those of "fp32", on a GPU that may round the factors
 of convolutions and matrix products to 10 bits of mantissa."""
+Activation = Literal["softmax", "sigmoid", "none"]
+"""What makes probabilities of logits; with "none", the network's outputs stand for themselves."""
 Resize = Literal["crop", "stretch"]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 
@@ -201,7 +206,7 @@ class Manifest:
     """The description of a bundle, which `manifest.json` holds.
 
     Attributes:
-        format: The version of the format, `FORMAT`.
+        format: The version of the format, `OLDEST_FORMAT` to `FORMAT`.
         name: The network's name.
         input: Channels, height and width of the network's input.
         preprocessing: The steps that turn an image into that input.
@@ -216,6 +221,7 @@ class Manifest:
         plans: Graphs that were built for some GPUs; a CPU needs none.
         kernels: Kernels that were compiled for some GPUs; unset where there are none.
         digest: SHA-256 of the manifest with this field left empty.
+        activation: What makes probabilities of logits; unset in format 1.
     """
 
     format: int
@@ -233,6 +239,12 @@ class Manifest:
     plans: tuple[Plan, ...] = ()
     kernels: tuple[KernelCode, ...] | UnsetType = UNSET
     digest: str = ""
+    activation: Activation | UnsetType = UNSET
+
+    @property
+    def probabilities_by(self) -> Activation:
+        """What makes probabilities of logits."""
+        return "softmax" if self.activation is UNSET else self.activation
 
     @property
     def compiled(self) -> tuple[KernelCode, ...]:

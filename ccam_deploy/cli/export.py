@@ -40,6 +40,14 @@ if TYPE_CHECKING:
 Labels = Annotated[
     Path | None, Option("--labels", "Text file with the names of the classes, one a line.", PATH)
 ]
+ActivationOrNone = Annotated[
+    str | None,
+    Option(
+        "--activation",
+        "What makes probabilities of the outputs; none takes them as they are.",
+        click.Choice(["softmax", "sigmoid", "none"]),
+    ),
+]
 Head = Annotated[
     bool,
     Option("--head", "Add the graph from the last target layer to the logits, for recipro-cam."),
@@ -73,6 +81,9 @@ class ExportOptions:
     inputs: InputOptions
     layers: LayerNames = unset("the recipe's, else the last of each of the last four resolutions")
     labels: Labels = None
+    activation: ActivationOrNone = unset(
+        "the recipe's, else sigmoid for one output or a sigmoid at the end, else softmax"
+    )
     precision: PrecisionOrNone = unset("the recipe's, else fp32")
     head: Head = False
     gradients: Gradients = False
@@ -182,6 +193,8 @@ def _prepare(options: ExportOptions) -> PreparedModel:
     if options.limit:
         pictures = prepared.settings.calibration or photographs()
         changes["calibration"] = pictures[: options.limit]
+    if options.activation:
+        changes["activation"] = options.activation
     if options.head:
         changes["head"] = True
     if options.labels:

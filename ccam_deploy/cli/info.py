@@ -18,6 +18,11 @@ if TYPE_CHECKING:
     from ccam_deploy.bundle.folder import Bundle
     from ccam_deploy.bundle.manifest import Fidelity, Manifest
 
+_SCORES = {
+    "softmax": "softmax of the logits",
+    "sigmoid": "sigmoid of each logit",
+    "none": "the outputs as they are",
+}
 Table = list[tuple[str, ...]]
 
 
@@ -87,6 +92,7 @@ def _facts(manifest: Manifest) -> Table:
         ("mean", ", ".join(f"{value:g}" for value in fit.mean)),
         ("std", ", ".join(f"{value:g}" for value in fit.std)),
         ("classes", f"{manifest.classes}, {'named' if manifest.labels else 'without names'}"),
+        ("scores", _SCORES[manifest.probabilities_by]),
         ("size", f"{size / 1e6:.1f} MB in {len(manifest.files)} files"),
         ("made with", ", ".join(f"{name} {v}" for name, v in manifest.tools.items())),
     ]

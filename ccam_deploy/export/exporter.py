@@ -35,7 +35,8 @@ from ccam_deploy.export.preparation import PreparedModel, prepare_model
 from ccam_deploy.export.program import program_from
 from ccam_deploy.export.quantise import EIGHT_BIT_TYPES, masked_batches, quantise
 from ccam_deploy.export.reference import TorchClassifier
-from ccam_deploy.export.settings import ExportSettings
+from ccam_deploy.export.scores import warn_of_probabilities, with_logits
+from ccam_deploy.export.settings import ExportSettings, labels_of
 from ccam_deploy.export.weight_file import WeightFile, write_graphs
 from ccam_deploy.fidelity.comparison import compare_observations
 from ccam_deploy.fidelity.observation import Observation, observe, save_observation
@@ -122,13 +123,14 @@ def export(
             input=prepared.program.input_shape,
             preprocessing=prepared.preprocessing,
             classes=prepared.program.classes,
-            labels=settings.labels,
+            labels=labels_of(settings, prepared.program),
             layers=tuple(Layer(layer.name, *layer.shape) for layer in prepared.layers),
             precisions=entries,
             random_weights=settings.random_weights,
             source=settings.source or type(model).__name__,
             tools=_tool_versions(),
             files=record_files(folder),
+            activation=prepared.program.activation,
         )
         write_manifest(folder, manifest)
     return read_bundle(output)
@@ -170,12 +172,15 @@ def _reference(prepared: PreparedModel, graphs: Graphs, settings: ExportSettings
     """
     images = prepared.images
     settings.progress(f"explaining {len(images)} calibration images with PyTorch")
-    plain = program_from(prepared.functional, fold=False)
+    plain = with_logits(program_from(prepared.functional, fold=False), settings.activation)
     classifier = TorchClassifier(plain, find_layers(plain, prepared.layer_names))
     probe = np.concatenate([np.zeros_like(images[:1]), images])
     baseline, *logits = classifier.backbone(probe).logits
     if not np.isfinite([baseline, *logits]).all():
         raise SourceError("the model gives NaN or infinite logits on the calibration images")
+    assumed = settings.activation is None and prepared.program.activation == "softmax"
+    if assumed and (line := warn_of_probabilities(np.array(logits))):
+        settings.progress(line)
     observation = observe(classifier, images, prepared.layer_names, graphs=dict(graphs.items()))
     return Reference(observation, tuple(float(value) for value in baseline))
 

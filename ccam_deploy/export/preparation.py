@@ -13,6 +13,7 @@ from ccam_deploy.errors import OptionError
 from ccam_deploy.export.architecture import Model
 from ccam_deploy.export.layers import TargetLayer, find_layers
 from ccam_deploy.export.program import Program, decompose, program_from, trace_model
+from ccam_deploy.export.scores import describe_scores, final_activation, with_logits
 from ccam_deploy.export.settings import (
     INPUT_SIZE,
     ExportSettings,
@@ -72,7 +73,11 @@ def prepare_model(
     if not isinstance(exported, ExportedProgram):
         exported = trace_model(exported, (len(settings.mean), *(input_size or INPUT_SIZE)))
     functional = decompose(exported)
-    program = program_from(functional, keep=layers or ())
+    traced = program_from(functional, keep=layers or ())
+    end = final_activation(traced)
+    program = with_logits(traced, settings.activation)
+    if line := describe_scores(program, end):
+        settings.progress(line)
     validate_settings(settings, program)
     own_size = program.input_shape[1:]
     if input_size and input_size != own_size:

@@ -16,6 +16,7 @@ from torch import fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
+from ccam_deploy.bundle.manifest import Activation
 from ccam_deploy.errors import LoweringError, SourceError, brief
 
 aten: Any = torch.ops.aten
@@ -30,11 +31,15 @@ class Program:
             is its fake tensor, and `meta["nn_module_stack"]` names its module.
         image: The node of the images [B, C, H, W].
         logits: The node of the logits [B, classes].
+        activation: What makes probabilities of the logits.
+        single: Whether the model has one logit z, and `logits` are -z and z.
     """
 
     graph: fx.GraphModule
     image: fx.Node
     logits: fx.Node
+    activation: Activation = "softmax"
+    single: bool = False
 
     @property
     def classes(self) -> int:

@@ -16,6 +16,7 @@ from ccam_deploy.export.layers import find_layers
 from ccam_deploy.export.preparation import prepare_model
 from ccam_deploy.export.program import Program, module_of, program_from
 from ccam_deploy.export.reference import TorchClassifier
+from ccam_deploy.export.scores import with_logits
 from ccam_deploy.export.settings import ExportSettings
 
 _PARAMETER, _BUFFER = "p_", "b_"
@@ -110,8 +111,9 @@ def open_randomised(
         OptionError: A setting does not suit the model.
     """
     # Target layers as an export finds them: where normalisation is folded away.
-    prepared = prepare_model(model, input_size, layers, settings or ExportSettings())
-    unfolded = program_from(prepared.functional, fold=False)
+    settings = settings or ExportSettings()
+    prepared = prepare_model(model, input_size, layers, settings)
+    unfolded = with_logits(program_from(prepared.functional, fold=False), settings.activation)
     return RandomisedClassifier(unfolded, prepared.layer_names, seed), prepared.images
 
 

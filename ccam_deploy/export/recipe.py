@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ccam_deploy.bundle.manifest import (
+    Activation,
     GraphPrecision,
     Interpolation,
     Positive,
@@ -68,6 +69,7 @@ class Recipe(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
         weights: A file beside the recipe; or "package:pattern", the one file of an installed
             package that has a path like this, such as "some_model:models/*.pth".
         pretrained: Arguments of the factory that download trained weights.
+        activation: See ExportSettings.
         labels: Class names; or a text file beside the recipe with one per line; or
             "module:weights", torchvision's weights that list them.
         layers: Names of the target layers; found automatically where empty.
@@ -82,6 +84,7 @@ class Recipe(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     input: InputTable
     weights: str = ""
     pretrained: dict[str, str] = {}
+    activation: Activation | None = None
     labels: list[str] | str = []
     layers: list[str] = []
     precision: PrecisionName = "fp32"
@@ -136,6 +139,7 @@ def recipe_settings(
         resize=recipe.input.resize,
         cover=_cover(recipe.input, size or recipe.input.size),
         interpolation=recipe.input.interpolation,
+        activation=recipe.activation,
         labels=_labels(recipe, folder),
         calibration=calibration,
         tolerance=recipe.tolerance,

@@ -11,6 +11,7 @@ from PIL import Image
 
 from ccam_deploy.arrays import Floats
 from ccam_deploy.bundle.manifest import (
+    Activation,
     GraphPrecision,
     Interpolation,
     Preprocessing,
@@ -27,6 +28,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 INPUT_SIZE = (224, 224)
 COVER = 0.875
 MAX_CALIBRATION_IMAGES = 16
+BINARY_LABELS = ("negative", "positive")
+"""Names of the complement and the class of a single logit, where the user gives none."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,12 @@ class ExportSettings:
         cover: Height and width that an image is scaled to cover before its middle is cut out; by
             default the input's size / 0.875.
         interpolation: The filter that scales images.
-        labels: Names of the classes, in the order of the logits.
+        labels: Names of the classes, in the order of the logits. A model with one logit takes its
+            class's name alone, or those of the complement and the class.
+        activation: What makes probabilities of logits; with "none", the model's outputs are taken
+            as they are. None is the sigmoid for a model with one output or with a sigmoid at its
+            end, and the softmax for all others. A softmax or sigmoid at the end is cut off, so
+            that logits are explained, unless this is "none".
         calibration: Real images for the comparison with PyTorch; by default the package's
             photographs.
         tolerance: Bounds that replace a precision's in ccam_deploy.fidelity.tolerance.
@@ -60,6 +68,7 @@ class ExportSettings:
     cover: tuple[int, int] | None = None
     interpolation: Interpolation = "bilinear"
     labels: tuple[str, ...] = ()
+    activation: Activation | None = None
     calibration: Sequence[Image.Image] = ()
     tolerance: Mapping[GraphPrecision, Mapping[str, float]] = field(default_factory=dict)
     name: str = ""
@@ -78,6 +87,9 @@ class ExportSettings:
             raise OptionError(f"std is {self.std}; every value must be above 0")
         if not all(math.isfinite(value) for value in (*self.mean, *self.std)):
             raise OptionError(f"mean is {self.mean} and std {self.std}; they must be finite")
+        if self.activation not in (None, *get_args(Activation)):
+            known = ", ".join(get_args(Activation))
+            raise OptionError(f'activation is "{self.activation}"; it must be one of {known}')
         for precision, bounds in self.tolerance.items():
             if precision not in (checked := get_args(GraphPrecision)):
                 raise OptionError(
@@ -107,7 +119,7 @@ def validate_settings(settings: ExportSettings, program: Program) -> None:
             f"the model takes {channels} channels, mean and std have {len(settings.mean)} values; "
             f"give {channels} of each"
         )
-    if settings.labels and len(settings.labels) != program.classes:
+    if settings.labels and len(labels_of(settings, program)) != program.classes:
         raise OptionError(
             f"there are {len(settings.labels)} labels for the model's {program.classes} classes"
         )
@@ -118,6 +130,20 @@ def validate_settings(settings: ExportSettings, program: Program) -> None:
             f"cover is {settings.cover}; it must not be smaller than the input "
             f"{program.input_shape[1:]}"
         )
+
+
+def labels_of(settings: ExportSettings, program: Program) -> tuple[str, ...]:
+    """Name the classes, or nothing where they have no names.
+
+    Args:
+        settings: Hold the names that the user gave.
+        program: With a single logit, its classes are a complement and a class.
+    """
+    if not program.single:
+        return settings.labels
+    if len(settings.labels) == 1:
+        return f"not {settings.labels[0]}", settings.labels[0]
+    return settings.labels or BINARY_LABELS
 
 
 def preprocessing_of(settings: ExportSettings, program: Program) -> Preprocessing:

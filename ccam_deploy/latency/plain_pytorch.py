@@ -18,10 +18,12 @@ from scipy.spatial.distance import pdist
 from torch import Tensor, nn
 
 from ccam_deploy.arrays import Classes, Floats
+from ccam_deploy.bundle.manifest import Activation
 from ccam_deploy.export.architecture import Model
 from ccam_deploy.export.autodiff import Recorder
 from ccam_deploy.export.layers import find_layers
 from ccam_deploy.export.program import build_program, trace_model
+from ccam_deploy.export.scores import with_logits
 
 Record = Callable[[Tensor], tuple[Tensor, list[Tensor]]]
 """Maps images [B, C, H, W] to logits and the layers' feature maps, under autograd."""
@@ -123,7 +125,11 @@ class PlainCollectionCAM:
 
 
 def of_model(
-    model: Model, layers: Sequence[str], input_shape: tuple[int, int, int], device: str = "cpu"
+    model: Model,
+    layers: Sequence[str],
+    input_shape: tuple[int, int, int],
+    device: str = "cpu",
+    activation: Activation | None = None,
 ) -> PlainCollectionCAM:
     """Make plain Collection-CAM of a model, with hooks where the layers are modules.
 
@@ -135,6 +141,8 @@ def of_model(
         layers: Names of the target layers, the shallowest first.
         input_shape: Channels, height and width.
         device: PyTorch's name of where to run.
+        activation: Run from the trace, whose logits are those of an export with this activation;
+            None takes the model's outputs as logits.
 
     Returns:
         The explainer.
@@ -145,11 +153,13 @@ def of_model(
     """
     if isinstance(model, nn.Module):
         known = dict(model.named_modules())
-        if all(name in known for name in layers):
+        if activation is None and all(name in known for name in layers):
             model.eval().to(device)
             return PlainCollectionCAM(model, hooks(model, layers), device)
         model = trace_model(model, input_shape)
     program = build_program(model, keep=layers, fold=False)
+    if activation is not None:
+        program = with_logits(program, activation)
     nodes = [layer.node for layer in find_layers(program, layers)]
     program.graph.to(device)
 

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ccam_deploy.arrays import Classes, Floats
+from ccam_deploy.bundle.manifest import Activation
 from ccam_deploy.engines import Activations, Classifier
 from ccam_deploy.engines.base import row_chunks
 from ccam_deploy.errors import BackendError, OptionError
@@ -34,6 +35,7 @@ class Batch:
         chunk: The most masks or other inputs that a method makes at a time.
         mean: Per channel, of pixels in [0, 1], that the images were normalised with.
         std: Per channel, of pixels in [0, 1], that the images were normalised with.
+        activation: What makes probabilities of logits.
     """
 
     images: Floats
@@ -45,6 +47,7 @@ class Batch:
     chunk: int
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
+    activation: Activation = "softmax"
 
     @property
     def size(self) -> tuple[int, int]:
@@ -248,6 +251,7 @@ class Context:
         batch_size: The most pairs, and the most inputs that a method makes, at a time.
         mean: Per channel, of pixels in [0, 1], that images are normalised with.
         std: Per channel, of pixels in [0, 1], that images are normalised with.
+        activation: What makes probabilities of logits.
     """
 
     classifier: Classifier
@@ -256,6 +260,7 @@ class Context:
     batch_size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    activation: Activation
 
     def batch(
         self, images: Floats, activations: Activations, owner: Classes, targets: Classes
@@ -271,6 +276,7 @@ class Context:
             self.batch_size,
             self.mean,
             self.std,
+            self.activation,
         )
 
 

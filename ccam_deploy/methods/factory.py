@@ -40,6 +40,7 @@ class MethodFactory:
             batch_size,
             manifest.preprocessing.mean,
             manifest.preprocessing.std,
+            manifest.probabilities_by,
         )
         self.on_device: DeviceCollectionCAM | None = None
         self.forwards: DeviceForwards | None = None

@@ -21,7 +21,7 @@ class ReciproCAM(Method):
     It needs no gradient, and all classes of an image share its passes through the head.
 
     Attributes:
-        score: The score of a place: the softmax probability of the class, as in the authors'
+        score: The score of a place: the probability of the class, as in the authors'
             code, or its logit, as in OpenVINO XAI.
     """
 
@@ -51,7 +51,7 @@ class ReciproCAM(Method):
                 with clock.stage("combine"):
                     for pair in pairs:
                         classes = np.full(len(places), batch.targets[pair])
-                        maps[pair, places] = score_of(self.score, logits, classes)
+                        maps[pair, places] = score_of(self.score, logits, classes, batch.activation)
         with clock.stage("combine"):
             raw = cpu.upsample(maps.reshape(-1, height, width), batch.size)
             return MethodResult.of_maps(raw)

@@ -31,7 +31,7 @@ class RISE(Method):
         cells: How many cells a mask has along each side.
         p: The probability that a cell is kept, in (0, 1].
         seed: Seed of the random numbers.
-        score: What F_c is: the softmax probability of the class, or its logit.
+        score: What F_c is: the probability of the class, or its logit.
         file: A .npy file of masks [N, H, W] in [0, 1] to use instead of random ones.
     """
 
@@ -76,7 +76,7 @@ class RISE(Method):
                 with clock.stage("combine"):
                     for pair in pairs:
                         classes = np.full(len(masks), batch.targets[pair])
-                        scores = score_of(self.score, logits, classes)
+                        scores = score_of(self.score, logits, classes, batch.activation)
                         total[pair] += np.einsum("n,np->p", scores, masks.reshape(len(masks), -1))
         with clock.stage("combine"):
             mean = (total / (count * self.p)).astype(np.float32)

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ccam_deploy.arrays import Classes, Doubles, Floats
+from ccam_deploy.bundle.manifest import Activation
 from ccam_deploy.engines import Classifier
 from ccam_deploy.engines.base import row_chunks
 from ccam_deploy.errors import OptionError
@@ -56,7 +57,7 @@ class ScoreCAM(Method):
             raise not_finite(batch.layers[place])
         scores, counted = self._score(classifier, batch, features, clock)
         with clock.stage("combine"):
-            base = self.base_scores(batch.baseline, batch.targets)[:, None]
+            base = self.base_scores(batch.baseline, batch.targets, batch.activation)[:, None]
             gains = np.where(counted, scores - base, np.float32(0))
             if self.weights == "softmax":
                 weights = np.stack(list(map(cpu.softmax, scores, counted)))
@@ -76,18 +77,19 @@ class ScoreCAM(Method):
         """What a channel is scored by."""
         return "probability" if self.weights == "probability" else "logit"
 
-    def base_scores(self, baseline: Floats, targets: Classes) -> Floats:
+    def base_scores(self, baseline: Floats, targets: Classes, activation: Activation) -> Floats:
         """Score an input of zeros for each pair.
 
         Args:
             baseline: [classes] float32, its logits.
             targets: [P] int64, the class of each pair.
+            activation: What makes probabilities of logits.
 
         Returns:
             [P] float32.
         """
         rows = np.broadcast_to(baseline, (len(targets), len(baseline)))
-        return score_of(self.score, rows, targets)
+        return score_of(self.score, rows, targets, activation)
 
     def most_varied(self, spread: Doubles) -> NDArray[np.intp]:
         """Choose the channels to use among those that are not flat.
@@ -130,7 +132,7 @@ class ScoreCAM(Method):
                 for pair in np.flatnonzero(np.isin(batch.owner, shown)):
                     masked = image == batch.owner[pair]
                     classes = np.full(np.count_nonzero(masked), batch.targets[pair])
-                    values = score_of(self.score, logits[masked], classes)
+                    values = score_of(self.score, logits[masked], classes, batch.activation)
                     scores[pair, channel[masked]] = values
                     counted[pair, channel[masked]] = True
         return scores, counted

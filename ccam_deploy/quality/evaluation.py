@@ -13,6 +13,7 @@ import numpy as np
 
 from ccam_deploy import __version__
 from ccam_deploy.bundle.folder import digest_without_plans
+from ccam_deploy.bundle.manifest import Activation
 from ccam_deploy.engines.base import row_chunks
 from ccam_deploy.engines.tensorrt import library
 from ccam_deploy.errors import DatasetError, ImageError, OptionError
@@ -111,6 +112,7 @@ class Evaluation:
             "bundle": explainer.bundle.manifest.name,
             "backend": explainer.networks.backend,
             "precision": explainer.precision,
+            "activation": self._activation,
             "batch_size": explainer.batch_size,
             "dataset": dataset,
             "methods": {variant.name: variant.describe() for variant in self.variants},
@@ -162,6 +164,11 @@ class Evaluation:
                     yield len(places)
 
     @property
+    def _activation(self) -> Activation:
+        """What makes probabilities of logits."""
+        return self.explainer.bundle.manifest.probabilities_by
+
+    @property
     def _digest(self) -> str:
         """The digest of the files that values depend on; plans count where plans run."""
         manifest = self.explainer.bundle.manifest
@@ -204,7 +211,7 @@ class Evaluation:
         targets = predicted
         if self.settings.target == "label":
             targets = np.array([entry.item.target for entry in opened], np.int64)
-        before = metrics.probabilities(logits, targets)
+        before = metrics.class_probabilities(logits, targets, self._activation)
         return Group(tuple(opened), images, targets, predicted, before)
 
     def _measure(self, places: Sequence[int], group: Group | None, variant: Variant) -> list[Row]:
@@ -217,7 +224,9 @@ class Evaluation:
         explainer = self.explainer
         saliency = variant.explain(explainer, group.images, group.targets.tolist()).saliency
         protocol = PROTOCOLS[self.settings.protocol]
-        scoring = Scoring(explainer.networks, self.metrics, protocol, explainer.batch_size)
+        scoring = Scoring(
+            explainer.networks, self.metrics, protocol, explainer.batch_size, self._activation
+        )
         values, curves = scoring.score(group, saliency)
         return [
             Row(

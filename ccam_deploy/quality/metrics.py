@@ -13,11 +13,12 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 from scipy.ndimage import correlate1d, gaussian_filter1d
-from scipy.special import softmax
 
 from ccam_deploy.arrays import Classes, Doubles, Floats
+from ccam_deploy.bundle.manifest import Activation
 from ccam_deploy.engines.base import row_chunks
 from ccam_deploy.errors import OptionError
+from ccam_deploy.methods.scores import probabilities
 
 CurveName = Literal["deletion", "insertion"]
 
@@ -45,7 +46,7 @@ class Metric:
 
 METRICS = {
     "average-drop": Metric(
-        "100·relu(y − o)/y, with y the softmax probability of the explained class for the image "
+        "100·relu(y − o)/y, with y the probability of the explained class for the image "
         "and o that for the image times the map scaled to [0, 1] (Ha & Youn 2022, eq. 26); "
         "0 where y is 0",
         high=False,
@@ -108,7 +109,7 @@ _AREA = "; area = (sum − first/2 − last/2)/(n − 1) of the n probabilities"
 PROTOCOLS = {
     "paper": CurveProtocol(
         "paper",
-        f"{_CURVES}insertion starts from zeros; softmax probability of the explained class{_AREA} "
+        f"{_CURVES}insertion starts from zeros; probability of the explained class{_AREA} "
         "(Ha & Youn 2022; it names no formula for the area, this is RISE's)",
         blurred=False,
         predicted=False,
@@ -116,7 +117,7 @@ PROTOCOLS = {
     "rise": CurveProtocol(
         "rise",
         f"{_CURVES}insertion starts from the image blurred by an {_BLUR_SIZE}×{_BLUR_SIZE} "
-        f"Gaussian of sigma {_BLUR_SIGMA:g}; softmax probability of the best class of the whole "
+        f"Gaussian of sigma {_BLUR_SIGMA:g}; probability of the best class of the whole "
         f"image{_AREA} (Petsiuk et al. 2018)",
         blurred=True,
         predicted=True,
@@ -141,17 +142,18 @@ def reject_unknown(names: Sequence[str], protocol: str) -> None:
         raise OptionError(f'protocol "{protocol}" is unknown; there are {", ".join(PROTOCOLS)}')
 
 
-def probabilities(logits: Floats, classes: Classes) -> Doubles:
-    """Compute the softmax probability of one class of each row.
+def class_probabilities(logits: Floats, classes: Classes, activation: Activation) -> Doubles:
+    """Compute the probability of one class of each row.
 
     Args:
         logits: [N, all classes] float32.
         classes: [N] int64.
+        activation: What makes probabilities of logits.
 
     Returns:
-        [N] float64 in [0, 1].
+        [N] float64; in [0, 1] unless the activation is "none".
     """
-    every: Doubles = softmax(logits.astype(np.float64), axis=1)
+    every = probabilities(logits.astype(np.float64), activation)
     return every[np.arange(len(classes)), classes]
 
 
@@ -221,6 +223,7 @@ def curves(
     protocol: CurveProtocol,
     curve: CurveName,
     chunk: int,
+    activation: Activation = "softmax",
 ) -> Doubles:
     """Compute the probability of each image's class as pixels are deleted or inserted.
 
@@ -232,9 +235,10 @@ def curves(
         protocol: How an image changes.
         curve: Whether pixels are deleted or inserted.
         chunk: How many changed images exist, and go through the engine, at a time.
+        activation: What makes probabilities of logits.
 
     Returns:
-        [B, n] float64 in [0, 1], from no pixel changed to all, n = 1 + ceil(H / protocol.rows).
+        [B, n] float64, from no pixel changed to all, n = 1 + ceil(H / protocol.rows).
     """
     count, _, height, width = images.shape
     step = protocol.rows * width
@@ -252,7 +256,7 @@ def curves(
             mixed = np.where(changed[:, None], images[owner], start[owner])
             whole = np.ones(changed.shape, np.float32)
             logits = scorer.masked_logits(mixed, whole, np.arange(len(mixed), dtype=np.int64))
-        values[rows] = probabilities(logits, classes[owner])
+        values[rows] = class_probabilities(logits, classes[owner], activation)
     return values.reshape(count, points)
 
 

@@ -36,7 +36,7 @@ class Row:
         name: Its name in the data set; the file has it on one line, see one_line.
         method: The variant's name.
         target: The class that was explained; -1 where the image could not be read.
-        probability: The softmax probability of that class for the whole image.
+        probability: The probability of that class for the whole image.
         values: Percent by metric; NaN where the image has no boxes or could not be read.
         curves: [n] float64 probabilities along the deletion and the insertion curve, where they
             were measured.

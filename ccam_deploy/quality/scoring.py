@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ccam_deploy.arrays import Classes, Doubles, Floats
+from ccam_deploy.bundle.manifest import Activation
 from ccam_deploy.quality import metrics
 from ccam_deploy.quality.datasets import Item
 from ccam_deploy.quality.metrics import TOLERANCE, CurveProtocol, Scorer
@@ -40,7 +41,7 @@ class Group:
         images: [B, C, H, W] float32, preprocessed.
         targets: [B] int64, the classes that are explained.
         predicted: [B] int64, the classifier's best classes.
-        before: [B] float64, the softmax probability of the target for the whole image.
+        before: [B] float64, the probability of the target for the whole image.
     """
 
     opened: tuple[OpenedImage, ...]
@@ -59,12 +60,14 @@ class Scoring:
         metrics: Names among metrics.METRICS.
         protocol: How the curves change an image.
         chunk: How many images go through an engine at a time.
+        activation: What makes probabilities of logits.
     """
 
     scorer: Scorer
     metrics: Collection[str]
     protocol: CurveProtocol
     chunk: int
+    activation: Activation = "softmax"
 
     def score(
         self, group: Group, saliency: Floats
@@ -90,7 +93,7 @@ class Scoring:
         if not {"average-drop", "average-increase"} & set(self.metrics):
             return {}
         logits = metrics.masked_logits(self.scorer, group.images, saliency, self.chunk)
-        after = metrics.probabilities(logits, group.targets)
+        after = metrics.class_probabilities(logits, group.targets, self.activation)
         return {
             "average-drop": metrics.average_drop(group.before, after),
             "average-increase": metrics.average_increase(group.before, after),
@@ -101,7 +104,14 @@ class Scoring:
         needed = [curve for curve in CURVES if {curve, "overall"} & set(self.metrics)]
         return {
             curve: metrics.curves(
-                self.scorer, group.images, saliency, classes, self.protocol, curve, self.chunk
+                self.scorer,
+                group.images,
+                saliency,
+                classes,
+                self.protocol,
+                curve,
+                self.chunk,
+                self.activation,
             )
             for curve in needed
         }

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import UNSET
 
 from ccam_deploy.bundle.folder import (
     _decode,
@@ -179,12 +180,24 @@ def test_what_is_no_bundle(folder: Path) -> None:
 
 
 def test_another_format_is_named_whatever_else_it_holds(folder: Path) -> None:
-    for content in ({"format": 2}, {**_json(folder), "format": 2}):
+    for content in ({"format": 3}, {**_json(folder), "format": 3}, {"format": 0}):
         (folder / "manifest.json").write_text(json.dumps(content))
         with pytest.raises(
-            ManifestError, match=r"has format 2, this version reads 1; export it again"
+            ManifestError, match=r"has format \d, this version reads 1 to 2; export it again"
         ):
             read_bundle(folder)
+
+
+def test_the_format_before_is_read_as_it_was_meant(folder: Path) -> None:
+    """Its manifest has no activation, and its digest is still right."""
+    assert _manifest(folder).activation == "softmax"
+    write_manifest(folder, replace(_manifest(folder), format=1, activation=UNSET))
+    assert "activation" not in _json(folder)
+    manifest = read_bundle(folder).manifest
+    assert (manifest.format, manifest.probabilities_by) == (1, "softmax")
+    write_manifest(folder, replace(manifest, format=2))
+    with pytest.raises(ManifestError, match=r"format 2 goes with activation UNSET"):
+        read_bundle(folder)
 
 
 def _json(folder: Path) -> dict[str, Any]:

@@ -55,7 +55,7 @@ class Run:
     gradients: tuple[NDArray[Any], ...] = ()
     logits: NDArray[Any] | None = None
     codes: tuple[int, ...] = ()
-    probability: bool = False
+    scoring: str = "logit"
     given: Arrays = field(default_factory=dict)
     size: tuple[int, int] = (8, 8)
     k_min: int = 2
@@ -107,10 +107,10 @@ def simulate(run: Run) -> Arrays:
     )
     stream = cuda.stream()
     extra: dict[str, tuple[Any, ...]] = {
-        "output_gradient": (head, run.gradient_scale, run.probability),
+        "output_gradient": (head, run.gradient_scale, run.scoring),
         "statistics": (run.gradient_scale,),
         "partition": (run.standardise,),
-        "scores": (head.logits, run.probability),
+        "scores": (head.logits, run.scoring),
     }
     for stage in run.stages:
         getattr(kernels, stage)(inputs, *extra.get(stage, ()), stream)

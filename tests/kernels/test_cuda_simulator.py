@@ -378,8 +378,11 @@ def classes_by_logit(logits: NDArray[np.generic]) -> NDArray[np.int64]:
     return np.argsort(-logits.astype(np.float32), axis=1, kind="stable")
 
 
-def probabilities_of(logits: NDArray[np.generic]) -> NDArray[np.float64]:
-    return special.softmax(logits.astype(np.float64), axis=1)
+SCORES: dict[str, Callable[[NDArray[np.float64]], NDArray[np.float64]]] = {
+    "logit": lambda logits: logits,
+    "softmax": lambda logits: special.softmax(logits, axis=1),
+    "sigmoid": special.expit,
+}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -390,9 +393,9 @@ def test_images_are_cast(device: Device, dtype: str) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "threads"), [("float32", 32), ("float16", 64)])
-@pytest.mark.parametrize("probability", [False, True])
+@pytest.mark.parametrize("scoring", SCORES)
 def test_output_gradient_matches_numpy(
-    device: Device, dtype: str, threads: int, probability: bool
+    device: Device, dtype: str, threads: int, scoring: str
 ) -> None:
     """Given classes and ranks, among equal, infinite and undefined logits."""
     logits = (np.random.default_rng(2).standard_normal((3, 70)) * 3).astype(dtype)
@@ -400,7 +403,7 @@ def test_output_gradient_matches_numpy(
     logits[2] -= 40
     owner, codes = (2, 0, 1, 1, 1, 0), (69, -1, -2, -32, -70, -3)
     run = Run(((4, 1, 1),), ("output_gradient",), owner, logits=logits, codes=codes)
-    run = replace(run, gradient_scale=1024.0, probability=probability, threads=threads)
+    run = replace(run, gradient_scale=1024.0, scoring=scoring, threads=threads)
     out = device(run)
     ranked = classes_by_logit(logits)
     targets = [
@@ -408,9 +411,11 @@ def test_output_gradient_matches_numpy(
     ]
     assert out["targets"][:6].tolist() == targets
     gradient = np.eye(70)[targets]
-    if probability:
-        p = probabilities_of(logits)[list(owner)]
+    p = SCORES[scoring](logits.astype(np.float64))[list(owner)]
+    if scoring == "softmax":
         gradient = p[np.arange(6), targets][:, None] * (gradient - p)
+    elif scoring == "sigmoid":
+        gradient *= p * (1 - p)
     assert out["gradient"].dtype == dtype
     exact = 1e-5 if dtype == "float32" else 1e-3
     np.testing.assert_allclose(out["gradient"], 1024 * gradient, rtol=exact, atol=1e-6)
@@ -433,17 +438,17 @@ def test_undefined_logits_come_last(device: Device) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "threads"), [("float32", 64), ("float16", 32)])
-@pytest.mark.parametrize("probability", [False, True])
+@pytest.mark.parametrize("scoring", SCORES)
 def test_masks_get_the_score_of_their_pairs_class(
-    device: Device, dtype: str, threads: int, probability: bool
+    device: Device, dtype: str, threads: int, scoring: str
 ) -> None:
     """From a batch that ends after the last mask."""
     logits = (np.random.default_rng(4).standard_normal((10, 40)) * 4 - 50).astype(dtype)
     targets, pairs = np.array([39, 0, 7]), np.array([0, 0, 0, 1, 1, 2, 2, 2])
     given: Arrays = {"targets": targets, "starts": np.array([0, 2, 3, 3, 5, 5, 8])}
     run = Run(((4, 1, 1),) * 2, ("scores",), (0, 1, 0), logits=logits, given=given)
-    out = device(replace(run, probability=probability, threads=threads))
-    values = probabilities_of(logits) if probability else logits
+    out = device(replace(run, scoring=scoring, threads=threads))
+    values = SCORES[scoring](logits.astype(np.float64))
     wanted = values[np.arange(8), targets[pairs]]
     np.testing.assert_allclose(out["scores"][:8], wanted, rtol=1e-5)
     assert np.isnan(out["scores"][8:]).all()

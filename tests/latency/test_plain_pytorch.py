@@ -18,8 +18,8 @@ from ccam_deploy.export.program import build_program, trace_model
 from ccam_deploy.export.sources import load_model
 from ccam_deploy.export.torchscript import ScriptedModel
 from ccam_deploy.latency import plain_pytorch
-from tests.helpers import DIGITS_LAYERS, example_pictures
-from tests.networks import digits_model, tiny
+from tests.helpers import DIGITS_LAYERS, example_pictures, noise
+from tests.networks import Ended, digits_model, tiny
 
 MODELS = ("module", "program", "script")
 
@@ -61,6 +61,16 @@ def layers_of(script: Model) -> list[str]:
     assert isinstance(script, ScriptedModel)
     program = build_program(trace_model(script, (3, 96, 96)))
     return [layer.name for layer in find_layers(program)]
+
+
+def test_logits_as_an_export_finds_them() -> None:
+    """One probability is the two logits that the bundle has."""
+    model = Ended(torch.sigmoid, 1).eval()
+    peer = plain_pytorch.of_model(model, ["net.relu2"], (3, 32, 48), activation="sigmoid")
+    images = noise(2, 3, 32, 48)
+    with torch.no_grad():
+        z = model.net(torch.from_numpy(images)).numpy()
+    np.testing.assert_allclose(peer.logits(images), np.concatenate([-z, z], 1), atol=1e-6)
 
 
 def test_another_model_is_refused() -> None:

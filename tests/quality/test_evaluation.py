@@ -23,6 +23,7 @@ from ccam_deploy.quality.evaluation import Evaluation, EvaluationSettings, draw_
 from ccam_deploy.quality.metrics import METRICS
 from ccam_deploy.quality.results import RESULTS, Row
 from ccam_deploy.quality.variants import Variant, make_variants
+from tests.bundles import activated
 from tests.networks import digits_model
 from tests.quality.scorers import LinearScorer
 
@@ -120,6 +121,18 @@ def test_maps_have_the_values_worked_by_hand(
     for row in rows:
         assert row.probability == pytest.approx(0.5)
         assert row.values == pytest.approx(dict(zip(METRICS, expected, strict=True)), abs=1e-4)
+
+
+def test_outputs_that_are_no_logits_stand_for_themselves(tiny_bundle: Path, tmp_path: Path) -> None:
+    folder = activated(tiny_bundle, tmp_path / "copy", "none")
+    contender = GivenMap("given", ccam.CollectionCAM(), saliency=RIGHT)
+    settings = EvaluationSettings(target="label")
+    data = Halves([Image.new("L", (2, 16))])
+    measured = Evaluation(sum_of_pixels(folder), data, [contender], settings)
+    (row,) = finished(measured, tmp_path / "results")
+    assert row.probability == pytest.approx(0, abs=1e-6)
+    np.testing.assert_allclose(row.curves["deletion"], [0, -np.log(3), 0], atol=1e-6)
+    np.testing.assert_allclose(row.curves["insertion"], [0, np.log(3), 0], atol=1e-6)
 
 
 def make(explainer: ccam.Explainer, **settings: object) -> Evaluation:

@@ -181,11 +181,20 @@ def test_no_more_than_a_chunk_is_held(curve: CurveName) -> None:
     np.testing.assert_allclose(results[1], results[2], atol=1e-6)
 
 
+def test_other_activations_are_pytorchs() -> None:
+    logits = np.array([[1.5, -800, 3], [0, 40, 800]], np.float32)
+    classes = np.array([0, 1])
+    expected = torch.from_numpy(logits).double().sigmoid()[[0, 1], [0, 1]]
+    got = metrics.class_probabilities(logits, classes, "sigmoid")
+    np.testing.assert_allclose(got, expected, rtol=1e-12)
+    assert metrics.class_probabilities(logits, classes, "none").tolist() == [1.5, 40]
+
+
 def test_softmax_is_pytorchs() -> None:
     logits = 40 * noise(6, 4)
     expected = torch.from_numpy(logits).double().softmax(1).numpy()
     classes = np.array([0, 1, 2, 3, 0, 1])
-    got = metrics.probabilities(logits, classes)
+    got = metrics.class_probabilities(logits, classes, "softmax")
     np.testing.assert_allclose(got, expected[np.arange(6), classes], rtol=1e-12)
 
 
@@ -199,8 +208,10 @@ def test_drop_and_increase_by_hand() -> None:
 def test_map_of_ones_changes_nothing() -> None:
     scorer, images = random_scorer((3, 8, 8)), noise(5, 3, 8, 8)
     ones, classes = np.ones((5, 8, 8), np.float32), np.arange(5) % 3
-    before = metrics.probabilities(metrics.masked_logits(scorer, images, ones, 2), classes)
-    expected = metrics.probabilities(scorer.logits(images), classes)
+    before = metrics.class_probabilities(
+        metrics.masked_logits(scorer, images, ones, 2), classes, "softmax"
+    )
+    expected = metrics.class_probabilities(scorer.logits(images), classes, "softmax")
     np.testing.assert_array_equal(before, expected)
     np.testing.assert_array_equal(metrics.average_drop(before, expected), np.zeros(5))
     np.testing.assert_array_equal(metrics.average_increase(before, expected), np.zeros(5))

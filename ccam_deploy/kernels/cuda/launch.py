@@ -74,6 +74,10 @@ class Head:
     gradient: Array
 
 
+SCORINGS = {"logit": scores.LOGIT, "softmax": scores.SOFTMAX, "sigmoid": scores.SIGMOID}
+"""How a kernel knows what methods.scores.Scoring names."""
+
+
 @dataclass(frozen=True)
 class Threads:
     """Threads per block, multiples of 32. Results do not depend on them."""
@@ -116,7 +120,7 @@ class CollectionKernels:
         scores.gather[grid, self.threads.combine, stream](source, inputs.owner, target)
 
     def output_gradient(
-        self, inputs: Inputs, head: Head, gradient_scale: float, probability: bool, stream: Any
+        self, inputs: Inputs, head: Head, gradient_scale: float, scoring: str, stream: Any
     ) -> None:
         """Each pair's class, and the gradient of its score times the scale."""
         scores.output_gradient[inputs.pairs, self.threads.scores, stream](
@@ -124,7 +128,7 @@ class CollectionKernels:
             inputs.owner,
             head.codes,
             np.float32(gradient_scale),
-            int(probability),
+            SCORINGS[scoring],
             self.buffers.targets,
             head.gradient,
         )
@@ -218,7 +222,7 @@ class CollectionKernels:
             b.owner_of_mask,
         )
 
-    def scores(self, inputs: Inputs, logits: Array, probability: bool, stream: Any) -> None:
+    def scores(self, inputs: Inputs, logits: Array, scoring: str, stream: Any) -> None:
         """Scores of the masks, from the logits [rows, classes] of their images."""
         scores.mask_scores[logits.shape[0], self.threads.scores, stream](
             logits,
@@ -226,7 +230,7 @@ class CollectionKernels:
             self.buffers.targets,
             inputs.pairs,
             len(self.geometry.layers),
-            int(probability),
+            SCORINGS[scoring],
             self.buffers.scores,
         )
 

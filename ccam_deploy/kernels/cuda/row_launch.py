@@ -11,7 +11,7 @@ from typing import Any
 
 from ccam_deploy.kernels.cuda import channels, combine, grids, rows, scores
 from ccam_deploy.kernels.cuda.collectives import WARP, Array
-from ccam_deploy.kernels.cuda.launch import Threads
+from ccam_deploy.kernels.cuda.launch import SCORINGS, Threads
 from ccam_deploy.kernels.cuda.row_buffers import Channels, Chunk, Grids, Lines, Maps, RunInputs
 
 WEIGHTINGS = {
@@ -46,8 +46,8 @@ class ForwardKernels:
         grid = -(-target.shape[0] // self.threads.combine)
         scores.cast[grid, self.threads.combine, stream](images, target)
 
-    def scores(self, probability: bool, stream: Any) -> None:
-        """Scores of the chunk's rows, for every pair of their images."""
+    def scores(self, scoring: str, stream: Any) -> None:
+        """Scores of the chunk's rows, for every pair of their images; see SCORINGS."""
         run, chunk = self.run, self.chunk
         grid = chunk.item.shape[0], self.pairs
         rows.row_scores[grid, self.threads.scores, stream](
@@ -57,7 +57,7 @@ class ForwardKernels:
             chunk.item,
             run.pair_owner,
             run.targets,
-            int(probability),
+            SCORINGS[scoring],
             chunk.scores,
         )
 

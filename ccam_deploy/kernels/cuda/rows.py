@@ -7,15 +7,13 @@ chunks are the same, and one CUDA graph serves them all.
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 from numba import cuda
 
 from ccam_deploy.kernels.cuda.collectives import MOST_WARPS, Array
 from ccam_deploy.kernels.cuda.kept import kernel
 from ccam_deploy.kernels.cuda.row_buffers import NEXT, PAIRS
-from ccam_deploy.kernels.cuda.scores import softmax_terms
+from ccam_deploy.kernels.cuda.scores import score_of
 
 NOTHING = np.int32(-1)
 
@@ -28,7 +26,7 @@ def row_scores(
     item: Array,
     pair_owner: Array,
     targets: Array,
-    probability: int,
+    scoring: int,
     scores: Array,
 ) -> None:
     """Score each row for the pairs of its image. One block per row and pair: grid (n, P).
@@ -40,17 +38,14 @@ def row_scores(
         item: [n] int32, the mask of each row; -1 for padding.
         pair_owner: [P] int32, the image of each pair.
         targets: [P] int64, classes.
-        probability: 0 where the score is the logit, 1 where it is the softmax probability.
+        scoring: LOGIT, SOFTMAX or SIGMOID of `scores`.
         scores: [P, n] float32, written where the row shows the pair's image.
     """
     scratch = cuda.shared.array(MOST_WARPS, np.float32)
     row, pair = cuda.blockIdx.x, cuda.blockIdx.y
     if pair >= progress[PAIRS] or item[row] < 0 or owner[row] != pair_owner[pair]:
         return
-    score = np.float32(logits[row, targets[pair]])
-    if probability != 0:
-        highest, total = softmax_terms(logits[row], scratch)
-        score = math.exp(score - highest) / total
+    score = score_of(logits[row], targets[pair], scoring, scratch)
     if cuda.threadIdx.x == 0:
         scores[pair, row] = score
 

@@ -21,6 +21,9 @@ from ccam_deploy.kernels.cuda.masks import holder
 INFINITY = np.float32(np.inf)
 NO_CLASS = np.int32(2**31 - 1)
 
+LOGIT, SOFTMAX, SIGMOID = range(3)
+"""How the score of a class is computed of logits."""
+
 
 @kernel
 def cast(values: Array, target: Array) -> None:
@@ -56,7 +59,7 @@ def output_gradient(
     owner: Array,
     codes: Array,
     scale: float,
-    probability: int,
+    scoring: int,
     targets: Array,
     gradient: Array,
 ) -> None:
@@ -68,7 +71,7 @@ def output_gradient(
         codes: [P] int32, a class, or -1 - r for the class of rank r by its logit, from 0; of equal
             logits, the lower class comes first.
         scale: A float32 that the gradient is multiplied by.
-        probability: 0 where the score is the logit, 1 where it is the softmax probability.
+        scoring: LOGIT, SOFTMAX or SIGMOID: the score is the logit, or what that makes of it.
         targets: [P] int64, written: classes; 0 where undefined logits leave none of that rank.
         gradient: [P, classes] float32 or float16, written: ∂score/∂logits times the scale.
     """
@@ -81,13 +84,18 @@ def output_gradient(
     if cuda.threadIdx.x == 0:
         targets[pair] = target
     highest, total, share = np.float32(0), np.float32(1), np.float32(0)
-    if probability != 0:
+    if scoring == SOFTMAX:
         highest, total = softmax_terms(image_logits, scratch)
         share = math.exp(np.float32(image_logits[target]) - highest) / total
+    elif scoring == SIGMOID:
+        logit = np.float32(image_logits[target])
+        share = sigmoid(logit) * sigmoid(-logit)
     for place in range(cuda.threadIdx.x, image_logits.shape[0], cuda.blockDim.x):
         value = np.float32(1) if place == target else np.float32(0)
-        if probability != 0:
+        if scoring == SOFTMAX:
             value = share * (value - math.exp(np.float32(image_logits[place]) - highest) / total)
+        elif scoring == SIGMOID:
+            value *= share
         written[place] = scale * value
 
 
@@ -98,7 +106,7 @@ def mask_scores(
     targets: Array,
     pairs: int,
     layers: int,
-    probability: int,
+    scoring: int,
     scores: Array,
 ) -> None:
     """Score each masked image for its pair's class. One block per row of the logits.
@@ -109,7 +117,7 @@ def mask_scores(
         targets: [P] int64, classes.
         pairs: How many of the P are in use.
         layers: L.
-        probability: As for `output_gradient`.
+        scoring: As for `output_gradient`.
         scores: [n] float32, written.
     """
     scratch = cuda.shared.array(MOST_WARPS, np.float32)
@@ -117,10 +125,7 @@ def mask_scores(
     if mask >= starts[pairs * layers]:
         return
     target = targets[holder(starts, pairs * layers, mask) // layers]
-    score = np.float32(logits[mask, target])
-    if probability != 0:
-        highest, total = softmax_terms(logits[mask], scratch)
-        score = math.exp(score - highest) / total
+    score = score_of(logits[mask], target, scoring, scratch)
     if cuda.threadIdx.x == 0:
         scores[mask] = score
 
@@ -143,6 +148,24 @@ def class_of_rank(logits: Array, rank: int) -> Number:
         ranked = block_min(ranked if value == best else NO_CLASS, classes)
         value = best
     return ranked if ranked != NO_CLASS else np.int32(0)
+
+
+@cuda.jit(device=True)
+def score_of(logits: Array, target: int, scoring: int, scratch: Array) -> Number:
+    """The score of a class, from the logits of one image."""
+    score = np.float32(logits[target])
+    if scoring == SOFTMAX:
+        highest, total = softmax_terms(logits, scratch)
+        score = math.exp(score - highest) / total
+    elif scoring == SIGMOID:
+        score = sigmoid(score)
+    return score
+
+
+@cuda.jit(device=True)
+def sigmoid(logit: Number) -> Number:
+    """1 / (1 + e^-x), whose exponential may overflow to infinity and so give 0."""
+    return np.float32(1) / (np.float32(1) + math.exp(-logit))
 
 
 @cuda.jit(device=True)

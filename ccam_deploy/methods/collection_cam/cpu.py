@@ -23,7 +23,7 @@ from ccam_deploy.methods.base import (
     not_finite,
     places_of,
 )
-from ccam_deploy.methods.scores import Score, probabilities, require_score, score_of
+from ccam_deploy.methods.scores import Score, require_score, score_gradient, score_of
 from ccam_deploy.methods.stopwatch import Stopwatch
 
 _MOST_COLLECTIONS = 1024
@@ -55,7 +55,7 @@ class CollectionCAM(Method):
         theta: Mask values not above this quantile become 0; in [0, 1).
         k_min: The fewest collections that a layer may have.
         k_max: The most collections that a layer may have, at most 1024.
-        score: What F_c is: the logit of the class, or its softmax probability.
+        score: What F_c is: the logit of the class, or its probability.
         standardise: Scale the channel statistics to equal deviation before they are clustered.
         layers: Use only these target layers; empty for all. The deepest counts as the final one.
     """
@@ -113,7 +113,7 @@ class CollectionCAM(Method):
             raw = weighted.result()
             weights = tuple(map(cpu.softmax, scores, counted))
             rows = np.broadcast_to(batch.baseline, (len(scores), len(batch.baseline)))
-            base = score_of(self.score, rows, batch.targets)
+            base = score_of(self.score, rows, batch.targets, batch.activation)
             mic = tuple(
                 np.where(is_counted, pair_scores - zero_score, np.float32(0))
                 for pair_scores, is_counted, zero_score in zip(scores, counted, base, strict=True)
@@ -128,11 +128,8 @@ class CollectionCAM(Method):
 
     def _output_gradient(self, batch: Batch) -> Floats:
         """The gradient of F_c at the logits, [P, classes] float32."""
-        if self.score == "logit":
-            return batch.one_hot
-        shares = probabilities(batch.activations.logits[batch.owner])
-        target_shares = shares[np.arange(len(shares)), batch.targets][:, None]
-        return target_shares * (batch.one_hot - shares)
+        logits = batch.activations.logits[batch.owner]
+        return score_gradient(self.score, logits, batch.targets, batch.activation)
 
     def _partition(
         self, name: str, features: Floats, gradients: Floats, final: bool, clock: Stopwatch
@@ -182,7 +179,7 @@ class CollectionCAM(Method):
                 pairs = np.repeat([p.pair for p in pieces], [len(p.masks) for p in pieces])
                 logits = classifier.masked_logits(batch.images, masks, batch.owner[pairs])
             with clock.stage("combine"):
-                chunk_scores = score_of(self.score, logits, batch.targets[pairs])
+                chunk_scores = score_of(self.score, logits, batch.targets[pairs], batch.activation)
                 start = 0
                 for piece in pieces:
                     piece_scores = chunk_scores[start : start + len(piece.masks)]

@@ -31,7 +31,7 @@ from ccam_deploy.methods.base import (
 from ccam_deploy.methods.collection_cam.cpu import CollectionCAM, draw_masks
 from ccam_deploy.methods.collection_cam.memory import Setup
 from ccam_deploy.methods.collection_cam.pipeline import PairResults, Pipeline
-from ccam_deploy.methods.scores import score_of
+from ccam_deploy.methods.scores import score_of, scoring
 from ccam_deploy.methods.stopwatch import Stopwatch
 from ccam_deploy.targets import first_occurrences
 
@@ -192,6 +192,7 @@ class DeviceCollectionCAM:
             1 if use == "latency" else self._batch_size,
             self._gradient_scale,
             options,
+            scoring(options.score, self._manifest.probabilities_by),
             self._cuda_graphs,
         )
         return Pipeline(slot.device, slot.graphs[use], setup, self._note)
@@ -212,7 +213,7 @@ class DeviceCollectionCAM:
         weights = np.split(results.weights, per_pair)
         flat = np.split(results.flat, per_pair)
         rows = np.broadcast_to(self._baseline, (len(counts), len(self._baseline)))
-        base = score_of(options.score, rows, results.targets)
+        base = score_of(options.score, rows, results.targets, self._manifest.probabilities_by)
         tried = options.k_max - options.k_min + 1
         return MethodResult(
             results.raw.reshape(-1, *geometry.size),

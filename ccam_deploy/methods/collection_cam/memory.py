@@ -26,6 +26,7 @@ from ccam_deploy.kernels.cuda.buffers import (
 )
 from ccam_deploy.kernels.cuda.geometry import Geometry, LayerPlace
 from ccam_deploy.methods.collection_cam.cpu import CollectionCAM
+from ccam_deploy.methods.scores import Scoring
 
 _LARGEST_CHUNK = 64
 
@@ -45,6 +46,7 @@ class Setup:
         batch: The most images, and the most (image, class) pairs, of one run.
         gradient_scale: The factor of the gradient graph's input.
         options: The method, with the largest k_max of any run.
+        scoring: How its score is computed of logits.
         cuda_graphs: Whether repeated work is replayed as CUDA graphs.
     """
 
@@ -55,6 +57,7 @@ class Setup:
     batch: int
     gradient_scale: float
     options: CollectionCAM
+    scoring: Scoring = "logit"
     cuda_graphs: bool = True
 
 

@@ -251,8 +251,7 @@ class Pipeline:
 
         def output_gradient() -> None:
             inputs = self._inputs(pairs)
-            probability = options.score == "probability"
-            kernels.output_gradient(inputs, self._head, scale, probability, stream)
+            kernels.output_gradient(inputs, self._head, scale, self._setup.scoring, stream)
             if not direct:
                 self._gather(images, pairs, inputs)
 
@@ -279,9 +278,8 @@ class Pipeline:
 
         def work() -> None:
             stream, inputs = self._device.kernel_stream, self._inputs(pairs)
-            probability = self._setup.options.score == "probability"
             logits = self._memory.view(rows_of(self._memory.graphs.mask_logits, 0, rows))
-            self._kernels.scores(inputs, logits, probability, stream)
+            self._kernels.scores(inputs, logits, self._setup.scoring, stream)
             self._kernels.combine(inputs, stream)
             self._runner.mark("download")
             self._memory.download_results(pairs, rows)

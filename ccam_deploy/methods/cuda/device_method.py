@@ -128,7 +128,14 @@ class DeviceForwards:
         Raises:
             BackendError: There is too little memory.
         """
-        setup = Setup(self.manifest.input, self.batch_size, masks, self.cuda_graphs, self._note)
+        setup = Setup(
+            self.manifest.input,
+            self.batch_size,
+            masks,
+            self.cuda_graphs,
+            self._note,
+            self.manifest.probabilities_by,
+        )
         return MaskedForwards(slot.device, slot.graphs["throughput"], setup)
 
     def _note(self, line: str) -> None:

@@ -18,12 +18,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ccam_deploy.arrays import Classes, Floats
+from ccam_deploy.bundle.manifest import Activation
 from ccam_deploy.engines.base import TensorSpec
 from ccam_deploy.engines.cuda.device import Device, DeviceGraph, DeviceTensor, Region
 from ccam_deploy.engines.cuda.graph_replay import Part, StreamRunner
 from ccam_deploy.engines.cuda.slots import Graphs
 from ccam_deploy.kernels.cuda.buffers import Spec
 from ccam_deploy.kernels.cuda.row_buffers import Chunk, RunInputs, chunk_specs, run_specs
+from ccam_deploy.methods.scores import Scoring
 from ccam_deploy.methods.stopwatch import Stopwatch
 
 _LARGEST_CHUNK = 64
@@ -39,6 +41,7 @@ class Setup:
         masks: The most masks of an image.
         cuda_graphs: Whether repeated work is replayed as CUDA graphs.
         note: Called with a line where it cannot be.
+        activation: What makes probabilities of logits.
     """
 
     input: tuple[int, int, int]
@@ -46,6 +49,7 @@ class Setup:
     masks: int
     cuda_graphs: bool
     note: Callable[[str], None]
+    activation: Activation
 
 
 @dataclass(frozen=True)
@@ -55,12 +59,12 @@ class ChunkWork:
     Attributes:
         render: Writes the masks, the owner and the item of every row.
         collect: Takes up the rows' scores.
-        probability: Whether the score is the softmax probability instead of the logit.
+        scoring: How the score is computed of logits.
     """
 
     render: Callable[[], None]
     collect: Callable[[], None]
-    probability: bool
+    scoring: Scoring
 
 
 class MaskedForwards:
@@ -73,6 +77,7 @@ class MaskedForwards:
             fewer.
         chunk_rows: The rows of each launch of the classifier.
         runner: Puts work on the stream.
+        activation: What makes probabilities of logits.
         kernels: Of kernels.cuda.row_launch.ForwardKernels.
         features: The backbone's feature maps [batch, C, h, w], from the shallowest layer on.
     """
@@ -90,6 +95,7 @@ class MaskedForwards:
         """
         self.device = device
         self.size = setup.input[1:]
+        self.activation = setup.activation
         self._backbone, self._classifier = graphs["backbone"], graphs["classifier"]
         both = self._backbone, self._classifier
         self.batch = min(setup.batch, *(g.limits.get("batch", setup.batch) for g in both))
@@ -233,7 +239,7 @@ class MaskedForwards:
 
     def _collect(self, work: ChunkWork) -> None:
         stream = self.device.kernel_stream
-        self.kernels.scores(work.probability, stream)
+        self.kernels.scores(work.scoring, stream)
         work.collect()
         self.kernels.advance(stream)
 

@@ -22,6 +22,7 @@ from ccam_deploy.kernels.cuda.row_buffers import (
 from ccam_deploy.methods.cuda.device_method import DeviceMethod, PairMaps, Pipeline
 from ccam_deploy.methods.cuda.masked_forwards import ChunkWork, MaskedForwards
 from ccam_deploy.methods.rise import RISE, enlarged_size, random_grids
+from ccam_deploy.methods.scores import scoring
 from ccam_deploy.methods.stopwatch import Stopwatch
 
 MOST_CELLS = 1 << 24
@@ -65,7 +66,7 @@ class RisePipeline(Pipeline):
         self._work = ChunkWork(
             lambda: self._kernels.masks(forwards.device.kernel_stream),
             lambda: self._kernels.accumulate(forwards.device.kernel_stream),
-            options.score == "probability",
+            scoring(options.score, forwards.activation),
         )
 
     def begin(self, images: Floats, clock: Stopwatch) -> Floats:

@@ -25,6 +25,7 @@ from ccam_deploy.methods.base import not_finite, places_of
 from ccam_deploy.methods.cuda.device_method import DeviceMethod, PairMaps, Pipeline
 from ccam_deploy.methods.cuda.masked_forwards import ChunkWork, MaskedForwards
 from ccam_deploy.methods.score_cam import ScoreCAM
+from ccam_deploy.methods.scores import scoring
 from ccam_deploy.methods.stopwatch import Stopwatch
 
 _INPUTS = "rows", "chosen", "base"
@@ -66,7 +67,7 @@ class ScorePipeline(Pipeline):
         self._work = ChunkWork(
             lambda: self._kernels.masks(forwards.device.kernel_stream),
             lambda: self._kernels.keep_scores(forwards.device.kernel_stream),
-            options.score == "probability",
+            scoring(options.score, forwards.activation),
         )
 
     def begin(self, images: Floats, clock: Stopwatch) -> Floats:
@@ -82,7 +83,8 @@ class ScorePipeline(Pipeline):
             return not_finite(self._layer)
         forwards, pairs = self.forwards, len(owner)
         rows = self._choose(shown)
-        self._inputs.host["base"][:pairs] = self._options.base_scores(baseline, targets)
+        base = self._options.base_scores(baseline, targets, forwards.activation)
+        self._inputs.host["base"][:pairs] = base
         forwards.begin(owner, targets, rows, len(shown))
         self._inputs.upload()
         forwards.run_chunks(rows, self._work)

@@ -14,11 +14,12 @@ import pytest
 pytest.importorskip("numba.cuda")
 
 import ccam_deploy as ccam
+from ccam_deploy.bundle.manifest import Activation
 from ccam_deploy.errors import BackendError
 from ccam_deploy.methods import CollectionCAM
 from ccam_deploy.methods.collection_cam.sizes import padded
 from ccam_deploy.targets import Top
-from tests.bundles import Bundles
+from tests.bundles import Bundles, activated
 from tests.engines.cuda.host_device import Call, Job, Report, run
 from tests.helpers import noise
 from tests.kernels.simulated_device import simulator
@@ -73,6 +74,18 @@ def test_matches_cpu(bundle: Path, device: Run) -> None:
             assert_same(got, expected, 1e-5)
             assert set(expected.timings) - {"preprocess"} <= set(got.timings) - {"upload"}
     assert report.notes == ()
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", "none"])
+def test_other_activations_match_the_cpu(
+    bundle: Path, tmp_path: Path, device: Run, activation: Activation
+) -> None:
+    folder = activated(bundle, tmp_path / "copy", activation)
+    options = CollectionCAM(k_max=2, score="probability")
+    call = Call(noise(1, 3, 16, 24), [[0, 3]], options)
+    got = device(Job(folder, (call,))).results[0]
+    with ccam.load(folder, backend="onnxruntime-cpu") as explainer:
+        assert_same(got, explainer.explain(call.images, call.targets, method=options), 1e-5)
 
 
 def test_a_budget_is_kept_on_the_device(bundle: Path, device: Run) -> None:

@@ -17,11 +17,12 @@ pytest.importorskip("numba.cuda")
 
 import ccam_deploy as ccam
 from ccam_deploy.arrays import Floats
+from ccam_deploy.bundle.manifest import Activation
 from ccam_deploy.errors import BackendError, OptionError
 from ccam_deploy.methods import RISE, Method, ScoreCAM
 from ccam_deploy.methods.cuda.rise import MOST_CELLS
 from ccam_deploy.targets import Top
-from tests.bundles import Bundles
+from tests.bundles import Bundles, activated
 from tests.engines.cuda.host_device import Call, Job
 from tests.helpers import noise
 from tests.kernels.simulated_device import simulator
@@ -102,6 +103,19 @@ def test_matches_cpu(bundle: Path, device: Run, name: str) -> None:
             expected = explainer.explain(call.images, call.targets, method=call.method)
             assert_same(got, expected, 1e-5)
             assert got.settings["options"] == expected.settings["options"]
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", "none"])
+@pytest.mark.parametrize("name", ["probability", "rise"])
+def test_other_activations_match_the_cpu(
+    bundle: Path, tmp_path: Path, device: Run, name: str, activation: Activation
+) -> None:
+    folder = activated(bundle, tmp_path / "copy", activation)
+    call = Call(noise(1, 3, 16, 24), [[0, 3]], METHODS[name])
+    got = device(Job(folder, (call,))).report.results[0]
+    with ccam.load(folder, backend="onnxruntime-cpu") as explainer:
+        expected = explainer.explain(call.images, call.targets, method=call.method)
+    assert_same(got, expected, 1e-5)
 
 
 @pytest.mark.parametrize("name", ["increase", "rise"])

@@ -176,7 +176,7 @@ def test_ways_to_name_a_class(tiny: ccam.Explainer, targets: Any) -> None:
         (5, "class 5 is out of range; the bundle has classes 0 to 4"),
         (-1, "class -1 is out of range"),
         ("emu", 'class "emu" is not in the bundle; it has ant, bee, cat, dog, dog'),
-        ("dog", r'the name "dog" stands for classes \[3, 4\]; give a number'),
+        ("dog", r'the name "dog" stands for 3 "dog", 4 "dog"; give a number'),
         ([0], "there are 1 targets for 2 images"),
         (np.arange(3), "there are 3 targets for 2 images"),
         ([0, []], "an image has an empty list of targets; give at least one class"),

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from ccam_deploy.bundle.class_names import named_class
 from ccam_deploy.errors import TargetError
 
 FORMAT = 2
@@ -264,39 +264,24 @@ class Manifest:
         """
         return self.labels[index] if self.labels else str(index)
 
-    def class_index(self, target: int | str) -> int:
+    def class_index(self, target: int | str, partial: bool = True) -> int:
         """Find the number of a class.
 
         Args:
-            target: The class, by its number, by its name, or by its number in decimal digits.
-                A name goes before a number that is written like it.
+            target: The class, by its number, by a name as people type it, or by its number in
+                decimal digits; see `named_class`.
+            partial: Whether a part of a class's name, or more than the name, will do.
 
         Returns:
             The number, in 0..classes-1.
 
         Raises:
-            TargetError: No class has this name or number, or several have the name.
+            TargetError: No class has this name or number, or the name may mean several.
         """
         if isinstance(target, str):
-            target = self._named_class(target)
+            target = named_class(target, self.labels, partial)
         if not 0 <= target < self.classes:
             raise TargetError(
                 f"class {target} is out of range; the bundle has classes 0 to {self.classes - 1}"
             )
         return target
-
-    def _named_class(self, name: str) -> int:
-        matches = [index for index, label in enumerate(self.labels) if label == name]
-        if len(matches) == 1:
-            return matches[0]
-        if matches:
-            raise TargetError(f'the name "{name}" stands for classes {matches}; give a number')
-        if not re.fullmatch(r"[+-]?\d{1,18}", name):
-            raise TargetError(f'class "{name}" is not in the bundle{self._some_labels()}')
-        return int(name)
-
-    def _some_labels(self) -> str:
-        if not self.labels:
-            return ", which has no class names; give a number"
-        shown = ", ".join(self.labels[:10])
-        return f"; it has {shown}" + (", …" if len(self.labels) > 10 else "")

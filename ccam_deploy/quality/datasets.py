@@ -96,7 +96,7 @@ class ImageFolder(Dataset):
         self.has_classes = bool(folders)
         self._files: list[tuple[Path, int | None]] = [(path, None) for path in loose]
         for folder in folders:
-            target = manifest.class_index(folder.name)
+            target = manifest.class_index(folder.name, partial=False)
             self._files += [(path, target) for path in find_images([folder])]
         self.names = tuple(path.relative_to(root).as_posix() for path, _ in self._files)
 
@@ -227,7 +227,8 @@ class UCMerced(Dataset):
             files = sorted(path for path in folder.iterdir() if path.suffix.lower() == ".tif")
             if not files:
                 raise DatasetError(f"{folder} has no .tif images")
-            target = manifest.class_index(folder.name) if manifest.labels else place
+            named = bool(manifest.labels)
+            target = manifest.class_index(folder.name, partial=False) if named else place
             self._files += [(path, target) for path in files]
         self.names = tuple(path.relative_to(images).as_posix() for path, _ in self._files)
 

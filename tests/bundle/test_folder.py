@@ -287,7 +287,7 @@ def test_classes_by_number_and_name(folder: Path) -> None:
     assert [manifest.class_index(word) for word in (4, "4", "+1", "bee", 0)] == [4, 4, 1, 1, 0]
     assert manifest.label(2) == "cat"
     for word, message in (
-        ("dog", 'the name "dog" stands for classes [3, 4]; give a number'),
+        ("dog", 'the name "dog" stands for 3 "dog", 4 "dog"; give a number'),
         ("cow", 'class "cow" is not in the bundle; it has ant, bee, cat, dog, dog'),
         ("+-1", 'class "+-1" is not in the bundle; it has ant, bee, cat, dog, dog'),
         (5, "class 5 is out of range; the bundle has classes 0 to 4"),
@@ -298,9 +298,6 @@ def test_classes_by_number_and_name(folder: Path) -> None:
         assert str(raised.value) == message
     with pytest.raises(TargetError, match=r'class "9{5000}" is not in the bundle'):
         manifest.class_index("9" * 5000)
-    many = replace(manifest, labels=tuple(f"c{i}" for i in range(12)), classes=12)
-    with pytest.raises(TargetError, match=r"it has c0, .*, c9, …$"):
-        many.class_index("cow")
     nameless = replace(manifest, labels=())
     assert nameless.label(2) == "2"
     with pytest.raises(TargetError, match=r"which has no class names; give a number$"):

@@ -79,7 +79,7 @@ DIGITS = RECIPES / "digits.toml"
             ["explain", "tiny", "one.png", "--target", "cow"],
             'class "cow" is not in the bundle; it has ant, bee, cat, dog, dog',
         ),
-        (["explain", "tiny", "one.png", "--target", "dog"], 'the name "dog" stands for classes'),
+        (["explain", "tiny", "one.png", "--target", "dog"], 'the name "dog" stands for 3 "dog", 4'),
         (["explain", "tiny", "none.png"], "none.png does not exist"),
         (["explain", "tiny", "empty"], "empty holds no images (.jpg, "),
         (["explain", "tiny", "short.png"], "short.png cannot be decoded: "),

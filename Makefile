@@ -3,11 +3,16 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test test-quick test-all coverage lint types format docs notebook bench clean
+.PHONY: demo pictures test test-quick test-all coverage lint types format docs notebook bench clean
 
 demo: .venv/.cpu
-	$(BIN)/ccam-deploy export --recipe export/digits.toml --output engines/digits
-	$(BIN)/ccam-deploy explain engines/digits export/examples --output demo
+	$(BIN)/ccam-deploy export --recipe export/efficientnet_lite0.toml
+	$(BIN)/ccam-deploy explain engines/efficientnet_lite0 export/examples --output demo
+	$(BIN)/ccam-deploy compare engines/efficientnet_lite0 export/examples/cat.jpg \
+		--output demo/cat-methods.png
+
+pictures: demo
+	$(BIN)/python -m bench.draw_photographs engines/efficientnet_lite0 --output docs/images
 
 test: lint types
 	$(PYTEST) -m "not nightly"
@@ -48,13 +53,13 @@ bench: .venv/.all
 	$(BIN)/python -m bench.bench_export --output bench/results/export-cpu.json
 
 clean:
-	rm -rf .venv demo site engines/digits .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf .venv demo site engines/efficientnet_lite0 .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
 .venv/.cpu: pyproject.toml constraints.txt | .venv/bin/python
-	$(PIP) --editable '.[export,cpu]'
+	$(PIP) --editable '.[export,cpu,imagenet]'
 	touch $@
 
 .venv/.all: pyproject.toml constraints.txt | .venv/bin/python

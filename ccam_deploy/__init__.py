@@ -3,7 +3,7 @@
 Example:
     import ccam_deploy as ccam
 
-    explainer = ccam.load("engines/digits")
+    explainer = ccam.load("engines/efficientnet_lite0")
     explanation = explainer.explain(images)
 """
 

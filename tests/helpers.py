@@ -13,12 +13,14 @@ from ccam_deploy.image_files import load_image
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "export"
-EXAMPLES = RECIPES / "examples"
+SCENES = RECIPES / "scenes"
+PHOTOGRAPHS = RECIPES / "examples"
 DIGITS_LAYERS = ("layer1", "layer2", "layer3", "layer4")
 
 
 def example_files() -> list[Path]:
-    return sorted(EXAMPLES.glob("*.png"))
+    """The scenes that are kept for the example classifier."""
+    return sorted(SCENES.glob("*.png"))
 
 
 def example_pictures() -> list[Image.Image]:

@@ -149,12 +149,10 @@ def shown_commands(page: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 @pytest.mark.slow
-def test_tutorial_runs(
-    digits_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tutorial_runs(lite0_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its Python, and the commands that explain and compare, in the order of the page."""
     (tmp_path / "engines").mkdir()
-    (tmp_path / "engines" / "digits").symlink_to(digits_bundle)
+    (tmp_path / "engines" / "efficientnet_lite0").symlink_to(lite0_bundle)
     (tmp_path / "export").symlink_to(RECIPES)
     monkeypatch.chdir(tmp_path)
     tutorial = DOCS / "tutorial.md"

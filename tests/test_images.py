@@ -25,7 +25,7 @@ from ccam_deploy.preprocess import (
     restore_image,
     to_grey_or_rgb,
 )
-from tests.helpers import EXAMPLES
+from tests.helpers import SCENES
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.5)
 
@@ -40,7 +40,7 @@ def how(
 
 def photograph(width: int, height: int) -> Image.Image:
     """A smooth coloured picture."""
-    with Image.open(EXAMPLES / "scene-1-digit-9.png") as picture:
+    with Image.open(SCENES / "scene-1-digit-9.png") as picture:
         return picture.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
 
 

@@ -20,7 +20,7 @@ from ccam_deploy.latency.settings import FIRST_CALLS_S, Deadlines, LatencySettin
 from ccam_deploy.latency.tables import report_text
 from tests.command import failure, run, success
 from tests.damage import full_disk
-from tests.helpers import EXAMPLES, RECIPES, example_files
+from tests.helpers import RECIPES, SCENES, example_files
 from tests.networks import tiny
 
 QUICK = ("--duration", "0.3", "--warmup", "0")
@@ -237,7 +237,7 @@ def test_limit_caps_the_images(
 
     counts: list[int] = []
     monkeypatch.setattr(cold_start, "measure_cold_start", note)
-    result = run("bench", tiny_bundle, EXAMPLES, *QUICK, *words)
+    result = run("bench", tiny_bundle, SCENES, *QUICK, *words)
     assert isinstance(result.exception, MeasuringError)
     assert counts == [count]
 

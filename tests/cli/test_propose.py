@@ -15,7 +15,7 @@ from ccam_deploy.checks import proposals
 from ccam_deploy.image_files import load_image
 from ccam_deploy.methods import LayerCAM
 from tests.command import failure, run, success
-from tests.helpers import EXAMPLES, example_files
+from tests.helpers import SCENES, example_files
 
 pytest.importorskip("cv2", reason="OpenCV is not installed")
 SCENE = example_files()[6]
@@ -39,7 +39,7 @@ def test_boxes_of_an_image(digits_bundle: Path, tmp_path: Path) -> None:
 
 
 def test_a_folder_of_images(digits_bundle: Path, tmp_path: Path) -> None:
-    words = ("propose", digits_bundle, EXAMPLES, "--output", tmp_path, "--limit", 2)
+    words = ("propose", digits_bundle, SCENES, "--output", tmp_path, "--limit", 2)
     lines = success(*words).stdout.splitlines()
     assert len(lines) == 2 * 2 + 1
     assert lines[0].startswith(f"{example_files()[0]}: class 9, peaks ")

@@ -11,7 +11,7 @@ import torch
 
 from ccam_deploy.image_files import load_image
 from tests.command import failure, success
-from tests.helpers import EXAMPLES
+from tests.helpers import SCENES
 from tests.networks import tiny
 
 pytest.importorskip("skimage", reason="scikit-image is not installed")
@@ -27,7 +27,7 @@ def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_check_is_printed_and_written(weights: Path) -> None:
     content_before = weights.read_bytes()
-    words = ("sanity", weights, *ARCH, "--images", EXAMPLES, "--limit", 2, "--depth", 2)
+    words = ("sanity", weights, *ARCH, "--images", SCENES, "--limit", 2, "--depth", 2)
     lines = success(*words).stdout.splitlines()
     assert lines[0].split() == ["randomised", "layer", "|Spearman|", "SSIM", "HOG"]
     numbers = r"\d\.\d{3} +-?\d\.\d{3} +-?\d\.\d{3}"

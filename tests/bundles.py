@@ -101,7 +101,7 @@ def _export_ended(folder: Path, classes: int = 5, **settings: Any) -> None:
 
     model = Ended(torch.sigmoid, classes).eval()
     layers = ["net.relu1", "net.relu2"]
-    flips = {"fp32": {"saliency_rank": -1.0}}
+    flips: Any = {"fp32": {"saliency_rank": -1.0}}
     chosen = ExportSettings(head=True, tolerance=flips, **settings)
     export(model, folder, (16, 24), layers, "fp32", chosen)
 

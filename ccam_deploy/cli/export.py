@@ -60,6 +60,15 @@ Gradients = Annotated[
         "smoothgrad, xrai, guided-backprop and excitation-backprop.",
     ),
 ]
+HalfGraphs = Annotated[
+    str | None,
+    Option(
+        "--half",
+        "The graphs that fp16, int8 and fp8 put into float16; with the classifier alone, "
+        "partitions and masks are those of fp32.",
+        click.Choice(["all", "classifier"]),
+    ),
+]
 CalibrationImages = Annotated[
     Path | None,
     Option(
@@ -85,6 +94,7 @@ class ExportOptions:
         "the recipe's, else sigmoid for one output or a sigmoid at the end, else softmax"
     )
     precision: PrecisionOrNone = unset("the recipe's, else fp32")
+    half: HalfGraphs = unset("the recipe's, else all")
     head: Head = False
     gradients: Gradients = False
     calibration_images: CalibrationImages = unset("the recipe's, else two photographs")
@@ -197,6 +207,8 @@ def _prepare(options: ExportOptions) -> PreparedModel:
         changes["activation"] = options.activation
     if options.head:
         changes["head"] = True
+    if options.half:
+        changes["half"] = options.half
     if options.labels:
         changes["labels"] = read_labels(options.labels)
     settings = dataclasses.replace(prepared.settings, **changes)

@@ -29,6 +29,7 @@ from ccam_deploy.export.settings import (
     IMAGENET_STD,
     MAX_CALIBRATION_IMAGES,
     ExportSettings,
+    Half,
 )
 from ccam_deploy.export.sources import load_model
 from ccam_deploy.extras import Extra, install
@@ -75,6 +76,7 @@ class Recipe(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
         layers: Names of the target layers; found automatically where empty.
         precision: See export.
         calibration: A folder of images beside the recipe.
+        half: See ExportSettings.
         tolerance: See ExportSettings.
         extra: The extra that adds the packages which the recipe names.
     """
@@ -89,6 +91,7 @@ class Recipe(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     layers: list[str] = []
     precision: PrecisionName = "fp32"
     calibration: str = ""
+    half: Half = "all"
     tolerance: dict[GraphPrecision, dict[str, Bound]] = {}
     extra: Extra | None = None
 
@@ -143,6 +146,7 @@ def recipe_settings(
         labels=_labels(recipe, folder),
         calibration=calibration,
         tolerance=recipe.tolerance,
+        half=recipe.half,
         name=recipe.name,
         source=recipe.arch,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import get_args
+from typing import Literal, get_args
 
 from PIL import Image
 
@@ -30,6 +30,8 @@ COVER = 0.875
 MAX_CALIBRATION_IMAGES = 16
 BINARY_LABELS = ("negative", "positive")
 """Names of the complement and the class of a single logit, where the user gives none."""
+Half = Literal["all", "classifier"]
+"""The graphs that half precision and 8 bits put into float16."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,9 @@ class ExportSettings:
         calibration: Real images for the comparison with PyTorch; by default the package's
             photographs.
         tolerance: Bounds that replace a precision's in ccam_deploy.fidelity.tolerance.
+        half: The graphs that half precision and 8 bits put into float16: "all", or the
+            "classifier" alone, which does most of the work. Partitions and masks then are those of
+            float32, and only the masks' weights are rounded.
         name: What the manifest calls the model; by default the bundle's folder.
         source: Where the manifest says that the model came from.
         random_weights: The model was not trained; the manifest says so.
@@ -71,6 +76,7 @@ class ExportSettings:
     activation: Activation | None = None
     calibration: Sequence[Image.Image] = ()
     tolerance: Mapping[GraphPrecision, Mapping[str, float]] = field(default_factory=dict)
+    half: Half = "all"
     name: str = ""
     source: str = ""
     random_weights: bool = False
@@ -83,6 +89,8 @@ class ExportSettings:
             raise OptionError(
                 f"mean has {len(self.mean)} values and std {len(self.std)}; both need 1 or 3"
             )
+        if self.half not in get_args(Half):
+            raise OptionError(f'half is "{self.half}"; it must be {" or ".join(get_args(Half))}')
         if any(value <= 0 for value in self.std):
             raise OptionError(f"std is {self.std}; every value must be above 0")
         if not all(math.isfinite(value) for value in (*self.mean, *self.std)):

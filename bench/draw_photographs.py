@@ -23,7 +23,7 @@ from ccam_deploy.render import Tile, grid
 
 PHOTOGRAPHS = Path(__file__).parents[1] / "export" / "examples"
 COLUMNS = 4
-COMPARED = ("palace", "espresso", "cat")
+COMPARED = ("cat", "officer", "espresso")
 METHODS: Mapping[str, Method] = {
     "Collection-CAM": ccam.CollectionCAM(),
     "Grad-CAM": ccam.GradCAM(),

@@ -21,7 +21,9 @@ class TargetLayer:
     """A feature map to explain with.
 
     Attributes:
-        name: The dotted name of the module whose output it is, or the node's name.
+        name: The dotted name of the module whose output it is. A module that is called several
+            times names its last output; "name:1" is that of its first call. Where the output is no
+            module's, the node's name.
         node: The node of the program's graph that gives it, [B, C, h, w].
     """
 
@@ -86,7 +88,7 @@ def _named(program: Program, outputs: dict[str, fx.Node], name: str) -> fx.Node:
 
 def _known(outputs: dict[str, fx.Node], limit: int = 24) -> str:
     """Names of the modules that give feature maps, outer ones first."""
-    maps = [name for name, node in outputs.items() if _is_map(node)]
+    maps = [name for name, node in outputs.items() if _is_map(node) and ":" not in name]
     if not maps:
         return "no modules; name a node of the traced program"
     names = sorted(maps, key=lambda name: name.count("."))
@@ -100,15 +102,22 @@ def _is_map(node: fx.Node) -> bool:
 
 
 def _module_outputs(program: Program) -> dict[str, fx.Node]:
-    """Each module's output: the last of its nodes that something outside it reads."""
-    outputs: dict[str, fx.Node] = {}
+    """The output of each call of a module: the last of its nodes that something outside reads.
+
+    The last call goes by the module's name, the others by "name:1", "name:2" and so on.
+    """
+    calls: dict[str, dict[str, fx.Node]] = {}
     for node in program.graph.graph.nodes:
         if node.op != "call_function":
             continue
         inside = {key: name for key, name in stack_of(node).items() if name}
         for key, name in inside.items():
             if any(key not in stack_of(user) for user in node.users):
-                outputs[name] = node
+                calls.setdefault(name, {})[key] = node
+    outputs: dict[str, fx.Node] = {}
+    for name, nodes in calls.items():
+        *earlier, outputs[name] = nodes.values()
+        outputs |= {f"{name}:{call}": node for call, node in enumerate(earlier, 1)}
     return outputs
 
 

@@ -82,6 +82,31 @@ def test_other_memory_layouts_are_not_feature_maps() -> None:
     assert names_of(ChannelsLast().eval()) == ["conv"]
 
 
+class Shared(nn.Module):
+    """One activation for all convolutions, the last of which shrinks its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, 2, 1)
+        self.widen, self.shrink = nn.Conv2d(4, 8, 1), nn.Conv2d(8, 4, 3, 2, 1)
+        self.relu = nn.ReLU()
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.widen(self.stem(x)))
+        return self.head(self.relu(self.shrink(x)).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def test_a_module_called_twice_names_each_of_its_outputs() -> None:
+    model = Shared().eval()
+    assert names_of(model) == ["relu:1", "relu"]
+    assert names_of(model, named=["relu", "relu:1", "stem"]) == ["stem", "relu:1", "relu"]
+    built = build_program(trace_model(model, (3, 32, 32)))
+    assert [layer.shape for layer in find_layers(built)] == [(8, 16, 16), (4, 8, 8)]
+    with pytest.raises(LayerError, match=r"it has stem, widen, relu, shrink$"):
+        names_of(model, named=["relu:2"])
+
+
 def test_named_layers_come_in_the_order_of_the_network() -> None:
     assert names_of(tiny(), named=["relu2", "conv2", "relu1"]) == ["relu1", "conv2", "relu2"]
 

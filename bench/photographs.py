@@ -18,7 +18,7 @@ from PIL import Image
 from ccam_deploy.engines.base import row_chunks
 from ccam_deploy.explainer import Explainer
 from ccam_deploy.quality.datasets import Dataset, Item
-from ccam_deploy.quality.metrics import masked_logits, probabilities
+from ccam_deploy.quality.metrics import class_probabilities, masked_logits
 
 Box = tuple[int, int, int, int]
 """left, top, right, bottom in pixels, right and bottom exclusive."""
@@ -41,6 +41,9 @@ FILES = {
 
 SMALLEST = 96
 """The shortest side of a crop, in pixels."""
+
+BOUND = 0.4
+"""A network is sure of a crop whose best class has at least this softmax probability."""
 
 _SCALES = (0.35, 1.0)
 _ASPECTS = (3 / 4, 4 / 3)
@@ -97,7 +100,7 @@ def draw_crops(name: str, count: int, seed: int) -> list[Crop]:
 
 
 def sure_crops(
-    explainer: Explainer, most: int, bound: float, seed: int = 0, tries: int = 400
+    explainer: Explainer, most: int, bound: float = BOUND, seed: int = 0, tries: int = 400
 ) -> list[Crop]:
     """Choose crops that a network is sure of, the first ones that are drawn.
 
@@ -129,7 +132,7 @@ def _best(explainer: Explainer, crops: Sequence[Crop]) -> list[float]:
     images, _ = explainer.preprocess([crop.read() for crop in crops])
     whole = np.ones((len(images), *images.shape[2:]), np.float32)
     logits = masked_logits(explainer.networks, images, whole, explainer.batch_size)
-    best: list[float] = probabilities(logits, logits.argmax(axis=1)).tolist()
+    best: list[float] = class_probabilities(logits, logits.argmax(axis=1), "softmax").tolist()
     return best
 
 

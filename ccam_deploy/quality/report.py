@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -41,6 +41,23 @@ class Estimate:
 
 
 @dataclass(frozen=True)
+class Grouping:
+    """Which images are not independent: those of one group are resampled together.
+
+    Attributes:
+        name: What the groups are, in the plural.
+        group_of: Tells an image's group by the image's name.
+    """
+
+    name: str
+    group_of: Callable[[str], str]
+
+
+EACH_IMAGE = Grouping("images", str)
+"""Images that are independent."""
+
+
+@dataclass(frozen=True)
 class Summary:
     """The results of an evaluation.
 
@@ -49,20 +66,24 @@ class Summary:
         estimates: By method and metric, without metrics that no image could be measured with.
         curves: By method and name, the mean deletion and insertion curves [n] that were measured.
         unread: Names of the images that could not be read; no figure includes them.
+        over: What the intervals' bootstrap resamples, in the plural.
     """
 
     settings: Mapping[str, Any]
     estimates: dict[str, dict[str, Estimate]]
     curves: dict[str, dict[str, Doubles]]
     unread: tuple[str, ...] = ()
+    over: str = EACH_IMAGE.name
 
 
-def bootstrap(values: Doubles, seed: int) -> Estimate:
+def bootstrap(values: Doubles, seed: int, groups: Sequence[str] | None = None) -> Estimate:
     """Estimate a mean, with the 2.5th and 97.5th percentile of 2,000 resamples' means.
 
     Args:
         values: [n] float64 in percent; NaN values are left out.
         seed: Of the resamples.
+        groups: The group of each value; values of a group are drawn together. None where each is
+            a group of its own.
 
     Returns:
         The mean and its interval.
@@ -70,26 +91,32 @@ def bootstrap(values: Doubles, seed: int) -> Estimate:
     Raises:
         ValueError: No value is left.
     """
-    known = values[~np.isnan(values)]
+    is_known = ~np.isnan(values)
+    known = values[is_known]
     if not len(known):
         raise ValueError("there is nothing to estimate")
+    sums: Doubles = known
+    sizes: Doubles = np.ones(len(known))
+    if groups is not None:
+        _, place = np.unique(np.asarray(groups)[is_known], return_inverse=True)
+        sums = np.bincount(place, known).astype(np.float64)
+        sizes = np.bincount(place).astype(np.float64)
     stream = np.random.default_rng(seed)
-    means = np.concatenate(
-        [
-            known[stream.integers(0, len(known), (_BLOCK, len(known)))].mean(axis=1)
-            for _ in range(RESAMPLES // _BLOCK)
-        ]
-    )
+    draws = (stream.integers(0, len(sums), (_BLOCK, len(sums))) for _ in range(RESAMPLES // _BLOCK))
+    means = np.concatenate([sums[draw].sum(axis=1) / sizes[draw].sum(axis=1) for draw in draws])
     low, high = np.percentile(means, [2.5, 97.5])
     return Estimate(float(known.mean()), float(low), float(high), len(known))
 
 
-def summarise(settings: Mapping[str, Any], rows: Sequence[Row]) -> Summary:
+def summarise(
+    settings: Mapping[str, Any], rows: Sequence[Row], grouping: Grouping = EACH_IMAGE
+) -> Summary:
     """Summarise rows over images.
 
     Args:
         settings: See Evaluation.facts; has methods, metrics and seed.
         rows: The rows of all images and methods; those of other methods are ignored.
+        grouping: Which images are not independent.
 
     Returns:
         Estimates and mean curves of each method.
@@ -99,17 +126,20 @@ def summarise(settings: Mapping[str, Any], rows: Sequence[Row]) -> Summary:
     unread = dict.fromkeys(row.name for row in rows if not row.was_read)
     for method in settings["methods"]:
         measured = [row for row in rows if row.method == method and row.was_read]
+        groups = None
+        if grouping is not EACH_IMAGE:
+            groups = [grouping.group_of(row.name) for row in measured]
         estimates[method] = {}
         for metric in settings["metrics"]:
             values = np.array([row.values[metric] for row in measured])
             if not np.isnan(values).all():
-                estimates[method][metric] = bootstrap(values, settings["seed"])
+                estimates[method][metric] = bootstrap(values, settings["seed"], groups)
         curves[method] = {
             curve: np.mean([row.curves[curve] for row in measured], axis=0)
             for curve in CURVES
             if measured and all(curve in row.curves for row in measured)
         }
-    return Summary(settings, estimates, curves, tuple(unread))
+    return Summary(settings, estimates, curves, tuple(unread), grouping.name)
 
 
 def as_json(summary: Summary) -> dict[str, Any]:
@@ -120,7 +150,7 @@ def as_json(summary: Summary) -> dict[str, Any]:
         "definitions": {name: METRICS[name].definition for name in settings["metrics"]},
         "protocol": PROTOCOLS[settings["protocol"]].definition,
         "unread": list(summary.unread),
-        "unit": "percent; mean, and 95 % interval of the mean by bootstrap over images",
+        "unit": f"percent; mean, and 95 % interval of the mean by bootstrap over {summary.over}",
         "resamples": RESAMPLES,
         "results": {
             method: {metric: asdict(estimate) for metric, estimate in estimates.items()}
@@ -221,9 +251,11 @@ def _caption(summary: Summary) -> str:
     left = len(summary.unread)
     without = f" without {left} that could not be read" if left else ""
     explained = "the classifier's best class" if settings["target"] == "predicted" else "the label"
+    resampled = "" if summary.over == EACH_IMAGE.name else f", resampled by {summary.over}"
+    bundle = one_line(settings["bundle"])
     return (
         f"Mean and 95 % bootstrap interval over {settings['images']} images of "
-        f"{one_line(settings['dataset'])}{without}; bundle {one_line(settings['bundle'])}, "
+        f"{one_line(settings['dataset'])}{without}{resampled}; bundle {bundle}, "
         f"{settings['precision']} on {settings['backend']}; protocol "
         f"{settings['protocol']}, seed {settings['seed']}; explained: {explained}."
     )

@@ -78,6 +78,39 @@ def test_bootstrap_leaves_out_what_was_not_measured() -> None:
         report.bootstrap(np.array([np.nan]), seed=0)
 
 
+def test_values_of_a_group_are_drawn_together() -> None:
+    """Copies add no information: the interval is that of one value a group, here of equal sizes."""
+    values = np.random.default_rng(0).gamma(2, 10, 12)
+    copies, names = np.repeat(values, 25), [f"photograph {place // 25}" for place in range(300)]
+    expected = stats.bootstrap(
+        (values,), np.mean, n_resamples=20_000, method="percentile", rng=np.random.default_rng(1)
+    ).confidence_interval
+    estimate = report.bootstrap(copies, seed=0, groups=names)
+    width = expected.high - expected.low
+    assert estimate.mean == pytest.approx(values.mean())
+    assert estimate.images == 300
+    assert estimate.low == pytest.approx(expected.low, abs=0.06 * width)
+    assert estimate.high == pytest.approx(expected.high, abs=0.06 * width)
+    alone = report.bootstrap(copies, seed=0)
+    assert alone.high - alone.low < width / 3
+
+
+def test_groups_of_unequal_sizes_weigh_by_their_images() -> None:
+    """Two groups: a resample has the first, the second, or both, whose mean is over all images."""
+    values = np.array([0.0, 90.0, 90.0, np.nan])
+    estimate = report.bootstrap(values, seed=0, groups=["a", "b", "b", "a"])
+    assert (estimate.mean, estimate.low, estimate.high, estimate.images) == (60, 0, 90, 3)
+
+
+def test_a_summary_says_what_was_resampled() -> None:
+    pairs = report.Grouping("photographs", lambda name: name[:7] + str(int(name[-1]) // 2))
+    summary = report.summarise(SETTINGS, rows(), pairs)
+    deletion = summary.estimates["one"]["deletion"]
+    assert (deletion.mean, deletion.low, deletion.high) == (25, 15, 35)
+    assert report.as_json(summary)["unit"].endswith("by bootstrap over photographs")
+    assert "images of scenes, resampled by photographs; bundle" in report.markdown(summary)
+
+
 def test_summary_by_hand() -> None:
     summary = report.summarise(SETTINGS, rows())
     one, two = summary.estimates["one"], summary.estimates["two"]

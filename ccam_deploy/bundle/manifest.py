@@ -97,6 +97,11 @@ class Fidelity:
         input_gradient: Error of the gradients with respect to the image.
         guided_gradient: Error of the guided gradients with respect to the image.
         excitation: Error of the excitation maps, per layer.
+        worst_gradients: Like `gradients`, of the image that is worst in each layer: an activation
+            at a bend may round to the other side of it in one image. Unset in bundles of version
+            0.1.0, like those below.
+        worst_saliency_similarity: Like `saliency_similarity`, of the worst image.
+        worst_saliency_overlap: Like `saliency_overlap`, of the worst image.
     """
 
     logits: float
@@ -113,6 +118,9 @@ class Fidelity:
     input_gradient: float | UnsetType = UNSET
     guided_gradient: float | UnsetType = UNSET
     excitation: tuple[float, ...] | UnsetType = UNSET
+    worst_gradients: tuple[float, ...] | UnsetType = UNSET
+    worst_saliency_similarity: float | UnsetType = UNSET
+    worst_saliency_overlap: float | UnsetType = UNSET
 
     def optional_graphs(self) -> dict[str, float]:
         """Return the error of each optional graph in the bundle, of its worst layer."""

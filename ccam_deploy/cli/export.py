@@ -224,7 +224,8 @@ def _report(bundle: Bundle, asked: str) -> None:
         say(
             f"{name} against PyTorch: logits {fidelity.logits:.1e}, "
             f"gradients {max(fidelity.gradients):.1e}, "
-            f"saliency rank correlation {fidelity.saliency_rank:.4f}"
+            f"saliency rank correlation {fidelity.saliency_rank:.4f} "
+            f"({fidelity.worst_saliency_rank:.4f} for the worst of {fidelity.images} images)"
         )
     if asked == "tf32":
         say(tf32_note(bundle.folder))

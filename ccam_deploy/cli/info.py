@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import click
+from msgspec import UNSET
 
 from ccam_deploy.cli.options import AsJson, BundleFolder
 from ccam_deploy.cli.parameters import with_options
@@ -66,6 +67,16 @@ def _optional_graphs(reports: Sequence[Fidelity]) -> Iterator[tuple[str, list[st
             yield title, [f"{value:.1e}" for value in values]
 
 
+def _worst(
+    reports: Sequence[Fidelity], title: str, name: str, form: str
+) -> Iterator[tuple[str, list[str]]]:
+    """A row for a quantity of the worst image; none for bundles of version 0.1.0."""
+    values = [getattr(report, name) for report in reports]
+    if UNSET not in values:
+        worst = [max(value) if isinstance(value, tuple) else value for value in values]
+        yield title, [format(value, form) for value in worst]
+
+
 def _text(bundle: Bundle) -> str:
     manifest = bundle.manifest
     layers: Table = [("layer", "channels", "height", "width")]
@@ -107,11 +118,14 @@ def _fidelity(manifest: Manifest) -> Table:
         ("masked logits", [f"{r.masked_logits:.1e}" for r in reports]),
         ("features, worst layer", [f"{max(r.features):.1e}" for r in reports]),
         ("gradients, worst layer", [f"{max(r.gradients):.1e}" for r in reports]),
+        *_worst(reports, "  and worst image", "worst_gradients", ".1e"),
         ("equal partitions", [f"{r.partitions:.1%}" for r in reports]),
         ("saliency, rank correlation", [f"{r.saliency_rank:.4f}" for r in reports]),
         ("  of the worst image", [f"{r.worst_saliency_rank:.4f}" for r in reports]),
         ("saliency, SSIM", [f"{r.saliency_similarity:.4f}" for r in reports]),
+        *_worst(reports, "  SSIM, worst image", "worst_saliency_similarity", ".4f"),
         ("saliency, top 10 % in common", [f"{r.saliency_overlap:.1%}" for r in reports]),
+        *_worst(reports, "  in common, worst image", "worst_saliency_overlap", ".1%"),
         *_optional_graphs(reports),
         ("images", [str(r.images) for r in reports]),
     ):

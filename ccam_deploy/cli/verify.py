@@ -90,7 +90,8 @@ def _report(title: str, report: Fidelity) -> None:
     say(
         f"{title}: logits {report.logits:.1e}, masked logits {report.masked_logits:.1e}, "
         f"features {max(report.features):.1e}, gradients {max(report.gradients):.1e}, "
-        f"saliency rank correlation {report.saliency_rank:.4f}, "
+        f"saliency rank correlation {report.saliency_rank:.4f} "
+        f"({report.worst_saliency_rank:.4f} for the worst of {report.images} images), "
         f"SSIM {report.saliency_similarity:.4f}, "
         f"top 10 % in common {report.saliency_overlap:.1%}{''.join(graphs)}"
     )

@@ -31,7 +31,7 @@ from ccam_deploy.export import excitation
 from ccam_deploy.export.architecture import Model
 from ccam_deploy.export.graphs import Graphs, convert_graphs
 from ccam_deploy.export.layers import find_layers
-from ccam_deploy.export.preparation import PreparedModel, prepare_model
+from ccam_deploy.export.preparation import PreparedModel, checked_views, prepare_model
 from ccam_deploy.export.program import program_from
 from ccam_deploy.export.quantise import EIGHT_BIT_TYPES, masked_batches, quantise
 from ccam_deploy.export.reference import TorchClassifier
@@ -67,12 +67,20 @@ class Reference:
     """What PyTorch computes, which the graphs must compute too.
 
     Attributes:
-        observation: What it computes for the calibration images.
+        observation: What it computes for the calibration images, and for views of them where they
+            are few.
+        calibrated: How many of the observation's images are calibration images; they come first.
         baseline: The logits of an input of zeros, one per class.
     """
 
     observation: Observation
+    calibrated: int
     baseline: tuple[float, ...]
+
+    @property
+    def calibration(self) -> Observation:
+        """The observation of the calibration images alone."""
+        return self.observation.first(self.calibrated)
 
 
 def export(
@@ -111,8 +119,8 @@ def export(
     converted = _convert(prepared, precisions, settings)
     reference = _reference(prepared, converted["fp32"], settings)
     with staged_bundle(output) as folder:
-        files = _write(precisions, converted, reference.observation, folder, settings)
-        save_observation(folder / _REFERENCE, reference.observation.first(RECORDED_IMAGES))
+        files = _write(precisions, converted, reference.calibration, folder, settings)
+        save_observation(folder / _REFERENCE, reference.calibration.first(RECORDED_IMAGES))
         entries = {
             name: _compare(name, graph_files, folder, reference, prepared, settings)
             for name, graph_files in files.items()
@@ -170,8 +178,8 @@ def _reference(prepared: PreparedModel, graphs: Graphs, settings: ExportSettings
 
     The graph that runs is the traced model as it is, before anything was folded or differentiated.
     """
-    images = prepared.images
-    settings.progress(f"explaining {len(images)} calibration images with PyTorch")
+    images = checked_views(prepared.images)
+    settings.progress(f"explaining {len(images)} images with PyTorch")
     plain = with_logits(program_from(prepared.functional, fold=False), settings.activation)
     classifier = TorchClassifier(plain, find_layers(plain, prepared.layer_names))
     probe = np.concatenate([np.zeros_like(images[:1]), images])
@@ -182,7 +190,8 @@ def _reference(prepared: PreparedModel, graphs: Graphs, settings: ExportSettings
     if assumed and (line := warn_of_probabilities(np.array(logits))):
         settings.progress(line)
     observation = observe(classifier, images, prepared.layer_names, graphs=dict(graphs.items()))
-    return Reference(observation, tuple(float(value) for value in baseline))
+    zero = tuple(float(value) for value in baseline)
+    return Reference(observation, len(prepared.images), zero)
 
 
 def _write(
@@ -230,7 +239,7 @@ def _compare(
     settings.progress(f"checking the {name} graphs against PyTorch")
     expected, layers = reference.observation, prepared.layer_names
     rounded = name != "fp32" and settings.half == "all"
-    scale = _gradient_scale(expected) if rounded else 1.0
+    scale = _gradient_scale(reference.calibration) if rounded else 1.0
     paths = {graph: folder / file for graph, file in files.items()}
     networks = load_networks(paths, scale, "onnxruntime-cpu")
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from msgspec import UNSET, UnsetType
@@ -25,6 +25,9 @@ def compare_observations(actual: Observation, expected: Observation) -> Fidelity
     """
     maps = list(zip(actual.saliency, expected.saliency, strict=True))
     ranks = [spearman(*pair) for pair in maps]
+    alike = [ssim(*pair) for pair in maps]
+    shared = [top_overlap(*pair) for pair in maps]
+    gradients = list(map(_errors, actual.gradients, expected.gradients))
     equal_partitions = [
         np.array_equal(labels, expected_labels)
         for layer, expected_layer in zip(actual.labels, expected.labels, strict=True)
@@ -34,10 +37,10 @@ def compare_observations(actual: Observation, expected: Observation) -> Fidelity
         logits=relative_error(actual.logits, expected.logits),
         masked_logits=relative_error(actual.masked_logits, expected.masked_logits),
         features=tuple(map(_median_error, actual.features, expected.features)),
-        gradients=tuple(map(_median_error, actual.gradients, expected.gradients)),
+        gradients=tuple(map(_median, gradients)),
         saliency_rank=float(np.median(ranks)),
-        saliency_similarity=float(np.median([ssim(*pair) for pair in maps])),
-        saliency_overlap=float(np.median([top_overlap(*pair) for pair in maps])),
+        saliency_similarity=float(np.median(alike)),
+        saliency_overlap=float(np.median(shared)),
         worst_saliency_rank=float(np.min(ranks)),
         partitions=float(np.mean(equal_partitions)),
         images=len(actual.images),
@@ -45,6 +48,9 @@ def compare_observations(actual: Observation, expected: Observation) -> Fidelity
         input_gradient=_if_run(_median_error, actual.input_gradient, expected.input_gradient),
         guided_gradient=_if_run(_median_error, actual.guided_gradient, expected.guided_gradient),
         excitation=tuple(map(_median_error, actual.excitation, expected.excitation)) or UNSET,
+        worst_gradients=tuple(map(max, gradients)),
+        worst_saliency_similarity=float(np.min(alike)),
+        worst_saliency_overlap=float(np.min(shared)),
     )
 
 
@@ -59,13 +65,21 @@ def _if_run(
 
 
 def _median_error(actual: Floats, expected: Floats) -> float:
-    """The median over images of the relative error.
+    return _median(_errors(actual, expected))
+
+
+def _errors(actual: Floats, expected: Floats) -> list[float]:
+    """The relative error of each image."""
+    return [relative_error(*pair) for pair in zip(actual, expected, strict=True)]
+
+
+def _median(errors: Sequence[float]) -> float:
+    """The median over images.
 
     A ReLU whose input rounds to the one side of zero here and to the other there changes the
     gradient of that image by a thousandth; the error of a wrong graph is in every image.
     Infinite where any image's error is.
     """
-    errors = [relative_error(*pair) for pair in zip(actual, expected, strict=True)]
     return float(np.median(errors)) if np.isfinite(errors).all() else float("inf")
 
 

@@ -8,6 +8,8 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+from msgspec import UNSET
+
 from ccam_deploy.bundle.folder import read_bundle, write_manifest
 from ccam_deploy.bundle.manifest import GraphPrecision, Precision
 from tests.command import success
@@ -38,6 +40,9 @@ def test_info_compares_the_precisions(tiny_bundle: Path, here: Path) -> None:
         saliency_similarity=0.87654,
         saliency_overlap=0.7654,
         partitions=0.75,
+        worst_gradients=(0.3, 0.45),
+        worst_saliency_similarity=0.0,
+        worst_saliency_overlap=0.25,
     )
     both: dict[GraphPrecision, Precision] = {
         "fp32": whole,
@@ -59,12 +64,26 @@ def test_info_compares_the_precisions(tiny_bundle: Path, here: Path) -> None:
         "masked logits": "2.5e-01",
         "features, worst layer": "2.0e-03",
         "gradients, worst layer": "3.0e-01",
+        "and worst image": "4.5e-01",
         "equal partitions": "75.0%",
         "saliency, rank correlation": "0.9877",
         "of the worst image": "0.5000",
         "saliency, SSIM": "0.8765",
+        "SSIM, worst image": "0.0000",
         "saliency, top 10 % in common": "76.5%",
-        "images": "2",
+        "in common, worst image": "25.0%",
+        "images": "8",
     }
+    older = replace(
+        report,
+        worst_gradients=UNSET,
+        worst_saliency_similarity=UNSET,
+        worst_saliency_overlap=UNSET,
+    )
+    both["fp32"] = replace(whole, fidelity=older)
+    write_manifest(folder, replace(manifest, precisions=both))
+    old = success("info", "tiny").stdout
+    assert "of the worst image" in old
+    assert "and worst image" not in old
     recorded = json.loads(success("info", folder, "--json").stdout)["precisions"]
     assert recorded["int8"]["fidelity"]["saliency_overlap"] == 0.7654

@@ -121,6 +121,11 @@ def test_one_odd_image_is_reported_and_no_failure() -> None:
     assert (report.features, report.gradients) == ((0, 0), (0, 0))
     assert report.saliency_rank == pytest.approx(1)
     assert report.worst_saliency_rank == pytest.approx(-1)
+    assert report.worst_gradients == pytest.approx((2, 2), rel=1e-6)
+    assert report.saliency_similarity == pytest.approx(1)
+    assert isinstance(report.worst_saliency_similarity, float)
+    assert report.worst_saliency_similarity < 0.5
+    assert (report.saliency_overlap, report.worst_saliency_overlap) == (1, 0)
     assert broken_bounds(report, FP32_TOLERANCE, LAYERS) == []
 
 

@@ -213,8 +213,9 @@ class Explainer:
         if batch < 1:
             raise OptionError(f"batch is {batch}; it must be at least 1")
         requested = make_method(method)
-        if self.on_device is not None and isinstance(requested, CollectionCAM):
-            self.on_device.warm_up(min(batch, self.batch_size), requested, progress)
+        own = requested if isinstance(requested, CollectionCAM) else None
+        if self.on_device is not None and own is not None and own.has_device_kernels:
+            self.on_device.warm_up(min(batch, self.batch_size), own, progress)
         else:
             runner = self._methods.implement(requested)
             if isinstance(runner, DeviceMethod):

@@ -179,7 +179,12 @@ def dispersion_separation_ratio(psi: Doubles | Floats, labels: Labels) -> float:
 
 
 def collection_sums(
-    features: Floats, gradients: Floats, labels: Labels, count: int, final: bool
+    features: Floats,
+    gradients: Floats,
+    labels: Labels,
+    count: int,
+    final: bool,
+    gate: float = 0.0,
 ) -> Floats:
     """Sum the channels of each collection, at the layer's size (Ha & Youn 2022, eq. 17-20).
 
@@ -190,6 +195,8 @@ def collection_sums(
         count: The number of collections.
         final: Whether to weigh each channel by its mean gradient, as in the last layer; in other
             layers only the pixels with a positive gradient count.
+        gate: From which share of the channel's largest absolute gradient on a pixel counts in full;
+            smaller positive gradients count in proportion. 0 counts all in full, as in the paper.
 
     Returns:
         [count, h, w] float32, negative values cut off and each map scaled to a maximum of 1; a
@@ -200,6 +207,10 @@ def collection_sums(
     slopes = gradients.reshape(channels, -1)
     if final:
         values = values * slopes.mean(axis=1, dtype=np.float64)[:, None]
+    elif gate:
+        highest = np.abs(slopes).max(axis=1, keepdims=True) * np.float32(gate)
+        share = np.divide(slopes, highest, out=np.zeros_like(slopes), where=highest > 0)
+        values = values * np.clip(share, 0, 1)
     else:
         values = np.where(slopes > 0, values, np.float32(0))
     sums = np.stack(

@@ -60,7 +60,9 @@ class MethodFactory:
     def implement(self, method: Method) -> Method:
         """Return what explains as the method says, on these engines."""
         if self.on_device is not None and isinstance(method, CollectionCAM):
-            return CudaCollectionCAM(method, self.on_device)
+            if method.has_device_kernels:
+                return CudaCollectionCAM(method, self.on_device)
+            return method
         if self.forwards is not None and isinstance(method, ScoreCAM):
             return CudaScoreCAM(method, self.forwards)
         if self.forwards is not None and isinstance(method, RISE) and not method.file:

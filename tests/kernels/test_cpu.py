@@ -159,6 +159,30 @@ def test_shallow_sums_by_hand() -> None:
     np.testing.assert_array_equal(sums, [[[1, 0]], [[0, 1]]])
 
 
+def test_a_gate_counts_small_gradients_in_proportion() -> None:
+    """Half of the channel's largest counts in full, a tenth of it by a fifth, negatives never."""
+    features = np.array([[[10, 10, 10, 10]], [[4, 4, 4, 4]]], np.float32)
+    gradients = np.array([[[0.2, 1, -2, 0]], [[0, 0, 0, 0]]], np.float32)
+    labels = np.array([0, 1], np.int32)
+    sums = cpu.collection_sums(features, gradients, labels, 2, final=False, gate=0.5)
+    expected = np.array([[[0.2, 1, 0, 0]], [[0, 0, 0, 0]]], np.float32)
+    np.testing.assert_allclose(sums, expected, rtol=1e-6)
+    final = cpu.collection_sums(features, gradients, labels, 2, final=True, gate=0.5)
+    plain = cpu.collection_sums(features, gradients, labels, 2, final=True)
+    np.testing.assert_array_equal(final, plain)
+
+
+@given(
+    arrays(np.float32, (2, 3, 4), elements=st.floats(0, 9, width=32)),
+    arrays(np.float32, (2, 3, 4), elements=st.floats(-1, 1, width=16)),
+)
+def test_a_vanishing_gate_is_the_papers(features: np.ndarray, gradients: np.ndarray) -> None:
+    labels = np.array([0, 1], np.int32)
+    plain = cpu.collection_sums(features, gradients, labels, 2, final=False)
+    gated = cpu.collection_sums(features, gradients, labels, 2, final=False, gate=1e-9)
+    np.testing.assert_allclose(gated, plain, rtol=1e-6)
+
+
 def test_final_sums_by_hand() -> None:
     """Channels are weighed by their mean gradient: 2·A_0 − 1·A_1 for the first collection."""
     features = np.array([[[4, 1]], [[2, 8]], [[5, 5]]], np.float32)

@@ -58,6 +58,10 @@ class CollectionCAM(Method):
         score: What F_c is: the logit of the class, or its probability.
         standardise: Scale the channel statistics to equal deviation before they are clustered.
         layers: Use only these target layers; empty for all. The deepest counts as the final one.
+        gate: In layers but the final one, the share of a channel's largest absolute gradient from
+            which on a pixel counts in full; smaller positive gradients count in proportion. 0, as
+            in the paper, counts every positive gradient in full, so that its rounding can switch a
+            pixel on or off. In [0, 1].
     """
 
     name = "collection-cam"
@@ -68,6 +72,7 @@ class CollectionCAM(Method):
     score: Score = "logit"
     standardise: bool = False
     layers: tuple[str, ...] = ()
+    gate: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.theta < 1:
@@ -78,7 +83,14 @@ class CollectionCAM(Method):
             )
         if self.k_max > _MOST_COLLECTIONS:
             raise OptionError(f"k_max is {self.k_max}; it must be at most {_MOST_COLLECTIONS}")
+        if not 0 <= self.gate <= 1:
+            raise OptionError(f"gate is {self.gate}; it must be in [0, 1]")
         require_score(self.score)
+
+    @property
+    def has_device_kernels(self) -> bool:
+        """Whether a GPU's kernels can run it with these options; else those of the CPU do."""
+        return not self.gate
 
     def selected_layers(self, names: Sequence[str]) -> list[int]:
         """List the places of the layers that are used, the final one last.
@@ -145,7 +157,7 @@ class CollectionCAM(Method):
             parts = [cpu.partition(row, self.k_min, self.k_max) for row in psi]
         with clock.stage("masks"):
             maps = [
-                cpu.collection_sums(a, g, part.labels, part.count, final)
+                cpu.collection_sums(a, g, part.labels, part.count, final, self.gate)
                 for a, g, part in zip(features, gradients, parts, strict=True)
             ]
         partition = LayerPartition(

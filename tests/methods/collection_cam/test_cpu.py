@@ -141,6 +141,8 @@ def test_number_of_collections_stays_in_its_range(digits: ccam.Explainer) -> Non
     [
         ({"theta": 1.0}, "theta is 1.0"),
         ({"theta": -0.1}, "theta is -0.1"),
+        ({"gate": -0.1}, "gate is -0.1; it must be in"),
+        ({"gate": 1.5}, "gate is 1.5"),
         ({"k_min": 5, "k_max": 4}, "k_min is 5 and k_max 4"),
         ({"k_min": 0}, "k_min is 0"),
         ({"score": "loss"}, 'score is "loss"'),

@@ -18,13 +18,7 @@ from ccam_deploy.kernels.cuda.collectives import (
     block_sum,
 )
 from ccam_deploy.kernels.cuda.geometry import LARGEST_K
-from ccam_deploy.kernels.cuda.hierarchy import (
-    History,
-    coarse_of,
-    exact_of,
-    history_of,
-    links_of,
-)
+from ccam_deploy.kernels.cuda.hierarchy import History, clusters_of
 from ccam_deploy.kernels.cuda.kept import kernel
 from ccam_deploy.kernels.cuda.layer_table import layer_row
 from ccam_deploy.kernels.cuda.ward_block import finish
@@ -93,10 +87,9 @@ def partition(
             labels[pair, first + channel] = 0
         return
     start = pair * labels.shape[1] + first
-    exact = exact_of(all_exact, start, start + channels)
-    coarse = coarse_of(all_coarse, start, start + channels)
-    links = links_of(all_links, start, start + channels)
-    history = history_of(all_exact, all_links, start, start + channels)
+    exact, coarse, links, history = clusters_of(
+        all_exact, all_coarse, all_links, start, start + channels
+    )
     scale = scales[pair, layer]
     turns = finish(exact, coarse, links, history, scale, merges[pair, layer], most)
     largest = min(k_max, distinct(history))

@@ -138,3 +138,16 @@ def history_of(exact_rows: Array, link_rows: Array, start: int, end: int) -> His
         link_rows[6, start:end],
         link_rows[7, start:end],
     )
+
+
+@cuda.jit(device=True)
+def clusters_of(
+    exact_rows: Array, coarse_rows: Array, link_rows: Array, start: int, end: int
+) -> tuple[Exact, Coarse, Links, History]:
+    """The slots from `start` to `end`, those of a layer and pair."""
+    return (
+        exact_of(exact_rows, start, end),
+        coarse_of(coarse_rows, start, end),
+        links_of(link_rows, start, end),
+        history_of(exact_rows, link_rows, start, end),
+    )

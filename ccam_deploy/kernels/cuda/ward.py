@@ -25,7 +25,7 @@ from numba import cuda
 
 from ccam_deploy.kernels.cuda.clusters import join, nearest, out_of_date
 from ccam_deploy.kernels.cuda.collectives import MOST_WARPS, WARP, Array, block_max, warp_sum
-from ccam_deploy.kernels.cuda.hierarchy import coarse_of, exact_of, history_of, links_of
+from ccam_deploy.kernels.cuda.hierarchy import clusters_of
 from ccam_deploy.kernels.cuda.kept import kernel
 from ccam_deploy.kernels.cuda.layer_table import layer_row
 
@@ -59,10 +59,9 @@ def begin(
     row = layer_row(table, layer)
     first, channels = row.first_channel, row.channels
     start = pair * psi.shape[1] + first
-    exact = exact_of(all_exact, start, start + channels)
-    coarse = coarse_of(all_coarse, start, start + channels)
-    links = links_of(all_links, start, start + channels)
-    history = history_of(all_exact, all_links, start, start + channels)
+    exact, coarse, links, history = clusters_of(
+        all_exact, all_coarse, all_links, start, start + channels
+    )
 
     largest, finite = 0.0, 1
     for channel in range(cuda.threadIdx.x, channels, cuda.blockDim.x):
@@ -121,9 +120,7 @@ def search(
     row = layer_row(table, layer)
     channels = row.channels
     start = pair * (all_links.shape[1] // counts.shape[0]) + row.first_channel
-    exact = exact_of(all_exact, start, start + channels)
-    coarse = coarse_of(all_coarse, start, start + channels)
-    links = links_of(all_links, start, start + channels)
+    exact, coarse, links, _ = clusters_of(all_exact, all_coarse, all_links, start, start + channels)
     warps = cuda.blockDim.x // WARP
     warp = cuda.blockIdx.x * warps + cuda.threadIdx.x // WARP
     for slot in range(warp, channels, cuda.gridDim.x * warps):
@@ -164,10 +161,9 @@ def merge(
     if counts[pair, layer] == 0 or alive <= most:
         return
     start = pair * (all_links.shape[1] // counts.shape[0]) + row.first_channel
-    exact = exact_of(all_exact, start, start + channels)
-    coarse = coarse_of(all_coarse, start, start + channels)
-    links = links_of(all_links, start, start + channels)
-    history = history_of(all_exact, all_links, start, start + channels)
+    exact, coarse, links, history = clusters_of(
+        all_exact, all_coarse, all_links, start, start + channels
+    )
     merged = np.int32(0)
     for slot in range(cuda.grid(1), channels, cuda.gridDim.x * cuda.blockDim.x):
         other = links.nearest[slot]
@@ -212,10 +208,9 @@ def relink(
     if counts[pair, layer] == 0 or alive <= most or alive - merged <= 1:
         return
     start = pair * (all_links.shape[1] // counts.shape[0]) + row.first_channel
-    exact = exact_of(all_exact, start, start + channels)
-    coarse = coarse_of(all_coarse, start, start + channels)
-    links = links_of(all_links, start, start + channels)
-    history = history_of(all_exact, all_links, start, start + channels)
+    exact, coarse, links, history = clusters_of(
+        all_exact, all_coarse, all_links, start, start + channels
+    )
     warps = cuda.blockDim.x // WARP
     warp = cuda.blockIdx.x * warps + cuda.threadIdx.x // WARP
     for slot in range(warp, channels, cuda.gridDim.x * warps):

@@ -50,8 +50,6 @@ def finish(
     other_live = cuda.shared.array(BLOCK_CLUSTERS, np.int32)
     stale = cuda.shared.array(BLOCK_CLUSTERS, np.int32)
     slots = cuda.shared.array(BLOCK_CLUSTERS, np.int32)
-    thread, threads = cuda.threadIdx.x, cuda.blockDim.x
-
     turn, alive = 0, links.slot.shape[0]
     while turn < merges.shape[0] and alive > most:
         alive -= merges[turn]
@@ -63,42 +61,53 @@ def finish(
         )
     alive = gather_live(history.parent, links.live, counters)
 
-    for place in range(thread, alive, threads):
-        slot = links.live[place]
-        links.stale[slot] = place
-        slots[place] = slot
-        live[place] = place
-        changed[place] = 0
-        size[place] = exact.size[slot]
-        spread[place] = exact.spread[slot]
-        height[place] = exact.height[slot]
-        coarse_size[place] = coarse.size[slot]
-        coarse_error[place] = coarse.error[slot]
-        for axis in range(4):
-            centroid[axis, place] = exact.centroid[axis, slot]
-            coarse_centroid[axis, place] = coarse.centroid[axis, slot]
-    cuda.syncthreads()
-    if alive > 1:
-        for place in range(thread, alive, threads):
-            nearest_cluster[place] = links.stale[links.nearest[slots[place]]]
-    cuda.syncthreads()
     last = Exact(centroid, size, spread, height)
-    turn = merge_until(
-        last,
-        Coarse(coarse_centroid, coarse_size, coarse_error),
-        Links(nearest_cluster, changed, live, other_live, stale, slots),
-        history,
-        scale,
-        counters,
-        alive,
-        1,
-        turn,
-    )
-    for place in range(thread, alive, threads):
+    last_coarse = Coarse(coarse_centroid, coarse_size, coarse_error)
+    last_links = Links(nearest_cluster, changed, live, other_live, stale, slots)
+    copy_live(exact, coarse, links, alive, last, last_coarse, last_links)
+    turn = merge_until(last, last_coarse, last_links, history, scale, counters, alive, 1, turn)
+    for place in range(cuda.threadIdx.x, alive, cuda.blockDim.x):
         if slots[place] == 0:
             keep(last, history, place, 0)
     cuda.syncthreads()
     return int(turn)
+
+
+@cuda.jit(device=True)
+def copy_live(
+    exact: Exact,
+    coarse: Coarse,
+    links: Links,
+    alive: int,
+    last: Exact,
+    last_coarse: Coarse,
+    last_links: Links,
+) -> None:
+    """Copy the clusters in the first `alive` elements of `links.live` to other arrays, in order.
+
+    `links.stale` is overwritten.
+    """
+    thread, threads = cuda.threadIdx.x, cuda.blockDim.x
+    for place in range(thread, alive, threads):
+        slot = links.live[place]
+        links.stale[slot] = place
+        last_links.slot[place] = slot
+        last_links.live[place] = place
+        last_links.changed[place] = 0
+        last.size[place] = exact.size[slot]
+        last.spread[place] = exact.spread[slot]
+        last.height[place] = exact.height[slot]
+        last_coarse.size[place] = coarse.size[slot]
+        last_coarse.error[place] = coarse.error[slot]
+        for axis in range(4):
+            last.centroid[axis, place] = exact.centroid[axis, slot]
+            last_coarse.centroid[axis, place] = coarse.centroid[axis, slot]
+    cuda.syncthreads()
+    if alive > 1:
+        for place in range(thread, alive, threads):
+            nearest_slot = links.nearest[last_links.slot[place]]
+            last_links.nearest[place] = links.stale[nearest_slot]
+    cuda.syncthreads()
 
 
 @cuda.jit(device=True)

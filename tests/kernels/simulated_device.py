@@ -13,18 +13,19 @@ import os
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
 from functools import partial
 from importlib import import_module
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from greenlet import getcurrent, greenlet
 from numpy.typing import NDArray
 
+from ccam_deploy.arrays import Floats
 from ccam_deploy.kernels.cuda.buffers import Buffers, Spec
 from ccam_deploy.kernels.cuda.geometry import BLOCK_CLUSTERS, Geometry, LayerPlace
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 WARP = 32
 Stages = tuple[str, ...]
 Arrays = dict[str, NDArray[Any]]
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,33 @@ class Run:
             self.mask_dtype,
             self.block_clusters,
         )
+
+
+class Device:
+    """Runs kernels in the simulator's process, or, without one, on the GPU."""
+
+    def __init__(self, pool: Executor | None) -> None:
+        self.pool = pool
+
+    def __call__(self, run: Run) -> Arrays:
+        return self._call(simulate, run)
+
+    def cast(self, values: Floats, dtype: str, threads: int) -> NDArray[np.generic]:
+        return self._call(simulate_cast, values, dtype, threads)
+
+    def gather(self, values: NDArray[Any], owner: tuple[int, ...], threads: int) -> NDArray[Any]:
+        return self._call(simulate_gather, values, owner, threads)
+
+    def _call(self, function: Callable[..., Result], *arguments: object) -> Result:
+        if self.pool is None:
+            return function(*arguments)
+        return self.pool.submit(function, *arguments).result()
+
+
+def split(run: Run, values: NDArray[np.generic]) -> list[NDArray[np.generic]]:
+    """Each layer's part of an array whose second axis is all layers' channels."""
+    ends = np.cumsum([channels for channels, _, _ in run.shapes])
+    return np.split(values[: len(run.owner)], ends[:-1], axis=1)
 
 
 def simulate(run: Run) -> Arrays:

@@ -32,8 +32,9 @@ if TYPE_CHECKING:
         TargetError,
         ToleranceError,
     )
-    from ccam_deploy.explainer import Explainer, Images, load
+    from ccam_deploy.explainer import Explainer, load
     from ccam_deploy.explanation import Explanation
+    from ccam_deploy.inputs import Images
     from ccam_deploy.methods import (
         CAM,
         RISE,
@@ -116,8 +117,9 @@ _NAMES_BY_MODULE = {
         "TargetError",
         "ToleranceError",
     ),
-    "explainer": ("Explainer", "Images", "load"),
+    "explainer": ("Explainer", "load"),
     "explanation": ("Explanation",),
+    "inputs": ("Images",),
     "methods": (
         "CAM",
         "CollectionCAM",

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,12 +12,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ccam_deploy.arrays import Classes, Floats
+from ccam_deploy.arrays import Floats
 from ccam_deploy.bundle.folder import Bundle, read_bundle
 from ccam_deploy.engines import Networks, open_networks
 from ccam_deploy.engines.base import row_chunks
-from ccam_deploy.errors import ImageError, OptionError
+from ccam_deploy.errors import OptionError
 from ccam_deploy.explanation import Explanation
+from ccam_deploy.inputs import Images, Input, Inputs, sequence_of
 from ccam_deploy.kernels.cuda.bundled import offer_kernels
 from ccam_deploy.methods import (
     DEFAULT_METHOD,
@@ -32,34 +31,11 @@ from ccam_deploy.methods import (
 )
 from ccam_deploy.methods.collection_cam.cost import Budget, Costs, Run, budgeted, validate_budget
 from ccam_deploy.methods.collection_cam.cuda import DeviceCollectionCAM
-from ccam_deploy.methods.cuda.device_method import DeviceMethod
 from ccam_deploy.methods.factory import MethodFactory
-from ccam_deploy.prefetch import prepared_ahead
-from ccam_deploy.preprocess import Geometry, Source, prepare_images
-from ccam_deploy.targets import Targets, pairs_of, target_codes
-
-Images = Floats | Sequence[Image.Image] | Image.Image
-"""[B, C, H, W] float32, preprocessed; or one or more PIL images of any size and mode."""
-_Input = tuple[Floats, tuple[Geometry, ...]]
+from ccam_deploy.preprocess import Geometry, Source
+from ccam_deploy.targets import Targets, target_codes
 
 DEFAULT_BATCH = 16
-_DECODERS = 4
-"""Threads that decode and scale pictures while a GPU works."""
-
-
-@dataclass(frozen=True)
-class _BatchPlan:
-    """The rows of a call that run together.
-
-    Attributes:
-        rows: Which of the call's images.
-        owner: [P] int64, the image of each pair, counted from the batch's first.
-        codes: [P] int64, the code of each pair; see targets.
-    """
-
-    rows: slice
-    owner: Classes
-    codes: Classes
 
 
 class Explainer:
@@ -89,9 +65,8 @@ class Explainer:
         self.precision = precision
         self.batch_size = batch_size
         self._now = now
-        self._decoders: ThreadPoolExecutor | None = None
-        if networks.slots is not None:  # a CPU's engines use all cores already
-            self._decoders = ThreadPoolExecutor(_DECODERS, "ccam-deploy-images")
+        # A CPU's engines use all cores already.
+        self._inputs = Inputs(bundle.manifest, batch_size, ahead=networks.slots is not None)
         graphs = bundle.precision(precision)
         self._methods = MethodFactory(
             bundle.manifest,
@@ -151,9 +126,9 @@ class Explainer:
         clock = Stopwatch(self._now)
         requested = make_method(method)
         validate_budget(budget_ms, requested)
-        pictures = _sequence_of(images)
-        plan = self._plan(target_codes(targets, len(pictures), self.bundle.manifest))
-        inputs = self._inputs(pictures, plan, clock)
+        pictures = sequence_of(images)
+        plan = self._inputs.plan(target_codes(targets, len(pictures), self.bundle.manifest))
+        inputs = self._inputs.batches(pictures, plan, clock)
         budget = None
         if budget_ms is not None:
             inputs = list(inputs)
@@ -182,7 +157,7 @@ class Explainer:
             OptionError: The bundle lacks what the method needs; the message says how to get it.
             BackendError: A package that the method needs is missing.
         """
-        image = self._noise(1)
+        image = self._methods.context.noise(1)
         first = np.zeros(1, np.int64)
         batch = self._methods.context.batch(image, self.networks.backbone(image), first, first)
         make_method(method).require_support(self.networks, batch)
@@ -197,9 +172,9 @@ class Explainer:
         """Prepare for calls of 1 to `batch` images, so that none of them takes longer than others.
 
         On a GPU, engines plan and compile for each number of rows when they first meet it, which
-        takes many times longer than an explanation. This runs every number that Collection-CAM,
-        Score-CAM or RISE needs, on every slot; it waits for callers that hold one. For other
-        methods, and on a CPU, it makes two calls on noise.
+        takes many times longer than an explanation. This runs every number that the method needs,
+        on every slot; it waits for callers that hold one. For CAM and methods on pixels, and on a
+        CPU, it makes two calls on noise.
 
         Args:
             batch: The most images of a call.
@@ -212,18 +187,8 @@ class Explainer:
         """
         if batch < 1:
             raise OptionError(f"batch is {batch}; it must be at least 1")
-        requested = make_method(method)
-        own = requested if isinstance(requested, CollectionCAM) else None
-        if self.on_device is not None and own is not None and own.has_device_kernels:
-            self.on_device.warm_up(min(batch, self.batch_size), own, progress)
-        else:
-            runner = self._methods.implement(requested)
-            if isinstance(runner, DeviceMethod):
-                runner.warm_up(min(batch, self.batch_size), self._methods.context, progress)
-            else:
-                for count in sorted({1, min(batch, self.batch_size)}):
-                    progress(f"{count} images" if count > 1 else "one image")
-                    self.explain(self._noise(count), method=requested)
+        runner = self._methods.implement(make_method(method))
+        runner.warm_up(min(batch, self.batch_size), self._methods.context, progress)
         if self.networks.slots is not None:
             self.networks.slots.keep_compiled()
 
@@ -254,7 +219,7 @@ class Explainer:
         for count in {rows.stop - rows.start for rows in row_chunks(images, self.batch_size)}:
             self._costs.of(count, count * classes, options, anew=True)
 
-    def preprocess(self, images: Floats | Sequence[Image.Image]) -> _Input:
+    def preprocess(self, images: Floats | Sequence[Image.Image]) -> Input:
         """Turn PIL images into the network's input, or validate an array that is such an input.
 
         Args:
@@ -267,29 +232,11 @@ class Explainer:
         Raises:
             ImageError: An image cannot be used.
         """
-        size = self.bundle.manifest.input
-        if not isinstance(images, np.ndarray):
-            for picture in images:
-                if not isinstance(picture, Image.Image):
-                    raise ImageError(
-                        f"an image is a {type(picture).__name__}; "
-                        "give PIL images or one float32 array"
-                    )
-            how = self.bundle.manifest.preprocessing
-            return prepare_images(images, size[1:], how, self._decoders)
-        if images.dtype != np.float32 or images.shape[1:] != size:
-            raise ImageError(
-                f"images are {images.dtype}{list(images.shape)}; "
-                f"the bundle takes float32[B, {', '.join(map(str, size))}]"
-            )
-        if not np.isfinite(images).all():
-            raise ImageError("the images have NaN or infinite pixels")
-        return images, ()
+        return self._inputs.preprocess(images)
 
     def close(self) -> None:
         """Close the engines."""
-        if self._decoders is not None:
-            self._decoders.shutdown()
+        self._inputs.close()
         self.networks.close()
 
     def __enter__(self) -> Explainer:
@@ -303,35 +250,9 @@ class Explainer:
     ) -> None:
         self.close()
 
-    def _plan(self, codes: Sequence[tuple[int, ...]]) -> list[_BatchPlan]:
-        return [
-            _BatchPlan(rows, *pairs_of(codes[rows]))
-            for rows in row_chunks(len(codes), self.batch_size)
-        ]
-
-    def _inputs(
-        self, pictures: Floats | Sequence[Image.Image], plan: Sequence[_BatchPlan], clock: Stopwatch
-    ) -> Iterable[_Input]:
-        """The batches' inputs; on a GPU each is prepared while it works on the one before."""
-
-        def prepare(batch: _BatchPlan) -> _Input:
-            return self._prepare(pictures[batch.rows], clock)
-
-        if self._decoders is None or len(plan) == 1:
-            return map(prepare, plan)
-        return prepared_ahead(prepare, plan)
-
-    def _prepare(self, pictures: Floats | Sequence[Image.Image], clock: Stopwatch) -> _Input:
-        with clock.stage("preprocess"):
-            return self.preprocess(pictures)
-
-    def _noise(self, images: int) -> Floats:
-        shape = images, *self.bundle.manifest.input
-        return np.random.default_rng(0).standard_normal(shape, np.float32)
-
     def _rehearse(self, images: int, pairs: int) -> Run:
         """Make a call on noise with some numbers of images and (image, class) pairs."""
-        noise, classes = self._noise(images), self.bundle.manifest.classes
+        noise, classes = self._methods.context.noise(images), self.bundle.manifest.classes
         counts = np.bincount(np.arange(pairs) % images)
         targets = [[n % classes for n in range(count)] for count in counts]
 
@@ -419,9 +340,3 @@ def load(
 def _validate_batch_size(batch_size: int) -> None:
     if batch_size < 1:
         raise OptionError(f"batch_size is {batch_size}; it must be at least 1")
-
-
-def _sequence_of(images: Images) -> Floats | Sequence[Image.Image]:
-    if isinstance(images, np.ndarray) and images.ndim == 0:
-        raise ImageError("a single number is no image")
-    return images if isinstance(images, np.ndarray | Sequence) else [images]

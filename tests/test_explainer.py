@@ -18,6 +18,7 @@ from ccam_deploy.arrays import Floats
 from ccam_deploy.engines import Activations, Networks
 from ccam_deploy.errors import BackendError, BundleError, ImageError, OptionError, TargetError
 from ccam_deploy.fidelity.similarity import spearman
+from ccam_deploy.methods import GradCAM
 from ccam_deploy.targets import Targets, Top
 from tests.helpers import example_pictures, noise
 
@@ -371,7 +372,7 @@ def test_warming_up_keeps_what_engines_compiled(
 ) -> None:
     kept: list[str] = []
     with ccam.load(tiny_bundle, backend="onnxruntime-cpu") as explainer:
-        monkeypatch.setattr(explainer, "explain", lambda *a, **b: kept.append("call"))
+        monkeypatch.setattr(GradCAM, "run", lambda *a: kept.append("call"))
         slots = SimpleNamespace(keep_compiled=lambda: kept.append("kept"), close=lambda: None)
         monkeypatch.setattr(explainer.networks, "slots", slots)
         explainer.warm_up(method="grad-cam")

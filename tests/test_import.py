@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import ccam_deploy as ccam
-from ccam_deploy import explainer, targets
+from ccam_deploy import inputs, targets
 from tests.helpers import ROOT
 
 PACKAGE = ROOT / "ccam_deploy"
@@ -28,7 +28,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"bundle", "examples"}),
     frozenset({"engines", "kernels", "preprocess", "targets"}),
     frozenset({"mask_pictures", "methods"}),
-    frozenset({"explanation"}),
+    frozenset({"explanation", "inputs"}),
     frozenset({"explainer"}),
     frozenset({"fidelity"}),
     frozenset({"export"}),
@@ -121,7 +121,7 @@ def test_explaining_needs_no_export_library() -> None:
     assert not loaded & {"torch", "onnx", "onnx_ir", "onnxscript", "tensorrt"}
 
 
-ALIASES = {"Images": explainer.Images, "Target": targets.Target, "Targets": targets.Targets}
+ALIASES = {"Images": inputs.Images, "Target": targets.Target, "Targets": targets.Targets}
 """Types that have no name of their own."""
 
 

@@ -9,7 +9,8 @@ from itertools import cycle
 
 import numpy as np
 
-from ccam_deploy.explainer import Explainer, Images
+from ccam_deploy.explainer import Explainer
+from ccam_deploy.inputs import Images
 from ccam_deploy.latency.timing import (
     FEWEST_CALLS,
     NEVER,

@@ -252,6 +252,7 @@ class Context:
         mean: Per channel, of pixels in [0, 1], that images are normalised with.
         std: Per channel, of pixels in [0, 1], that images are normalised with.
         activation: What makes probabilities of logits.
+        input: Channels, height and width of an image.
     """
 
     classifier: Classifier
@@ -261,6 +262,12 @@ class Context:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     activation: Activation
+    input: tuple[int, int, int]
+
+    def noise(self, images: int) -> Floats:
+        """Make images [B, C, H, W] float32 that take as long as any others."""
+        shape = images, *self.input
+        return np.random.default_rng(0).standard_normal(shape, np.float32)
 
     def batch(
         self, images: Floats, activations: Activations, owner: Classes, targets: Classes
@@ -333,6 +340,25 @@ class Method(ABC):
             OptionError: The bundle cannot meet the method's options.
             BackendError: Features, gradients or maps are not finite.
         """
+
+    def warm_up(self, images: int, context: Context, progress: Callable[[str], None]) -> None:
+        """Prepare for calls of 1 to `images` images, so that none takes longer than others.
+
+        Here two calls are made on noise; methods on a GPU override this.
+
+        Args:
+            images: The most images of a call; at most a batch.
+            context: The engines.
+            progress: Called with a line for each step.
+
+        Raises:
+            OptionError: The bundle cannot meet the method's options.
+            BackendError: The engine failed, or there is too little memory.
+        """
+        for count in sorted({1, images}):
+            progress(f"{count} images" if count > 1 else "one image")
+            best = np.full(count, -1, np.int64)
+            self.run(context.noise(count), np.arange(count), best, context, Stopwatch())
 
     def require_support(self, classifier: Classifier, batch: Batch) -> None:
         """Make sure that a bundle has all that `explain` needs, in a pass or two of its graphs.

@@ -41,6 +41,7 @@ class MethodFactory:
             manifest.preprocessing.mean,
             manifest.preprocessing.std,
             manifest.probabilities_by,
+            manifest.input,
         )
         self.on_device: DeviceCollectionCAM | None = None
         self.forwards: DeviceForwards | None = None

@@ -150,17 +150,7 @@ class DeviceCollectionCAM:
         return run
 
     def warm_up(self, images: int, options: CollectionCAM, progress: Callable[[str], None]) -> None:
-        """Prepare every slot for calls of 1 to `images` images, once no caller holds one.
-
-        Args:
-            images: The most images of a call.
-            options: The method.
-            progress: Called with a line for each step.
-
-        Raises:
-            BackendError: The engine failed, or there is too little memory.
-            OptionError: The kernels do not take such sizes.
-        """
+        """Prepare every slot, once no caller holds one; see Method."""
 
         def prepare(slot: Slot) -> None:
             self._pipeline(slot, "latency", options).warm_up(progress)
@@ -278,6 +268,10 @@ class CudaCollectionCAM(Method):
         if len(kept) == len(owner):
             return BatchResult(logits, owner, targets, result)
         return BatchResult(logits, owner[kept], targets[kept], result.take(kept))
+
+    def warm_up(self, images: int, context: Context, progress: Callable[[str], None]) -> None:
+        """Prepare every slot; see Method."""
+        self.device.warm_up(images, self.method, progress)
 
     def explain(self, classifier: Classifier, batch: Batch, clock: Stopwatch) -> MethodResult:
         """Explain activations that are on the host: on the CPU; see Method."""

@@ -5,6 +5,8 @@
 Networks with random weights at 224×224, 1, 8 and 32 images: explanations by Collection-CAM from
 preprocessed arrays, PyTorch's floor for the same passes, the paper's way of one forward for each
 mask, every kernel between the graphs, and the GPU's memory. The networks are exported meanwhile.
+Score-CAM on ResNet-18 stands beside its own forwards, PyTorch's, and TorchCAM where that is
+installed.
 
 Each part is a process of its own that is ended when its time is over. Results are written after
 each piece: --resume goes on with what an earlier run on the same card and versions left out.
@@ -35,6 +37,7 @@ from bench.gpu.pieces import (
     part_command,
     pieces_of,
     run_part,
+    score_pieces,
     with_masks,
 )
 from ccam_deploy.bundle.folder import MANIFEST
@@ -46,6 +49,8 @@ EXPORT_LIMIT = 100.0
 """Seconds from the start after which no export is waited for."""
 
 PART_LIMITS = {"kernels": 45.0, "explain": 45.0, "floor": 25.0}
+PART_LIMITS |= {"score-cam": 20.0, "score-floor": 20.0, "torchcam": 15.0}
+"""Seconds of a part, by the kind of its first piece that is missing."""
 _LEAST = 5.0
 _NO_GPU = 2
 
@@ -104,8 +109,9 @@ def _short(figures: Figures) -> str:
     """The figure of a piece that says most."""
     if "ms" in figures:
         return f"{figures['ms']['median']:g} ms, slowest {figures['ms']['maximum']:g} ms"
-    if "graph_ms" in figures:
-        return f"{figures['graph_ms']:g} ms"
+    for name in ("graph_ms", "torchcam_ms"):
+        if name in figures:
+            return f"{figures[name]:g} ms"
     return f"{figures['kernels_ms']['sum']['median']:g} ms"
 
 
@@ -176,7 +182,7 @@ class Bench:
             self._part(sorted(kernels, key=lambda piece: piece.batch), part_command("kernels"))
             failed = self._wait(processes)
         for network in PRECISIONS:
-            explanations = pieces_of("explain", network)
+            explanations = pieces_of("explain", network) + score_pieces("score-cam", network)
             if network in failed:
                 self._leave_out(explanations, failed[network])
             else:
@@ -187,11 +193,12 @@ class Bench:
     def _floors(self, network: str) -> list[Piece]:
         """The floors of what was explained; one of an earlier run with other masks is dropped."""
         found = self.results.figures
-        floors = [with_masks(piece, found) for piece in pieces_of("floor", network)]
+        unsized = pieces_of("floor", network) + score_pieces("score-floor", network)
+        floors = [with_masks(piece, found) for piece in unsized]
         for piece in floors:
             if found.get(piece.key, {"masks": piece.masks})["masks"] != piece.masks:
                 del found[piece.key]
-        return floors
+        return floors + score_pieces("torchcam", network)
 
     def _part(self, pieces: Sequence[Piece], command: Sequence[str]) -> None:
         """Run one part, as far as there is something to measure and time for it."""

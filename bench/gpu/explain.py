@@ -25,6 +25,7 @@ from ccam_deploy.latency.stages import (
     without_cuda_graphs,
 )
 from ccam_deploy.latency.timing import summarise
+from ccam_deploy.methods import ScoreCAM
 
 BATCH_SIZE = 64
 """The most images, and masked images, that go through an engine at a time, as in the floor."""
@@ -33,6 +34,8 @@ _INPUTS = 3
 _STEP = 17
 _DURATION = 0.6
 _LIMIT = 5.0
+_FORWARDS = "classifier"
+"""The stage of masked forwards."""
 
 
 def inputs(explainer: ccam.Explainer, batch: int) -> list[Floats]:
@@ -85,6 +88,37 @@ def measure(
     }
 
 
+def measure_score_cam(
+    explainer: ccam.Explainer, now: Callable[[], float] = time.perf_counter
+) -> Figures:
+    """Time Score-CAM of one image, and the masked forwards among it.
+
+    Args:
+        explainer: What is measured.
+        now: A clock in seconds.
+
+    Returns:
+        Milliseconds of a call and of its forwards, how much longer the call takes than these, and
+        the number of masked images.
+    """
+    method = ScoreCAM()
+    calls = inputs(explainer, 1)[:1]
+    masks = int(np.count_nonzero(explainer.explain(calls[0], method=method).weights[0]))
+    timed = measure_stages(explainer, calls, _DURATION, now, now() + _LIMIT, method)
+    launched = timed
+    if not all(_FORWARDS in call.seconds for call in timed):  # they are inside of a CUDA graph
+        plain = without_cuda_graphs(explainer)
+        launched = measure_stages(plain, calls, _DURATION, now, now() + _LIMIT, method)
+    total = summarise([call.total for call in timed])
+    forwards = 1000 * median(call.seconds[_FORWARDS] for call in launched)
+    return {
+        "masks": masks,
+        "ms": asdict(total),
+        "forwards_ms": round(forwards, 3),
+        "overhead": round(total.median / forwards, 3),
+    }
+
+
 class Explainers:
     """Opens a bundle in one precision after the other, and watches the GPU's memory.
 
@@ -107,6 +141,9 @@ class Explainers:
         The memory of a precision only grows with the batch, so what it is at the end is its peak.
         """
         explainer = self._of(piece.precision)
+        if piece.kind == "score-cam":
+            explainer.warm_up(method=ScoreCAM())
+            return measure_score_cam(explainer)
         warm_up = self._warm_up(explainer, piece.batch)
         figures = measure(explainer, piece.batch)
         grown = memory_since(self._before)

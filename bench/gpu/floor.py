@@ -2,7 +2,8 @@
 
 The floor is one forward, the gradient of the feature maps and a forward of the masked images,
 captured as one CUDA graph: no host between, no clustering, no masks made. Beside it stands the way
-of the paper (Ha & Youn 2022), eager and with one forward for each mask.
+of the paper (Ha & Youn 2022), eager and with one forward for each mask. For Score-CAM there are the
+masked forwards alone, in both ways, and all of TorchCAM's Score-CAM.
 """
 
 from __future__ import annotations
@@ -64,7 +65,8 @@ class Passes:
 
     def at_once(self, images: Tensor, masked: Tensor) -> None:
         """Make the passes, BATCH_SIZE masked images at a time."""
-        self.gradients(images)
+        if len(images):
+            self.gradients(images)
         for chunk in row_chunks(len(masked), BATCH_SIZE):
             self.classify(masked[chunk])
 
@@ -149,10 +151,17 @@ def measure(piece: Piece, before: float | None) -> Figures:
     """
     if not torch.cuda.is_available():
         raise RuntimeError("PyTorch cannot use a GPU here")
+    if piece.kind == "torchcam":
+        use_tf32(piece.precision == "tf32")
+        model = random_network(piece.network).cuda()
+        call = torchcam_score_cam(model, LAYERS[piece.network][-1], _images(1, False))
+        return {"torchcam_ms": median_ms(call, _EAGER_ROUNDS)}
     half = piece.precision == "fp16"
     passes = _on_gpu(piece.network, piece.precision)
     torch.cuda.empty_cache()
     images, masked = _images(piece.batch, half), _images(piece.masks, half)
+    if piece.kind == "score-floor":
+        images = images[:0]  # its one backbone pass is left out
     graph = captured(lambda: passes.at_once(images, masked))
     figures: Figures = {"masks": piece.masks, "graph_ms": median_ms(graph, _ROUNDS)}
     if piece.batch == 1:
@@ -160,6 +169,35 @@ def measure(piece: Piece, before: float | None) -> Figures:
         figures["one_by_one_ms"] = plain
     figures["memory_mib"] = memory_since(before)
     return figures
+
+
+def torchcam_score_cam(model: nn.Module, layer: str, images: Tensor) -> Callable[[], Tensor]:
+    """Prepare TorchCAM's Score-CAM of one image.
+
+    Args:
+        model: In evaluation mode.
+        layer: The target layer's name.
+        images: [1, 3, H, W].
+
+    Returns:
+        A function that explains, with a map [h, w].
+
+    Raises:
+        RuntimeError: TorchCAM is not installed.
+    """
+    try:
+        from torchcam.methods import ScoreCAM
+    except ImportError as error:
+        raise RuntimeError("torchcam is not installed") from error
+    extractor = ScoreCAM(model, layer, BATCH_SIZE, tuple(images.shape[1:]))
+
+    def explain() -> Tensor:
+        with torch.no_grad():
+            model(images)
+        (found,) = extractor(_TARGET)
+        return found[0]
+
+    return explain
 
 
 def main() -> None:

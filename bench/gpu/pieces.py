@@ -8,10 +8,7 @@ each as a line of JSON as soon as it is known, so that little is lost where it i
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
-import tempfile
-import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -21,6 +18,7 @@ import msgspec
 from bench import harness
 from ccam_deploy.bundle.manifest import PrecisionName
 from ccam_deploy.errors import CcamError, brief
+from ccam_deploy.latency.limited_process import limited_process
 
 PRECISIONS: Mapping[str, tuple[str, ...]] = {
     "resnet18": ("fp16", "tf32", "fp32"),
@@ -33,6 +31,15 @@ BATCHES = (1, 8, 32)
 MASKS = 22
 """Masked images of one image where no explanation has counted them."""
 
+SCORE_CAM: Mapping[str, tuple[str, ...]] = {"resnet18": ("fp32", "tf32")}
+"""What Score-CAM is measured on."""
+
+CHANNELS = 512
+"""Channels of those networks' last layers: masked images of Score-CAM where nobody has counted."""
+
+_EXPLAINED = {"floor": "explain", "score-floor": "score-cam"}
+"""Whose masked images the passes of a floor are for."""
+
 Figures = dict[str, Any]
 
 
@@ -40,7 +47,8 @@ class Piece(msgspec.Struct, frozen=True, kw_only=True):
     """One measurement.
 
     Attributes:
-        kind: "kernels", "explain" or "floor".
+        kind: "kernels", "explain" or "floor"; for Score-CAM "score-cam", "score-floor" or
+            "torchcam", which is TorchCAM's.
         network: A name among PRECISIONS.
         batch: Images.
         precision: How the graphs run; the kernels between them know none.
@@ -70,6 +78,15 @@ def offered(network: str) -> list[str]:
     return [name for name in PRECISIONS[network] if name in known]
 
 
+def score_pieces(kind: str, network: str) -> list[Piece]:
+    """List the pieces of one of Score-CAM's kinds, of a single image."""
+    return [
+        Piece(kind=kind, network=network, batch=1, precision=name)
+        for name in SCORE_CAM.get(network, ())
+        if name in offered(network)
+    ]
+
+
 def pieces_of(kind: str, network: str) -> list[Piece]:
     """List the pieces of a kind, one precision after the other: each is loaded once."""
     names = [""] if kind == "kernels" else offered(network)
@@ -82,9 +99,9 @@ def pieces_of(kind: str, network: str) -> list[Piece]:
 
 def with_masks(floor: Piece, measured: Mapping[str, Figures]) -> Piece:
     """Give a floor as many masked images as the explanation of the same images had."""
-    explained = measured.get(floor.of_kind("explain").key)
-    masks = explained["masks"] if explained else MASKS * floor.batch
-    return msgspec.structs.replace(floor, masks=masks)
+    explained = measured.get(floor.of_kind(_EXPLAINED[floor.kind]).key)
+    unknown = CHANNELS if floor.kind == "score-floor" else MASKS * floor.batch
+    return msgspec.structs.replace(floor, masks=explained["masks"] if explained else unknown)
 
 
 @dataclass(frozen=True)
@@ -131,31 +148,16 @@ def run_part(
         keep: Called for each piece, also for those that were lost.
     """
     words = [*command, msgspec.json.encode(pieces).decode()]
-    expired = threading.Event()
     left = {piece.key for piece in pieces}
-    with (
-        tempfile.TemporaryFile("w+", errors="replace") as errors,
-        subprocess.Popen(
-            words, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=harness.ROOT
-        ) as process,
-    ):
-        timer = threading.Timer(max(limit, 0), _end, (process, expired))
-        timer.start()
-        try:
-            for line in process.stdout or ():
-                outcome = _outcome(line)
-                if outcome and outcome.key in left:
-                    left.remove(outcome.key)
-                    keep(outcome)
-            process.wait()
-        except BaseException:
-            process.kill()
-            raise
-        finally:
-            timer.cancel()
-        errors.seek(0)
-        said = errors.read().strip().splitlines()
-    reason = f"not done within {limit:.0f} s" if expired.is_set() else _last(said)
+    with limited_process(words, limit, harness.ROOT) as limited:
+        for line in limited.process.stdout or ():
+            outcome = _outcome(line)
+            if outcome and outcome.key in left:
+                left.remove(outcome.key)
+                keep(outcome)
+    reason = limited.last_words or "its process ended without a word"
+    if limited.expired:
+        reason = f"not done within {limit:.0f} s"
     for piece in pieces:
         if piece.key in left:
             keep(Outcome(piece.key, reason=reason))
@@ -166,11 +168,6 @@ def part_command(module: str, *words: str) -> list[str]:
     return [sys.executable, "-m", f"bench.gpu.{module}", *words]
 
 
-def _end(process: subprocess.Popen[str], expired: threading.Event) -> None:
-    expired.set()
-    process.kill()
-
-
 def _outcome(line: str) -> Outcome | None:
     """Read a line of a part; None for what a library printed."""
     try:
@@ -178,7 +175,3 @@ def _outcome(line: str) -> Outcome | None:
     except ValueError:
         return None
     return Outcome(**values) if isinstance(values, dict) and "key" in values else None
-
-
-def _last(lines: Sequence[str]) -> str:
-    return lines[-1] if lines else "its process ended without a word"

@@ -6,7 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from bench import bench_kernels
-from bench.gpu.pieces import BATCHES, PRECISIONS, Figures, offered, pieces_of
+from bench.gpu.pieces import (
+    BATCHES,
+    PRECISIONS,
+    SCORE_CAM,
+    Figures,
+    offered,
+    pieces_of,
+    score_pieces,
+)
 from ccam_deploy.latency.tables import digits
 from ccam_deploy.text import markdown_table
 
@@ -24,6 +32,20 @@ _HEADER = (
     "one forward a mask, ms",
     "GPU MiB",
     "floor's MiB",
+)
+
+
+_SCORE_HEADER = (
+    "network",
+    "precision",
+    "masks",
+    "Score-CAM, ms",
+    "slowest, ms",
+    "its forwards, ms",
+    "overhead",
+    "PyTorch's forwards, ms",
+    "TorchCAM, ms",
+    "one forward a mask, ms",
 )
 
 
@@ -57,6 +79,34 @@ def _cells(ours: Figures, floor: Figures) -> list[str]:
         digits(ours.get("memory_mib")),
         digits(floor.get("memory_mib")),
     ]
+
+
+def score_cams(pieces: Mapping[str, Figures]) -> str:
+    """Lay out Score-CAM of one image, a row for each network and precision that is known."""
+    rows = []
+    for network in SCORE_CAM:
+        for piece in score_pieces("score-cam", network):
+            ours, floor, peer = (
+                pieces.get(piece.of_kind(kind).key, {})
+                for kind in ("score-cam", "score-floor", "torchcam")
+            )
+            timing = ours.get("ms", {})
+            if ours or floor or peer:
+                rows.append(
+                    (
+                        network,
+                        piece.precision,
+                        str(ours.get("masks", floor.get("masks", "–"))),
+                        digits(timing.get("median")),
+                        digits(timing.get("maximum")),
+                        digits(ours.get("forwards_ms")),
+                        f"{ours['overhead']:.2f}" if ours else "–",
+                        digits(floor.get("graph_ms")),
+                        digits(peer.get("torchcam_ms")),
+                        digits(floor.get("one_by_one_ms")),
+                    )
+                )
+    return markdown_table(_SCORE_HEADER, rows) if rows else ""
 
 
 def stages(pieces: Mapping[str, Figures]) -> str:
@@ -95,10 +145,12 @@ def markdown(result: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     parts = [
         explanations(pieces),
+        score_cams(pieces),
         stages(pieces),
         kernels(pieces),
         "`floor` is PyTorch's forward, gradient and masked forwards of as many images as one CUDA "
         "graph, in channels_last for fp16; `one forward a mask` is the same, eager and one by one. "
+        "For Score-CAM these are the masked forwards alone, and `overhead` is over its own. "
         "Random weights, 224×224, from preprocessed arrays; medians.",
         "\n".join(f"- Left out: {key}: {reason}" for key, reason in result["left_out"].items()),
         f"{card['name']}, driver {card['driver']}, {facts['cores']} cores, "

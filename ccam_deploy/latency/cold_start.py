@@ -6,10 +6,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
-import tempfile
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +19,7 @@ from msgspec import UNSET, UnsetType
 
 from ccam_deploy.errors import BackendError
 from ccam_deploy.latency.conditions import CPU, Gpu, gpu, peak_memory
+from ccam_deploy.latency.limited_process import limited_process
 
 LIMIT_S = 20.0
 """Seconds after which a cold start is given up."""
@@ -138,39 +136,19 @@ class _Ended:
 
 def _run(command: Sequence[str], limit: float, on_gpu: bool) -> _Ended | None:
     """Run the fresh process until it has printed its figures; None where it took too long."""
-    expired = threading.Event()
     started = time.perf_counter()
-    # Its errors go to a file: a pipe that is only read at the end would block it when full.
-    with (
-        tempfile.TemporaryFile("w+", errors="replace") as errors,
-        subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
-        ) as process,
-    ):
-        timer = threading.Timer(limit, _end, (process, expired))
-        timer.start()
-        try:
-            ready = _line(process.stdout)
-            until_ready = time.perf_counter() - started
-            line = _line(process.stdout) if ready else ""
-            timer.cancel()
-            card = gpu() if on_gpu else None
-            process.communicate()
-        except BaseException:
-            process.kill()
-            raise
-        finally:
-            timer.cancel()
-        errors.seek(0)
-        last = errors.read().strip().splitlines()[-1:] or [f"it ended with {process.returncode}"]
-    if expired.is_set():
+    with limited_process(command, limit) as limited:
+        stdout = limited.process.stdout
+        ready = _line(stdout)
+        until_ready = time.perf_counter() - started
+        line = _line(stdout) if ready else ""
+        limited.is_done()
+        card = gpu() if on_gpu else None
+    if limited.expired:
         return None
-    return _Ended(until_ready, "" if process.returncode else line, card, last[0])
-
-
-def _end(process: subprocess.Popen[str], expired: threading.Event) -> None:
-    expired.set()
-    process.kill()
+    code = limited.process.returncode
+    last_words = limited.last_words or f"it ended with {code}"
+    return _Ended(until_ready, "" if code else line, card, last_words)
 
 
 def _line(stream: IO[str] | None) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import cycle
 
 import numpy as np
@@ -19,6 +20,7 @@ from ccam_deploy.latency.timing import (
     measure_load,
     midway,
 )
+from ccam_deploy.methods import Method
 
 _TRANSFERS = ("upload", "download")
 
@@ -58,6 +60,7 @@ def measure_stages(
     duration: float,
     now: Clock = time.perf_counter,
     deadline: float = NEVER,
+    method: Method | None = None,
 ) -> list[StageTimes]:
     """Explain inputs over and over and time the stages, after a warm-up.
 
@@ -67,16 +70,18 @@ def measure_stages(
         duration: Seconds to go on for; every input is explained FEWEST_CALLS times at least.
         now: A clock in seconds.
         deadline: See measure_load; the warm-up takes half of the time until then at most.
+        method: The method; None for Collection-CAM.
 
     Returns:
         The durations of each call.
     """
     calls: list[StageTimes] = []
     endless = cycle(inputs)
+    explain = explainer.explain if method is None else partial(explainer.explain, method=method)
 
     def call() -> None:
         started = now()
-        result = explainer.explain(next(endless))
+        result = explain(next(endless))
         calls.append(StageTimes(dict(result.timings), now() - started))
 
     begun = now()

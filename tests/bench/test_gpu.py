@@ -17,6 +17,7 @@ from bench import bench_kernels, harness
 from bench.gpu import tables
 from bench.gpu.pieces import (
     BATCHES,
+    CHANNELS,
     MASKS,
     PRECISIONS,
     Outcome,
@@ -27,6 +28,7 @@ from bench.gpu.pieces import (
     pieces_in,
     pieces_of,
     run_part,
+    score_pieces,
     with_masks,
 )
 from ccam_deploy.errors import BackendError
@@ -35,6 +37,7 @@ from tests.clock import FakeClock
 CARD = {"name": "NVIDIA H100", "driver": "580.95"}
 CONDITIONS = {"gpu": CARD, "versions": {"torch": "2"}, "cores": 16, "python": "3.12"}
 ONE = Piece(kind="explain", network="resnet18", batch=1, precision="fp16")
+SCORE_KINDS = ("score-cam", "score-floor", "torchcam")
 EIGHT = msgspec.structs.replace(ONE, batch=8)
 
 
@@ -58,6 +61,11 @@ def figures_of(piece: Piece) -> dict[str, Any]:
         return {"masks": 16, "kernels_ms": {"sum": timing}}
     if piece.kind == "explain":
         return explained(3.0, 20 * piece.batch)
+    if piece.kind == "score-cam":
+        timing = {"median": 30.0, "maximum": 33.0}
+        return {"masks": 510, "ms": timing, "forwards_ms": 27.0, "overhead": 1.111}
+    if piece.kind == "torchcam":
+        return {"torchcam_ms": 41.0}
     return {"masks": piece.masks, "graph_ms": 2.0, "one_by_one_ms": 60.0, "memory_mib": 500.0}
 
 
@@ -110,7 +118,8 @@ def run_bench(
 
 def every_piece() -> list[Piece]:
     kinds = ("kernels", "explain", "floor")
-    return [piece for kind in kinds for name in PRECISIONS for piece in pieces_of(kind, name)]
+    pieces = [piece for kind in kinds for name in PRECISIONS for piece in pieces_of(kind, name)]
+    return pieces + [piece for kind in SCORE_KINDS for piece in score_pieces(kind, "resnet18")]
 
 
 def test_pieces_have_names_of_their_own_and_precisions_that_there_are() -> None:
@@ -126,6 +135,10 @@ def test_a_floor_has_the_masks_of_the_explanation() -> None:
     floor = EIGHT.of_kind("floor")
     assert with_masks(floor, {EIGHT.key: explained(3, 171)}).masks == 171
     assert with_masks(floor, {ONE.key: explained(3, 20)}).masks == 8 * MASKS
+    (of_score_cam, *_) = score_pieces("score-floor", "resnet18")
+    assert with_masks(of_score_cam, {ONE.key: explained(3, 20)}).masks == CHANNELS
+    found = {"score-cam/resnet18/fp32/1": {"masks": 510}}
+    assert with_masks(of_score_cam, found).masks == 510
 
 
 def test_everything_is_measured(tmp_path: Path) -> None:
@@ -137,6 +150,7 @@ def test_everything_is_measured(tmp_path: Path) -> None:
     pairs = [(kind, name) for name in PRECISIONS for kind in ("explain", "floor")]
     assert kinds == [("kernels", "resnet18"), *pairs]
     assert found.figures["floor/resnet101/fp16/32"]["masks"] == 20 * 32
+    assert found.figures["score-floor/resnet18/fp32/1"]["masks"] == 510
     assert all(limit <= bench.PART_LIMITS[pieces[0].kind] for pieces, limit in parts.runs)
 
 
@@ -156,7 +170,7 @@ def test_a_second_run_goes_on(tmp_path: Path) -> None:
     """Every run gets a part of the way, and what it measured is not measured again."""
     file = tmp_path / "gpu.json"
     measured: list[str] = []
-    for _ in range(9):
+    for _ in range(12):
         known = bench.resumed(file, CONDITIONS)
         found, parts = run_bench(tmp_path, 12.0, 100.0, results(file, **known))
         asked = [piece.key for pieces, _ in parts.runs for piece in pieces]
@@ -219,7 +233,8 @@ def test_exports_that_fail_or_do_not_end(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert time.perf_counter() - begun < 300
     assert found.left_out["explain/resnet18/fp16/1"] == "its export failed: error: no such layer"
     assert found.left_out["explain/vgg19/fp32/8"] == "its export took over 1 s"
-    assert {key.partition("/")[0] for key in found.left_out} == {"explain"}
+    assert {key.partition("/")[0] for key in found.left_out} == {"explain", "score-cam"}
+    assert found.figures["score-floor/resnet18/fp32/1"]["masks"] == CHANNELS
     assert "explain/resnet101/fp16/1" in found.figures
     assert found.figures["floor/vgg19/fp32/8"]["masks"] == 8 * MASKS
 
@@ -302,6 +317,22 @@ def test_table_of_explanations() -> None:
         "| warm-up | 1234 |",
         "| first call after it | 900 |",
     ]
+
+
+def test_table_of_score_cam() -> None:
+    """What is not known, such as TorchCAM where it is not installed, is a dash."""
+    whole = {f"{kind}/resnet18/fp32/1": figures_of(score_piece(kind)) for kind in SCORE_KINDS}
+    part = {"score-floor/resnet18/tf32/1": figures_of(score_piece("score-floor"))}
+    assert tables.score_cams(whole | part).splitlines()[2:] == [
+        "| resnet18 | fp32 | 510 | 30 | 33 | 27 | 1.11 | 2 | 41 | 60 |",
+        "| resnet18 | tf32 | 512 | – | – | – | – | 2 | – | 60 |",
+    ]
+    assert tables.score_cams({}) == ""
+
+
+def score_piece(kind: str) -> Piece:
+    piece = score_pieces(kind, "resnet18")[0]
+    return with_masks(piece, {}) if kind == "score-floor" else piece
 
 
 def test_markdown_names_card_versions_and_command() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import nn
 import ccam_deploy as ccam
 from bench import bench_kernels
 from bench.gpu import explain, floor
-from bench.gpu.pieces import PRECISIONS, Piece
+from bench.gpu.pieces import PRECISIONS, Piece, score_pieces
 from ccam_deploy.latency.cases import make_cases
 from tests.helpers import example_pictures
 
@@ -84,6 +85,39 @@ def test_explanations_are_timed_and_their_masks_counted(digits: ccam.Explainer) 
     assert figures["host_ms"] < figures["ms"]["maximum"]
     (case,) = make_cases(digits, example_pictures()[:2], 2)
     assert explain.count_masks(digits.explain(case.images)) == len(case.masks)
+
+
+@pytest.mark.slow
+def test_score_cam_is_timed_beside_its_forwards(
+    digits_bundle: Path, digits: ccam.Explainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(explain, "require_gpu", lambda explainer: None)
+    explainers = explain.Explainers(digits_bundle, "onnxruntime-cpu")
+    figures = explainers.measure(score_pieces("score-cam", "resnet18")[0])
+    explainers.close()
+    (images, *_) = explain.inputs(digits, 1)
+    features = digits.networks.backbone(images).features[-1]
+    assert figures["masks"] == np.count_nonzero(np.ptp(features, axis=(2, 3)))
+    assert 0 < figures["forwards_ms"] < figures["ms"]["median"]
+    assert figures["overhead"] == pytest.approx(
+        figures["ms"]["median"] / figures["forwards_ms"], abs=1e-3
+    )
+
+
+def test_torchcam_explains_one_class() -> None:
+    pytest.importorskip("torchcam")
+    torch.manual_seed(0)
+    model, images = small(), torch.randn(1, 3, 8, 8)
+    model(images)
+    found = floor.torchcam_score_cam(model, "3", images)()
+    assert found.shape == model[:4](images).shape[2:]
+    assert 0 == found.min() < found.max()
+
+
+def test_torchcam_may_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchcam.methods", None)
+    with pytest.raises(RuntimeError, match="torchcam is not installed"):
+        floor.torchcam_score_cam(small(), "3", torch.zeros(1, 3, 8, 8))
 
 
 def test_every_precision_is_prepared_for_one_image_and_then_for_all(

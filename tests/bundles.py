@@ -130,7 +130,7 @@ EXPORTS: dict[str, Callable[[Path], None]] = {
     "lite0": lambda folder: export_recipe("efficientnet_lite0", folder, "fp32"),
     "tiny": lambda folder: _export_tiny(folder, labels=TINY_LABELS),
     "headed": lambda folder: _export_tiny(folder, "fp16", head=True, gradients=True),
-    "pocket": lambda folder: _export_tiny(folder, "fp16", size=(16, 24)),
+    "pocket": lambda folder: _export_tiny(folder, "fp16", size=(16, 24), head=True),
     "wide": _export_wide,
     "sigmoid": _export_ended,
     "outputs": lambda folder: _export_ended(folder, activation="none"),

@@ -18,7 +18,7 @@ from ccam_deploy.engines.tensorrt.library import FLAVOURS, Flavour, load_library
 from ccam_deploy.errors import BackendError
 from ccam_deploy.fidelity.similarity import spearman
 from ccam_deploy.fidelity.verification import verify_bundle
-from ccam_deploy.methods import RISE, Method, ScoreCAM
+from ccam_deploy.methods import RISE, GradCAM, GradCAMPlusPlus, LayerCAM, Method, ScoreCAM
 from ccam_deploy.targets import Top
 from tests.helpers import example_pictures
 
@@ -88,8 +88,12 @@ def test_tf32_keeps_to_its_bounds_and_float32_to_its_own(bundle: Path, backend: 
     assert reports["tf32"].logits > 10 * reports["fp32"].logits
 
 
-@pytest.mark.parametrize("method", [ScoreCAM(), RISE(masks=150)], ids=["score-cam", "rise"])
-def test_masked_forwards_give_what_the_cpu_gives(
+@pytest.mark.parametrize(
+    "method",
+    [ScoreCAM(), RISE(masks=150), GradCAM(), GradCAMPlusPlus(), LayerCAM()],
+    ids=lambda method: method.name,
+)
+def test_other_methods_give_what_the_cpu_gives(
     explainer: ccam.Explainer, digits: ccam.Explainer, method: Method
 ) -> None:
     pictures = example_pictures()

@@ -213,7 +213,7 @@ class Networks:
     def head_logits(self, features: Floats) -> Floats:
         """Run the head on the last layer's feature maps; see Classifier."""
         if "head" not in self.engines:
-            raise OptionError("the bundle has no head graph; export it with --head")
+            raise no_head()
         feeds = {"features": self._cast("head", "features", features)}
         return self.engines["head"].run(feeds)["logits"].astype(np.float32, copy=False)
 
@@ -230,3 +230,8 @@ class Networks:
     def _unscale(self, values: Array) -> Floats:
         wide = values.astype(np.float32, copy=False)
         return wide if self._scale == 1 else wide / self._scale
+
+
+def no_head() -> OptionError:
+    """Make the error for a bundle without the graph of the network's head."""
+    return OptionError("the bundle has no head graph; export it with --head")

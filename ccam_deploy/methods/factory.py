@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 from ccam_deploy.arrays import Floats
 from ccam_deploy.bundle.manifest import Manifest
 from ccam_deploy.engines import Networks
 from ccam_deploy.methods.base import Context, Method
 from ccam_deploy.methods.collection_cam.cpu import CollectionCAM
 from ccam_deploy.methods.collection_cam.cuda import CudaCollectionCAM, DeviceCollectionCAM
-from ccam_deploy.methods.cuda.device_method import DeviceForwards
+from ccam_deploy.methods.cuda.device_method import DevicePasses
+from ccam_deploy.methods.cuda.gradient_cam import CudaGradCAM, CudaGradCAMPlusPlus, CudaLayerCAM
+from ccam_deploy.methods.cuda.recipro_cam import CudaReciproCAM
 from ccam_deploy.methods.cuda.rise import CudaRISE
 from ccam_deploy.methods.cuda.score_cam import CudaScoreCAM
+from ccam_deploy.methods.grad_cam import GradCAM
+from ccam_deploy.methods.grad_cam_plus_plus import GradCAMPlusPlus
+from ccam_deploy.methods.layer_cam import LayerCAM
+from ccam_deploy.methods.recipro_cam import ReciproCAM
 from ccam_deploy.methods.rise import RISE
 from ccam_deploy.methods.score_cam import ScoreCAM
+
+_ON_SLOTS: Mapping[type[Method], Callable[..., Method]] = {
+    GradCAM: CudaGradCAM,
+    GradCAMPlusPlus: CudaGradCAMPlusPlus,
+    LayerCAM: CudaLayerCAM,
+    ScoreCAM: CudaScoreCAM,
+    RISE: CudaRISE,
+    ReciproCAM: CudaReciproCAM,
+}
+"""How methods run on a GPU's slots; Collection-CAM has its own pipeline, others host arrays."""
 
 
 class MethodFactory:
@@ -20,7 +38,7 @@ class MethodFactory:
 
     Attributes:
         on_device: Collection-CAM on the slots, or None where there are none.
-        forwards: Masked forwards on the slots, or None where there are none.
+        passes: Other methods' passes on the slots, or None where there are none.
         context: What methods run on.
     """
 
@@ -44,17 +62,19 @@ class MethodFactory:
             manifest.input,
         )
         self.on_device: DeviceCollectionCAM | None = None
-        self.forwards: DeviceForwards | None = None
+        self.passes: DevicePasses | None = None
         if networks.slots is not None:
             self.on_device = DeviceCollectionCAM(
                 networks.slots, manifest, gradient_scale, baseline, batch_size, cuda_graphs
             )
-            self.forwards = DeviceForwards(networks.slots, manifest, batch_size, cuda_graphs)
+            self.passes = DevicePasses(
+                networks.slots, manifest, gradient_scale, batch_size, cuda_graphs
+            )
 
     @property
     def notes(self) -> tuple[str, ...]:
         """A line for each option that does not work on the slots."""
-        devices = (self.on_device, self.forwards)
+        devices = (self.on_device, self.passes)
         lines = [line for device in devices if device is not None for line in device.notes]
         return tuple(dict.fromkeys(lines))
 
@@ -64,8 +84,7 @@ class MethodFactory:
             if method.has_device_kernels:
                 return CudaCollectionCAM(method, self.on_device)
             return method
-        if self.forwards is not None and isinstance(method, ScoreCAM):
-            return CudaScoreCAM(method, self.forwards)
-        if self.forwards is not None and isinstance(method, RISE) and not method.file:
-            return CudaRISE(method, self.forwards)
-        return method
+        if self.passes is None or (isinstance(method, RISE) and method.file):
+            return method
+        make = _ON_SLOTS.get(type(method))
+        return method if make is None else make(method, self.passes)

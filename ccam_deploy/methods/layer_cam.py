@@ -41,17 +41,30 @@ class LayerCAM(Method):
         if len(self.layers) > 1 and not self.relu:
             raise OptionError("relu is false; the maps of several layers are fused without signs")
 
+    def gammas(self, layers: int) -> tuple[float, ...]:
+        """How strongly the maps of so many layers are lifted, from the shallowest layer on.
+
+        Returns:
+            0 for a map that does not pass through the tanh; nothing for a single layer, whose map
+            is not scaled either.
+        """
+        if layers < 2:
+            return ()
+        lifted = {"shallow": layers - 1, "all": layers, "none": 0}[self.scaling]
+        return (self.gamma,) * lifted + (0.0,) * (layers - lifted)
+
     def explain(self, classifier: Classifier, batch: Batch, clock: Stopwatch) -> MethodResult:
         """Explain every pair of a batch; see Method."""
         places = places_of(self.layers or batch.layers[-1:], batch.layers)
         features, gradients = layer_gradients(classifier, batch, clock)
         results = []
-        for place in places:
+        gammas = self.gammas(len(places))
+        for number, place in enumerate(places):
             with clock.stage("combine"), np.errstate(over="ignore", invalid="ignore"):
                 slopes = np.maximum(gradients[place], 0)
                 maps = np.einsum("pcij,pcij->pij", slopes, features[place])
-            if len(places) > 1:
-                maps = self._scale(maps, place == places[-1])
+            if gammas:
+                maps = _scale(maps, gammas[number])
             results.append(upsampled_result(maps, self.relu, batch, batch.layers[place], clock))
         if len(results) == 1:
             return results[0]
@@ -59,11 +72,10 @@ class LayerCAM(Method):
             raw = np.maximum.reduce([result.raw_saliency for result in results])
             return MethodResult.of_maps(raw)
 
-    def _scale(self, maps: Floats, deepest: bool) -> Floats:
-        """Bring a layer's maps [P, h, w] to the range that all layers share (eq. 9)."""
-        maps = np.maximum(maps, 0)
-        highest = maps.max(axis=(1, 2), keepdims=True)
-        maps = np.divide(maps, highest, where=highest > 0, out=np.zeros_like(maps))
-        if self.scaling == "all" or (self.scaling == "shallow" and not deepest):
-            maps = np.tanh(np.float32(self.gamma) * maps)
-        return maps
+
+def _scale(maps: Floats, gamma: float) -> Floats:
+    """Bring a layer's maps [P, h, w] to the range that all layers share (eq. 9)."""
+    maps = np.maximum(maps, 0)
+    highest = maps.max(axis=(1, 2), keepdims=True)
+    maps = np.divide(maps, highest, where=highest > 0, out=np.zeros_like(maps))
+    return np.tanh(np.float32(gamma) * maps) if gamma else maps

@@ -227,7 +227,7 @@ def _begin() -> None:
     for name in ("shfl_sync", "shfl_up_sync", "shfl_xor_sync", "ballot_sync"):
         setattr(kernelapi.FakeCUDAModule, name, globals()[f"_{name}"])
     # Modules cannot declare kernels once another module's have run, which changed their `cuda`.
-    for module in ("launch", "row_launch"):
+    for module in ("launch", "row_launch", "gradient_launch"):
         import_module(f"ccam_deploy.kernels.cuda.{module}")
 
 

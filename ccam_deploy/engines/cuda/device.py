@@ -40,6 +40,17 @@ class DeviceTensor:
         """How much memory it takes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
+    def rows(self, count: int, start: int = 0) -> DeviceTensor:
+        """Some of its rows, along the first axis."""
+        row = self.bytes // self.shape[0]
+        return DeviceTensor(self.address + start * row, (count, *self.shape[1:]), self.dtype)
+
+    def words(self) -> DeviceTensor:
+        """The same memory, each row in the widest words that it is a whole number of."""
+        row = self.bytes // self.shape[0]
+        width = next(size for size in (8, 4, 2, 1) if row % size == 0)
+        return DeviceTensor(self.address, (self.shape[0], row // width), np.dtype(f"u{width}"))
+
 
 class DeviceGraph(Protocol):
     """A graph, ready to run on tensors in device memory, always on the same device's stream.

@@ -73,6 +73,7 @@ class StreamRunner:
         self._runs_before_capture: dict[Hashable, int] = {}
         self._refused: set[Hashable] = set()
         self._graphs: dict[Hashable, Callable[[], None]] = {}
+        self._parts: dict[Hashable, Sequence[Part]] = {}
         self._marks: list[tuple[str, Any]] = []
         self._capturing = False
 
@@ -116,23 +117,24 @@ class StreamRunner:
         self.mark(stage)
         graph()
 
-    def put(self, key: tuple[Hashable, ...], stage: str, parts: Sequence[Part]) -> None:
+    def put(
+        self, key: tuple[Hashable, ...], stage: str, parts: Callable[[], Sequence[Part]]
+    ) -> None:
         """Put the parts of some work on the stream: as one graph, or each as a graph of its own.
 
         Args:
             key: Everything that the work depends on, except for the contents of memory.
             stage: The name of the whole where it is replayed as one graph.
-            parts: In order. Engines that keep graphs of their own are launched by themselves.
+            parts: Makes them, in order, when the key comes for the first time. Engines that keep
+                graphs of their own are launched by themselves.
         """
-
-        def all_parts() -> None:
-            for part in parts:
-                part.launch(self)
-
+        if key not in self._parts:
+            self._parts[key] = parts()
+        known = self._parts[key]
         if not self._engines_replay:
-            self.run(key, stage, all_parts)
+            self.run(key, stage, partial(self._launch, known))
             return
-        for index, part in enumerate(parts):
+        for index, part in enumerate(known):
             if part.is_engine:
                 part.launch(self)
             else:
@@ -155,6 +157,10 @@ class StreamRunner:
             for (stage, start), (_, end) in pairwise(marks)
             if stage
         ]
+
+    def _launch(self, parts: Sequence[Part]) -> None:
+        for part in parts:
+            part.launch(self)
 
     def _graph(self, key: Hashable, work: Callable[[], None]) -> Callable[[], None] | None:
         """The graph for some work; None where it must be launched piece by piece this time."""

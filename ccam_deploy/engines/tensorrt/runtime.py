@@ -279,9 +279,11 @@ class _Context:
 def _axis_name(tensor: str, tensors: Sequence[str]) -> str:
     """The name of the axis that varies, which plans do not keep.
 
-    In a graph that takes masks, all tensors but the images have a row for each mask.
+    In a graph that takes masks, or feature maps for the head, all tensors but the images have a row
+    for each of them.
     """
-    return "masks" if "masks" in tensors and tensor != "images" else "batch"
+    by_mask = "masks" in tensors or "features" in tensors
+    return "masks" if by_mask and tensor != "images" else "batch"
 
 
 def _checked(spec: TensorSpec, tensors: Mapping[str, DeviceTensor]) -> DeviceTensor:

@@ -1,4 +1,4 @@
-"""Score-CAM (Wang et al. 2020): masks of single channels, and the sum of the weighted channels."""
+"""Score-CAM (Wang et al. 2020): masks of single channels, and the channels' weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from numba import cuda
 
 from ccam_deploy.kernels.cuda.collectives import (
     MOST_WARPS,
-    WARP,
     Array,
     Number,
     block_max,
@@ -17,7 +16,7 @@ from ccam_deploy.kernels.cuda.collectives import (
     block_sum,
 )
 from ccam_deploy.kernels.cuda.kept import kernel
-from ccam_deploy.kernels.cuda.masks import bilinear, corners, walker
+from ccam_deploy.kernels.cuda.masks import walker
 from ccam_deploy.kernels.cuda.row_buffers import NEXT, PAIRS, ROWS
 from ccam_deploy.kernels.cuda.rows import pad
 
@@ -99,28 +98,6 @@ def render_channels(
 
 
 @kernel
-def keep_scores(
-    progress: Array, owner: Array, item: Array, pair_owner: Array, chunk: Array, scores: Array
-) -> None:
-    """Sort a chunk's scores by channel. One block per pair.
-
-    Args:
-        progress: [4] int32; see `row_buffers`.
-        owner: [n] int64, the image of each row.
-        item: [n] int32, the channel of each row; -1 for padding.
-        pair_owner: [P] int32, the image of each pair.
-        chunk: [P, n] float32, the scores of the rows that show the pair's image.
-        scores: [P, C] float32, written at the chunk's channels.
-    """
-    pair = cuda.blockIdx.x
-    if pair >= progress[PAIRS]:
-        return
-    for row in range(cuda.threadIdx.x, item.shape[0], cuda.blockDim.x):
-        if item[row] >= 0 and owner[row] == pair_owner[pair]:
-            scores[pair, item[row]] = chunk[pair, row]
-
-
-@kernel
 def channel_weights(
     progress: Array,
     pair_owner: Array,
@@ -169,70 +146,6 @@ def channel_weights(
                 weight = np.float32(math.exp(np.float64(weight) - highest) / total)
         weights[pair, channel] = weight
         gains[pair, channel] = gain
-
-
-@kernel
-def weighted_channels(
-    progress: Array, pair_owner: Array, features: Array, weights: Array, sums: Array
-) -> None:
-    """Add up each pair's channels by their weights, with a ReLU.
-
-    One block per WARP pixels and pair, of at most 1,024 threads: grid (tiles, P). A lane takes a
-    pixel, a warp a share of the channels.
-
-    Args:
-        progress: [4] int32; see `row_buffers`.
-        pair_owner: [P] int32, the image of each pair.
-        features: [B, C, h · w] float32 or float16.
-        weights: [P, C] float32.
-        sums: [P, h · w] float32, written.
-    """
-    parts = cuda.shared.array((MOST_WARPS, WARP), np.float64)
-    pair = cuda.blockIdx.y
-    if pair >= progress[PAIRS]:
-        return
-    image, warps = pair_owner[pair], cuda.blockDim.x // WARP
-    warp, lane = cuda.threadIdx.x // WARP, cuda.laneid
-    pixel = cuda.blockIdx.x * WARP + lane
-    total = 0.0
-    if pixel < sums.shape[1]:
-        for channel in range(warp, features.shape[1], warps):
-            value = np.float64(np.float32(features[image, channel, pixel]))
-            total += np.float64(weights[pair, channel]) * value
-    parts[warp, lane] = total
-    cuda.syncthreads()
-    if warp == 0 and pixel < sums.shape[1]:
-        for other in range(1, warps):
-            total += parts[other, lane]
-        if total < 0:  # unlike max(), this lets NaN through, which the host refuses
-            total = 0.0
-        sums[pair, pixel] = total
-
-
-@kernel
-def enlarge(
-    progress: Array, sums: Array, low: Array, share: Array, shape: tuple[int, int], raw: Array
-) -> None:
-    """Interpolate each pair's map to the size of the input. Grid (any, P).
-
-    Args:
-        progress: [4] int32; see `row_buffers`.
-        sums: [P, h · w] float32.
-        low: [H + W] int32; see `row_buffers.enlarged`.
-        share: [H + W] float32.
-        shape: H and w.
-        raw: [P, H · W] float32, written.
-    """
-    pair = cuda.blockIdx.y
-    if pair >= progress[PAIRS]:
-        return
-    height = shape[0]
-    width, source = low.shape[0] - height, (sums[pair], shape[1])
-    first = cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x
-    for pixel in range(first, raw.shape[1], cuda.gridDim.x * cuda.blockDim.x):
-        row, column = pixel // width, height + pixel % width
-        around = corners(source, low[row], low[column])
-        raw[pair, pixel] = bilinear(around, share[row], share[column])
 
 
 @cuda.jit(device=True)

@@ -1,15 +1,16 @@
-"""The arrays of masked forwards, of Score-CAM and of RISE on a device, in typed groups.
+"""The arrays of methods on a device but for Collection-CAM's, in typed groups.
 
 B counts images, P pairs of an image and a class, n the rows of a chunk, which are images under
-masks; h×w is a feature map's size, H×W the input's. Numba is not needed here.
+masks, or feature maps; h×w is a feature map's size, H×W the input's. Numba is not needed here.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 
 from ccam_deploy.kernels.cuda.buffers import ArrayGroup, Spec, T
 from ccam_deploy.kernels.cuda.geometry import neighbours
@@ -36,10 +37,10 @@ class RunInputs(ArrayGroup[T]):
 
 @dataclass(frozen=True)
 class Chunk(ArrayGroup[T]):
-    """One launch of the classifier, of n rows.
+    """One launch of the classifier, or of its head, of n rows.
 
     Attributes:
-        masks: [n, H · W] float32 or float16, in [0, 1].
+        masks: [n, H · W] float32 or float16, in [0, 1]; for the head feature maps, [n, C · h · w].
         owner: [n] int64, the image of each row.
         logits: [n, classes] float32 or float16.
         item: [n] int32, the mask of each row among the method's; -1 for padding.
@@ -80,6 +81,32 @@ class Lines(ArrayGroup[T]):
 
 
 @dataclass(frozen=True)
+class Spread(ArrayGroup[T]):
+    """How much the channels of a layer vary over each image.
+
+    Attributes:
+        varied: [B, C] uint8, 1 where a channel is not flat.
+        spread: [B, C] float64, its standard deviation; not finite where a value of it is not.
+    """
+
+    varied: T
+    spread: T
+
+
+@dataclass(frozen=True)
+class LayerMaps(ArrayGroup[T]):
+    """What gradients make of a layer of C channels.
+
+    Attributes:
+        weights: [P, C] float32, of the channels; not written where each place has its own.
+        sums: [P, h · w] float32, the weighted sums of the channels.
+    """
+
+    weights: T
+    sums: T
+
+
+@dataclass(frozen=True)
 class Channels(ArrayGroup[T]):
     """Score-CAM's arrays, for a layer of C channels.
 
@@ -87,8 +114,6 @@ class Channels(ArrayGroup[T]):
         rows: [B · C, 2] int32, the image and the channel of each row of a run.
         chosen: [B, C] uint8, 1 where a channel has a row.
         base: [P] float32, the score of an input of zeros.
-        varied: [B, C] uint8, 1 where a channel is not flat.
-        spread: [B, C] float64, its standard deviation; not finite where a value of it is not.
         scores: [P, C] float32, of the channels that are chosen.
         weights: [P, C] float32, 0 for other channels.
         gains: [P, C] float32, how much the scores exceed the base; 0 for other channels.
@@ -98,8 +123,6 @@ class Channels(ArrayGroup[T]):
     rows: T
     chosen: T
     base: T
-    varied: T
-    spread: T
     scores: T
     weights: T
     gains: T
@@ -123,6 +146,19 @@ class Grids(ArrayGroup[T]):
     total: T
 
 
+@dataclass(frozen=True)
+class Places(ArrayGroup[T]):
+    """Recipro-CAM's arrays.
+
+    Attributes:
+        shown: [B] int32, the images of a run.
+        scores: [P, h · w] float32, of each place.
+    """
+
+    shown: T
+    scores: T
+
+
 def run_specs(pairs: int) -> RunInputs[Spec]:
     """The inputs of runs of at most `pairs` pairs."""
     return RunInputs(
@@ -132,20 +168,17 @@ def run_specs(pairs: int) -> RunInputs[Spec]:
     )
 
 
-def chunk_specs(
-    rows: int, pairs: int, size: tuple[int, int], masks: DTypeLike, logits: Spec
-) -> Chunk[Spec]:
+def chunk_specs(rows: int, pairs: int, masks: Spec, logits: Spec) -> Chunk[Spec]:
     """The arrays of one chunk.
 
     Args:
         rows: n.
         pairs: The most pairs.
-        size: H and W.
-        masks: The type in which the classifier takes its masks.
-        logits: The classifier's output.
+        masks: What the graph takes in each row, [n, ...].
+        logits: Its output.
     """
     return Chunk(
-        masks=Spec((rows, size[0] * size[1]), masks),
+        masks=Spec((rows, math.prod(masks.shape[1:])), masks.dtype),
         owner=Spec((rows,), np.int64),
         logits=logits,
         item=Spec((rows,), np.int32),
@@ -159,6 +192,24 @@ def map_specs(pairs: int, height: int, width: int) -> Maps[Spec]:
     return Maps(raw=Spec((pairs, pixels), np.float32), saliency=Spec((pairs, pixels), np.float32))
 
 
+def spread_specs(batch: int, channels: int) -> Spread[Spec]:
+    """The arrays for at most `batch` images and a layer of so many channels."""
+    each = batch, channels
+    return Spread(varied=Spec(each, np.uint8), spread=Spec(each, np.float64))
+
+
+def layer_specs(pairs: int, channels: int, pixels: int) -> LayerMaps[Spec]:
+    """The arrays for at most `pairs` pairs and a layer of so many channels and pixels."""
+    return LayerMaps(
+        weights=Spec((pairs, channels), np.float32), sums=Spec((pairs, pixels), np.float32)
+    )
+
+
+def place_specs(batch: int, pixels: int) -> Places[Spec]:
+    """Recipro-CAM's arrays for at most `batch` images and pairs, and `pixels` of a feature map."""
+    return Places(shown=Spec((batch,), np.int32), scores=Spec((batch, pixels), np.float32))
+
+
 def channel_specs(batch: int, channels: int, pixels: int) -> Channels[Spec]:
     """Score-CAM's arrays for at most `batch` images and pairs, and `pixels` of a feature map."""
     each = batch, channels
@@ -166,8 +217,6 @@ def channel_specs(batch: int, channels: int, pixels: int) -> Channels[Spec]:
         rows=Spec((batch * channels, 2), np.int32),
         chosen=Spec(each, np.uint8),
         base=Spec((batch,), np.float32),
-        varied=Spec(each, np.uint8),
-        spread=Spec(each, np.float64),
         scores=Spec(each, np.float32),
         weights=Spec(each, np.float32),
         gains=Spec(each, np.float32),

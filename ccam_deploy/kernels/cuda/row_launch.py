@@ -1,18 +1,23 @@
-"""Launches the kernels of masked forwards, of Score-CAM and of RISE on a stream.
-
-No launch allocates, copies or waits, or depends on how many rows, pairs or images a run has, so
-that one CUDA graph of a chunk serves every run.
-"""
+"""Launches the kernels of masked forwards, of Score-CAM, RISE and Recipro-CAM; see `run_launch`."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from ccam_deploy.kernels.cuda import channels, combine, grids, rows, scores
+from ccam_deploy.kernels.cuda import channels, grids, places, rows
 from ccam_deploy.kernels.cuda.collectives import WARP, Array
-from ccam_deploy.kernels.cuda.launch import SCORINGS, Threads
-from ccam_deploy.kernels.cuda.row_buffers import Channels, Chunk, Grids, Lines, Maps, RunInputs
+from ccam_deploy.kernels.cuda.launch import SCORINGS
+from ccam_deploy.kernels.cuda.row_buffers import (
+    Channels,
+    Chunk,
+    Grids,
+    Lines,
+    Maps,
+    Places,
+    Spread,
+)
+from ccam_deploy.kernels.cuda.run_launch import Enlargement, RunKernels
 
 WEIGHTINGS = {
     "increase": channels.INCREASE,
@@ -23,28 +28,14 @@ WEIGHTINGS = {
 
 
 @dataclass(frozen=True)
-class ForwardKernels:
+class ForwardKernels(RunKernels):
     """The kernels that every method of masked forwards needs.
 
     Attributes:
-        run: The inputs of a run, in device memory.
         chunk: The arrays of one launch of the classifier, in device memory.
-        threads: Threads per block.
     """
 
-    run: RunInputs[Array]
     chunk: Chunk[Array]
-    threads: Threads = field(default_factory=Threads)
-
-    @property
-    def pairs(self) -> int:
-        """The most pairs of a run."""
-        return int(self.run.pair_owner.shape[0])
-
-    def cast(self, images: Array, target: Array, stream: Any) -> None:
-        """Images [n] float32 in the engine's type, both 1-D."""
-        grid = -(-target.shape[0] // self.threads.combine)
-        scores.cast[grid, self.threads.combine, stream](images, target)
 
     def scores(self, scoring: str, stream: Any) -> None:
         """Scores of the chunk's rows, for every pair of their images; see SCORINGS."""
@@ -61,14 +52,23 @@ class ForwardKernels:
             chunk.scores,
         )
 
+    def keep_scores(self, kept: Array, stream: Any) -> None:
+        """The chunk's scores, sorted into `kept` [P, items] float32 by item."""
+        run, chunk = self.run, self.chunk
+        rows.keep_scores[self.pairs, WARP, stream](
+            run.progress, chunk.owner, chunk.item, run.pair_owner, chunk.scores, kept
+        )
+
     def advance(self, stream: Any) -> None:
         """Go on to the next chunk."""
         rows.advance[1, 1, stream](self.run.progress, self.chunk.item.shape[0])
 
-    def by_pixel(self, pixels: int) -> tuple[tuple[int, int], int]:
-        """The grid and the block of a kernel with a thread for each pixel of each pair."""
-        threads = self.threads.combine
-        return (-(-pixels // threads), self.pairs), threads
+    def spread(self, features: Array, found: Spread[Array], stream: Any) -> None:
+        """How much each channel of [B, C, h · w] varies over each image."""
+        batch, channel_count = features.shape[:2]
+        channels.channel_spread[(channel_count, batch), self.threads.statistics, stream](
+            features, found.varied, found.spread
+        )
 
 
 @dataclass(frozen=True)
@@ -79,36 +79,26 @@ class ChannelKernels:
         forwards: The kernels of all methods.
         arrays: Score-CAM's arrays, in device memory.
         maps: The results, in device memory.
-        lines: How the layer's maps are enlarged, in device memory.
+        enlargement: How the layer's maps are enlarged.
         features: [B, C, h · w] float32 or float16, the layer's feature maps.
-        shape: H and w.
     """
 
     forwards: ForwardKernels
     arrays: Channels[Array]
     maps: Maps[Array]
-    lines: Lines[Array]
+    enlargement: Enlargement
     features: Array
-    shape: tuple[int, int]
-
-    def spread(self, stream: Any) -> None:
-        """How much each channel varies over each image."""
-        batch, channel_count = self.features.shape[:2]
-        threads = self.forwards.threads.statistics
-        channels.channel_spread[(channel_count, batch), threads, stream](
-            self.features, self.arrays.varied, self.arrays.spread
-        )
 
     def masks(self, stream: Any) -> None:
         """The masks of the next chunk."""
-        run, chunk, lines = self.forwards.run, self.forwards.chunk, self.lines
+        run, chunk, lines = self.forwards.run, self.forwards.chunk, self.enlargement.lines
         channels.render_channels[chunk.item.shape[0], self.forwards.threads.masks, stream](
             run.progress,
             self.arrays.rows,
             self.features,
             lines.low,
             lines.share,
-            self.shape,
+            self.enlargement.shape,
             chunk.masks,
             chunk.owner,
             chunk.item,
@@ -116,19 +106,11 @@ class ChannelKernels:
 
     def keep_scores(self, stream: Any) -> None:
         """Sort the chunk's scores by channel."""
-        run, chunk = self.forwards.run, self.forwards.chunk
-        channels.keep_scores[self.forwards.pairs, WARP, stream](
-            run.progress,
-            chunk.owner,
-            chunk.item,
-            run.pair_owner,
-            chunk.scores,
-            self.arrays.scores,
-        )
+        self.forwards.keep_scores(self.arrays.scores, stream)
 
     def combine(self, weighting: str, stream: Any) -> None:
         """Saliency from the channels and their scores; the weighting is one of WEIGHTINGS."""
-        forwards, run, arrays, lines = self.forwards, self.forwards.run, self.arrays, self.lines
+        forwards, run, arrays = self.forwards, self.forwards.run, self.arrays
         channels.channel_weights[forwards.pairs, forwards.threads.combine, stream](
             run.progress,
             run.pair_owner,
@@ -139,16 +121,44 @@ class ChannelKernels:
             arrays.weights,
             arrays.gains,
         )
-        grid = -(-arrays.sums.shape[1] // WARP), forwards.pairs
-        channels.weighted_channels[grid, forwards.threads.sums, stream](
-            run.progress, run.pair_owner, self.features, arrays.weights, arrays.sums
+        forwards.weighted_channels(self.features, arrays.weights, True, arrays.sums, stream)
+        forwards.enlarge(arrays.sums, self.enlargement, self.maps.raw, stream)
+        forwards.scale(self.maps, stream)
+
+
+@dataclass(frozen=True)
+class PlaceKernels:
+    """Recipro-CAM's kernels.
+
+    Attributes:
+        forwards: The kernels of all methods.
+        arrays: Recipro-CAM's arrays, in device memory.
+        maps: The results, in device memory.
+        enlargement: How the scores are enlarged.
+        features: [B, C, h · w] float32 or float16, the last layer's feature maps.
+    """
+
+    forwards: ForwardKernels
+    arrays: Places[Array]
+    maps: Maps[Array]
+    enlargement: Enlargement
+    features: Array
+
+    def isolate(self, stream: Any) -> None:
+        """The feature maps of the next chunk."""
+        run, chunk = self.forwards.run, self.forwards.chunk
+        places.isolate[chunk.item.shape[0], self.forwards.threads.masks, stream](
+            run.progress, self.arrays.shown, self.features, chunk.masks, chunk.owner, chunk.item
         )
-        channels.enlarge[(*forwards.by_pixel(self.maps.raw.shape[1]), stream)](
-            run.progress, arrays.sums, lines.low, lines.share, self.shape, self.maps.raw
-        )
-        combine.min_max[forwards.pairs, forwards.threads.scaling, stream](
-            self.maps.raw, self.maps.saliency
-        )
+
+    def keep_scores(self, stream: Any) -> None:
+        """Sort the chunk's scores by place."""
+        self.forwards.keep_scores(self.arrays.scores, stream)
+
+    def combine(self, stream: Any) -> None:
+        """Saliency from the scores."""
+        self.forwards.enlarge(self.arrays.scores, self.enlargement, self.maps.raw, stream)
+        self.forwards.scale(self.maps, stream)
 
 
 @dataclass(frozen=True)
@@ -209,4 +219,4 @@ class GridKernels:
         grids.mean[(*forwards.by_pixel(total.shape[1]), stream)](
             forwards.run.progress, total, count, maps.raw
         )
-        combine.min_max[forwards.pairs, forwards.threads.scaling, stream](maps.raw, maps.saliency)
+        forwards.scale(maps, stream)

@@ -51,6 +51,28 @@ def row_scores(
 
 
 @kernel
+def keep_scores(
+    progress: Array, owner: Array, item: Array, pair_owner: Array, chunk: Array, scores: Array
+) -> None:
+    """Sort a chunk's scores by item, such as a channel. One block per pair.
+
+    Args:
+        progress: [4] int32; see `row_buffers`.
+        owner: [n] int64, the image of each row.
+        item: [n] int32, the item of each row; -1 for padding.
+        pair_owner: [P] int32, the image of each pair.
+        chunk: [P, n] float32, the scores of the rows that show the pair's image.
+        scores: [P, items] float32, written at the chunk's items.
+    """
+    pair = cuda.blockIdx.x
+    if pair >= progress[PAIRS]:
+        return
+    for row in range(cuda.threadIdx.x, item.shape[0], cuda.blockDim.x):
+        if item[row] >= 0 and owner[row] == pair_owner[pair]:
+            scores[pair, item[row]] = chunk[pair, row]
+
+
+@kernel
 def advance(progress: Array, rows: int) -> None:
     """Go on to the next chunk. One thread.
 

@@ -1,6 +1,6 @@
 """The types of each kernel's arguments, for which kernels are compiled before they are launched.
 
-CollectionKernels launches kernels with these types. A kernel that is launched with others is
+Kernels are launched with these types. A kernel that is launched with others is
 compiled then: `gather` is where a row is no whole number of 8-byte words.
 """
 
@@ -14,8 +14,11 @@ from ccam_deploy.kernels.cuda import (
     channels,
     combine,
     cut,
+    gradients,
     grids,
+    layer_maps,
     masks,
+    places,
     rows,
     scores,
     statistics,
@@ -44,6 +47,7 @@ def signatures(dtype: Any) -> Signatures:
     return (
         _of_scores(dtype)
         | _of_masked_forwards(dtype)
+        | _of_layer_maps(dtype)
         | {
             statistics.channel_statistics: (*inputs, _f8, _PSI),
             statistics.standardise: (_TABLE, _PSI, _PSI),
@@ -104,15 +108,28 @@ def _of_masked_forwards(dtype: Any) -> Signatures:
     pair, triple = types.UniTuple(_i8, 2), types.UniTuple(_i8, 3)
     return {
         rows.row_scores: (*(progress, dtype[:, ::1], row_owner, item, owner, _i8[::1], _i8, maps),),
+        rows.keep_scores: (progress, row_owner, item, owner, maps, maps),
         rows.advance: (progress, _i8),
         channels.channel_spread: (features, levels, doubles),
         channels.render_channels: (progress, _i4[:, ::1], features, *lines, pair, *chunk),
-        channels.keep_scores: (progress, row_owner, item, owner, maps, maps),
         channels.channel_weights: (progress, owner, levels, _f4[::1], maps, _i8, maps, maps),
-        channels.weighted_channels: (progress, owner, features, maps, maps),
-        channels.enlarge: (progress, maps, *lines, pair, maps),
+        places.isolate: (progress, owner, features, *chunk),
         grids.render_grids: (progress, owner, levels, _i4[:, ::1], *lines, triple, *chunk),
         grids.clear: (doubles,),
         grids.accumulate: (progress, maps, dtype[:, ::1], row_owner, item, owner, doubles),
         grids.mean: (progress, doubles, _f8, maps),
+    }
+
+
+def _of_layer_maps(dtype: Any) -> Signatures:
+    progress, owner, maps, features = _i4[::1], _i4[::1], _f4[:, ::1], dtype[:, :, ::1]
+    begin = progress, owner, features
+    return {
+        gradients.gradient_weights: (*begin, features, _f8, _i8, _f8, maps),
+        layer_maps.weighted_channels: (*begin, maps, _i8, maps),
+        layer_maps.positive_gradients: (*begin, features, _f8, _i8, maps),
+        layer_maps.lift: (progress, _f4, maps),
+        layer_maps.enlarge: (
+            *(progress, maps, _i4[::1], _f4[::1], types.UniTuple(_i8, 2), _i8, maps),
+        ),
     }

@@ -369,16 +369,3 @@ def _arrays(
     return {
         spec.name: ((rows, *(int(size) for size in spec.shape[1:])), spec.dtype) for spec in specs
     }
-
-
-def rows_of(tensor: DeviceTensor, start: int, count: int) -> DeviceTensor:
-    """Some rows of a tensor."""
-    row = tensor.bytes // tensor.shape[0]
-    return DeviceTensor(tensor.address + start * row, (count, *tensor.shape[1:]), tensor.dtype)
-
-
-def words_of(tensor: DeviceTensor) -> DeviceTensor:
-    """The same memory, each row in the widest words that it is a whole number of."""
-    row = tensor.bytes // tensor.shape[0]
-    width = next(size for size in (8, 4, 2, 1) if row % size == 0)
-    return DeviceTensor(tensor.address, (tensor.shape[0], row // width), np.dtype(f"u{width}"))

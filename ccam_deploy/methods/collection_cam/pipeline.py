@@ -25,7 +25,7 @@ from ccam_deploy.engines.cuda.device import Device, DeviceGraph, DeviceTensor
 from ccam_deploy.engines.cuda.graph_replay import Part, StreamRunner
 from ccam_deploy.engines.cuda.slots import Graphs
 from ccam_deploy.kernels.cuda.buffers import Buffers
-from ccam_deploy.methods.collection_cam.memory import DeviceMemory, Setup, rows_of, words_of
+from ccam_deploy.methods.collection_cam.memory import DeviceMemory, Setup
 from ccam_deploy.methods.collection_cam.sizes import image_sizes, mask_sizes, padded
 from ccam_deploy.methods.stopwatch import Stopwatch
 
@@ -144,7 +144,9 @@ class Pipeline:
         """
         self._runner.forget()
         self._runner.put(
-            ("passes", images), "passes", [self._backbone(images), self._gradient(images)]
+            ("passes", images),
+            "passes",
+            lambda: [self._backbone(images), self._gradient(images)],
         )
         self._classify(masks)
         self._runner.mark("")
@@ -194,7 +196,7 @@ class Pipeline:
         self._runner.put(
             ("explain", images, pairs, direct, first),
             "explain",
-            self._explain(images, pairs, direct, first),
+            partial(self._explain, images, pairs, direct, first),
         )
         runner.mark("")
         counted = self._device.mark()
@@ -206,7 +208,7 @@ class Pipeline:
         self._classify(masks, start=classified)
         # There are none where no layer has finite statistics; kernels need at least one row.
         rows = min(-(-max(masks, 1) // _ROWS) * _ROWS, self.geometry.masks)
-        self._runner.put(("combine", pairs, rows), "combine", [self._combine(pairs, rows)])
+        self._runner.put(("combine", pairs, rows), "combine", lambda: [self._combine(pairs, rows)])
         runner.mark("")
         self._device.wait()
         return self._results(pairs, masks)
@@ -278,7 +280,7 @@ class Pipeline:
 
         def work() -> None:
             stream, inputs = self._device.kernel_stream, self._inputs(pairs)
-            logits = self._memory.view(rows_of(self._memory.graphs.mask_logits, 0, rows))
+            logits = self._memory.view(self._memory.graphs.mask_logits.rows(rows))
             self._kernels.scores(inputs, logits, self._setup.scoring, stream)
             self._kernels.combine(inputs, stream)
             self._runner.mark("download")
@@ -295,7 +297,7 @@ class Pipeline:
             if gathered:
                 tensors |= self._memory.gathered()
             self._launchers[key] = self._bind(
-                graph, {name: rows_of(tensor, 0, key[1]) for name, tensor in tensors.items()}
+                graph, {name: tensor.rows(key[1]) for name, tensor in tensors.items()}
             )
         self._launchers[key]()
 
@@ -308,8 +310,8 @@ class Pipeline:
         """Put copies of the residuals on the stream, a row for each pair instead of each image."""
         tensors = self._memory.graphs.bindings(self._graphs["gradient"])
         for name, target in self._memory.gathered().items():
-            source = self._memory.view(words_of(rows_of(tensors[name], 0, images)))
-            copied = self._memory.view(words_of(rows_of(target, 0, pairs)))
+            source = self._memory.view(tensors[name].rows(images).words())
+            copied = self._memory.view(target.rows(pairs).words())
             self._kernels.gather(inputs, source, copied, self._device.kernel_stream)
 
     def _classify(self, masks: int, start: int = 0) -> int:
@@ -324,10 +326,14 @@ class Pipeline:
         """
         while start < masks:
             rows = padded(min(masks - start, self._memory.chunk), self._mask_sizes)
-            chunk = Part("classifier", partial(self._classify_chunk, start, rows), is_engine=True)
-            self._runner.put(("classify", start, rows), "classifier", [chunk])
+            self._runner.put(
+                ("classify", start, rows), "classifier", partial(self._chunk, start, rows)
+            )
             start = min(start + rows, self.geometry.masks)
         return start
+
+    def _chunk(self, start: int, rows: int) -> list[Part]:
+        return [Part("classifier", partial(self._classify_chunk, start, rows), is_engine=True)]
 
     def _classify_chunk(self, start: int, rows: int) -> None:
         """Run the classifier on some masks, padded to `rows`: in place, or on staged copies."""
@@ -341,12 +347,12 @@ class Pipeline:
         count = min(rows, self.geometry.masks - start)
         for chunked in self._memory.chunked:
             if not chunked.written:
-                part = rows_of(chunked.whole, start, count)
+                part = chunked.whole.rows(count, start)
                 self._device.copy(chunked.staged.address, part.address, part.bytes)
         self._launchers[key]()
         for chunked in self._memory.chunked:
             if chunked.written:
-                part = rows_of(chunked.whole, start, count)
+                part = chunked.whole.rows(count, start)
                 self._device.copy(part.address, chunked.staged.address, part.bytes)
 
     def _bind_classifier(self, rows: int, staged: bool) -> Callable[[], None]:
@@ -356,7 +362,7 @@ class Pipeline:
         tensors = {"images": self._memory.graphs.images_for(graph)}
         for chunked in self._memory.chunked:
             whole = chunked.staged if staged else chunked.whole
-            tensors[chunked.name] = rows_of(whole, 0, rows)
+            tensors[chunked.name] = whole.rows(rows)
         tensors["masks"] = replace(tensors["masks"], shape=(rows, 1, height, width))
         return self._bind(graph, tensors)
 
@@ -367,7 +373,7 @@ class Pipeline:
         return Inputs(
             features=memory.layers_view(memory.graphs.features),
             gradients=memory.layers_view(memory.graphs.gradients),
-            owner=memory.view(rows_of(memory.pairs.owner, 0, pairs)),
+            owner=memory.view(memory.pairs.owner.rows(pairs)),
             k_range=memory.view(memory.pairs.k_range),
         )
 

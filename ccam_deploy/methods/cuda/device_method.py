@@ -1,4 +1,4 @@
-"""The base of methods that run masked forwards on a GPU: slots, batches and pairs."""
+"""The base of methods that run on a GPU but for Collection-CAM: slots, batches and pairs."""
 
 from __future__ import annotations
 
@@ -24,49 +24,26 @@ from ccam_deploy.methods.base import (
     MethodResult,
     require_finite_logits,
 )
-from ccam_deploy.methods.cuda.masked_forwards import MaskedForwards, Setup
+from ccam_deploy.methods.cuda.gradient_passes import GradientPasses
+from ccam_deploy.methods.cuda.masked_forwards import MaskedForwards, Repeated
+from ccam_deploy.methods.cuda.passes import PairMaps, Passes, Setup
 from ccam_deploy.methods.stopwatch import Stopwatch
 from ccam_deploy.targets import classes_of, first_occurrences
 
 M = TypeVar("M", bound=Method)
 
-_RUNS_TO_CAPTURE = 2
-
-
-@dataclass(frozen=True)
-class PairMaps:
-    """What a pipeline gave for P pairs, on the host.
-
-    Attributes:
-        raw: [P, H, W] float32, the maps.
-        saliency: [P, H, W] float32, the maps scaled to [0, 1].
-        weights: [P, N] float32, or nothing.
-        mic: [P, N] float32, or nothing.
-    """
-
-    raw: Floats
-    saliency: Floats
-    weights: tuple[Floats, ...] = ()
-    mic: tuple[Floats, ...] = ()
-
-    def result(self) -> MethodResult:
-        """Make the method's result.
-
-        Raises:
-            BackendError: A map is not finite.
-        """
-        return MethodResult.of_maps(self.raw, self.weights, self.mic, self.saliency)
+RUNS_TO_CAPTURE = 2
 
 
 class Pipeline(ABC):
     """The memory and kernels of one method with its options, on one slot.
 
     Attributes:
-        forwards: The images and the masked forwards.
+        passes: The images, and the passes of the graphs.
     """
 
-    def __init__(self, forwards: MaskedForwards) -> None:
-        self.forwards = forwards
+    def __init__(self, passes: Passes) -> None:
+        self.passes = passes
 
     @abstractmethod
     def begin(self, images: Floats, clock: Stopwatch) -> Floats:
@@ -97,46 +74,81 @@ class Pipeline(ABC):
             close the slot.
         """
 
+    def warm_up(self, images: int, context: Context, progress: Callable[[str], None]) -> None:
+        """Run every graph with every number of rows, and every kernel, until all is captured.
+
+        Args:
+            images: The most images of a call.
+            context: The engines.
+            progress: Called with a line for each step.
+        """
+        first = np.zeros(1, np.int64)
+        most = min(images, self.passes.batch)
+        noise = context.noise(most)
+        for count in sorted({min(size, most) for size in self.passes.sizes}):
+            progress(f"{count} images" if count > 1 else "one image")
+            for _ in range(RUNS_TO_CAPTURE):
+                self.begin(noise[:count], Stopwatch())
+                self.explain(first, first, context.baseline, Stopwatch())
+
     def close(self) -> None:
         """Free the memory."""
-        self.forwards.close()
+        self.passes.close()
 
 
-class DeviceForwards:
-    """Makes masked forwards on slots; safe to call from several threads.
+class DevicePasses:
+    """Makes passes on slots; safe to call from several threads.
 
     Attributes:
         slots: The slots to run on.
         manifest: The bundle's.
+        gradient_scale: The factor of the gradient graph's input.
         batch_size: The most images, and the most pairs, that a slot takes at a time.
         cuda_graphs: Whether repeated work is replayed as CUDA graphs; the results are the same.
         notes: A line for each option that does not work here.
     """
 
     def __init__(
-        self, slots: Slots, manifest: Manifest, batch_size: int, cuda_graphs: bool = True
+        self,
+        slots: Slots,
+        manifest: Manifest,
+        gradient_scale: float,
+        batch_size: int,
+        cuda_graphs: bool = True,
     ) -> None:
         self.slots = slots
         self.manifest = manifest
+        self.gradient_scale = gradient_scale
         self.batch_size = batch_size
         self.cuda_graphs = cuda_graphs
         self.notes: tuple[str, ...] = ()
 
-    def on(self, slot: Slot, masks: int) -> MaskedForwards:
+    def masked_forwards(
+        self, slot: Slot, masks: int, repeated: Repeated = "classifier"
+    ) -> MaskedForwards:
         """Allocate masked forwards on a slot, for a method with at most so many masks an image.
 
         Raises:
             BackendError: There is too little memory.
         """
-        setup = Setup(
+        return MaskedForwards(slot, masks, self._setup(), repeated)
+
+    def gradient_passes(self, slot: Slot) -> GradientPasses:
+        """Allocate gradient passes on a slot.
+
+        Raises:
+            BackendError: There is too little memory.
+        """
+        return GradientPasses(slot, self.gradient_scale, self._setup())
+
+    def _setup(self) -> Setup:
+        return Setup(
             self.manifest.input,
             self.batch_size,
-            masks,
             self.cuda_graphs,
             self._note,
             self.manifest.probabilities_by,
         )
-        return MaskedForwards(slot.device, slot.graphs["throughput"], setup)
 
     def _note(self, line: str) -> None:
         if line not in self.notes:
@@ -145,7 +157,7 @@ class DeviceForwards:
 
 @dataclass(frozen=True)
 class DeviceMethod(Method, Generic[M]):
-    """A method of masked forwards, with everything between upload and download on a GPU.
+    """A method with everything between upload and download on a GPU.
 
     Attributes:
         method: The method with its options.
@@ -153,7 +165,7 @@ class DeviceMethod(Method, Generic[M]):
     """
 
     method: M
-    device: DeviceForwards
+    device: DevicePasses
 
     def run(
         self, images: Floats, owner: Classes, codes: Classes, context: Context, clock: Stopwatch
@@ -165,7 +177,7 @@ class DeviceMethod(Method, Generic[M]):
 
         def run_on(slot: Slot) -> None:
             pipeline = self._kept(slot)
-            for rows in row_chunks(len(images), pipeline.forwards.batch):
+            for rows in row_chunks(len(images), pipeline.passes.batch):
                 logits.append(pipeline.begin(images[rows], clock))
                 if not np.isfinite(logits[-1]).all():
                     return
@@ -177,7 +189,7 @@ class DeviceMethod(Method, Generic[M]):
                 kept.append((places + rows.start, targets))
                 found.extend(
                     pipeline.explain(places[part], targets[part], context.baseline, clock)
-                    for part in row_chunks(len(places), pipeline.forwards.batch)
+                    for part in row_chunks(len(places), pipeline.passes.batch)
                 )
 
         with self.device.slots.take() as slot:
@@ -191,29 +203,10 @@ class DeviceMethod(Method, Generic[M]):
         )
 
     def warm_up(self, images: int, context: Context, progress: Callable[[str], None]) -> None:
-        """Prepare every slot for calls of 1 to `images` images, once no caller holds one.
-
-        Args:
-            images: The most images of a call.
-            context: The engines.
-            progress: Called with a line for each step.
-
-        Raises:
-            OptionError: The bundle cannot meet the method's options.
-            BackendError: The engine failed, or there is too little memory.
-        """
-        first = np.zeros(1, np.int64)
+        """Prepare every slot, once no caller holds one; see Method."""
 
         def prepare(slot: Slot) -> None:
-            pipeline = self._kept(slot)
-            most = min(images, pipeline.forwards.batch)
-            shape = most, *self.device.manifest.input
-            noise = np.random.default_rng(0).standard_normal(shape, np.float32)
-            for count in sorted({1, most}):
-                progress(f"{count} images" if count > 1 else "one image")
-                for _ in range(_RUNS_TO_CAPTURE):
-                    pipeline.begin(noise[:count], Stopwatch())
-                    pipeline.explain(first, first, context.baseline, Stopwatch())
+            self._kept(slot).warm_up(images, context, progress)
 
         self.device.slots.run_on_each(prepare)
 

@@ -19,8 +19,9 @@ from ccam_deploy.kernels.cuda.row_buffers import (
     grid_specs,
     map_specs,
 )
-from ccam_deploy.methods.cuda.device_method import DeviceMethod, PairMaps, Pipeline
+from ccam_deploy.methods.cuda.device_method import DeviceMethod, Pipeline
 from ccam_deploy.methods.cuda.masked_forwards import ChunkWork, MaskedForwards
+from ccam_deploy.methods.cuda.passes import PairMaps
 from ccam_deploy.methods.rise import RISE, enlarged_size, random_grids
 from ccam_deploy.methods.scores import scoring
 from ccam_deploy.methods.stopwatch import Stopwatch
@@ -47,6 +48,7 @@ class RisePipeline(Pipeline):
             BackendError: There is too little memory.
         """
         super().__init__(forwards)
+        self._forwards = forwards
         self._options = options
         self._piece = max(1, min(options.masks, MOST_CELLS // options.cells**2))
         self._uploaded = False
@@ -71,13 +73,13 @@ class RisePipeline(Pipeline):
 
     def begin(self, images: Floats, clock: Stopwatch) -> Floats:
         """Run the backbone; see Pipeline."""
-        return self.forwards.run_backbone(images, None, clock)
+        return self._forwards.run_backbone(images, None, clock)
 
     def explain(
         self, owner: Classes, targets: Classes, baseline: Floats, clock: Stopwatch
     ) -> PairMaps:
         """Explain some pairs; see Pipeline."""
-        forwards, pairs, shown = self.forwards, len(owner), np.unique(owner)
+        forwards, pairs, shown = self._forwards, len(owner), np.unique(owner)
         masks = self._options.masks
         forwards.runner.mark("upload")
         self._shown.host["shown"][: len(shown)] = shown
@@ -94,18 +96,15 @@ class RisePipeline(Pipeline):
             if piece.stop < masks:
                 forwards.finish(clock)  # before the host writes over what is being uploaded
         self._uploaded = self._piece == masks
-        forwards.runner.put(("finish",), "combine", [Part("combine", self._finish)])
-        results = forwards.download(self._tensors, ("raw", "saliency"), pairs)
-        forwards.finish(clock)
-        raw, saliency = (maps.reshape(pairs, *forwards.size) for maps in results.values())
-        return PairMaps(raw, saliency)
+        forwards.runner.put(("finish",), "combine", lambda: [Part("combine", self._finish)])
+        return forwards.maps(self._tensors, pairs, clock)
 
     def _upload(self, source: np.random.Generator, masks: int, clock: Stopwatch) -> None:
         """Draw grids, and put them on the stream."""
         options, host = self._options, self._grids.host
         with clock.stage("draw"):
             grids, corners = random_grids(
-                source, masks, options.cells, options.p, self.forwards.size
+                source, masks, options.cells, options.p, self._forwards.size
             )
         host["cells"][:masks] = grids.reshape(masks, -1)
         host["corners"][:masks] = corners
@@ -113,12 +112,12 @@ class RisePipeline(Pipeline):
 
     def _finish(self) -> None:
         count = self._options.masks * self._options.p
-        self._kernels.finish(count, self.forwards.device.kernel_stream)
+        self._kernels.finish(count, self._forwards.device.kernel_stream)
 
     def _prepare_kernels(self) -> Any:
         from ccam_deploy.kernels.cuda.row_launch import GridKernels
 
-        forwards, cells = self.forwards, self._options.cells
+        forwards, cells = self._forwards, self._options.cells
         views = forwards.views(self._tensors)
         wide = enlarged_size(cells, forwards.size)
         return GridKernels(
@@ -137,4 +136,4 @@ class CudaRISE(DeviceMethod[RISE]):
     name = RISE.name
 
     def _pipeline(self, slot: Slot) -> RisePipeline:
-        return RisePipeline(self.device.on(slot, self.method.masks), self.method)
+        return RisePipeline(self.device.masked_forwards(slot, self.method.masks), self.method)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,23 +13,17 @@ from ccam_deploy.engines.cuda.device import DeviceTensor
 from ccam_deploy.engines.cuda.graph_replay import Part
 from ccam_deploy.engines.cuda.slots import Slot
 from ccam_deploy.errors import BackendError
-from ccam_deploy.kernels.cuda.row_buffers import (
-    Channels,
-    Lines,
-    Maps,
-    channel_specs,
-    enlarged,
-    map_specs,
-)
+from ccam_deploy.kernels.cuda.row_buffers import Channels, Maps, channel_specs, map_specs
 from ccam_deploy.methods.base import not_finite, places_of
-from ccam_deploy.methods.cuda.device_method import DeviceMethod, PairMaps, Pipeline
+from ccam_deploy.methods.cuda.device_method import DeviceMethod, Pipeline
 from ccam_deploy.methods.cuda.masked_forwards import ChunkWork, MaskedForwards
+from ccam_deploy.methods.cuda.passes import PairMaps
+from ccam_deploy.methods.cuda.spread import ChannelSpread
 from ccam_deploy.methods.score_cam import ScoreCAM
 from ccam_deploy.methods.scores import scoring
 from ccam_deploy.methods.stopwatch import Stopwatch
 
 _INPUTS = "rows", "chosen", "base"
-_SPREADS = "varied", "spread"
 
 
 class ScorePipeline(Pipeline):
@@ -51,16 +45,16 @@ class ScorePipeline(Pipeline):
             BackendError: There is too little memory.
         """
         super().__init__(forwards)
+        self._forwards = forwards
         self._layer, self._options = layer, options
         features = forwards.features[place]
         _, channels, height, width = features.shape
         specs = channel_specs(forwards.batch, channels, height * width).by_name()
         maps = map_specs(forwards.batch, *forwards.size).by_name()
         self._inputs = forwards.region({n: specs.pop(n) for n in _INPUTS}, mirrored=True)
-        self._spreads = forwards.region({n: specs.pop(n) for n in _SPREADS}, mirrored=True)
+        self._spread = ChannelSpread(forwards, features)
         self._tensors = {
             **self._inputs.tensors,
-            **self._spreads.tensors,
             **forwards.region(specs | maps).tensors,
         }
         self._kernels = self._prepare_kernels(features)
@@ -72,23 +66,23 @@ class ScorePipeline(Pipeline):
 
     def begin(self, images: Floats, clock: Stopwatch) -> Floats:
         """Run the backbone, and measure how much each channel varies; see Pipeline."""
-        return self.forwards.run_backbone(images, self._measure, clock)
+        return self._forwards.run_backbone(images, self._spread.measure, clock)
 
     def explain(
         self, owner: Classes, targets: Classes, baseline: Floats, clock: Stopwatch
     ) -> PairMaps | BackendError:
         """Explain some pairs; see Pipeline."""
         shown = np.unique(owner)
-        if not np.isfinite(self._spreads.host["spread"][shown]).all():
+        if not self._spread.is_finite(shown):
             return not_finite(self._layer)
-        forwards, pairs = self.forwards, len(owner)
+        forwards, pairs = self._forwards, len(owner)
         rows = self._choose(shown)
         base = self._options.base_scores(baseline, targets, forwards.activation)
         self._inputs.host["base"][:pairs] = base
         forwards.begin(owner, targets, rows, len(shown))
         self._inputs.upload()
         forwards.run_chunks(rows, self._work)
-        forwards.runner.put(("combine",), "combine", [Part("combine", self._combine)])
+        forwards.runner.put(("combine",), "combine", lambda: [Part("combine", self._combine)])
         results = forwards.download(self._tensors, ("raw", "saliency", "weights", "gains"), pairs)
         forwards.finish(clock)
         size = forwards.size
@@ -99,17 +93,13 @@ class ScorePipeline(Pipeline):
             tuple(results["gains"]),
         )
 
-    def _measure(self) -> None:
-        self._kernels.spread(self.forwards.device.kernel_stream)
-        self._spreads.download()
-
     def _choose(self, shown: NDArray[np.intp]) -> int:
         """Fill in which channels of the images are shown; return how many that are in all."""
-        host, spread, count = self._inputs.host, self._spreads.host["spread"], 0
+        host, found, count = self._inputs.host, self._spread.host, 0
         host["chosen"][:] = 0
         for image in shown:
-            varied = np.flatnonzero(self._spreads.host["varied"][image])
-            channels = varied[self._options.most_varied(spread[image, varied])]
+            varied = np.flatnonzero(found.varied[image])
+            channels = varied[self._options.most_varied(found.spread[image, varied])]
             rows = host["rows"][count : count + len(channels)]
             rows[:, 0], rows[:, 1] = image, channels
             host["chosen"][image, channels] = 1
@@ -117,21 +107,18 @@ class ScorePipeline(Pipeline):
         return count
 
     def _combine(self) -> None:
-        self._kernels.combine(self._options.weights, self.forwards.device.kernel_stream)
+        self._kernels.combine(self._options.weights, self._forwards.device.kernel_stream)
 
     def _prepare_kernels(self, features: DeviceTensor) -> Any:
         from ccam_deploy.kernels.cuda.row_launch import ChannelKernels
 
-        forwards, (batch, channels, height, width) = self.forwards, features.shape
-        views = forwards.views(self._tensors)
-        flat = replace(features, shape=(batch, channels, height * width))
+        forwards, views = self._forwards, self._forwards.views(self._tensors)
         return ChannelKernels(
             forwards.kernels,
             Channels.of(views),
             Maps.of(views),
-            Lines.of(forwards.constants(enlarged((height, width), forwards.size).by_name())),
-            forwards.views({"features": flat})["features"],
-            (forwards.size[0], width),
+            forwards.enlargement(features),
+            forwards.flat_view(features),
         )
 
 
@@ -147,4 +134,4 @@ class CudaScoreCAM(DeviceMethod[ScoreCAM]):
         layer = self.method.layer or names[-1]
         (place,) = places_of([layer], names)
         masks = min(self.method.channels or layers[place].channels, layers[place].channels)
-        return ScorePipeline(self.device.on(slot, masks), place, layer, self.method)
+        return ScorePipeline(self.device.masked_forwards(slot, masks), place, layer, self.method)

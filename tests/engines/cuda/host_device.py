@@ -212,7 +212,7 @@ class Job:
 class Report:
     """What came of a job.
 
-    allocations, bound: how many there had been before the first call, and after each.
+    allocations, bound, captures: how many there had been before the first call, and after each.
     launches: each graph's name and rows, of each call.   passes: the same of the passes alone.
     progress: what the warm-up said.
     """
@@ -220,6 +220,7 @@ class Report:
     results: list[ccam.Explanation]
     allocations: list[int]
     bound: list[int]
+    captures: list[int]
     launches: list[list[Launch]]
     passes: list[Launch]
     progress: list[str]
@@ -245,8 +246,9 @@ def run(job: Job) -> Report:
         limits = {"batch": 8, "masks": job.masks}
         return slot_on(devices[-1], paths, limits, record, job.replays_itself)
 
-    def counts() -> tuple[int, int]:
-        return sum(device.allocations for device in devices), record.bound.total()
+    def counts() -> tuple[int, int, int]:
+        allocations = sum(device.allocations for device in devices)
+        return allocations, record.bound.total(), sum(device.captured for device in devices)
 
     host = load_networks(paths, chosen.gradient_scale, "onnxruntime-cpu")
     networks = Networks(host.engines, chosen.gradient_scale, "host", Slots(open_slot, 1))
@@ -280,15 +282,16 @@ def run(job: Job) -> Report:
                 run_passes()
             passes = record.take()
     assert not any(device.blocks for device in devices)
-    allocations, bindings = map(list, zip(*numbers, strict=True))
+    allocations, bindings, captures = map(list, zip(*numbers, strict=True))
     return Report(
         results,
         allocations,
         bindings,
+        captures,
         per_call,
         passes,
         progress,
         notes,
-        sum(device.captured for device in devices),
+        captures[-1],
         sum(device.replayed for device in devices),
     )

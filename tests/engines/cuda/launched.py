@@ -7,7 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from ccam_deploy.methods import RISE, CollectionCAM, ScoreCAM
+from ccam_deploy.methods import (
+    RISE,
+    CollectionCAM,
+    GradCAM,
+    LayerCAM,
+    ReciproCAM,
+    ScoreCAM,
+)
 from tests.engines.cuda.host_device import Call, Job, run
 from tests.helpers import noise
 
@@ -16,7 +23,7 @@ Launch = tuple[str, tuple[Any, ...]]
 
 
 def launched(bundle: Path, precision: str) -> list[Launch]:
-    """Explain two images for two classes each; in a process started by `simulator`."""
+    """Explain an image for two classes; in a process started by `simulator`."""
     from numba.cuda.simulator.kernel import FakeCUDAKernel
 
     seen: list[Launch] = []
@@ -29,8 +36,15 @@ def launched(bundle: Path, precision: str) -> list[Launch]:
 
     FakeCUDAKernel.__call__ = recording
     try:
-        images, targets = noise(2, 3, 16, 24), [[0, 1], [0, 1]]
-        methods = CollectionCAM(k_max=3, standardise=True), ScoreCAM(), RISE(masks=4, cells=3)
+        images, targets = noise(1, 3, 16, 24), [[0, 1]]
+        methods = (
+            CollectionCAM(k_max=2, standardise=True),
+            ScoreCAM(channels=2),
+            RISE(masks=2, cells=3),
+            GradCAM(),
+            LayerCAM(layers=("relu1", "relu2")),
+            ReciproCAM(),
+        )
         run(Job(bundle, tuple(Call(images, targets, method) for method in methods), precision))
     finally:
         FakeCUDAKernel.__call__ = launch

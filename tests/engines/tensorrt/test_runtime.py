@@ -13,7 +13,7 @@ import pytest
 
 from ccam_deploy.engines.cuda.device import DeviceTensor
 from ccam_deploy.engines.tensorrt.library import Library, load_library
-from ccam_deploy.engines.tensorrt.runtime import PlanGraph, SharedPlan
+from ccam_deploy.engines.tensorrt.runtime import PlanGraph, SharedPlan, _axis_name
 from ccam_deploy.errors import BackendError
 
 SHAPES = {
@@ -174,6 +174,13 @@ def test_plan_tells_its_tensors_and_limits(path: Path) -> None:
     assert plan.limits("latency") == {"batch": 1, "masks": 64}
     assert plan.limits("throughput") == {"batch": 4, "masks": 96}
     assert (plan.scratch_bytes("latency"), plan.scratch_bytes("throughput")) == (0, 512)
+
+
+def test_rows_of_the_head_are_counted_as_masks() -> None:
+    """As the export names them."""
+    for name in ("features", "logits"):
+        assert _axis_name(name, ["features", "logits"]) == "masks"
+    assert _axis_name("feature_0", ["images", "logits", "feature_0"]) == "batch"
 
 
 def test_plan_without_a_profile_refuses_it(path: Path) -> None:

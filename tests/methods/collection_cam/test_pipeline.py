@@ -6,6 +6,7 @@ The engines are ONNX Runtime's on both sides; the simulator is slow, so the netw
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -145,9 +146,9 @@ def test_a_class_named_and_among_the_best_is_explained_once(bundle: Path, device
 
 
 def test_cuda_graphs_give_the_same_bits(bundle: Path, device: Run) -> None:
-    images = noise(2, 3, 16, 24)
-    one, two = Call(images[:1], None, OPTIONS), Call(images[1:], 2, OPTIONS)
-    several = Call(images[:1], [[2, 0]], OPTIONS)
+    images, options = noise(2, 3, 16, 24), CollectionCAM(k_max=2)
+    one, two = Call(images[:1], None, options), Call(images[1:], 2, options)
+    several = Call(images[:1], [[2, 0]], options)
     calls = (one, one, one, two, several, several)
     report = device(Job(bundle, calls))
     plain = device(Job(bundle, calls, cuda_graphs=False))
@@ -204,10 +205,7 @@ def chunks_of(masks: int, size: int) -> list[int]:
     return [size] * -(-masks // size)
 
 
-@pytest.mark.parametrize("replays_itself", [False, True])
-def test_a_warm_explainer_prepares_nothing_in_a_call(
-    bundle: Path, device: Run, replays_itself: bool
-) -> None:
+def test_a_warm_explainer_prepares_nothing_in_a_call(bundle: Path, device: Run) -> None:
     """No memory, no new binding and no other number of rows, whatever the calls' sizes are."""
     images = noise(3, 3, 16, 24)
     calls = (
@@ -216,17 +214,19 @@ def test_a_warm_explainer_prepares_nothing_in_a_call(
         Call(images[:1], [[1, 3]], OPTIONS),
         Call(images[1:], [[0, 1], [4, 2]], OPTIONS),
     )
-    warm = device(Job(bundle, calls, masks=16, replays_itself=replays_itself, warm_up=4))
-    assert len(set(warm.allocations)) == len(set(warm.bound)) == 1
-    assert warm.progress[0] == "one image"
-    assert {"4 images", "4 masks", "6 masks", "16 masks"} <= set(warm.progress)
-    for launches in warm.launches:
-        assert {rows for name, rows in launches if name != "classifier"} <= {1, 2, 4}
-        assert {rows for name, rows in launches if name == "classifier"} <= {4, 6, 16}
-    cold = device(Job(bundle, calls, masks=16, replays_itself=replays_itself))
+    job = Job(bundle, calls, batch_size=2, masks=16)
+    cold = device(job)
     assert cold.bound[0] < cold.bound[1]
-    for result, expected in zip(warm.results, cold.results, strict=True):
-        assert_same(result, expected, 0)
+    for replays_itself in (False, True):
+        warm = device(replace(job, replays_itself=replays_itself, warm_up=2))
+        assert len(set(warm.allocations)) == len(set(warm.bound)) == 1
+        assert warm.progress[0] == "one image"
+        assert {"2 images", "4 masks", "6 masks", "12 masks"} <= set(warm.progress)
+        for launches in warm.launches:
+            assert {rows for name, rows in launches if name != "classifier"} <= {1, 2}
+            assert {rows for name, rows in launches if name == "classifier"} <= {4, 6, 12}
+        for result, expected in zip(warm.results, cold.results, strict=True):
+            assert_same(result, expected, 0)
 
 
 def test_the_classifier_begins_before_the_masks_are_counted(bundle: Path, device: Run) -> None:
@@ -253,7 +253,7 @@ def test_engines_that_replay_themselves_are_launched_between_the_kernels(
 ) -> None:
     """What is captured then are the kernels alone; the bits are the same."""
     images = noise(2, 3, 16, 24)
-    call = Call(images, None, OPTIONS)
+    call = Call(images, None, CollectionCAM(k_max=2))
     whole, parts = (
         device(Job(bundle, (call,) * 4, replays_itself=replays)) for replays in (False, True)
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
@@ -10,6 +10,7 @@ from unittest.mock import patch
 import numpy as np
 from numpy.typing import NDArray
 
+import ccam_deploy as ccam
 from ccam_deploy.engines.cuda.device import DeviceTensor
 from ccam_deploy.engines.onnxruntime import OnnxRuntimeGraph
 from ccam_deploy.methods.cuda import rise
@@ -31,6 +32,10 @@ class Recorded:
         """The rows of each launch of a graph."""
         calls = self.report.launches
         return [rows for launches in calls for name, rows in launches if name == graph]
+
+
+Run = Callable[..., Recorded]
+"""Runs a job elsewhere; takes what `run_recorded` takes."""
 
 
 def run_recorded(job: Job, most_cells: int = rise.MOST_CELLS, threads: int = 32) -> Recorded:
@@ -73,3 +78,35 @@ def accumulated(
     given = map(cuda.to_device, arrays)
     grids.accumulate[(1, pairs), 32](cuda.to_device(progress), *given, pair_owner, total)
     return total.copy_to_host()  # type: ignore[no-any-return]
+
+
+def assert_same(actual: ccam.Explanation, expected: ccam.Explanation, tolerance: float) -> None:
+    """Equal within a tolerance; to the bit where that is zero."""
+    assert actual.targets.tolist() == expected.targets.tolist()
+    assert actual.image_index.tolist() == expected.image_index.tolist()
+    for name in ("logits", "raw_saliency"):
+        values, others = getattr(actual, name), getattr(expected, name)
+        np.testing.assert_allclose(values, others, rtol=0, atol=tolerance)
+    for pair in range(len(expected)):
+        for name in ("weights", "mic"):
+            values, others = getattr(actual, name)[pair], getattr(expected, name)[pair]
+            np.testing.assert_allclose(values, others, rtol=0, atol=tolerance)
+    np.testing.assert_allclose(actual.saliency, expected.saliency, rtol=0, atol=10 * tolerance)
+
+
+def summed(features: NDArray[np.float32], slopes: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Layer-CAM's sums, negative values cut off, for a pair of each image.
+
+    features, slopes: [P, C, pixels].
+    """
+    from numba import cuda
+
+    from ccam_deploy.kernels.cuda import layer_maps
+
+    pairs, _, pixels = features.shape
+    sums = cuda.to_device(np.zeros((pairs, pixels), np.float32))
+    progress = cuda.to_device(np.array([0, 0, pairs, 0], np.int32))
+    owner = cuda.to_device(np.arange(pairs, dtype=np.int32))
+    given = map(cuda.to_device, (features, slopes))
+    layer_maps.positive_gradients[(1, pairs), 64](progress, owner, *given, 1.0, 1, sums)
+    return sums.copy_to_host()  # type: ignore[no-any-return]

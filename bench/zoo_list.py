@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ccam_deploy.errors import SourceError
 from ccam_deploy.export.architecture import build_model, import_module
-from ccam_deploy.export.program import aten
+from ccam_deploy.export.graph_editing import aten
 
 CLASSES = 10
 SIZES = (64, 96, 128, 160, 192, 224, 240, 256, 288, 299, 320, 384, 512)

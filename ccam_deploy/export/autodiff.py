@@ -18,18 +18,13 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ccam_deploy.errors import LayerError, LoweringError, brief
+from ccam_deploy.errors import LayerError, LoweringError
+from ccam_deploy.export.cutting import crossing_values, extract
+from ccam_deploy.export.expressible import operator_name, plain_reason, where
+from ccam_deploy.export.graph_editing import aten, cast, fresh_constant, placeholders
 from ccam_deploy.export.layers import TargetLayer
-from ccam_deploy.export.lowering import decompositions
-from ccam_deploy.export.program import (
-    Program,
-    aten,
-    cast,
-    drop_unused,
-    fresh_constant,
-    module_of,
-    quiet,
-)
+from ccam_deploy.export.lowering.table import decompositions
+from ccam_deploy.export.program import Program, quiet
 from ccam_deploy.export.simplify import simplify
 
 _Outputs = Callable[..., list[Tensor]]
@@ -105,8 +100,7 @@ def differentiate_input(
         return list(torch.autograd.grad(scores, [image], output_gradient))
 
     joint = record(program, recorder, outputs, dtype)
-    inputs = [node for node in joint.graph.nodes if node.op == "placeholder"]
-    return extract(joint, inputs, list(joint.graph.output_node().args[0]))  # type: ignore[arg-type]
+    return extract(joint, placeholders(joint), list(joint.graph.output_node().args[0]))  # type: ignore[arg-type]
 
 
 def has_relu(program: Program) -> bool:
@@ -125,6 +119,7 @@ class Recorder(fx.Interpreter):
         super().__init__(module)
         self.kept: dict[fx.Node, Tensor] = {}
         self.current: fx.Node | None = None
+        self._backward = False
         self._wanted = set(kept)
 
     def run_node(self, n: fx.Node) -> Any:
@@ -138,8 +133,24 @@ class Recorder(fx.Interpreter):
             value.grad_fn.register_prehook(partial(self._turn_to, n))
         return value
 
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Compute an operator's value."""
+        if target in (aten.view.default, aten._unsafe_view.default):
+            # Decomposed operators may lay their values out in another order than the traced ones.
+            target = aten.reshape.default
+        return super().call_function(target, args, kwargs)
+
+    def complaint(self, error: Exception) -> str:
+        """Say what an error stopped, in one line."""
+        if self.current is None:
+            return f"the model cannot be expressed: {plain_reason(error)}"
+        what = "the gradient of " if self._backward else ""
+        operator = operator_name(self.current.target)
+        reason = plain_reason(error)
+        return f"{where(self.current)}: {what}{operator} cannot be expressed: {reason}"
+
     def _turn_to(self, node: fx.Node, gradients: tuple[Tensor, ...]) -> None:
-        self.current = node
+        self.current, self._backward = node, True
 
 
 class GuidedRecorder(Recorder):
@@ -203,24 +214,17 @@ def record(
             joint = make_fx(forward_and_backward, decomposition_table=decompositions())(
                 buffers, image, *upstream
             )
-    except LayerError:
+    except (LayerError, LoweringError):
         raise
     except Exception as error:
-        where = describe(recorder.current) if recorder.current else "the model"
-        raise LoweringError(f"{where} cannot be lowered: {brief(error)}") from error
+        raise LoweringError(recorder.complaint(error)) from error
     joint = _constants_as_attributes(joint, constants)
     simplify(joint)
     return joint
 
 
-def describe(node: fx.Node) -> str:
-    """Name a node's operator and module, for a message."""
-    return f'operator {node.target} in module "{module_of(node) or "the model itself"}"'
-
-
 def _constants_as_attributes(joint: fx.GraphModule, constants: dict[str, Tensor]) -> fx.GraphModule:
-    placeholders = [node for node in joint.graph.nodes if node.op == "placeholder"]
-    for node, (name, value) in zip(placeholders, constants.items(), strict=False):
+    for node, (name, value) in zip(placeholders(joint), constants.items(), strict=False):
         with joint.graph.inserting_before(node):
             constant = fresh_constant(joint, value, name)
             constant.meta.update(node.meta)
@@ -231,17 +235,10 @@ def _constants_as_attributes(joint: fx.GraphModule, constants: dict[str, Tensor]
 
 
 def _split(joint: fx.GraphModule, layers: int) -> Differentiated:
-    image, output_gradient = (node for node in joint.graph.nodes if node.op == "placeholder")
-    on_image, on_gradient = _depending(joint, image), _depending(joint, output_gradient)
+    image, output_gradient = placeholders(joint)
     outputs = list(joint.graph.output_node().args[0])  # type: ignore[arg-type]
     forward, gradients = outputs[: 1 + layers], outputs[1 + layers :]
-    crossing = {
-        source: None
-        for node in joint.graph.nodes
-        if node in on_gradient
-        for source in node.all_input_nodes
-        if source in on_image and source not in on_gradient
-    }
+    crossing = crossing_values(joint, image, output_gradient)
     backbone = extract(joint, [image], [*forward, *crossing])
     gradient = extract(joint, [*crossing, output_gradient], gradients)
     return Differentiated(backbone, gradient, _head(joint, forward[0], forward[-1]))
@@ -253,50 +250,3 @@ def _head(joint: fx.GraphModule, logits: fx.Node, features: fx.Node) -> fx.Graph
         return extract(joint, [features], [logits])
     except KeyError:
         return None
-
-
-def _depending(joint: fx.GraphModule, root: fx.Node) -> set[fx.Node]:
-    """The nodes whose values, not only whose batch size, depend on `root`."""
-    depending = {root}
-    for node in joint.graph.nodes:
-        if node.target is aten.sym_size.int:
-            continue
-        if any(source in depending for source in node.all_input_nodes):
-            depending.add(node)
-    return depending
-
-
-def extract(
-    joint: fx.GraphModule, inputs: Sequence[fx.Node], outputs: Sequence[fx.Node]
-) -> fx.GraphModule:
-    """Copy the part of a graph between some nodes, with the constants and sizes it uses.
-
-    Args:
-        joint: The whole graph.
-        inputs: Its nodes that become inputs of the part; the batch is the first axis of each.
-        outputs: Its nodes that become outputs.
-
-    Returns:
-        The part.
-
-    Raises:
-        KeyError: An output depends on more than the inputs.
-    """
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    for node in inputs:
-        copies[node] = graph.placeholder(node.name)
-        copies[node].meta.update(node.meta)
-    for node in joint.graph.nodes:
-        if node in copies or node.op not in ("call_function", "get_attr"):
-            continue
-        if node.target is aten.sym_size.int:
-            # The batch is the only size that is not known, and the first axis of every input.
-            copies[node] = graph.call_function(aten.sym_size.int, (copies[inputs[0]], 0))
-            copies[node].meta.update(node.meta)
-        elif all(source in copies for source in node.all_input_nodes):
-            copies[node] = graph.node_copy(node, lambda n: copies[n])
-    graph.output(tuple(copies[node] for node in outputs))
-    part = fx.GraphModule(joint, graph)
-    drop_unused(part)
-    return part

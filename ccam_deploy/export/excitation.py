@@ -16,9 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ccam_deploy.export.autodiff import Recorder, describe, extract, record
+from ccam_deploy.export.autodiff import Recorder, record
+from ccam_deploy.export.cutting import extract
+from ccam_deploy.export.expressible import describe
+from ccam_deploy.export.graph_editing import aten
 from ccam_deploy.export.layers import TargetLayer
-from ccam_deploy.export.program import Program, aten
+from ccam_deploy.export.program import Program
 
 _LEAST = 1e-20
 """A smaller excitation counts as none: its reciprocal would overflow float32."""

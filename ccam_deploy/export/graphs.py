@@ -17,9 +17,12 @@ from ccam_deploy.export.autodiff import (
     has_relu,
 )
 from ccam_deploy.export.excitation import excite, why_not
+from ccam_deploy.export.expressible import require_expressible, require_expressible_gradient
+from ccam_deploy.export.graph_editing import aten, cast, drop_unused, placeholders
 from ccam_deploy.export.layers import TargetLayer
 from ccam_deploy.export.onnx_conversion import GraphInput, to_onnx
-from ccam_deploy.export.program import Program, aten, cast
+from ccam_deploy.export.program import Program
+from ccam_deploy.export.simplify import leave_batch_open, without_sizes
 
 _BATCH, _MASKS = 2, 3
 """Lengths of the dynamic axes in examples."""
@@ -86,16 +89,18 @@ def convert_graphs(
         LoweringError: ONNX cannot express an operator; the message names it and its module.
         LayerError: a head is asked for, and the last layer is no cut through the classifier.
     """
+    require_expressible(program)
     parts = differentiate(program, layers, dtype)
+    require_expressible_gradient(parts.backbone, parts.gradient)
     images = _images(program, dtype)
     scores = _scores(program, dtype)
     residuals = {
         f"residual_{index}": GraphInput(_example_size(node), "batch", node.meta["val"].dtype)
-        for index, node in enumerate(_placeholders(parts.gradient)[:-1])
+        for index, node in enumerate(placeholders(parts.gradient)[:-1])
     }
 
     def convert(graph: fx.GraphModule, inputs: Mapping[str, GraphInput], *outputs: str) -> ir.Model:
-        return to_onnx(graph, inputs, outputs, program)
+        return to_onnx(graph, inputs, outputs)
 
     features = [f"feature_{index}" for index in range(len(layers))]
     gradients = [f"gradient_{index}" for index in range(len(layers))]
@@ -128,7 +133,7 @@ def input_gradient_graph(
     """Convert the graph of the images' gradient; see differentiate_input."""
     graph = differentiate_input(program, dtype, guided)
     inputs = {"images": _images(program, dtype), "output_gradient": _scores(program, dtype)}
-    return to_onnx(graph, inputs, ["input_gradient"], program)
+    return to_onnx(graph, inputs, ["input_gradient"])
 
 
 def _images(program: Program, dtype: torch.dtype) -> GraphInput:
@@ -137,10 +142,6 @@ def _images(program: Program, dtype: torch.dtype) -> GraphInput:
 
 def _scores(program: Program, dtype: torch.dtype) -> GraphInput:
     return GraphInput((_BATCH, program.classes), "batch", dtype)
-
-
-def _placeholders(graph: fx.GraphModule) -> list[fx.Node]:
-    return [node for node in graph.graph.nodes if node.op == "placeholder"]
 
 
 def _example_size(node: fx.Node) -> tuple[int, ...]:
@@ -162,10 +163,24 @@ def _masked_classifier(program: Program, dtype: torch.dtype) -> fx.GraphModule:
     graph = fx.Graph()
     images, masks, owner = map(graph.placeholder, ("images", "masks", "owner"))
     owned = graph.call_function(aten.index_select.default, (images, 0, owner))
-    copies = {program.image: graph.call_function(aten.mul.Tensor, (owned, masks))}
-    graph.graph_copy(program.graph.graph, copies)
-    graph.output((copies[program.logits],))
+    masked = graph.call_function(aten.mul.Tensor, (owned, masks))
+    forward = _forward(program)
+    copies = {placeholders(forward)[0]: masked}
+    graph.output(graph.graph_copy(forward.graph, copies))
     constants = nn.Module()
-    for name, value in program.graph.named_buffers():
+    for name, value in forward.named_buffers():
         constants.register_buffer(name, cast(value, dtype))
     return fx.GraphModule(constants, graph)
+
+
+def _forward(program: Program) -> fx.GraphModule:
+    """The classifier's graph without sizes of the batch."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    graph.graph_copy(program.graph.graph, copies)
+    graph.output((copies[program.logits],))
+    forward = fx.GraphModule(program.graph, graph)
+    leave_batch_open(forward)
+    without_sizes(forward)
+    drop_unused(forward)
+    return forward

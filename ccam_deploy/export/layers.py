@@ -10,7 +10,8 @@ import torch
 from torch import fx
 
 from ccam_deploy.errors import LayerError
-from ccam_deploy.export.program import Program, aten, name_of, stack_of
+from ccam_deploy.export.graph_editing import aten
+from ccam_deploy.export.program import Program, name_of, stack_of
 
 DEFAULT_COUNT = 4
 _NCHW = (0, 1, 2, 3)

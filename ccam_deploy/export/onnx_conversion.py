@@ -37,8 +37,10 @@ from torch.fx.experimental.symbolic_shapes import (
     StatelessSymbolicContext,
 )
 
-from ccam_deploy.errors import LoweringError, brief
-from ccam_deploy.export.program import Program, module_of, quiet
+from ccam_deploy.errors import LoweringError
+from ccam_deploy.export.expressible import plain_reason
+from ccam_deploy.export.graph_editing import aten
+from ccam_deploy.export.program import quiet
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,6 @@ def to_onnx(
     graph: fx.GraphModule,
     inputs: Mapping[str, GraphInput],
     outputs: Sequence[str],
-    program: Program,
 ) -> ir.Model:
     """Convert a functional graph of ATen operators to ONNX.
 
@@ -68,13 +69,12 @@ def to_onnx(
         graph: its placeholders are `inputs` in their order, its constants are buffers.
         inputs: name of each input of the ONNX model -> what it holds.
         outputs: names of the outputs of the ONNX model.
-        program: the classifier that the graph was made of, to name a culprit in.
 
     Returns:
         The model, with its weights in memory and without a trace of the tools that made it.
 
     Raises:
-        LoweringError: ONNX cannot express an operator; the message names it and its module.
+        LoweringError: ONNX cannot express an operator; see require_expressible, which names it.
     """
     with torch.no_grad(), quiet(), _shared_registry():
         try:
@@ -84,7 +84,9 @@ def to_onnx(
             try:
                 model = _convert(_retraced_program(graph, inputs), inputs, outputs)
             except Exception as error:
-                raise LoweringError(_culprit(error, program)) from error
+                raise LoweringError(
+                    f"the model cannot be converted to ONNX: {plain_reason(error)}"
+                ) from error
     _clean(model, inputs)
     return model
 
@@ -172,7 +174,10 @@ def _traced_program(graph: fx.GraphModule, inputs: Mapping[str, GraphInput]) -> 
         for node in graph.graph.nodes:
             if node.op == "call_function":
                 args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
-                values[node] = node.target(*args, **kwargs)
+                # Other operators than the traced ones may have laid values out in another order.
+                plain = node.target is aten.view.default
+                target = aten.reshape.default if plain else node.target
+                values[node] = target(*args, **kwargs)
                 copies[node] = lifted.node_copy(node, copies.__getitem__)
     for node, twin in copies.items():
         twin.meta = {"val": values[node]}
@@ -238,50 +243,6 @@ def _registry(build: Callable[..., Any], **options: Any) -> Any:
     return build(**options)
 
 
-def _culprit(error: BaseException, program: Program) -> str:
-    """Name the operator, and its module, that the conversion to ONNX stops at.
-
-    The exporter's own message names an operator after decomposition, which no longer says where
-    it came from; so each kind of operator in the model is converted by itself.
-    """
-    kinds: dict[object, fx.Node] = {}
-    for node in program.graph.graph.nodes:
-        if isinstance(node.target, torch._ops.OpOverload):
-            kinds.setdefault(node.target, node)
-    for node in kinds.values():
-        if not _converts(node):
-            where = module_of(node) or "the model itself"
-            return f'operator {node.target} in module "{where}" has no ONNX equivalent'
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return f"the model's gradient cannot be converted to ONNX: {brief(error)}"
-
-
-def _converts(node: fx.Node) -> bool:
-    """Whether one operator, on inputs of the shapes that it has in the model, becomes ONNX."""
-    graph = fx.Graph()
-    copies, examples = {}, []
-    for source in node.all_input_nodes:
-        value = source.meta["val"]
-        if not isinstance(value, Tensor):
-            return True
-        copies[source] = graph.placeholder(source.name)
-        sizes = [size if isinstance(size, int) else 2 for size in value.shape]
-        examples.append(torch.zeros(sizes, dtype=value.dtype))
-    graph.output(graph.node_copy(node, lambda n: copies[n]))
-    try:
-        torch.onnx.export(
-            fx.GraphModule(nn.Module(), graph),
-            tuple(examples),
-            dynamo=True,
-            verbose=False,
-            optimize=False,
-        )
-    except torch.onnx.OnnxExporterError:
-        return False
-    return True
-
-
 def _clean(model: ir.Model, inputs: Mapping[str, GraphInput]) -> None:
     """Give dynamic axes their names, and drop what tells of the tools and folders of the export."""
     names = {}
@@ -290,7 +251,8 @@ def _clean(model: ir.Model, inputs: Mapping[str, GraphInput]) -> None:
         names[value.shape[0]] = description.axis
     for value in _values(model):
         if value.shape is not None:
-            value.shape = ir.Shape([names.get(size, size) for size in value.shape])
+            sizes = [size if isinstance(size, int) else names.get(size) for size in value.shape]
+            value.shape = ir.Shape(sizes)
         value.metadata_props.clear()
     for node in model.graph:
         node.metadata_props.clear()

@@ -18,8 +18,24 @@ from torch.export.graph_signature import InputKind, OutputKind
 
 from ccam_deploy.bundle.manifest import Activation
 from ccam_deploy.errors import LoweringError, SourceError, brief
+from ccam_deploy.export.graph_editing import (
+    aten,
+    drop_unused,
+    fresh_constant,
+    place_constant,
+    without_symbols,
+)
+from ccam_deploy.export.rewriting import rewrite_operators
 
-aten: Any = torch.ops.aten
+_NO_MODULE = "_empty_nn_module_stack_from_metadata_hook"
+"""PyTorch's word for the module of a node that has none."""
+
+_ASSERTIONS = {
+    aten._assert_tensor_metadata.default,
+    aten._assert_scalar.default,
+    aten._assert_async.msg,
+}
+_LOUD = {"torch.onnx": logging.ERROR, "torch._subclasses.fake_tensor": logging.CRITICAL}
 
 
 @dataclass(frozen=True)
@@ -55,22 +71,24 @@ class Program:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence the exporter's notes about its own progress and deprecations."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """Silence PyTorch's notes about its own progress, deprecations and caught errors."""
+    loggers = {logging.getLogger(name): level for name, level in _LOUD.items()}
+    levels = {logger: logger.level for logger in loggers}
+    for logger, level in loggers.items():
+        logger.setLevel(level)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in levels.items():
+            logger.setLevel(level)
 
 
 def stack_of(node: fx.Node) -> dict[str, str]:
     """Return the module calls around a node, outermost first: key of the call -> name."""
     stack = node.meta.get("nn_module_stack") or {}
-    return {key: str(value[0]) for key, value in stack.items()}
+    return {key: str(value[0]) for key, value in stack.items() if key != _NO_MODULE}
 
 
 def name_of(node: fx.Node) -> str:
@@ -109,9 +127,11 @@ def trace_model(model: nn.Module, input_shape: tuple[int, int, int]) -> Exported
         example = torch.zeros(2, *input_shape)
         with torch.no_grad(), quiet():
             return torch.export.export(twin, (example,), dynamic_shapes=shapes)
+    except SourceError:
+        raise
     except Exception as error:
         size = "x".join(str(side) for side in input_shape)
-        reason = getattr(model, "tracing_advice", brief(error))
+        reason = getattr(model, "tracing_advice", without_symbols(brief(error)))
         raise SourceError(
             f"torch.export cannot trace the model on images of {size}: {reason}"
         ) from error
@@ -153,7 +173,9 @@ def decompose(exported: ExportedProgram) -> ExportedProgram:
         with quiet():
             functional: ExportedProgram = exported.run_decompositions({})
     except Exception as error:
-        raise SourceError(f"the traced program cannot be decomposed: {brief(error)}") from error
+        raise SourceError(
+            f"the traced program cannot be decomposed: {without_symbols(brief(error))}"
+        ) from error
     return functional
 
 
@@ -174,8 +196,10 @@ def program_from(
         SourceError: The model gives constants, or changes its own buffers.
     """
     graph = _unlift(functional)
+    _drop_assertions(graph)
     _plain_convolutions(graph)
     if fold:
+        rewrite_operators(graph)
         _fold_batch_norms(graph, keep)
     _plain_global_pools(graph)
     drop_unused(graph)
@@ -235,43 +259,9 @@ def _unlift(exported: ExportedProgram) -> fx.GraphModule:
         value = exported.state_dict.get(target, exported.constants.get(target))
         if not isinstance(value, torch.Tensor):
             raise LoweringError(f'the model holds "{target}", which is not a tensor')
-        nodes[node] = _constant(root, graph, value, node.name)
+        nodes[node] = place_constant(root, graph, value, node.name)
         nodes[node].meta.update(node.meta)
     return fx.GraphModule(root, graph)
-
-
-def _constant(root: nn.Module, graph: fx.Graph, value: torch.Tensor, name: str) -> fx.Node:
-    root.register_buffer(name, value.detach().clone().contiguous())
-    return graph.get_attr(name)
-
-
-def cast(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Convert a tensor to another floating-point type; integers and booleans stay as they are."""
-    return value.to(dtype) if value.is_floating_point() else value
-
-
-def fresh_constant(module: fx.GraphModule, value: torch.Tensor, hint: str) -> fx.Node:
-    """Add a constant tensor to a graph module at its current insertion point."""
-    name = next(name for name in _names(hint) if not hasattr(module, name))
-    return _constant(module, module.graph, value, name)
-
-
-def drop_unused(module: fx.GraphModule) -> None:
-    """Remove nodes and constants that nothing reads."""
-    module.graph.eliminate_dead_code()
-    used = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
-    for name, _ in list(module.named_buffers()):
-        if name not in used:
-            delattr(module, name)
-    module.recompile()
-
-
-def _names(hint: str) -> Iterator[str]:
-    yield hint
-    number = 1
-    while True:
-        yield f"{hint}_{number}"
-        number += 1
 
 
 def _fold_batch_norms(module: fx.GraphModule, keep: Collection[str]) -> None:
@@ -299,6 +289,13 @@ def _fold_batch_norms(module: fx.GraphModule, keep: Collection[str]) -> None:
                 folded.meta.update(user.meta, original_name=user.name)
                 user.replace_all_uses_with(folded)
                 module.graph.erase_node(user)
+
+
+def _drop_assertions(module: fx.GraphModule) -> None:
+    """Take out what only asserts of types and sizes what tracing has found."""
+    for node in list(module.graph.nodes):
+        if node.target in _ASSERTIONS and not node.users:
+            module.graph.erase_node(node)
 
 
 def _plain_convolutions(module: fx.GraphModule) -> None:

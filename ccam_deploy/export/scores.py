@@ -12,7 +12,8 @@ from torch import fx
 from ccam_deploy.arrays import Floats
 from ccam_deploy.bundle.manifest import Activation
 from ccam_deploy.errors import OptionError
-from ccam_deploy.export.program import Program, aten, drop_unused, fresh_constant
+from ccam_deploy.export.graph_editing import aten, drop_unused, fresh_constant
+from ccam_deploy.export.program import Program
 
 _ROUNDING = 1e-3
 _ENDS: dict[object, Activation] = {

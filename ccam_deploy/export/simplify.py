@@ -3,13 +3,45 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from ccam_deploy.errors import LoweringError
-from ccam_deploy.export.program import aten, drop_unused, fresh_constant
+from ccam_deploy.export.graph_editing import (
+    Writer,
+    aten,
+    drop_unused,
+    fresh_constant,
+    placeholders,
+    without_symbols,
+)
+from ccam_deploy.export.normalisation import compute_statistics, rewrite_group_norms
+
+_FILLED: dict[Any, tuple[int, float | None]] = {
+    aten.full.default: (1, None),
+    aten.full_like.default: (1, None),
+    aten.new_full.default: (2, None),
+    aten.zeros.default: (0, 0),
+    aten.zeros_like.default: (0, 0),
+    aten.new_zeros.default: (0, 0),
+    aten.ones.default: (0, 1),
+    aten.ones_like.default: (0, 1),
+    aten.new_ones.default: (0, 1),
+}
+"""Operators that fill a tensor -> the value, or the position of the argument that is it."""
+
+_BROADCASTING = {
+    aten.add.Tensor,
+    aten.sub.Tensor,
+    aten.mul.Tensor,
+    aten.div.Tensor,
+    aten.where.self,
+    aten.maximum.default,
+    aten.minimum.default,
+}
 
 
 def simplify(joint: fx.GraphModule) -> None:
@@ -21,8 +53,7 @@ def simplify(joint: fx.GraphModule) -> None:
     Raises:
         LoweringError: A size is no multiple of the batch.
     """
-    _sizes_from_batch(joint)
-    _leave_batch_open(joint)
+    leave_batch_open(joint)
     _tidy(joint)
     _fold_constants(joint)
     _merge_equal_nodes(joint)
@@ -30,7 +61,7 @@ def simplify(joint: fx.GraphModule) -> None:
 
 def _sizes_from_batch(joint: fx.GraphModule) -> None:
     """Write every size that is not known as a multiple of the first input's batch."""
-    image = next(node for node in joint.graph.nodes if node.op == "placeholder")
+    image = placeholders(joint)[0]
     batch = image.meta["val"].shape[0].node.expr
     if batch.is_Integer:
         raise LoweringError("an operator in the model fixes the batch, which must stay free")
@@ -41,9 +72,8 @@ def _sizes_from_batch(joint: fx.GraphModule) -> None:
     for node in sizes:
         factor = node.meta["val"].node.expr / batch
         if not factor.is_Integer:
-            raise LoweringError(
-                f"a size in the model, {node.meta['val']}, is no multiple of the batch"
-            )
+            found = without_symbols(node.meta["val"])
+            raise LoweringError(f"a size in the model, {found}, is no multiple of the batch")
         size = whole
         if factor != 1:
             with joint.graph.inserting_before(node):
@@ -53,8 +83,18 @@ def _sizes_from_batch(joint: fx.GraphModule) -> None:
         joint.graph.erase_node(node)
 
 
-def _leave_batch_open(joint: fx.GraphModule) -> None:
-    """Let operators find the batch's size themselves: engines would compute it on the CPU."""
+def leave_batch_open(joint: fx.GraphModule) -> None:
+    """Let operators find the batch's size themselves: engines would compute it on the CPU.
+
+    Args:
+        joint: The graph; the first axis of its first input is the batch.
+
+    Raises:
+        LoweringError: A size is no multiple of the batch.
+    """
+    _sizes_from_batch(joint)
+    _expand_filled(joint)
+    rewrite_group_norms(joint)
     for node in joint.graph.nodes:
         if node.target is aten.expand.default:
             source, sizes = node.args[0], list(node.args[1])
@@ -65,12 +105,116 @@ def _leave_batch_open(joint: fx.GraphModule) -> None:
                     sizes[axis] = -1
             node.update_arg(1, sizes)
         elif node.target in (aten.view.default, aten._unsafe_view.default, aten.reshape.default):
-            sizes = list(node.args[1])
-            unknown = [axis for axis, size in enumerate(sizes) if isinstance(size, fx.Node)]
-            if len(unknown) == 1 and -1 not in sizes:
-                sizes[unknown[0]] = -1
-                node.update_arg(1, sizes)
+            if any(isinstance(size, fx.Node) for size in node.args[1]):
+                node.update_arg(1, _open_shape(node))
+        elif node.target is aten.flatten.using_ints and node.args[1:] not in ((1,), (1, -1)):
+            node.target = aten.reshape.default
+            node.args = (node.args[0], _open_shape(node))
     joint.graph.eliminate_dead_code()
+
+
+def _open_shape(node: fx.Node) -> list[int]:
+    """The shape of a node's value, with -1 for the axis that has the batch."""
+    shape = node.meta["val"].shape
+    return [-1 if isinstance(size, torch.SymInt) else int(size) for size in shape]
+
+
+def _expand_filled(joint: fx.GraphModule) -> None:
+    """Tensors filled with one value as that value, expanded."""
+    for node in list(joint.graph.nodes):
+        if node.target not in _FILLED or not isinstance(node.meta.get("val"), Tensor):
+            continue
+        position, value = _FILLED[node.target]
+        value = node.args[position] if value is None else value
+        if isinstance(value, fx.Node):
+            continue
+        like, write = node.meta["val"], Writer(joint, node)
+        with joint.graph.inserting_before(node):
+            filled = torch.full([1] * like.dim(), value, dtype=like.dtype)
+            sizes = [_size_node(joint, size) for size in like.shape]
+            new = write.call(aten.expand.default, write.constant(filled, "filled"), sizes)
+        node.replace_all_uses_with(new)
+        joint.graph.erase_node(node)
+
+
+def _size_node(joint: fx.GraphModule, size: int | torch.SymInt) -> int | fx.Node:
+    """A size as an argument of an operator: a number, or a multiple of the batch."""
+    if not isinstance(size, torch.SymInt):
+        return size
+    image = placeholders(joint)[0]
+    batch = image.meta["val"].shape[0]
+    whole = joint.graph.call_function(aten.sym_size.int, (image, 0))
+    whole.meta["val"] = batch
+    factor = int(size.node.expr / batch.node.expr)
+    if factor == 1:
+        return whole
+    product = joint.graph.call_function(operator.mul, (whole, factor))
+    product.meta["val"] = size
+    return product
+
+
+def without_sizes(part: fx.GraphModule) -> None:
+    """Expand constants over the batch by adding zeros that have it, in place.
+
+    An engine would compute the batch's size on the CPU.
+
+    Args:
+        part: A graph whose inputs have the batch as their first axis.
+    """
+    inputs = [n for n in placeholders(part) if n.meta["val"].is_floating_point()]
+    least = min(inputs, key=lambda n: n.meta["val"].shape[1:].numel(), default=None)
+    for node in list(part.graph.nodes):
+        if node.target is not aten.expand.default or least is None:
+            continue
+        source, sizes = node.args
+        open_axes = [axis for axis, size in enumerate(sizes) if isinstance(size, fx.Node)]
+        if len(open_axes) != 1:
+            continue
+        if _only_broadcast(node):
+            node.replace_all_uses_with(source)
+            continue
+        with part.graph.inserting_before(node):
+            new = _sum_over_batch(Writer(part, node), source, sizes, open_axes[0], least)
+        node.replace_all_uses_with(new)
+    part.graph.eliminate_dead_code()
+
+
+def _only_broadcast(node: fx.Node) -> bool:
+    """Whether all that reads an expanded value would expand it too."""
+    for user in node.users:
+        others = [source for source in user.all_input_nodes if source is not node]
+        shapes = [source.meta["val"].shape for source in others]
+        if user.target not in _BROADCASTING or node.meta["val"].shape not in shapes:
+            return False
+    return True
+
+
+def _sum_over_batch(
+    write: Writer, source: fx.Node, sizes: Sequence[Any], axis: int, values: fx.Node
+) -> fx.Node:
+    """A value [.., 1, ..] expanded to `sizes`, whose size at `axis` is a multiple of the batch.
+
+    values: [B, ..], any that has the batch.
+    """
+    length = values.meta["val"].shape[1:].numel()
+    rows = write.call(aten.reshape.default, values, [-1, length])
+    first = write.call(aten.slice.Tensor, rows, 1, 0, 1)
+    zeros = write.call(aten.mul.Scalar, first, 0)
+    whole, batch = sizes[axis].meta["val"].node.expr, values.meta["val"].shape[0].node.expr
+    factor = int(whole / batch)
+    if factor != 1:
+        more = write.constant(torch.zeros(1, factor, dtype=zeros.meta["val"].dtype), "zeros")
+        zeros = write.call(aten.add.Tensor, zeros, more)
+    shape = [1] * len(sizes)
+    zeros = write.call(aten.reshape.default, zeros, [*shape[:axis], -1, *shape[axis + 1 :]])
+    dtype = source.meta["val"].dtype
+    if dtype != zeros.meta["val"].dtype:
+        zeros = write.call(aten.to.dtype, zeros, dtype)
+    one = [1 if place == axis else size for place, size in enumerate(sizes)]
+    if list(source.meta["val"].shape) != one:
+        source = write.call(aten.expand.default, source, one)
+    add = aten.logical_or.default if dtype == torch.bool else aten.add.Tensor
+    return write.call(add, source, zeros)
 
 
 def _is_same(size: torch.SymInt, other: Any) -> bool:
@@ -100,8 +244,7 @@ def _tidy(joint: fx.GraphModule) -> None:
         elif node.target is aten.max_pool2d_with_indices.default:
             _pool_without_indices(joint, node)
         elif node.target is aten.native_layer_norm.default:
-            axes = [-1 - axis for axis in range(len(node.args[1]))]
-            _compute_statistics(joint, node, axes, node.args[4])
+            compute_statistics(joint, node)
     joint.graph.eliminate_dead_code()
     joint.recompile()
 
@@ -129,28 +272,6 @@ def _pool_without_indices(joint: fx.GraphModule, node: fx.Node) -> None:
     for user in list(node.users):
         if user.args[1] == 0:
             _replace(joint, user, aten.max_pool2d.default, node.args)
-
-
-def _compute_statistics(
-    joint: fx.GraphModule, node: fx.Node, axes: list[int], epsilon: float
-) -> None:
-    """Compute a normalisation's mean and inverse deviation, which engines do not return."""
-    for user in list(node.users):
-        if user.target is not operator.getitem or user.args[1] == 0:
-            continue
-        source = node.args[0]
-        with joint.graph.inserting_before(user):
-            if user.args[1] == 1:
-                new = joint.graph.call_function(aten.mean.dim, (source, axes, True))
-            else:
-                variance = joint.graph.call_function(
-                    aten.var.correction, (source, axes), {"correction": 0, "keepdim": True}
-                )
-                shifted = joint.graph.call_function(aten.add.Scalar, (variance, epsilon))
-                new = joint.graph.call_function(aten.rsqrt.default, (shifted,))
-        new.meta.update(user.meta)
-        user.replace_all_uses_with(new)
-        joint.graph.erase_node(user)
 
 
 def _fold_constants(joint: fx.GraphModule) -> None:

@@ -14,9 +14,10 @@ from torch import fx, nn
 from ccam_deploy.arrays import Floats
 from ccam_deploy.export import onnx_conversion
 from ccam_deploy.export.autodiff import differentiate
+from ccam_deploy.export.graph_editing import aten
 from ccam_deploy.export.layers import find_layers
 from ccam_deploy.export.onnx_conversion import GraphInput, to_onnx
-from ccam_deploy.export.program import Program, aten, build_program, trace_model
+from ccam_deploy.export.program import Program, build_program, trace_model
 from tests.helpers import noise
 from tests.networks import tiny
 
@@ -56,7 +57,7 @@ def test_a_graph_of_known_operators_is_not_traced_again(
 ) -> None:
     monkeypatch.setattr(torch.export, "export", _refuse)
     monkeypatch.setattr(torch.export.ExportedProgram, "run_decompositions", _refuse)
-    model = to_onnx(program.graph, INPUTS, ["logits"], program)
+    model = to_onnx(program.graph, INPUTS, ["logits"])
     assert [str(size) for size in model.graph.inputs[0].shape or ()] == ["batch", "3", "32", "48"]
     assert [value.name for value in model.graph.outputs] == ["logits"]
 
@@ -68,13 +69,13 @@ def test_the_long_way_gives_the_same_graph(
     parts = differentiate(program, find_layers(program))
     results: Any = parts.backbone.graph.output_node().args[0]
     outputs = [f"output_{index}" for index in range(len(results))]
-    short = to_onnx(parts.backbone, INPUTS, outputs, program)
+    short = to_onnx(parts.backbone, INPUTS, outputs)
 
     def refuse(*_: object) -> None:
         raise AttributeError("another version of PyTorch")
 
     monkeypatch.setattr(onnx_conversion, "_traced_program", refuse)
-    long = to_onnx(parts.backbone, INPUTS, outputs, program)
+    long = to_onnx(parts.backbone, INPUTS, outputs)
     assert _nodes(short) == _nodes(long)
     assert _weights(short) == _weights(long)
 
@@ -124,9 +125,9 @@ def test_an_operator_that_onnx_lacks_is_decomposed_by_itself(
     inputs = {"images": GraphInput((2, 3, 4, 6), "batch")}
     with monkeypatch.context() as patch:
         patch.setattr(onnx_conversion, "_retraced_program", _refuse)
-        short = to_onnx(module, inputs, ["values"], program)
+        short = to_onnx(module, inputs, ["values"])
     monkeypatch.setattr(onnx_conversion, "_traced_program", _refuse)
-    long = to_onnx(module, inputs, ["values"], program)
+    long = to_onnx(module, inputs, ["values"])
     assert [value.name for value in short.graph.outputs] == ["values"]
     assert _run(short).tobytes() == _run(long).tobytes()
 

@@ -1,0 +1,1 @@
+"""What operators of a classifier and of its gradient become for engines."""

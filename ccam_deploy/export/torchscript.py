@@ -10,24 +10,20 @@ from torch import Tensor, nn
 
 from ccam_deploy.errors import SourceError, brief
 from ccam_deploy.export.program import quiet
+from ccam_deploy.export.script_interpreter import Scope
 
 
-class ScriptedModel(nn.Module):
-    """Hides a TorchScript module from torch.export, which then traces what it computes."""
+class ScriptedModel(Scope):
+    """A TorchScript classifier, images [B, C, H, W] -> logits, as torch.export can trace it."""
 
     tracing_advice = (
         "the TorchScript code fixes the batch, or cannot be traced; save the original model with "
         "torch.export.save(torch.export.export(model, ...)) and pass that .pt2 file"
     )
 
-    def __init__(self, script: torch.jit.ScriptModule) -> None:
-        super().__init__()
-        self._script = (script,)
-
-    def forward(self, images: Tensor) -> Any:
-        """Run the script without the optimiser, which would hide operators from the trace."""
-        with torch.jit.optimized_execution(False):  # type: ignore[attr-defined]
-            return self._script[0](images)
+    def forward(self, images: Tensor) -> Any:  # type: ignore[override]
+        """Run the script's code."""
+        return self.run_script("forward", images)
 
 
 def read_script(path: Path) -> nn.Module:

@@ -228,6 +228,7 @@ class Manifest:
         files: Every file but the manifest, by its path inside the bundle.
         plans: Graphs that were built for some GPUs; a CPU needs none.
         kernels: Kernels that were compiled for some GPUs; unset where there are none.
+        notes: What makes the network's explanations doubtful; unset where nothing does.
         digest: SHA-256 of the manifest with this field left empty.
         activation: What makes probabilities of logits; unset in format 1.
     """
@@ -246,6 +247,7 @@ class Manifest:
     files: dict[str, FileRecord]
     plans: tuple[Plan, ...] = ()
     kernels: tuple[KernelCode, ...] | UnsetType = UNSET
+    notes: tuple[str, ...] | UnsetType = UNSET
     digest: str = ""
     activation: Activation | UnsetType = UNSET
 
@@ -258,6 +260,11 @@ class Manifest:
     def compiled(self) -> tuple[KernelCode, ...]:
         """The compiled kernels."""
         return () if self.kernels is UNSET else self.kernels
+
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """What makes the network's explanations doubtful, a line each."""
+        return () if self.notes is UNSET else self.notes
 
     @property
     def built_files(self) -> set[str]:

@@ -135,6 +135,8 @@ def export(options: ExportOptions) -> None:
     bundle = run(
         prepared.network, output, prepared.input_size, layers, precision, prepared.settings
     )
+    for note in bundle.manifest.doubts:
+        say(f"warning: {note}", err=True)
     if not options.as_json:
         _report(bundle, precision)
     if planner:

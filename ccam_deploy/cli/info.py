@@ -83,6 +83,7 @@ def _text(bundle: Bundle) -> str:
     layers += [(x.name, str(x.channels), str(x.height), str(x.width)) for x in manifest.layers]
     fidelity = f"{text_table(_fidelity(manifest))}\n{one_line(tf32_note(bundle.folder))}"
     parts = [text_table(_facts(manifest)), text_table(layers), fidelity]
+    parts += [one_line(f"warning: {note}") for note in manifest.doubts]
     if manifest.plans:
         parts.append(text_table(_plans(manifest)))
     if manifest.compiled:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import torch
+from msgspec import UNSET
 
 from ccam_deploy import __version__
 from ccam_deploy.bundle.folder import Bundle, read_bundle, record_files, write_manifest
@@ -29,6 +30,7 @@ from ccam_deploy.engines import load_networks
 from ccam_deploy.errors import OptionError, SourceError, ToleranceError
 from ccam_deploy.export import excitation
 from ccam_deploy.export.architecture import Model
+from ccam_deploy.export.doubts import doubts_about_layers, doubts_about_values
 from ccam_deploy.export.graphs import Graphs, convert_graphs
 from ccam_deploy.export.layers import find_layers
 from ccam_deploy.export.preparation import PreparedModel, checked_views, prepare_model
@@ -118,6 +120,9 @@ def export(
     prepared = prepare_model(model, input_size, layers, settings)
     converted = _convert(prepared, precisions, settings)
     reference = _reference(prepared, converted["fp32"], settings)
+    notes = _notes(prepared, reference.observation, found=layers is None)
+    for note in notes:
+        settings.progress(f"warning: {note}")
     with staged_bundle(output) as folder:
         files = _write(precisions, converted, reference.calibration, folder, settings)
         save_observation(folder / _REFERENCE, reference.calibration.first(RECORDED_IMAGES))
@@ -139,6 +144,7 @@ def export(
             tools=_tool_versions(),
             files=record_files(folder),
             activation=prepared.program.activation,
+            notes=notes or UNSET,
         )
         write_manifest(folder, manifest)
     return read_bundle(output)
@@ -192,6 +198,14 @@ def _reference(prepared: PreparedModel, graphs: Graphs, settings: ExportSettings
     observation = observe(classifier, images, prepared.layer_names, graphs=dict(graphs.items()))
     zero = tuple(float(value) for value in baseline)
     return Reference(observation, len(prepared.images), zero)
+
+
+def _notes(prepared: PreparedModel, observation: Observation, found: bool) -> tuple[str, ...]:
+    """What makes the explanations doubtful, of layers only where they were found."""
+    notes = [*doubts_about_values(observation, prepared.layer_names)]
+    if found:
+        notes += doubts_about_layers(prepared.program, prepared.layers)
+    return tuple(notes)
 
 
 def _write(

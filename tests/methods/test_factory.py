@@ -12,7 +12,7 @@ from ccam_deploy.methods.factory import MethodFactory
 def test_a_gate_has_no_kernels_on_the_device() -> None:
     factory = object.__new__(MethodFactory)
     factory.on_device = cast(DeviceCollectionCAM, object())
-    factory.forwards = None
+    factory.passes = None
     gated = CollectionCAM(gate=0.1)
     assert factory.implement(gated) is gated
     assert isinstance(factory.implement(CollectionCAM(k_max=5)), CudaCollectionCAM)

@@ -11,7 +11,6 @@ Extra = Literal[
     "gpu",
     "gpu-onnxruntime",
     "imagenet",
-    "onnx",
     "peers",
     "plot",
     "proposals",

@@ -110,8 +110,9 @@ class ExportOptions:
 def export(options: ExportOptions) -> None:
     """Export a classifier to a bundle, and check it against PyTorch.
 
-    MODEL is an exported program (.pt2), a weights file with --arch or --recipe, a TorchScript
-    file, or with --allow-pickle a pickled module. Without MODEL, the network is the recipe's own.
+    MODEL is an exported program (.pt2), an ONNX file, a weights file with --arch or --recipe, a
+    TorchScript file, or with --allow-pickle a pickled module. Without MODEL, the network is the
+    recipe's own.
 
     A bundle always has fp32 graphs, which tf32 runs too; --precision fp16 adds half-precision
     ones, int8 and fp8 add those and an 8-bit classifier. --library, --max-batch, --device,

@@ -12,6 +12,8 @@ from ccam_deploy.arrays import Floats
 from ccam_deploy.bundle.manifest import Preprocessing
 from ccam_deploy.errors import OptionError
 from ccam_deploy.export.architecture import Model
+from ccam_deploy.export.from_onnx.agreement import require_agreement
+from ccam_deploy.export.from_onnx.network import OnnxNetwork
 from ccam_deploy.export.layers import TargetLayer, find_layers
 from ccam_deploy.export.program import Program, decompose, program_from, trace_model
 from ccam_deploy.export.scores import describe_scores, final_activation, with_logits
@@ -94,6 +96,8 @@ def prepare_model(
     """
     settings.progress("tracing the model")
     exported = model
+    if isinstance(exported, OnnxNetwork):
+        exported = exported.trace(input_size or INPUT_SIZE)
     if not isinstance(exported, ExportedProgram):
         exported = trace_model(exported, (len(settings.mean), *(input_size or INPUT_SIZE)))
     functional = decompose(exported)
@@ -108,4 +112,7 @@ def prepare_model(
         raise OptionError(f"input_size is {input_size}; the program takes {own_size}")
     preprocessing = preprocessing_of(settings, program)
     images = calibration_images(settings, program, preprocessing)
+    if isinstance(model, OnnxNetwork):
+        settings.progress(f"comparing with {model.file.path.name} in ONNX Runtime")
+        require_agreement(model.file, images, program_from(functional, fold=False))
     return PreparedModel(functional, program, find_layers(program, layers), preprocessing, images)

@@ -17,7 +17,7 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
 from ccam_deploy.bundle.manifest import Activation
-from ccam_deploy.errors import LoweringError, SourceError, brief
+from ccam_deploy.errors import CcamError, LoweringError, SourceError, brief
 from ccam_deploy.export.graph_editing import (
     aten,
     drop_unused,
@@ -127,7 +127,7 @@ def trace_model(model: nn.Module, input_shape: tuple[int, int, int]) -> Exported
         example = torch.zeros(2, *input_shape)
         with torch.no_grad(), quiet():
             return torch.export.export(twin, (example,), dynamic_shapes=shapes)
-    except SourceError:
+    except CcamError:
         raise
     except Exception as error:
         size = "x".join(str(side) for side in input_shape)

@@ -1,4 +1,4 @@
-"""Model files: exported programs, weights for a named architecture, TorchScript, pickles."""
+"""Model files: exported programs, ONNX, weights for a named architecture, TorchScript, pickles."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ from torch import Tensor, nn
 
 from ccam_deploy.errors import SourceError, brief
 from ccam_deploy.export.architecture import Model, build_model, current_folder_importable
+from ccam_deploy.export.from_onnx.network import read_onnx
 from ccam_deploy.export.program_file import SAFER_FORMATS, read_program
 from ccam_deploy.export.torchscript import read_script
 
+_ONNX_START = b"\x08"
+"""The tag of the version, which every library writes first."""
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "weights")
 
 
@@ -28,8 +31,8 @@ def load_model(
     """Load a model file.
 
     Args:
-        path: An exported program (.pt2), weights for `arch`, a TorchScript file, or, with
-            `allow_pickle`, a pickled module.
+        path: An exported program (.pt2), an ONNX file, weights for `arch`, a TorchScript file, or,
+            with `allow_pickle`, a pickled module.
         arch: "module:factory" or "module:factory(argument=value)", which makes the network.
         allow_pickle: Trust the file: reading a pickle runs whatever code it holds.
         warn: Called with a line right before code in the file runs.
@@ -45,6 +48,8 @@ def load_model(
         return read_program(path, allow_pickle, warn)
     if file_type == "script":
         return read_script(path)
+    if file_type == "onnx":
+        return read_onnx(path)
     content = _read_weights(path, allow_pickle, warn)
     if isinstance(content, nn.Module):
         return content
@@ -70,10 +75,10 @@ def model_file_type(path: Path) -> str:
         path: The file.
 
     Returns:
-        "program", "script" or "weights"; pickled modules count as weights.
+        "program", "script", "onnx" or "weights"; pickled modules count as weights.
 
     Raises:
-        SourceError: The file is missing, empty, damaged, or not PyTorch's.
+        SourceError: The file is missing, empty, damaged, or none of them.
     """
     if not path.exists():
         raise SourceError(f"{path} does not exist")
@@ -85,8 +90,10 @@ def model_file_type(path: Path) -> str:
         start = file.read(4)
     if start[:2] == b"PK":
         return _archive_type(path)
+    if start[:1] == _ONNX_START or (path.suffix == ".onnx" and start[:1] != b"\x80"):
+        return "onnx"
     if start[:1] != b"\x80":
-        raise SourceError(f"{path} is not a PyTorch file")
+        raise SourceError(f"{path} is neither a PyTorch file nor an ONNX file")
     return "weights"
 
 

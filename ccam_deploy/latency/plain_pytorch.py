@@ -21,6 +21,7 @@ from ccam_deploy.arrays import Classes, Floats
 from ccam_deploy.bundle.manifest import Activation
 from ccam_deploy.export.architecture import Model
 from ccam_deploy.export.autodiff import Recorder
+from ccam_deploy.export.from_onnx.network import OnnxNetwork
 from ccam_deploy.export.layers import find_layers
 from ccam_deploy.export.program import build_program, trace_model
 from ccam_deploy.export.scores import with_logits
@@ -151,6 +152,8 @@ def of_model(
         SourceError: The model cannot be traced.
         LayerError: The model lacks a layer.
     """
+    if isinstance(model, OnnxNetwork):
+        model = model.trace(input_shape[1:])
     if isinstance(model, nn.Module):
         known = dict(model.named_modules())
         if activation is None and all(name in known for name in layers):

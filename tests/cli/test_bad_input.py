@@ -35,7 +35,7 @@ DIGITS = RECIPES / "digits.toml"
             ["export", "net.pt2", "--resize", "stretch", "--cover", "40"],
             "--cover goes with --resize crop; stretch scales to the input's size",
         ),
-        (["export", "text.pt"], "text.pt is not a PyTorch file"),
+        (["export", "text.pt"], "text.pt is neither a PyTorch file nor an ONNX file"),
         (["export", "short.pt"], "short.pt is truncated or damaged; copy or save it again"),
         (["export", "net.pt"], "net.pt holds weights alone; name their network with --arch"),
         (["export", "net.pt", "--random-weights"], "--random-weights goes with --recipe and"),

@@ -108,7 +108,7 @@ def test_files_that_are_no_models(tmp_path: Path) -> None:
     path.touch()
     assert refusal(lambda: load_model(path)) == f"{path} is empty"
     path.write_text("version https://git-lfs.github.com/spec/v1\n")
-    assert refusal(lambda: load_model(path)) == f"{path} is not a PyTorch file"
+    assert refusal(lambda: load_model(path)) == f"{path} is neither a PyTorch file nor an ONNX file"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("word/document.xml", "<xml/>")
     assert refusal(lambda: load_model(path)) == (

@@ -1,0 +1,280 @@
+"""ONNX files that are taken, and those that are refused in a line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+
+from ccam_deploy.errors import SourceError, ToleranceError
+from ccam_deploy.export.from_onnx.agreement import require_agreement, run_file
+from ccam_deploy.export.from_onnx.names import node_scopes
+from ccam_deploy.export.from_onnx.network import OnnxNetwork
+from ccam_deploy.export.program import build_program
+from ccam_deploy.export.sources import load_model, model_file_type
+from tests.export.onnx_files import network, run, write_graph, write_network
+from tests.helpers import noise
+from tests.networks import tiny
+
+SIZE = (16, 24)
+RELU = helper.make_node("Relu", ["images"], ["out"], "one")
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small network's file, with a dynamic batch."""
+    return write_network(tmp_path_factory.mktemp("files") / "tiny.onnx", tiny(), SIZE, dynamo=False)
+
+
+def changed(file: Path, path: Path, change: Callable[[onnx.ModelProto], None]) -> Path:
+    model = onnx.load(file)
+    change(model)
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+def test_a_file_is_known_by_its_content(file: Path, tmp_path: Path) -> None:
+    other = tmp_path / "model.bin"
+    other.write_bytes(file.read_bytes())
+    assert model_file_type(other) == "onnx"
+    loaded = load_model(other)
+    assert isinstance(loaded, OnnxNetwork)
+    images = torch.from_numpy(noise(2, 3, *SIZE))
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(images), tiny()(images))
+
+
+@pytest.mark.parametrize("cut", [0.3, 0.999])
+def test_truncated_files_are_refused(file: Path, tmp_path: Path, cut: float) -> None:
+    content = file.read_bytes()
+    path = tmp_path / "cut.onnx"
+    path.write_bytes(content[: int(len(content) * cut)])
+    with pytest.raises(SourceError) as raised:
+        load_model(path)
+    assert str(raised.value).startswith(f"{path} is ")
+    assert "\n" not in str(raised.value)
+
+
+def test_files_of_something_else_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "text.onnx"
+    path.write_text("something else")
+    with pytest.raises(SourceError, match=r"text\.onnx is not a readable ONNX file"):
+        load_model(path)
+
+
+def external(location: str, offset: int = 0, length: int = 24) -> Callable[[onnx.ModelProto], None]:
+    """Put a weight into another file."""
+
+    def change(model: onnx.ModelProto) -> None:
+        tensor = model.graph.initializer[0]
+        size = len(tensor.raw_data)
+        tensor.ClearField("raw_data")
+        tensor.data_location = TensorProto.EXTERNAL
+        entries = {"location": location, "offset": offset, "length": length or size}
+        for key, value in entries.items():
+            tensor.external_data.add(key=key, value=str(value))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("location", "offset", "length", "message"),
+    [
+        ("../secret", 0, 0, 'in "../secret", outside of its folder; weights must lie beside'),
+        ("inside/../../secret", 0, 0, "outside of its folder"),
+        ("link", 0, 0, 'in "link", outside of its folder'),
+        ("", 0, 0, 'in "", outside of its folder'),
+        (".", 0, 0, "outside of its folder"),
+        ("nowhere", 0, 0, 'keeps weights in "nowhere", which is missing'),
+        ("short", 0, 4096, 'lies past the end of "short"'),
+        ("short", -8, 8, 'lies past the end of "short"'),
+        ("short", 2**62, 2**62, 'lies past the end of "short"'),
+    ],
+)
+def test_weights_elsewhere_are_refused(
+    file: Path, tmp_path: Path, location: str, offset: int, length: int, message: str
+) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (tmp_path / "secret").write_bytes(bytes(10_000))
+    (folder / "short").write_bytes(bytes(16))
+    (folder / "link").symlink_to(tmp_path / "secret")
+    path = changed(file, folder / "model.onnx", external(location, offset, length))
+    with pytest.raises(SourceError) as raised:
+        load_model(path)
+    assert message in str(raised.value)
+
+
+def test_an_absolute_path_of_weights_is_refused(file: Path, tmp_path: Path) -> None:
+    (tmp_path / "weights").write_bytes(bytes(10_000))
+    path = tmp_path / "folder" / "model.onnx"
+    path.parent.mkdir()
+    with pytest.raises(SourceError, match="outside of its folder"):
+        load_model(changed(file, path, external(str(tmp_path / "weights"))))
+
+
+def test_weights_beside_the_file_and_in_half_precision(file: Path, tmp_path: Path) -> None:
+    model = onnx.load(file)
+    onnx.save(model, tmp_path / "far.onnx", save_as_external_data=True, size_threshold=0)
+    images = noise(2, 3, *SIZE)
+    with torch.no_grad():
+        expected = tiny()(torch.from_numpy(images)).numpy()
+        got = network(tmp_path / "far.onnx")(torch.from_numpy(images)).numpy()
+    np.testing.assert_allclose(got, expected, atol=1e-6)
+    half = changed(file, tmp_path / "half.onnx", in_half)
+    loaded = network(half)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
+    program = build_program(loaded.trace(SIZE))
+    assert 0 < require_agreement(loaded.file, images, program) < 1e-2
+
+
+def in_half(model: onnx.ModelProto) -> None:
+    for tensor in model.graph.initializer:
+        array = numpy_helper.to_array(tensor)
+        if array.dtype == np.float32:
+            tensor.CopyFrom(numpy_helper.from_array(array.astype(np.float16), tensor.name))
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.elem_type = TensorProto.FLOAT16
+    del model.graph.value_info[:]
+
+
+QUANTISE = helper.make_node("QuantizeLinear", ["images", "one", "zero"], ["q"], "rounded")
+BACK = helper.make_node("DequantizeLinear", ["q", "one", "zero"], ["out"])
+
+
+def graph(*nodes: Any, **settings: Any) -> Callable[[Path], Path]:
+    given = {"one": np.float32(1) * np.ones(()), "zero": np.zeros((), np.uint8)}
+    constants = {name: np.asarray(value) for name, value in given.items()}
+    constants["one"] = constants["one"].astype(np.float32)
+    used = {name for node in nodes for name in node.input}
+    kept = {name: value for name, value in constants.items() if name in used}
+    return lambda path: write_graph(path, nodes, kept, **settings)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (graph(RELU, opset=8), "has opset 8; an export takes 9 and newer"),
+        (graph(QUANTISE, BACK), 'is quantised (node "rounded" is a QuantizeLinear), and rounding'),
+        (graph(RELU, shape=("n", 3, 8)), "takes images: float[?, 3, 8]; it must take images of fl"),
+        (
+            graph(RELU, shape=("n", 4, 8, 8)),
+            "takes images: float[?, 4, 8, 8]; it must take images of 1",
+        ),
+        (
+            graph(RELU, kind=TensorProto.INT64),
+            "takes images: int64[?, 3, 8, 8]; it must take images of f",
+        ),
+        (
+            graph(helper.make_node("Hardmax", ["images"], ["out"], "last")),
+            'has the operator Hardmax (node "last"), which an export cannot take over',
+        ),
+        (
+            graph(helper.make_node("Relu", ["images"], ["out"], "far", domain="com.else")),
+            'has the operator com.else.Relu (node "far")',
+        ),
+    ],
+)
+def test_files_that_cannot_be_taken(
+    tmp_path: Path, make: Callable[[Path], Path], message: str
+) -> None:
+    path = make(tmp_path / "model.onnx")
+    with pytest.raises(SourceError) as raised:
+        load_model(path)
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_several_inputs_and_outputs_are_named(file: Path, tmp_path: Path) -> None:
+    def second_input(model: onnx.ModelProto) -> None:
+        model.graph.input.add().CopyFrom(helper.make_tensor_value_info("flag", 1, [1]))
+
+    def second_output(model: onnx.ModelProto) -> None:
+        model.graph.output.add().CopyFrom(helper.make_tensor_value_info("images", 1, None))
+
+    with pytest.raises(SourceError, match="takes images, flag; it must take one batch of images"):
+        load_model(changed(file, tmp_path / "a.onnx", second_input))
+    with pytest.raises(SourceError, match="it must give logits alone, or call them logits"):
+        load_model(changed(file, tmp_path / "b.onnx", second_output))
+
+
+def test_a_huge_constant_is_not_made(tmp_path: Path) -> None:
+    node = helper.make_node("ConstantOfShape", ["sizes"], ["huge"], "bomb")
+    add = helper.make_node("Add", ["images", "huge"], ["out"])
+    sizes = np.array([2**20, 2**20], np.int64)
+    path = write_graph(tmp_path / "model.onnx", [node, add], {"sizes": sizes})
+    with pytest.raises(
+        SourceError, match=r'the node "bomb" .* cannot be exported: it makes a const'
+    ):
+        load_model(path)
+
+
+def test_a_node_that_does_not_run_is_named(tmp_path: Path) -> None:
+    node = helper.make_node("MatMul", ["images", "w"], ["out"], "product")
+    path = write_graph(tmp_path / "model.onnx", [node], {"w": np.ones((5, 2), np.float32)})
+    with pytest.raises(SourceError, match=r'the node "product" \(MatMul\) does not run: '):
+        network(path).trace(SIZE)
+
+
+def test_images_with_channels_last(file: Path, tmp_path: Path) -> None:
+    """As Keras has them; ONNX Runtime gets them so."""
+    nodes = [
+        helper.make_node("Transpose", ["images"], ["moved"], perm=[0, 3, 1, 2]),
+        helper.make_node("Conv", ["moved", "w"], ["maps"], "first/conv"),
+        helper.make_node("GlobalAveragePool", ["maps"], ["pooled"]),
+        helper.make_node("Flatten", ["pooled"], ["out"]),
+    ]
+    weight = noise(5, 3, 3, 3)
+    path = write_graph(tmp_path / "last.onnx", nodes, {"w": weight}, shape=("n", 16, 24, 3))
+    loaded = network(path)
+    assert loaded.file.shape == (3, 16, 24)
+    images = noise(3, 3, *SIZE)
+    expected = run(path, images.transpose(0, 2, 3, 1))
+    np.testing.assert_allclose(run_file(loaded.file, images), expected, atol=1e-6)
+    program = build_program(loaded.trace(SIZE))
+    assert require_agreement(loaded.file, images, program) < 1e-6
+
+
+def test_another_file_does_not_agree(file: Path, tmp_path: Path) -> None:
+    def scale(model: onnx.ModelProto) -> None:
+        tensor = next(t for t in model.graph.initializer if t.name == "head.bias")
+        array = numpy_helper.to_array(tensor) + 0.1
+        tensor.CopyFrom(numpy_helper.from_array(array.astype(np.float32), tensor.name))
+
+    other = network(changed(file, tmp_path / "other.onnx", scale))
+    program = build_program(network(file).trace(SIZE))
+    with pytest.raises(ToleranceError, match=r"does not agree with it in ONNX Runtime: outputs"):
+        require_agreement(other.file, noise(1, 3, *SIZE), program)
+
+
+NAMES = {
+    "/layer1/layer1.0/conv1/Conv": ("layer1", "layer1.0", "layer1.0.conv1"),
+    "/layer1/layer1.0/downsample/downsample.0/Conv": (
+        "layer1",
+        "layer1.0",
+        "layer1.0.downsample",
+        "layer1.0.downsample.0",
+    ),
+    "/features/features.3/Relu_1": ("features", "features.3"),
+    "model/block1/conv/Conv2D": ("model", "model.block1", "model.block1.conv"),
+    "Conv_12": ("Conv_12",),
+    "/Flatten": ("Flatten",),
+    "": ("Relu",),
+}
+
+
+def test_nodes_are_named_by_their_modules() -> None:
+    nodes = [helper.make_node("Relu", ["a"], ["b"], name) for name in (*NAMES, "")]
+    assert node_scopes(nodes) == [*NAMES.values(), ("Relu_1",)]
+    recorded = helper.make_node("Relu", ["a"], ["b"], "node_relu_1")
+    scopes = "['', 'layer1', 'layer1.0', 'relu']"
+    recorded.metadata_props.add(key="pkg.torch.onnx.name_scopes", value=scopes)
+    assert node_scopes([recorded]) == [("layer1", "layer1.0")]
+    recorded.metadata_props[0].value = "__import__('os')"
+    assert node_scopes([recorded]) == [("node_relu_1",)]

@@ -1,0 +1,311 @@
+"""Each operator of an ONNX graph against ONNX Runtime, on a graph of one node."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from onnx import helper
+
+from ccam_deploy.export.from_onnx.network import RULES
+from tests.export.onnx_files import network, run, write_graph
+from tests.helpers import noise
+
+RANDOM = np.random.default_rng(0)
+
+
+def floats(*shape: int) -> Any:
+    return RANDOM.standard_normal(shape).astype(np.float32)
+
+
+def whole(*values: int) -> Any:
+    return np.array(values, np.int64)
+
+
+def scalar(value: float) -> Any:
+    return np.array(value, np.float32)
+
+
+POOL = {"kernel_shape": [3, 2], "strides": [2, 1]}
+WINDOWS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "strided": {"strides": [2, 1], "pads": [1, 0, 1, 0]},
+    "one side": {"strides": [2, 2], "pads": [0, 1, 1, 2]},
+    "dilated": {"dilations": [2, 1]},
+    "same upper": {"auto_pad": "SAME_UPPER", "strides": [2, 3]},
+    "same lower": {"auto_pad": "SAME_LOWER", "strides": [3, 2]},
+    "valid": {"auto_pad": "VALID"},
+}
+UNARY = (
+    "Abs",
+    "Ceil",
+    "Celu",
+    "Cos",
+    "Elu",
+    "Erf",
+    "Exp",
+    "Floor",
+    "Gelu",
+    "HardSigmoid",
+    "HardSwish",
+    "Identity",
+    "LeakyRelu",
+    "Mish",
+    "Neg",
+    "Relu",
+    "Round",
+    "Selu",
+    "Sigmoid",
+    "Sign",
+    "Sin",
+    "Softplus",
+    "Softsign",
+    "Tanh",
+    "ThresholdedRelu",
+    "LogSoftmax",
+    "Softmax",
+    "GlobalAveragePool",
+    "GlobalMaxPool",
+    "Flatten",
+    "Dropout",
+)
+BINARY = ["Add", "Sub", "Mul", "Div", "Max", "Min", "Mean", "Sum"]
+REDUCTIONS = sorted(name for name in RULES if name.startswith("Reduce"))
+
+CASES: list[tuple[str, str, dict[str, Any], tuple[Any, ...], int]] = [
+    *((f"{kind}", kind, {}, (), 20) for kind in UNARY),
+    *((f"{kind} of two", kind, {}, (floats(3, 1, 8),), 18) for kind in BINARY),
+    *((f"{kind} all", kind, {}, (), 18) for kind in REDUCTIONS if "Log" not in kind),
+    *(
+        (f"{kind} axes", kind, {"keepdims": 0}, (whole(-1, 1),), 18)
+        for kind in REDUCTIONS
+        if kind != "ReduceLogSum"
+    ),
+    ("ReduceMean of old", "ReduceMean", {"axes": [2, 3]}, (), 13),
+    ("ReduceSum of nothing", "ReduceSum", {"noop_with_empty_axes": 1}, (), 18),
+    *((f"Conv {name}", "Conv", how, (floats(4, 3, 3, 2),), 18) for name, how in WINDOWS.items()),
+    ("Conv with bias", "Conv", {"group": 3}, (floats(6, 1, 3, 3), floats(6)), 18),
+    ("ConvTranspose", "ConvTranspose", {"strides": [2, 2]}, (floats(3, 4, 3, 3), floats(4)), 18),
+    (
+        "ConvTranspose padded",
+        "ConvTranspose",
+        {"strides": [2, 1], "pads": [1, 1, 1, 1], "output_padding": [1, 0], "group": 3},
+        (floats(3, 2, 3, 3),),
+        18,
+    ),
+    *(
+        (f"MaxPool {name}", "MaxPool", POOL | how, (), 18)
+        for name, how in WINDOWS.items()
+        if name != "one side"
+    ),
+    ("MaxPool one side", "MaxPool", {"kernel_shape": [3, 3], "pads": [0, 1, 2, 1]}, (), 18),
+    ("MaxPool ceil", "MaxPool", POOL | {"ceil_mode": 1}, (), 18),
+    *(
+        (f"AveragePool {name}", "AveragePool", POOL | how, (), 18)
+        for name, how in WINDOWS.items()
+        if name not in ("one side", "dilated")
+    ),
+    (
+        "AveragePool counted",
+        "AveragePool",
+        POOL | {"pads": [1, 1, 1, 1], "count_include_pad": 1},
+        (),
+        18,
+    ),
+    ("AveragePool one side", "AveragePool", {"kernel_shape": [3, 3], "pads": [0, 1, 2, 1]}, (), 18),
+    (
+        "BatchNormalization",
+        "BatchNormalization",
+        {"epsilon": 1e-3},
+        (floats(3), floats(3), floats(3), np.abs(floats(3))),
+        18,
+    ),
+    ("InstanceNormalization", "InstanceNormalization", {}, (floats(3), floats(3)), 18),
+    ("GroupNormalization", "GroupNormalization", {"num_groups": 3}, (floats(3), floats(3)), 21),
+    ("LayerNormalization", "LayerNormalization", {}, (floats(8), floats(8)), 18),
+    ("LayerNormalization of two", "LayerNormalization", {"axis": -2}, (floats(8, 8),), 18),
+    ("LRN", "LRN", {"size": 3, "alpha": 0.1}, (), 18),
+    ("PRelu", "PRelu", {}, (floats(3, 1, 1),), 18),
+    ("PRelu of places", "PRelu", {}, (floats(8, 8),), 18),
+    ("HardSigmoid of PyTorch", "HardSigmoid", {"alpha": 1 / 6, "beta": 0.5}, (), 18),
+    ("Gelu of tanh", "Gelu", {"approximate": "tanh"}, (), 20),
+    ("Clip", "Clip", {}, (scalar(-0.5), scalar(0.25)), 18),
+    ("Clip low", "Clip", {}, (scalar(0.1),), 18),
+    ("Clip at zero", "Clip", {}, (scalar(0),), 18),
+    ("Clip ReLU6", "Clip", {}, (scalar(0), scalar(6)), 18),
+    ("MatMul", "MatMul", {}, (floats(8, 5),), 18),
+    ("Softmax of old", "Softmax", {"axis": 2}, (), 11),
+    ("LogSoftmax of axis", "LogSoftmax", {"axis": 1}, (), 13),
+    ("Transpose", "Transpose", {"perm": [0, 3, 1, 2]}, (), 18),
+    ("Transpose all", "Transpose", {}, (), 18),
+    ("Reshape", "Reshape", {}, (whole(0, -1, 4),), 18),
+    ("Flatten two", "Flatten", {"axis": 2}, (), 18),
+    ("Squeeze", "Squeeze", {}, (), 18),
+    ("Unsqueeze", "Unsqueeze", {}, (whole(0, -1),), 18),
+    ("Unsqueeze of old", "Unsqueeze", {"axes": [1, 3]}, (), 11),
+    ("Concat", "Concat", {"axis": -1}, (floats(2, 3, 8, 2),), 18),
+    ("Slice", "Slice", {}, (whole(1, -5), whole(2**62, -1), whole(2, -1), whole(3, 1)), 18),
+    ("Slice backwards", "Slice", {}, (whole(-1), whole(-(2**62)), whole(3), whole(-1)), 18),
+    ("Slice of old", "Slice", {"starts": [1], "ends": [-1], "axes": [2]}, (), 9),
+    ("Clip of old", "Clip", {"min": -0.5, "max": 0.25}, (), 9),
+    ("Pad of old", "Pad", {"pads": [0, 0, 1, 2, 0, 0, 0, 3], "value": 0.5}, (), 9),
+    ("Gather one", "Gather", {"axis": 1}, (np.array(-1, np.int64),), 18),
+    ("Gather many", "Gather", {"axis": 2}, (np.array([[0, -1], [3, 2]], np.int64),), 18),
+    ("Expand", "Expand", {}, (whole(4, 1, 1, 1, 8),), 18),
+    ("Tile", "Tile", {}, (whole(1, 2, 1, 3),), 18),
+    ("Pad", "Pad", {}, (whole(0, 0, 1, 2, 0, 1, 0, 3), scalar(0.5)), 18),
+    ("Pad reflect", "Pad", {"mode": "reflect"}, (whole(0, 0, 1, 2, 0, 0, 0, 3),), 18),
+    ("Pad edge", "Pad", {"mode": "edge"}, (whole(0, 0, 1, 2, 0, 0, 0, 3),), 18),
+    ("DepthToSpace", "DepthToSpace", {"blocksize": 2}, (), 18),
+    ("DepthToSpace of PyTorch", "DepthToSpace", {"blocksize": 2, "mode": "CRD"}, (), 18),
+    ("SpaceToDepth", "SpaceToDepth", {"blocksize": 4}, (), 18),
+    ("CumSum", "CumSum", {}, (np.array(2, np.int64),), 18),
+    ("Trilu", "Trilu", {"upper": 0}, (np.array(1, np.int64),), 18),
+    ("Einsum", "Einsum", {"equation": "nchw,wk->nchk"}, (floats(8, 4),), 18),
+    ("Pow", "Pow", {}, (scalar(2),), 18),
+]
+RESIZES: list[tuple[dict[str, Any], Any, Any]] = [
+    (
+        {
+            "mode": "nearest",
+            "coordinate_transformation_mode": "asymmetric",
+            "nearest_mode": "floor",
+        },
+        2,
+        None,
+    ),
+    ({"mode": "linear"}, 2, None),
+    ({"mode": "linear", "coordinate_transformation_mode": "align_corners"}, None, (2, 3, 5, 12)),
+    ({"mode": "cubic", "cubic_coeff_a": -0.75}, None, (2, 3, 12, 16)),
+    ({"mode": "linear", "coordinate_transformation_mode": "pytorch_half_pixel"}, 0.5, None),
+]
+
+
+def agree(path: Path, channels: int = 3) -> None:
+    images = noise(2, channels, 8, 8, seed=5)
+    with torch.no_grad():
+        got = network(path)(torch.from_numpy(images)).numpy()
+    expected = run(path, images)
+    assert got.shape == expected.shape
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case[0] for case in CASES])
+def test_an_operator_is_onnx_runtimes(tmp_path: Path, case: Any) -> None:
+    _, kind, attributes, constants, opset = case
+    given = {f"c{place}": value for place, value in enumerate(constants)}
+    nodes = [helper.make_node(kind, ["images", *given], ["out"], "node", **attributes)]
+    if kind == "DepthToSpace":
+        given["more"] = floats(4, 3, 1, 1)
+        nodes[0].input[0] = "wide"
+        nodes.insert(0, helper.make_node("Conv", ["images", "more"], ["wide"]))
+    if kind == "ReduceProd":
+        given["less"] = scalar(1)
+        nodes[0].input[0] = "small"
+        nodes.insert(0, helper.make_node("Add", ["images", "less"], ["small"]))
+    agree(write_graph(tmp_path / "one.onnx", nodes, given, opset=opset))
+
+
+@pytest.mark.parametrize("case", RESIZES)
+def test_resizing_is_onnx_runtimes(tmp_path: Path, case: Any) -> None:
+    attributes, factor, sizes = case
+    given = {"scales": np.array([1, 1, factor, factor], np.float32)} if factor else {}
+    inputs = ["images", "", "scales"]
+    if sizes:
+        given, inputs = {"sizes": whole(*sizes)}, ["images", "", "", "sizes"]
+    nodes = [helper.make_node("Resize", inputs, ["out"], **attributes)]
+    agree(write_graph(tmp_path / "one.onnx", nodes, given))
+
+
+def test_positive_values_alone(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("Abs", ["images"], ["a"]),
+        helper.make_node("Sqrt", ["a"], ["b"]),
+        helper.make_node("Log", ["a"], ["c"]),
+        helper.make_node("Reciprocal", ["a"], ["d"]),
+        helper.make_node("Sum", ["b", "c", "d"], ["e"]),
+        helper.make_node("ReduceLogSum", ["a"], ["f"], keepdims=1),
+        helper.make_node("Add", ["e", "f"], ["out"]),
+    ]
+    agree(write_graph(tmp_path / "one.onnx", nodes))
+
+
+def test_parts_and_choices(tmp_path: Path) -> None:
+    """Split by sizes and evenly, the largest values, comparisons."""
+    nodes = [
+        helper.make_node("Split", ["images", "sizes"], ["a", "b"], axis=3),
+        helper.make_node("Split", ["b"], ["c", "d"], axis=1, num_outputs=2),
+        helper.make_node("TopK", ["a", "two"], ["e", "places"], axis=3),
+        helper.make_node("Greater", ["e", "zero"], ["f"]),
+        helper.make_node("Less", ["e", "one"], ["g"]),
+        helper.make_node("And", ["f", "g"], ["h"]),
+        helper.make_node("Not", ["h"], ["i"]),
+        helper.make_node("Where", ["i", "e", "zero"], ["j"]),
+        helper.make_node("ReduceSum", ["c"], ["k"]),
+        helper.make_node("ReduceSum", ["d"], ["l"]),
+        helper.make_node("Sum", ["j", "k", "l"], ["out"]),
+    ]
+    given = {"sizes": whole(5, 3), "two": whole(2), "zero": scalar(0), "one": scalar(1)}
+    agree(write_graph(tmp_path / "one.onnx", nodes, given))
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.5])
+@pytest.mark.parametrize("transposed", [0, 1])
+def test_a_product(tmp_path: Path, alpha: float, transposed: int) -> None:
+    nodes = [
+        helper.make_node("Flatten", ["images"], ["flat"]),
+        helper.make_node("Gemm", ["flat", "w", "b"], ["out"], transB=transposed, alpha=alpha),
+    ]
+    weight = floats(5, 192) if transposed else floats(192, 5)
+    agree(write_graph(tmp_path / "one.onnx", nodes, {"w": weight, "b": floats(5)}))
+
+
+def test_sizes_are_computed_while_tracing(tmp_path: Path) -> None:
+    """Shape, arithmetic with it, and constants made of it."""
+    nodes = [
+        helper.make_node("Shape", ["images"], ["shape"]),
+        helper.make_node("Gather", ["shape", "first"], ["count"]),
+        helper.make_node("Unsqueeze", ["count", "axis"], ["counts"]),
+        helper.make_node("Slice", ["shape", "two", "four"], ["sides"]),
+        helper.make_node("ReduceProd", ["sides"], ["area"], keepdims=1),
+        helper.make_node("Div", ["area", "eight"], ["rows"]),
+        helper.make_node("Concat", ["counts", "minus", "rows"], ["target"], axis=0),
+        helper.make_node("Reshape", ["images", "target"], ["table"]),
+        helper.make_node("ConstantOfShape", ["target_of_ones"], ["ones"], value=_one()),
+        helper.make_node("Cast", ["rows"], ["rows_f"], to=1),
+        helper.make_node("Mul", ["table", "rows_f"], ["scaled"]),
+        helper.make_node("Concat", ["counts", "single", "rows"], ["target_of_ones"], axis=0),
+        helper.make_node("Concat", ["scaled", "ones"], ["out"], axis=1),
+    ]
+    nodes.insert(8, nodes.pop(11))
+    given = {
+        "first": np.array(0, np.int64),
+        "axis": whole(0),
+        "two": whole(2),
+        "four": whole(4),
+        "eight": whole(8),
+        "minus": whole(-1),
+        "single": whole(1),
+    }
+    agree(write_graph(tmp_path / "one.onnx", nodes, given))
+
+
+def test_a_scale_of_a_size(tmp_path: Path) -> None:
+    """As attention has it: 1 / sqrt(a size beside the batch's)."""
+    nodes = [
+        helper.make_node("Shape", ["images"], ["shape"]),
+        helper.make_node("Slice", ["shape", "three", "far"], ["last"]),
+        helper.make_node("Cast", ["last"], ["length"], to=1),
+        helper.make_node("Sqrt", ["length"], ["root"]),
+        helper.make_node("Div", ["one", "root"], ["scale"]),
+        helper.make_node("Mul", ["images", "scale"], ["out"]),
+    ]
+    given = {"three": whole(3), "far": whole(2**62), "one": scalar(1)}
+    agree(write_graph(tmp_path / "one.onnx", nodes, given))
+
+
+def _one() -> Any:
+    return helper.make_tensor("value", 1, [1], [1.0])

@@ -48,6 +48,16 @@ ActivationOrNone = Annotated[
         click.Choice(["softmax", "sigmoid", "none"]),
     ),
 ]
+Constants = Annotated[
+    tuple[str, ...],
+    Option(
+        "--constant",
+        "Bind an input beside the images: a number, true, false, none or a .npy file. "
+        "Can be repeated.",
+        multiple=True,
+        metavar="NAME=VALUE",
+    ),
+]
 Head = Annotated[
     bool,
     Option("--head", "Add the graph from the last target layer to the logits, for recipro-cam."),
@@ -93,6 +103,7 @@ class ExportOptions:
     activation: ActivationOrNone = unset(
         "the recipe's, else sigmoid for one output or a sigmoid at the end, else softmax"
     )
+    constants: Constants = ()
     precision: PrecisionOrNone = unset("the recipe's, else fp32")
     half: HalfGraphs = unset("the recipe's, else all")
     head: Head = False
@@ -198,6 +209,7 @@ def _build(planner: Planner, bundle: Bundle, asked: str, as_json: bool) -> Bundl
 def _prepare(options: ExportOptions) -> PreparedModel:
     """The network, and its settings with those that only an export has."""
     from ccam_deploy.examples.photographs import photographs
+    from ccam_deploy.export.constants import parse_constant
     from ccam_deploy.export.recipe import read_labels
 
     images = [options.calibration_images] if options.calibration_images else []
@@ -206,6 +218,8 @@ def _prepare(options: ExportOptions) -> PreparedModel:
     if options.limit:
         pictures = prepared.settings.calibration or photographs()
         changes["calibration"] = pictures[: options.limit]
+    if options.constants:
+        changes["constants"] = dict(map(parse_constant, options.constants))
     if options.activation:
         changes["activation"] = options.activation
     if options.head:

@@ -96,10 +96,15 @@ def prepare_model(
     """
     settings.progress("tracing the model")
     exported = model
+    if settings.constants and (isinstance(exported, OnnxNetwork | ExportedProgram)):
+        raise OptionError(
+            "constants bind inputs of a PyTorch module; export this model with one input"
+        )
     if isinstance(exported, OnnxNetwork):
         exported = exported.trace(input_size or INPUT_SIZE)
     if not isinstance(exported, ExportedProgram):
-        exported = trace_model(exported, (len(settings.mean), *(input_size or INPUT_SIZE)))
+        shape = len(settings.mean), *(input_size or INPUT_SIZE)
+        exported = trace_model(exported, shape, settings.constants)
     functional = decompose(exported)
     traced = program_from(functional, keep=layers or ())
     end = final_activation(traced)

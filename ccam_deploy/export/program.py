@@ -6,7 +6,7 @@ import copy
 import logging
 import operator
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +18,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 
 from ccam_deploy.bundle.manifest import Activation
 from ccam_deploy.errors import CcamError, LoweringError, SourceError, brief
+from ccam_deploy.export.calling import call_with_images
 from ccam_deploy.export.graph_editing import (
     aten,
     drop_unused,
@@ -101,18 +102,24 @@ def module_of(node: fx.Node) -> str:
     return list(stack_of(node).values() or [""])[-1]
 
 
-def trace_model(model: nn.Module, input_shape: tuple[int, int, int]) -> ExportedProgram:
+def trace_model(
+    model: nn.Module,
+    input_shape: tuple[int, int, int],
+    constants: Mapping[str, Any] | None = None,
+) -> ExportedProgram:
     """Trace a classifier with a dynamic batch, in evaluation mode, on the CPU and in float32.
 
     Args:
         model: The classifier, which is left as it was: a copy is traced.
         input_shape: Channels, height, width.
+        constants: What is bound to inputs beside the images, by name.
 
     Returns:
-        The exported program.
+        The exported program, which takes images and returns logits alone.
 
     Raises:
-        SourceError: The model cannot be copied or traced.
+        SourceError: The model cannot be copied or traced, or returns no logits.
+        OptionError: It has no input of a constant's name.
     """
     try:
         twin = copy.deepcopy(model).cpu().float().eval()
@@ -122,6 +129,7 @@ def trace_model(model: nn.Module, input_shape: tuple[int, int, int]) -> Exported
             "export it with torch.export and pass the .pt2 file"
         ) from error
     twin.requires_grad_(False)
+    call_with_images(twin, torch.zeros(1, *input_shape), constants or {})
     shapes = ({0: Dim("batch", min=1)},)
     try:
         example = torch.zeros(2, *input_shape)
@@ -208,7 +216,22 @@ def program_from(
     logits = outputs[0] if isinstance(outputs, tuple | list) else outputs
     if not isinstance(logits, fx.Node):
         raise SourceError("the model's output is a constant; it must be logits [batch, classes]")
-    return Program(graph, image, logits)
+    return Program(graph, image, _without_sides(graph, logits))
+
+
+def _without_sides(module: fx.GraphModule, logits: fx.Node) -> fx.Node:
+    """[B, classes, 1, 1] to [B, classes]."""
+    value = logits.meta["val"]
+    if value.dim() == 2:
+        return logits
+    sides = list(range(2, value.dim()))
+    with module.graph.inserting_after(logits):
+        flat = module.graph.call_function(aten.squeeze.dims, (logits, sides))
+    with value.fake_mode:
+        flat.meta["val"] = value.squeeze(sides)
+    module.graph.output_node().args = ((flat,),)
+    module.recompile()
+    return flat
 
 
 def _require_classifier(exported: ExportedProgram) -> None:
@@ -225,7 +248,7 @@ def _require_classifier(exported: ExportedProgram) -> None:
         raise SourceError(
             f"the model's input is {_shape(image)}; it must be images [batch, 1 or 3, H, W]"
         )
-    if not isinstance(logits, torch.Tensor) or logits.dim() != 2:
+    if not isinstance(logits, torch.Tensor) or not _may_be_logits(logits):
         raise SourceError(f"the model's output is {_shape(logits)}; it must be [batch, classes]")
     if image.dtype != torch.float32:
         raise SourceError(f"the program takes {image.dtype}; export the model in float32")
@@ -235,6 +258,11 @@ def _require_classifier(exported: ExportedProgram) -> None:
             "the program has a fixed batch; export it again with "
             'dynamic_shapes=({0: torch.export.Dim("batch")},)'
         )
+
+
+def _may_be_logits(value: torch.Tensor) -> bool:
+    """[B, classes], or the same with sides of one pixel after it."""
+    return value.dim() >= 2 and all(size == 1 for size in value.shape[2:])
 
 
 def _shape(value: object) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from PIL import Image
 
@@ -64,6 +64,8 @@ class ExportSettings:
         gradients: Write the graphs of the image's gradient, which integrated gradients,
             SmoothGrad, XRAI, guided and excitation backpropagation need; the last two work for
             models whose only activations are ReLUs.
+        constants: What is bound to inputs of the model beside the images, by name: numbers, None,
+            arrays or tensors.
         progress: Called with a line for each step.
     """
 
@@ -82,6 +84,7 @@ class ExportSettings:
     random_weights: bool = False
     head: bool = False
     gradients: bool = False
+    constants: Mapping[str, Any] = field(default_factory=dict)
     progress: Callable[[str], None] = lambda line: None
 
     def __post_init__(self) -> None:

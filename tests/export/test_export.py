@@ -215,7 +215,7 @@ def in_double() -> Model:
             TwoOutputs,
             None,
             SourceError,
-            "the model has 1 inputs and 2 outputs; it must take images and return logits alone",
+            "the model returns tuple of 0 [1, 5], 1 [1, 5], several of which may be logits",
         ),
         (
             fixed_batch,

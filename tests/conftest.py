@@ -9,9 +9,13 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 import ccam_deploy as ccam
 from tests.bundles import EXPORTS, Bundles
+
+settings.register_profile("shared", deadline=None)  # other work may take the machine's time
+settings.load_profile("shared")
 
 
 @cache

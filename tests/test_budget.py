@@ -15,8 +15,10 @@ from PIL import Image
 
 import ccam_deploy as ccam
 from ccam_deploy.arrays import Floats
+from ccam_deploy.bundle.manifest import Manifest
 from ccam_deploy.engines import Activations, Networks
 from ccam_deploy.errors import OptionError
+from ccam_deploy.inputs import Inputs
 from ccam_deploy.methods import CollectionCAM, GradCAM
 from ccam_deploy.targets import Top
 from tests.clock import FakeClock
@@ -55,13 +57,16 @@ class Timed(Networks):
         self.clock.time += self.slower * milliseconds / 1000
 
 
-class Preparing(ccam.Explainer):
+class Preparing(Inputs):
     """Prepares each picture in 4 ms."""
+
+    def __init__(self, manifest: Manifest, batch_size: int, clock: FakeClock) -> None:
+        super().__init__(manifest, batch_size, ahead=False)
+        self.clock = clock
 
     def preprocess(self, images: Any) -> Any:
         if not isinstance(images, np.ndarray):
-            assert isinstance(self.networks, Timed)
-            self.networks.clock.time += 0.004 * len(images)
+            self.clock.time += 0.004 * len(images)
         return super().preprocess(images)
 
 
@@ -71,9 +76,10 @@ def plain(tiny_bundle: Path) -> Iterator[ccam.Explainer]:
         yield explainer
 
 
-def timed(plain: ccam.Explainer, batch_size: int = 16) -> tuple[Preparing, Timed]:
-    networks = Timed(plain)
-    explainer = Preparing(plain.bundle, networks, plain.precision, batch_size, now=networks.clock)
+def timed(plain: ccam.Explainer, batch_size: int = 16) -> tuple[ccam.Explainer, Timed]:
+    networks, bundle = Timed(plain), plain.bundle
+    explainer = ccam.Explainer(bundle, networks, plain.precision, batch_size, now=networks.clock)
+    explainer._inputs = Preparing(bundle.manifest, batch_size, networks.clock)
     return explainer, networks
 
 

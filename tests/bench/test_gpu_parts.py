@@ -78,7 +78,7 @@ def test_pytorch_without_a_gpu_is_an_error() -> None:
 @pytest.mark.slow
 def test_explanations_are_timed_and_their_masks_counted(digits: ccam.Explainer) -> None:
     figures = explain.measure(digits, 2)
-    assert figures["ms"]["calls"] >= 3 * len(explain.inputs(digits, 2))
+    assert figures["ms"]["calls"] >= len(explain.inputs(digits, 2))
     assert figures["ms"]["minimum"] <= figures["ms"]["median"] <= figures["ms"]["maximum"]
     assert 0 <= figures["host_share"] < 0.5
     assert {"backbone", "classifier", "between"} <= set(figures["stages_ms"])

@@ -118,7 +118,7 @@ DIGITS = RECIPES / "digits.toml"
         ),
         (
             ["explain", "tiny", "one.png", "--save", "overlay,gif"],
-            '--save "gif" is unknown; there are overlay, heatmap, panel, npz, json and none',
+            '--save "gif" is unknown; there are overlay, heatmap, panel, masks, npz, json and none',
         ),
         (
             ["explain", "tiny", "one.png", "--save", "none,overlay"],

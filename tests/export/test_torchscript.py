@@ -112,8 +112,8 @@ def saved(model: nn.Module, compile_: Callable[[nn.Module], Any], folder: Path) 
         (Viewed, traced, ["stem", "body"]),
         (Viewed, jit.script, ["stem", "body"]),
         (Branches, jit.script, ["stages.0", "stages.1"]),
-        (shufflenet, traced, []),
-        (shufflenet, jit.script, []),
+        pytest.param(shufflenet, traced, [], marks=pytest.mark.nightly),
+        pytest.param(shufflenet, jit.script, [], marks=pytest.mark.nightly),
     ],
     ids=["traced", "scripted", "branches", "shufflenet-traced", "shufflenet-scripted"],
 )

@@ -306,7 +306,7 @@ VARIED: Mapping[str, tuple[Method, ...]] = {
 
 
 @pytest.mark.parametrize("name", VARIED)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(features=maps, gradients=maps)
 def test_any_features_and_gradients_give_finite_maps(
     name: str, features: Floats, gradients: Floats

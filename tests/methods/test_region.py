@@ -261,7 +261,7 @@ def test_memory_does_not_grow_with_the_masks(method: Method, channels: int, mask
 values = st.sampled_from([0.0, 1.0, -1.0, 2.5, 1e9]) | st.floats(-1e6, 1e6, width=32)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(features=arrays(np.float32, (2, 3, 2, 3), elements=values))
 def test_any_features_give_finite_maps(features: Floats) -> None:
     """Constant channels have no mask and no weight; maps are finite, without a warning."""

@@ -98,7 +98,7 @@ class ExportOptions:
     model: ModelFile = None
     source: ModelSource
     inputs: InputOptions
-    layers: LayerNames = unset("the recipe's, else the last of each of the last four resolutions")
+    layers: LayerNames = unset("the recipe's, else the last of each resolution, or four blocks")
     labels: Labels = None
     activation: ActivationOrNone = unset(
         "the recipe's, else sigmoid for one output or a sigmoid at the end, else softmax"

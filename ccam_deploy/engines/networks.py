@@ -14,6 +14,9 @@ from ccam_deploy.engines.base import OWNER, Array, Engine
 from ccam_deploy.engines.cuda.slots import Slots
 from ccam_deploy.errors import OptionError
 
+REST = "rest"
+"""What the backbone gives, and the head takes, of the last layer beside its feature maps."""
+
 
 @dataclass(frozen=True)
 class Activations:
@@ -23,11 +26,15 @@ class Activations:
         logits: [B, classes] float32.
         features: [B, C, h, w] float32 of each target layer.
         residuals: Tensors [B, ...] that the gradient graph needs, by name, in the graph's types.
+        rest: [B, ...] float32, what the last layer's tensor holds beside its feature map: a
+            transformer's class and register tokens. None where that is nothing, or where there is
+            no head that takes it.
     """
 
     logits: Floats
     features: tuple[Floats, ...]
     residuals: Mapping[str, Array]
+    rest: Floats | None = None
 
     def take(self, rows: NDArray[np.intp]) -> Activations:
         """Select rows, in the order given; a row may come several times."""
@@ -37,6 +44,7 @@ class Activations:
             self.logits[rows],
             tuple(feature[rows] for feature in self.features),
             {name: value[rows] for name, value in self.residuals.items()},
+            None if self.rest is None else self.rest[rows],
         )
 
 
@@ -72,11 +80,12 @@ class Classifier(Protocol):
         """
         ...
 
-    def head_logits(self, features: Floats) -> Floats:
+    def head_logits(self, features: Floats, rest: Floats | None = None) -> Floats:
         """Run the network's head on feature maps of the last target layer.
 
         Args:
             features: [N, C, h, w] float32.
+            rest: [N, ...] float32, `rest` of the activations; None where they have none.
 
         Returns:
             Logits [N, classes] float32.
@@ -154,6 +163,11 @@ class Networks:
         }
         self._gradient_names = [spec.name for spec in engines["gradient"].inputs]
 
+    @property
+    def head_takes_rest(self) -> bool:
+        """Whether the head needs more of the last layer than its feature maps; see Activations."""
+        return ("head", REST) in self._types
+
     def backbone(self, images: Floats) -> Activations:
         """Run the backbone on images; see Classifier."""
         values = self.engines["backbone"].run({"images": self._cast("backbone", "images", images)})
@@ -161,7 +175,8 @@ class Networks:
         names = [name for name in values if name.startswith("feature_")]
         features = tuple(values[name].astype(np.float32, copy=False) for name in names)
         needed = {name: values[name] for name in self._gradient_names if name in values}
-        return Activations(logits, features, needed)
+        rest = values[REST].astype(np.float32, copy=False) if REST in values else None
+        return Activations(logits, features, needed, rest)
 
     def gradients(self, activations: Activations, output_gradient: Floats) -> tuple[Floats, ...]:
         """Pass a gradient of the logits back to the feature maps; see Classifier."""
@@ -210,11 +225,13 @@ class Networks:
         logits = self.engines["classifier"].run(feeds)["logits"]
         return logits.astype(np.float32, copy=False)
 
-    def head_logits(self, features: Floats) -> Floats:
+    def head_logits(self, features: Floats, rest: Floats | None = None) -> Floats:
         """Run the head on the last layer's feature maps; see Classifier."""
         if "head" not in self.engines:
             raise no_head()
         feeds = {"features": self._cast("head", "features", features)}
+        if rest is not None:
+            feeds[REST] = self._cast("head", REST, rest)
         return self.engines["head"].run(feeds)["logits"].astype(np.float32, copy=False)
 
     def close(self) -> None:

@@ -35,9 +35,11 @@ class Differentiated:
     """The two halves of a differentiated classifier; every tensor has the batch first.
 
     Attributes:
-        backbone: images -> (logits, *features, *residuals).
+        backbone: images -> (logits, *features, *residuals); where the rest of the last layer's
+            tensor is asked for, that comes before the residuals.
         gradient: (*residuals, output_gradient [B, classes]) -> gradients of the feature maps.
-        head: The last feature map -> logits; None where they depend on the image past it.
+        head: The last feature map, and the rest of its tensor where there is any, -> logits; None
+            where they depend on the image past it.
     """
 
     backbone: fx.GraphModule
@@ -46,7 +48,10 @@ class Differentiated:
 
 
 def differentiate(
-    program: Program, layers: Sequence[TargetLayer], dtype: torch.dtype = torch.float32
+    program: Program,
+    layers: Sequence[TargetLayer],
+    dtype: torch.dtype = torch.float32,
+    with_rest: bool = False,
 ) -> Differentiated:
     """Differentiate a classifier's logits with respect to the feature maps of `layers`.
 
@@ -54,6 +59,7 @@ def differentiate(
         program: The classifier.
         layers: Its target layers, the last one last.
         dtype: The type that the graphs compute in; their inputs, outputs and parameters have it.
+        with_rest: Give the rest of the last layer's tensor too, if it has any.
 
     Returns:
         The two halves, and the head.
@@ -62,19 +68,19 @@ def differentiate(
         LayerError: The logits do not depend on a layer.
         LoweringError: An operator cannot be differentiated or expressed.
     """
-    nodes = [layer.node for layer in layers]
-    recorder = Recorder(program.graph, nodes)
+    recorder = Recorder(program.graph, layers)
 
     def outputs(image: Tensor, scores: Tensor, output_gradient: Tensor) -> list[Tensor]:
-        features = [recorder.kept[node] for node in nodes]
+        features = recorder.features()
         gradients = torch.autograd.grad(scores, features, output_gradient, allow_unused=True)
         for layer, gradient in zip(layers, gradients, strict=True):
             if gradient is None:
                 raise LayerError(f'the logits do not depend on layer "{layer.name}"')
-        return [scores, *features, *gradients]
+        rest = recorder.kept_rest[layers[-1].node]
+        return [scores, *features, *([] if rest is None else [rest]), *gradients]
 
     joint = record(program, recorder, outputs, dtype)
-    return _split(joint, len(layers))
+    return _split(joint, layers, with_rest)
 
 
 def differentiate_input(
@@ -113,21 +119,42 @@ def _is_relu(node: fx.Node) -> bool:
 
 
 class Recorder(fx.Interpreter):
-    """Runs the forward graph, keeps the feature maps, and knows where it is."""
+    """Runs the forward graph, keeps the feature maps, and knows where it is.
 
-    def __init__(self, module: fx.GraphModule, kept: Sequence[fx.Node]) -> None:
+    A map that lies in a tensor of another form is taken out of it and put back, so that all that
+    comes later depends on the map itself.
+
+    Args:
+        module: The graph.
+        layers: The layers whose feature maps are kept.
+
+    Attributes:
+        kept: The feature map [B, C, h, w] of each layer's node, after a run.
+        kept_rest: What else that node's tensor holds; None where that is nothing.
+        current: The node that runs, or whose gradient does.
+    """
+
+    def __init__(self, module: fx.GraphModule, layers: Sequence[TargetLayer]) -> None:
         super().__init__(module)
         self.kept: dict[fx.Node, Tensor] = {}
+        self.kept_rest: dict[fx.Node, Tensor | None] = {}
         self.current: fx.Node | None = None
         self._backward = False
-        self._wanted = set(kept)
+        self._layers = {layer.node: layer for layer in layers}
+
+    def features(self) -> list[Tensor]:
+        """Return the feature maps of the last run, in the order of the layers."""
+        return [self.kept[node] for node in self._layers]
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one node, keep its value if it is wanted, and follow its gradient."""
         self.current = n
         value = super().run_node(n)
-        if n in self._wanted:
-            self.kept[n] = value
+        if n in self._layers:
+            layer = self._layers[n]
+            features, rest = layer.features(value), layer.rest(value)
+            self.kept[n], self.kept_rest[n] = features, rest
+            value = layer.tensor(features, rest)
         if isinstance(value, Tensor) and value.grad_fn is not None:
             # Backward, the node whose gradient is being recorded is the current one again.
             value.grad_fn.register_prehook(partial(self._turn_to, n))
@@ -234,19 +261,23 @@ def _constants_as_attributes(joint: fx.GraphModule, constants: dict[str, Tensor]
     return joint
 
 
-def _split(joint: fx.GraphModule, layers: int) -> Differentiated:
+def _split(joint: fx.GraphModule, layers: Sequence[TargetLayer], with_rest: bool) -> Differentiated:
     image, output_gradient = placeholders(joint)
     outputs = list(joint.graph.output_node().args[0])  # type: ignore[arg-type]
-    forward, gradients = outputs[: 1 + layers], outputs[1 + layers :]
+    features = outputs[1 : 1 + len(layers)]
+    rest, gradients = outputs[1 + len(layers) : -len(layers)], outputs[-len(layers) :]
+    forward = [outputs[0], *features, *(rest if with_rest else ())]
     crossing = crossing_values(joint, image, output_gradient)
     backbone = extract(joint, [image], [*forward, *crossing])
     gradient = extract(joint, [*crossing, output_gradient], gradients)
-    return Differentiated(backbone, gradient, _head(joint, forward[0], forward[-1]))
+    return Differentiated(backbone, gradient, _head(joint, outputs[0], [features[-1], *rest]))
 
 
-def _head(joint: fx.GraphModule, logits: fx.Node, features: fx.Node) -> fx.GraphModule | None:
+def _head(
+    joint: fx.GraphModule, logits: fx.Node, features: Sequence[fx.Node]
+) -> fx.GraphModule | None:
     """The part between the last feature map and the logits, if it needs nothing else."""
     try:
-        return extract(joint, [features], [logits])
+        return extract(joint, features, [logits])
     except KeyError:
         return None

@@ -132,9 +132,8 @@ class ExcitationRecorder(Recorder):
     """
 
     def __init__(self, program: Program, layers: Sequence[TargetLayer]) -> None:
-        super().__init__(program.graph, [layer.node for layer in layers])
+        super().__init__(program.graph, layers)
         self._logits = program.logits
-        self._nodes = [layer.node for layer in layers]
         self._duals: Tensor | None = None
 
     def maps(self, logits: Tensor, winners: Tensor, duals: Tensor) -> list[Tensor]:
@@ -149,7 +148,7 @@ class ExcitationRecorder(Recorder):
             Per layer [B, h, w], summed over channels.
         """
         assert self._duals is not None
-        features = [self.kept[node] for node in self._nodes]
+        features = self.features()
         probabilities = torch.autograd.grad([logits, self._duals], features, [winners, duals])
         return [probability.sum(1) for probability in probabilities]
 

@@ -9,6 +9,7 @@ import onnx_ir as ir
 import torch
 from torch import fx, nn
 
+from ccam_deploy.engines.networks import REST
 from ccam_deploy.errors import LayerError
 from ccam_deploy.export.autodiff import (
     Differentiated,
@@ -32,10 +33,12 @@ _BATCH, _MASKS = 2, 3
 class Graphs:
     """ONNX models of one precision.
 
-    backbone: images [B, C, H, W] -> logits, feature_0.., residual_0..
+    backbone: images [B, C, H, W] -> logits, feature_0.., residual_0..; with a head also rest, what
+        the last layer's tensor holds beside its map, such as class tokens [B, 1, C]
     gradient: residual_0.., output_gradient [B, classes] -> gradient_0..
     classifier: images [B, C, H, W], masks [N, 1, H, W], owner [N] int64 -> logits [N, classes]
-    head: features [N, C, h, w] of the last layer -> logits [N, classes]; only where it is wanted
+    head: features [N, C, h, w] of the last layer, and the rest if there is any -> logits
+        [N, classes]; only where it is wanted
     input_gradient, guided_gradient: images, output_gradient [B, classes] -> input_gradient
         [B, C, H, W]; the second with ReLUs that pass back positive gradients only.
     excitation: images, winners [B, classes], duals [B, classes] -> excitation_0.. [B, h, w]
@@ -90,7 +93,7 @@ def convert_graphs(
         LayerError: a head is asked for, and the last layer is no cut through the classifier.
     """
     require_expressible(program)
-    parts = differentiate(program, layers, dtype)
+    parts = differentiate(program, layers, dtype, with_head)
     require_expressible_gradient(parts.backbone, parts.gradient)
     images = _images(program, dtype)
     scores = _scores(program, dtype)
@@ -103,6 +106,9 @@ def convert_graphs(
         return to_onnx(graph, inputs, outputs)
 
     features = [f"feature_{index}" for index in range(len(layers))]
+    rest_shape = layers[-1].rest_shape if with_head else None
+    if rest_shape is not None:
+        features.append(REST)
     gradients = [f"gradient_{index}" for index in range(len(layers))]
     backbone = convert(parts.backbone, {"images": images}, "logits", *features, *residuals)
     gradient = convert(parts.gradient, {**residuals, "output_gradient": scores}, *gradients)
@@ -114,8 +120,10 @@ def convert_graphs(
     classifier = convert(_masked_classifier(program, dtype), masked_inputs, "logits")
     head = plain = guided = excitation = None
     if with_head:
-        maps = GraphInput((_MASKS, *layers[-1].shape), "masks", dtype)
-        head = convert(_head(parts, layers), {"features": maps}, "logits")
+        maps = {"features": GraphInput((_MASKS, *layers[-1].shape), "masks", dtype)}
+        if rest_shape is not None:
+            maps[REST] = GraphInput((_MASKS, *rest_shape), "masks", dtype)
+        head = convert(_head(parts, layers), maps, "logits")
     if with_gradients:
         plain = input_gradient_graph(program, dtype)
         if has_relu(program):

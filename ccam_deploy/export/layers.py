@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import fx
+from torch import Tensor, fx
 
 from ccam_deploy.errors import LayerError
+from ccam_deploy.export.arrangements import Followed
+from ccam_deploy.export.blocks import Blocks
 from ccam_deploy.export.graph_editing import aten
+from ccam_deploy.export.places import Arrangement
 from ccam_deploy.export.program import Program, name_of, stack_of
 
 DEFAULT_COUNT = 4
@@ -25,25 +27,56 @@ class TargetLayer:
         name: The dotted name of the module whose output it is. A module that is called several
             times names its last output; "name:1" is that of its first call. Where the output is no
             module's, the node's name.
-        node: The node of the program's graph that gives it, [B, C, h, w].
+        node: The node of the program's graph that holds it.
+        arrangement: How the node's tensor holds it; None where it is the map [B, C, h, w] itself.
     """
 
     name: str
     node: fx.Node
+    arrangement: Arrangement | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """Channels, height, width."""
+        if self.arrangement is not None:
+            return self.arrangement.channels, *self.arrangement.grid
         _, channels, height, width = self.node.meta["val"].shape
         return int(channels), int(height), int(width)
+
+    @property
+    def rest_shape(self) -> tuple[int, ...] | None:
+        """The shape of `rest` for one image; None where the map is all of the tensor."""
+        if self.arrangement is None or not self.arrangement.left_out:
+            return None
+        sizes = [
+            axis.before + axis.after if axis.padded else axis.size for axis in self.arrangement.axes
+        ]
+        return tuple(sizes[1:])
+
+    def features(self, value: Tensor) -> Tensor:
+        """Take the feature map [B, C, h, w] out of the node's tensor."""
+        return value if self.arrangement is None else self.arrangement.to_map(value)
+
+    def rest(self, value: Tensor) -> Tensor | None:
+        """Take what is not in the map out of the node's tensor: class and register tokens."""
+        if self.arrangement is None or not self.arrangement.left_out:
+            return None
+        return self.arrangement.rest(value)
+
+    def tensor(self, features: Tensor, rest: Tensor | None) -> Tensor:
+        """Put a feature map, and the rest, together as the node's tensor."""
+        return features if self.arrangement is None else self.arrangement.from_map(features, rest)
 
 
 def find_layers(program: Program, names: Sequence[str] | None = None) -> tuple[TargetLayer, ...]:
     """Find the target layers by name, or those that suit a classifier.
 
     Without names, they are the last tensors of each of the last four resolutions that convolutions
-    work at, maps of a single pixel left out. Only tensors that all of the input's influence passes
-    through count: the output of a residual stage, not a tensor inside the next one.
+    or blocks of tokens work at, maps of a single pixel left out. Where all blocks work at one
+    resolution, they are the outputs of four blocks, spread over the depth and the last one among
+    them. Only tensors that all of the input's influence passes through count: the output of a
+    residual stage, not a tensor inside the next one. Of tokens, only those count whose map has an
+    influence: not behind the last block of a classifier that reads nothing but its class token.
 
     Args:
         program: The classifier.
@@ -56,40 +89,70 @@ def find_layers(program: Program, names: Sequence[str] | None = None) -> tuple[T
         LayerError: A name is unknown, repeated or no feature map, or none could be chosen.
     """
     outputs = _module_outputs(program)
+    followed = Followed(program)
+    blocks = Blocks(program, followed, set(outputs.values()))
     if names is None:
-        nodes = _last_of_each_resolution(program)[-DEFAULT_COUNT:]
-        if not nodes:
-            raise LayerError(
-                "no feature map was found that all of the input passes through; "
-                f"name target layers, such as {_known(outputs)}"
-            )
-        layers = [TargetLayer(_name(node, outputs), node) for node in nodes]
+        layers = _chosen(program, outputs, followed, blocks)
     else:
-        layers = [TargetLayer(name, _named(program, outputs, name)) for name in names]
+        layers = [_named(program, outputs, followed, blocks, name) for name in names]
     order = {node: position for position, node in enumerate(program.graph.graph.nodes)}
     if len({layer.node for layer in layers}) != len(layers) or not layers:
         raise LayerError(f"the layers {', '.join(names or ())} do not name different feature maps")
     return tuple(sorted(layers, key=lambda layer: order[layer.node]))
 
 
-def _named(program: Program, outputs: dict[str, fx.Node], name: str) -> fx.Node:
+def _chosen(
+    program: Program, outputs: dict[str, fx.Node], followed: Followed, blocks: Blocks
+) -> list[TargetLayer]:
+    bottlenecks = _bottlenecks(program)
+    nodes = blocks.choose(_last_of_each_resolution(program, bottlenecks), bottlenecks)
+    if not nodes:
+        raise LayerError(
+            "no feature map was found that all of the input passes through; "
+            f"name target layers, such as {_known(outputs, followed)}"
+        )
+    chosen = nodes[-DEFAULT_COUNT:]
+    return [TargetLayer(_name(node, outputs), node, _arranged(followed, node)) for node in chosen]
+
+
+def _named(
+    program: Program,
+    outputs: dict[str, fx.Node],
+    followed: Followed,
+    blocks: Blocks,
+    name: str,
+) -> TargetLayer:
     called = (node for node in program.graph.graph.nodes if node.op == "call_function")
     nodes = {name_of(node): node for node in called}
     node = outputs.get(name, nodes.get(name))
     if node is None:
-        raise LayerError(f'layer "{name}" is not in the model; it has {_known(outputs)}')
-    value = node.meta.get("val")
-    if not isinstance(value, torch.Tensor) or value.dim() != 4:
+        raise LayerError(f'layer "{name}" is not in the model; it has {_known(outputs, followed)}')
+    value, arrangement = node.meta.get("val"), _arranged(followed, node)
+    if arrangement is None and (not isinstance(value, Tensor) or value.dim() != 4):
         raise LayerError(
-            f'layer "{name}" gives no feature map [batch, channels, height, width]; '
-            f"these do: {_known(outputs)}"
+            f'layer "{name}" gives no feature map [batch, channels, height, width], nor tokens of '
+            f"one; these do: {_known(outputs, followed)}"
         )
-    return node
+    if arrangement is not None and not blocks.has_influence(node):
+        raise LayerError(
+            f'the feature map of layer "{name}" has no influence on the logits, which read other '
+            "tokens of it; name a layer before it"
+        )
+    return TargetLayer(name, node, arrangement)
 
 
-def _known(outputs: dict[str, fx.Node], limit: int = 24) -> str:
+def _arranged(followed: Followed, node: fx.Node) -> Arrangement | None:
+    """How a node's tensor holds a map; None where it is one, or none is known."""
+    arrangement = followed.of(node)
+    if arrangement is None or not arrangement.is_map or arrangement.plain:
+        return None
+    return arrangement
+
+
+def _known(outputs: dict[str, fx.Node], followed: Followed, limit: int = 24) -> str:
     """Names of the modules that give feature maps, outer ones first."""
-    maps = [name for name, node in outputs.items() if _is_map(node) and ":" not in name]
+    last = {name: node for name, node in outputs.items() if ":" not in name}
+    maps = [n for n, node in last.items() if _is_map(node) or _arranged(followed, node)]
     if not maps:
         return "no modules; name a node of the traced program"
     names = sorted(maps, key=lambda name: name.count("."))
@@ -99,7 +162,7 @@ def _known(outputs: dict[str, fx.Node], limit: int = 24) -> str:
 
 def _is_map(node: fx.Node) -> bool:
     value = node.meta.get("val")
-    return isinstance(value, torch.Tensor) and value.dim() == 4 and value.shape[2:].numel() > 1
+    return isinstance(value, Tensor) and value.dim() == 4 and value.shape[2:].numel() > 1
 
 
 def _module_outputs(program: Program) -> dict[str, fx.Node]:
@@ -128,11 +191,10 @@ def _name(node: fx.Node, outputs: dict[str, fx.Node]) -> str:
     return min(names, key=lambda name: name.count("."), default=name_of(node))
 
 
-def _last_of_each_resolution(program: Program) -> list[fx.Node]:
+def _last_of_each_resolution(program: Program, bottlenecks: set[fx.Node]) -> list[fx.Node]:
     convolved: set[tuple[int, int]] = set()
     last: dict[tuple[int, int], fx.Node] = {}
     axes: dict[fx.Node, tuple[int, ...]] = {program.image: _NCHW}
-    bottlenecks = _bottlenecks(program)
     for node in program.graph.graph.nodes:
         if node.op != "call_function":
             continue
@@ -151,7 +213,7 @@ def _last_of_each_resolution(program: Program) -> list[fx.Node]:
 def _axes(node: fx.Node, axes: dict[fx.Node, tuple[int, ...]]) -> tuple[int, ...]:
     """Which axis of an NCHW tensor each axis of a node's output is; () where that is unknown."""
     value = node.meta.get("val")
-    if not isinstance(value, torch.Tensor) or value.dim() != 4:
+    if not isinstance(value, Tensor) or value.dim() != 4:
         return ()
     if node.target in (aten.conv2d.default, aten.convolution.default):
         return _NCHW
@@ -166,7 +228,8 @@ def _axes(node: fx.Node, axes: dict[fx.Node, tuple[int, ...]]) -> tuple[int, ...
 
 def _bottlenecks(program: Program) -> set[fx.Node]:
     """The nodes that every path from the input to the logits passes through."""
-    nodes = [n for n in program.graph.graph.nodes if isinstance(n.meta.get("val"), torch.Tensor)]
+    kinds = (Tensor, tuple, list)
+    nodes = [n for n in program.graph.graph.nodes if isinstance(n.meta.get("val"), kinds)]
     before = dict.fromkeys(nodes, 0)
     before[program.image] = 1
     for node in nodes:

@@ -31,7 +31,6 @@ class TorchClassifier:
     def __init__(self, program: Program, layers: Sequence[TargetLayer]) -> None:
         self._program = program
         self._layers = layers
-        self._nodes = [layer.node for layer in layers]
 
     def backbone(self, images: Floats) -> Activations:
         """Run a batch of images.
@@ -40,12 +39,15 @@ class TorchClassifier:
             images: [B, C, H, W], preprocessed.
 
         Returns:
-            Logits [B, classes] and feature maps [B, C, h, w]; the images serve as residuals.
+            Logits [B, classes], feature maps [B, C, h, w] and what else the last one's tensor
+            holds; the images serve as residuals.
         """
         with torch.no_grad():
-            logits, features = self._run(torch.from_numpy(images))
+            logits, recorder = self._run(torch.from_numpy(images))
+        features = tuple(value.numpy() for value in recorder.features())
+        rest = recorder.kept_rest[self._layers[-1].node]
         return Activations(
-            logits.numpy(), tuple(value.numpy() for value in features), {"images": images}
+            logits.numpy(), features, {"images": images}, None if rest is None else rest.numpy()
         )
 
     def gradients(self, activations: Activations, output_gradient: Floats) -> tuple[Floats, ...]:
@@ -59,8 +61,9 @@ class TorchClassifier:
             [B, C, h, w] for each target layer.
         """
         images = torch.from_numpy(activations.residuals["images"]).requires_grad_()
-        logits, features = self._run(images)
-        gradients = torch.autograd.grad(logits, features, torch.from_numpy(output_gradient))
+        logits, recorder = self._run(images)
+        upstream = torch.from_numpy(output_gradient)
+        gradients = torch.autograd.grad(logits, recorder.features(), upstream)
         return tuple(gradient.numpy() for gradient in gradients)
 
     def input_gradient(
@@ -119,23 +122,26 @@ class TorchClassifier:
             (logits,) = self._program.graph(torch.from_numpy(images[owner] * masks[:, None]))
         return logits.numpy()  # type: ignore[no-any-return]
 
-    def head_logits(self, features: Floats) -> Floats:
+    def head_logits(self, features: Floats, rest: Floats | None = None) -> Floats:
         """Run images of zeros with other feature maps in the place of the last layer's.
 
         Args:
             features: [N, C, h, w].
+            rest: What else the last layer's tensor holds, N rows; see Activations.
 
         Returns:
             Logits [N, classes].
         """
-        values = torch.from_numpy(features)
-        images = torch.zeros(len(values), *self._program.input_shape)
+        layer = self._layers[-1]
+        others = None if rest is None else torch.from_numpy(rest)
+        value = layer.tensor(torch.from_numpy(features), others)
+        images = torch.zeros(len(features), *self._program.input_shape)
         interpreter = fx.Interpreter(self._program.graph)
         with torch.no_grad():
-            (logits,) = interpreter.run(images, initial_env={self._nodes[-1]: values})
+            (logits,) = interpreter.run(images, initial_env={layer.node: value})
         return logits.numpy()  # type: ignore[no-any-return]
 
-    def _run(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-        recorder = Recorder(self._program.graph, self._nodes)
+    def _run(self, images: Tensor) -> tuple[Tensor, Recorder]:
+        recorder = Recorder(self._program.graph, self._layers)
         (logits,) = recorder.run(images)
-        return logits, [recorder.kept[node] for node in self._nodes]
+        return logits, recorder

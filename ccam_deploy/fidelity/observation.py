@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ccam_deploy.arrays import Floats
 from ccam_deploy.bundle.manifest import OPTIONAL_GRAPHS
-from ccam_deploy.engines import Classifier
+from ccam_deploy.engines import Activations, Classifier
 from ccam_deploy.errors import IntegrityError, brief
 from ccam_deploy.kernels import cpu
 from ccam_deploy.methods import Batch, CollectionCAM, Stopwatch
@@ -149,11 +149,15 @@ def observe(
         gradients=gradients,
         labels=tuple(layer.labels for layer in result.layers),
         saliency=cpu.min_max(result.raw_saliency),
-        head=classifier.head_logits(activations.features[-1]) if "head" in graphs else None,
+        head=_head_logits(classifier, activations) if "head" in graphs else None,
         input_gradient=input_gradient("input_gradient"),
         guided_gradient=input_gradient("guided_gradient"),
         excitation=classifier.excitation(images, one_hot, half) if "excitation" in graphs else (),
     )
+
+
+def _head_logits(classifier: Classifier, activations: Activations) -> Floats:
+    return classifier.head_logits(activations.features[-1], activations.rest)
 
 
 def save_observation(path: Path, observation: Observation) -> None:

@@ -134,8 +134,8 @@ def of_model(
 ) -> PlainCollectionCAM:
     """Make plain Collection-CAM of a model, with hooks where the layers are modules.
 
-    Programs, scripts, and models whose layers are not modules run from their trace, operator by
-    operator.
+    Programs, scripts, and models whose layers are not modules that give maps [B, C, h, w] run from
+    their trace, operator by operator.
 
     Args:
         model: What `ccam-deploy export` takes.
@@ -157,21 +157,24 @@ def of_model(
     if isinstance(model, nn.Module):
         known = dict(model.named_modules())
         if activation is None and all(name in known for name in layers):
-            model.eval().to(device)
-            return PlainCollectionCAM(model, hooks(model, layers), device)
+            record = hooks(model.eval().to(device), layers)
+            with torch.no_grad():
+                _, maps = record(torch.zeros(1, *input_shape, device=device))
+            if all(features.dim() == 4 for features in maps):
+                return PlainCollectionCAM(model, record, device)
         model = trace_model(model, input_shape)
     program = build_program(model, keep=layers, fold=False)
     if activation is not None:
         program = with_logits(program, activation)
-    nodes = [layer.node for layer in find_layers(program, layers)]
+    targets = find_layers(program, layers)
     program.graph.to(device)
 
-    def record(images: Tensor) -> tuple[Tensor, list[Tensor]]:
-        recorder = Recorder(program.graph, nodes)
+    def traced(images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        recorder = Recorder(program.graph, targets)
         (logits,) = recorder.run(images)
-        return logits, [recorder.kept[node] for node in nodes]
+        return logits, recorder.features()
 
-    return PlainCollectionCAM(_FirstOutput(program.graph), record, device)
+    return PlainCollectionCAM(_FirstOutput(program.graph), traced, device)
 
 
 def best_device() -> str:

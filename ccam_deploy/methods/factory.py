@@ -51,6 +51,7 @@ class MethodFactory:
         batch_size: int,
         cuda_graphs: bool,
     ) -> None:
+        self._networks = networks
         self.context = Context(
             networks,
             tuple(layer.name for layer in manifest.layers),
@@ -86,5 +87,7 @@ class MethodFactory:
             return method
         if self.passes is None or (isinstance(method, RISE) and method.file):
             return method
+        if isinstance(method, ReciproCAM) and self._networks.head_takes_rest:
+            return method  # the class tokens beside the maps go through host arrays
         make = _ON_SLOTS.get(type(method))
         return method if make is None else make(method, self.passes)

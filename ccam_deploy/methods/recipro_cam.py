@@ -18,7 +18,8 @@ from ccam_deploy.methods.stopwatch import Stopwatch
 class ReciproCAM(Method):
     """Scores each place of the last feature map by the head's score for that place alone.
 
-    It needs no gradient, and all classes of an image share its passes through the head.
+    It needs no gradient, and all classes of an image share its passes through the head. Tokens
+    that have no place in the map, such as a class token, stay the image's own.
 
     Attributes:
         score: The score of a place: the probability of the class, as in the authors'
@@ -33,7 +34,7 @@ class ReciproCAM(Method):
 
     def explain(self, classifier: Classifier, batch: Batch, clock: Stopwatch) -> MethodResult:
         """Explain every pair of a batch; see Method."""
-        features = batch.activations.features[-1]
+        features, rest = batch.activations.features[-1], batch.activations.rest
         channels, height, width = features.shape[1:]
         if not np.isfinite(features[batch.owner]).all():
             raise not_finite(batch.layers[-1])
@@ -47,7 +48,9 @@ class ReciproCAM(Method):
                     alone = np.zeros((len(places), channels, height * width), np.float32)
                     alone[np.arange(len(places)), :, places] = flat[:, places].T
                 with clock.stage("classifier"):
-                    logits = classifier.head_logits(alone.reshape(-1, channels, height, width))
+                    others = None if rest is None else rest[np.full(len(places), image)]
+                    maps_alone = alone.reshape(-1, channels, height, width)
+                    logits = classifier.head_logits(maps_alone, others)
                 with clock.stage("combine"):
                     for pair in pairs:
                         classes = np.full(len(places), batch.targets[pair])
@@ -58,4 +61,4 @@ class ReciproCAM(Method):
 
     def require_support(self, classifier: Classifier, batch: Batch) -> None:
         """Run the head once; see Method."""
-        classifier.head_logits(batch.activations.features[-1])
+        classifier.head_logits(batch.activations.features[-1], batch.activations.rest)

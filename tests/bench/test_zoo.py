@@ -96,6 +96,29 @@ def test_a_broken_run_goes_on(
     assert results["fake/bad"]["size"] == 32
 
 
+SAMPLE = (
+    "timm/test_resnet",
+    "timm/test_efficientnet",
+    "timm/test_convnext",
+    "timm/test_mambaout",
+    "timm/test_vit",
+    "timm/mixer_s16_224",
+    "timm/swin_tiny_patch4_window7_224",
+    "torchvision/squeezenet1_1",
+)
+
+
+@pytest.mark.nightly
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", SAMPLE)
+def test_a_sample_of_the_list_works(name: str) -> None:
+    pytest.importorskip("timm")
+    listed = {each.name: each for each in bench.read_list(bench.LIST)}
+    figures = bench.check(listed[name])
+    assert len(figures["layers"]) > 1
+    assert figures["logits_error"] < 1e-4
+
+
 def words(listed: Path, output: Path) -> list[str]:
     return ["--list", str(listed), "--output", str(output)]
 

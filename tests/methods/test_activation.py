@@ -277,7 +277,7 @@ class Given:
     def masked_logits(self, images: Floats, masks: Floats, owner: NDArray[np.int64]) -> Floats:
         raise AssertionError("these methods mask nothing")
 
-    def head_logits(self, features: Floats) -> Floats:
+    def head_logits(self, features: Floats, rest: Floats | None = None) -> Floats:
         raise AssertionError("these methods need no head")
 
     def input_gradient(

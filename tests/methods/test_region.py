@@ -202,7 +202,7 @@ class Bright:
         zeros = np.zeros(2, np.float32)
         return Batch(self.images, self.backbone(self.images), *pairs, ("last",), zeros, chunk)
 
-    def head_logits(self, features: Floats) -> Floats:
+    def head_logits(self, features: Floats, rest: Floats | None = None) -> Floats:
         raise AssertionError("these methods need no head")
 
     def input_gradient(

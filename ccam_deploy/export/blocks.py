@@ -149,19 +149,20 @@ def _keeps_apart(node: fx.Node, followed: Followed) -> bool:
 def _drops_map(node: fx.Node, user: fx.Node, followed: Followed) -> bool:
     """Whether a slice or a selection takes nothing but tokens that have no place in the map."""
     arrangement = followed.of(node)
-    if arrangement is None or user.args[:1] != (node,):
+    arguments: Any = user.args
+    if arrangement is None or arguments[:1] != (node,):
         return False
     rank = len(arrangement.axes)
-    number: Any = user.args[1] if len(user.args) > 1 else 0
+    number = arguments[1] if len(arguments) > 1 else 0
     if user.target not in (aten.select.int, aten.slice.Tensor):
         return False
     axis = arrangement.axes[number % rank]
     if not axis.padded:
         return False
     if user.target is aten.select.int:
-        index: Any = user.args[2]
+        index = arguments[2]
         taken = range(index % axis.size, index % axis.size + 1)
     else:
-        start, end, step = [*user.args[2:], None, None, None][:3]
-        taken = range(axis.size)[slice(start, end, step)]  # type: ignore[misc]
+        start, end, step = [*arguments[2:], None, None, None][:3]
+        taken = range(axis.size)[slice(start, end, step)]
     return not any(axis.before <= place < axis.before + axis.inner for place in taken)

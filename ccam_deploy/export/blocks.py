@@ -83,8 +83,16 @@ class Blocks:
 
     def _ends(self, sums: Iterable[fx.Node]) -> list[fx.Node]:
         """Sums in another form than [B, C, h, w], those that end a module if any do."""
-        found = [n for n in sums if n in self._influential and not self._map(n).plain]  # type: ignore[union-attr]
+        found = [n for n in sums if n in self._influential and self._is_rearranged(n)]
         return [node for node in found if node in self._outputs] or found
+
+    def _is_rearranged(self, node: fx.Node) -> bool:
+        """Whether a map is in another form than [B, C, h, w]; shuffled channels still have that."""
+        arrangement = self._map(node)
+        if arrangement is None or arrangement.plain:
+            return False
+        shape = tuple(node.meta["val"].shape[1:])
+        return shape != (arrangement.channels, *arrangement.grid)
 
     def _map(self, node: fx.Node) -> Arrangement | None:
         arrangement = self._followed.of(node)

@@ -201,8 +201,8 @@ def in_double() -> Model:
             tiny,
             ["head"],
             LayerError,
-            'layer "head" gives no feature map [batch, channels, height, width]; '
-            "these do: norm1, relu1, conv2, relu2",
+            'layer "head" gives no feature map [batch, channels, height, width], nor tokens '
+            "of one; these do: norm1, relu1, conv2, relu2",
         ),
         (
             tiny,

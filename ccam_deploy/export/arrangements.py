@@ -195,7 +195,7 @@ class Followed:
         if value.dim() != 4 or sizes is None or sizes[0] != (1, True):
             return None
         source = self.of(node.args[0])
-        if source is not None and not _is_spatial(source):
+        if source is not None and not source.channels_first:
             return None
         return map_arrangement(*(size for size, _ in sizes[1:]))
 
@@ -236,12 +236,6 @@ def _axis_argument(node: fx.Node, place: int, rank: int) -> int:
 
 def _has_places(arrangement: Arrangement) -> bool:
     return any(axis.spatial for axis in arrangement.axes)
-
-
-def _is_spatial(source: Arrangement) -> bool:
-    """Whether the last two axes are whole rows and whole columns, or nothing."""
-    expected = map_arrangement(1, *source.grid).axes[2:]
-    return len(source.axes) == 4 and source.axes[2:] == expected and not source.axes[1].spatial
 
 
 def _resized_axis(axis: Axis, size: int) -> Axis | None:

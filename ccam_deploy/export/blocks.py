@@ -89,10 +89,7 @@ class Blocks:
     def _is_rearranged(self, node: fx.Node) -> bool:
         """Whether a map is in another form than [B, C, h, w]; shuffled channels still have that."""
         arrangement = self._map(node)
-        if arrangement is None or arrangement.plain:
-            return False
-        shape = tuple(node.meta["val"].shape[1:])
-        return shape != (arrangement.channels, *arrangement.grid)
+        return arrangement is not None and not arrangement.channels_first
 
     def _map(self, node: fx.Node) -> Arrangement | None:
         arrangement = self._followed.of(node)

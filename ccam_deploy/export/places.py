@@ -106,6 +106,12 @@ class Arrangement:
         return self.axes == map_arrangement(self.channels, *self.grid).axes
 
     @property
+    def channels_first(self) -> bool:
+        """Whether rows and columns are the last two of four axes, and no part of the second."""
+        expected = map_arrangement(1, *self.grid).axes[2:]
+        return len(self.axes) == 4 and self.axes[2:] == expected and not self.axes[1].spatial
+
+    @property
     def left_out(self) -> int:
         """How many tokens have no place in the map."""
         return sum(axis.before + axis.after for axis in self.axes)

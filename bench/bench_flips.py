@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +23,13 @@ import numpy as np
 import ccam_deploy as ccam
 from bench import harness
 from bench.photographs import BOUND, Crop, sure_crops
-from ccam_deploy.arrays import Classes, Floats
-from ccam_deploy.engines import Activations, Classifier
+from ccam_deploy.arrays import Floats
+from ccam_deploy.engines import Classifier
 from ccam_deploy.engines.base import row_chunks
 from ccam_deploy.explainer import Explainer
 from ccam_deploy.fidelity.comparison import relative_error
-from ccam_deploy.methods import Batch, CollectionCAM, Stopwatch
+from ccam_deploy.fidelity.observation import explain_gradients
+from ccam_deploy.methods import Batch, CollectionCAM
 from ccam_deploy.text import markdown_table
 
 NETWORK = "efficientnet_lite0"
@@ -38,27 +38,6 @@ LIMIT = 0.05
 """A map has moved where it differs by more than this anywhere."""
 
 _SHOWN = ("median", "p90", "worst")
-
-
-@dataclass(frozen=True)
-class Given:
-    """A classifier's masked forwards, with gradients that were computed before.
-
-    Attributes:
-        classifier: Runs the masked forwards.
-        values: [P, C, h, w] float32, the gradients of each target layer.
-    """
-
-    classifier: Classifier
-    values: tuple[Floats, ...]
-
-    def gradients(self, activations: Activations, output_gradient: Floats) -> tuple[Floats, ...]:
-        """Give the gradients that were computed before; see Classifier."""
-        return self.values
-
-    def masked_logits(self, images: Floats, masks: Floats, owner: Classes) -> Floats:
-        """Run images times masks; see Classifier."""
-        return self.classifier.masked_logits(images, masks, owner)
 
 
 def measure(
@@ -95,8 +74,7 @@ def measure(
         ]
         for name, method in methods.items():
             ours, theirs = (
-                method.explain(Given(explainer.networks, values), batch, Stopwatch())  # type: ignore[arg-type]
-                for values in both
+                explain_gradients(method, explainer.networks, values, batch) for values in both
             )
             moved = np.abs(ours.saliency - theirs.saliency).max(axis=(1, 2))
             maps[name] += moved.tolist()
@@ -127,7 +105,6 @@ def torch_reference(network: str) -> Classifier:
     """Trace a recipe's network for PyTorch, nothing folded, with its default target layers."""
     from ccam_deploy.export.layers import find_layers
     from ccam_deploy.export.preparation import prepare_model
-    from ccam_deploy.export.program import program_from
     from ccam_deploy.export.recipe import read_recipe, recipe_model, recipe_settings
     from ccam_deploy.export.reference import TorchClassifier
 
@@ -136,7 +113,7 @@ def torch_reference(network: str) -> Classifier:
     model = recipe_model(recipe, path.parent).eval()
     settings = recipe_settings(recipe, path.parent)
     prepared = prepare_model(model, recipe.input.size, recipe.layers or None, settings)
-    plain = program_from(prepared.functional, fold=False)
+    plain = prepared.unfolded()
     return TorchClassifier(plain, find_layers(plain, prepared.layer_names))
 
 

@@ -12,18 +12,12 @@ from typing import Any
 import torch
 from torch import fx
 
+from ccam_deploy.export.graph_editing import operator_name
 from ccam_deploy.export.places import Arrangement, Axis, Part, channel_axis, map_arrangement
 from ccam_deploy.export.program import Program
 
 Known = Arrangement | None
 _Rule = Callable[["Followed", fx.Node], Known]
-
-
-def operator_name(node: fx.Node) -> str:
-    """Return the name of a node's operator without its overload."""
-    target = node.target
-    packet = getattr(target, "overloadpacket", None)
-    return str(getattr(packet, "__name__", getattr(target, "__name__", target)))
 
 
 class Followed:
@@ -63,7 +57,7 @@ class Followed:
         if isinstance(value, tuple | list):
             self._pieces[node] = self._split(node, value)
         elif isinstance(value, torch.Tensor):
-            rule = _RULES.get(operator_name(node), Followed._kept)
+            rule = _RULES.get(operator_name(node.target), Followed._kept)
             arrangement = rule(self, node)
             if arrangement is not None and self._fits(arrangement, node):
                 self._known[node] = arrangement
@@ -79,7 +73,7 @@ class Followed:
         source = self.of(node.args[0])
         if source is None:
             return (None,) * len(values)
-        name, rank = operator_name(node), len(source.axes)
+        name, rank = operator_name(node.target), len(source.axes)
         if name == "unbind":
             number = _axis_argument(node, 1, rank)
             return tuple(_selected(source, number, index) for index in range(len(values)))
@@ -207,7 +201,8 @@ class Followed:
 
     def _multiplied(self, node: fx.Node) -> Known:
         """Rows of the first factor, columns of the second one."""
-        first, second = node.args[-2:] if operator_name(node) != "baddbmm" else node.args[1:3]
+        added = operator_name(node.target) == "baddbmm"
+        first, second = node.args[1:3] if added else node.args[-2:]
         left, right = self.of(first), self.of(second)
         rank = node.meta["val"].dim()
         if left is None or len(left.axes) != rank:
@@ -269,7 +264,7 @@ def _selected(source: Arrangement, number: int, index: int) -> Known:
 
 _RULES: dict[str, _Rule] = {
     **dict.fromkeys(
-        ("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze"),
+        ("view", "reshape", "unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze"),
         Followed._reshaped,
     ),
     **dict.fromkeys(("permute",), Followed._permuted),
@@ -282,7 +277,6 @@ _RULES: dict[str, _Rule] = {
             "max_pool2d",
             "avg_pool2d",
             "adaptive_avg_pool2d",
-            "_adaptive_avg_pool2d",
             "adaptive_max_pool2d",
             "upsample_nearest2d",
             "upsample_bilinear2d",

@@ -20,8 +20,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ccam_deploy.errors import LayerError, LoweringError
 from ccam_deploy.export.cutting import crossing_values, extract
-from ccam_deploy.export.expressible import operator_name, plain_reason, where
-from ccam_deploy.export.graph_editing import aten, cast, fresh_constant, placeholders
+from ccam_deploy.export.expressible import plain_reason, where
+from ccam_deploy.export.graph_editing import aten, cast, fresh_constant, operator_name, placeholders
 from ccam_deploy.export.layers import TargetLayer
 from ccam_deploy.export.lowering.table import decompositions
 from ccam_deploy.export.program import Program, quiet

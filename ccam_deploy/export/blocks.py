@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from ccam_deploy.export.arrangements import Followed, operator_name
-from ccam_deploy.export.graph_editing import aten
+from ccam_deploy.export.arrangements import Followed
+from ccam_deploy.export.graph_editing import aten, operator_name
 from ccam_deploy.export.places import Arrangement
 from ccam_deploy.export.program import Program
 
@@ -148,7 +148,7 @@ def _keeps_apart(node: fx.Node, followed: Followed) -> bool:
         return True
     arrangement = followed.of(node)
     padded = arrangement is not None and any(axis.padded for axis in arrangement.axes)
-    return padded and operator_name(node) not in _MIXING
+    return padded and operator_name(node.target) not in _MIXING
 
 
 def _drops_map(node: fx.Node, user: fx.Node, followed: Followed) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -34,14 +34,17 @@ def call_with_images(model: nn.Module, images: Tensor, constants: Mapping[str, A
     first = _images_name(model, bound)
     forward = model.forward
 
+    def call(function: Callable[..., Any], images: Tensor) -> Any:
+        if first is None:
+            return function(images, **bound)
+        return function(**{first: images}, **bound)
+
     def of_images(images: Tensor) -> Tensor:
-        named = {} if first is None else {first: images}
-        return logits_of(forward(*([images] if first is None else []), **named, **bound))
+        return logits_of(call(forward, images))
 
     try:
         with torch.no_grad():
-            named = {} if first is None else {first: images}
-            output = model(*([images] if first is None else []), **named, **bound)
+            output = call(model, images)
     except Exception:
         output = images  # tracing will fail too, and say why
     if bound or not isinstance(output, Tensor):
@@ -71,7 +74,7 @@ def logits_of(output: Any) -> Tensor:
     if isinstance(found, Tensor):
         return found
     tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
-    fitting = [value for value in tensors.values() if _looks_like_logits(value)]
+    fitting = [value for value in tensors.values() if may_be_logits(value)]
     if len(fitting) == 1:
         return fitting[0]
     shown = ", ".join(f"{name} {list(value.shape)}" for name, value in tensors.items())
@@ -83,7 +86,8 @@ def logits_of(output: Any) -> Tensor:
     )
 
 
-def _looks_like_logits(value: Tensor) -> bool:
+def may_be_logits(value: Tensor) -> bool:
+    """Tell whether a tensor is [B, classes], or the same with sides of one pixel after it."""
     return value.dim() >= 2 and all(size == 1 for size in value.shape[2:])
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from ccam_deploy.export.autodiff import Recorder, record
 from ccam_deploy.export.cutting import extract
 from ccam_deploy.export.expressible import describe
-from ccam_deploy.export.graph_editing import aten
+from ccam_deploy.export.graph_editing import aten, placeholders
 from ccam_deploy.export.layers import TargetLayer
 from ccam_deploy.export.program import Program
 
@@ -78,8 +78,7 @@ def excite(
         return recorder.maps(*upstream)
 
     joint = record(program, recorder, outputs, dtype, output_gradients=2)
-    inputs = [node for node in joint.graph.nodes if node.op == "placeholder"]
-    return extract(joint, inputs, list(joint.graph.output_node().args[0]))  # type: ignore[arg-type]
+    return extract(joint, placeholders(joint), list(joint.graph.output_node().args[0]))  # type: ignore[arg-type]
 
 
 def why_not(program: Program, layers: Sequence[TargetLayer]) -> str:

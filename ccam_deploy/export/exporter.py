@@ -34,10 +34,9 @@ from ccam_deploy.export.doubts import doubts_about_layers, doubts_about_values
 from ccam_deploy.export.graphs import Graphs, convert_graphs
 from ccam_deploy.export.layers import find_layers
 from ccam_deploy.export.preparation import PreparedModel, checked_views, prepare_model
-from ccam_deploy.export.program import program_from
 from ccam_deploy.export.quantise import EIGHT_BIT_TYPES, masked_batches, quantise
 from ccam_deploy.export.reference import TorchClassifier
-from ccam_deploy.export.scores import warn_of_probabilities, with_logits
+from ccam_deploy.export.scores import warn_of_probabilities
 from ccam_deploy.export.settings import ExportSettings, labels_of
 from ccam_deploy.export.weight_file import WeightFile, write_graphs
 from ccam_deploy.fidelity.comparison import compare_observations
@@ -186,7 +185,7 @@ def _reference(prepared: PreparedModel, graphs: Graphs, settings: ExportSettings
     """
     images = checked_views(prepared.images)
     settings.progress(f"explaining {len(images)} images with PyTorch")
-    plain = with_logits(program_from(prepared.functional, fold=False), settings.activation)
+    plain = prepared.unfolded()
     classifier = TorchClassifier(plain, find_layers(plain, prepared.layer_names))
     probe = np.concatenate([np.zeros_like(images[:1]), images])
     baseline, *logits = classifier.backbone(probe).logits

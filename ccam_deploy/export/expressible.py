@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from ccam_deploy.errors import LoweringError, brief
-from ccam_deploy.export.graph_editing import without_symbols
+from ccam_deploy.export.graph_editing import operator_name, without_symbols
 from ccam_deploy.export.lowering.table import decompositions
 from ccam_deploy.export.program import Program, module_of
 
@@ -55,13 +55,6 @@ def where(node: fx.Node) -> str:
     """Name a node's module, for a message."""
     name = module_of(node)
     return f'layer "{name}"' if name else "the model itself"
-
-
-def operator_name(target: Any) -> str:
-    """An operator's name as PyTorch's users know it."""
-    if isinstance(target, torch._ops.OpOverload):
-        return str(target.overloadpacket.__name__).strip("_")
-    return str(getattr(target, "__name__", target))
 
 
 def plain_reason(error: BaseException) -> str:

@@ -10,12 +10,21 @@ import torch
 from torch import fx, nn
 
 aten: Any = torch.ops.aten
+TO_THE_END = 2**62
+"""What a slice that goes to the end of an axis, however long, says at least."""
 _SYMBOL = re.compile(r"\b[su]\d+\b")
 
 
 def without_symbols(text: object) -> str:
     """Write "batch" for PyTorch's symbols of it, in a message."""
     return _SYMBOL.sub("batch", str(text))
+
+
+def operator_name(target: Any) -> str:
+    """An operator's name as PyTorch's users know it."""
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target.overloadpacket.__name__).strip("_")
+    return str(getattr(target, "__name__", target))
 
 
 def place_constant(root: nn.Module, graph: fx.Graph, value: torch.Tensor, name: str) -> fx.Node:
@@ -66,6 +75,13 @@ class Writer:
 
     def _mode(self) -> Any:
         return self._node.meta["val"].fake_mode
+
+
+def take_place(module: fx.GraphModule, node: fx.Node, new: fx.Node) -> None:
+    """Put a node, which gets its meta data, in the place of another one."""
+    new.meta.update(node.meta)
+    node.replace_all_uses_with(new)
+    module.graph.erase_node(node)
 
 
 def placeholders(module: fx.GraphModule) -> list[fx.Node]:

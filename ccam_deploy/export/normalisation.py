@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ccam_deploy.export.graph_editing import Writer, aten
+from ccam_deploy.export.graph_editing import Writer, aten, take_place
 
 
 def compute_statistics(module: fx.GraphModule, node: fx.Node) -> None:
@@ -26,7 +26,7 @@ def compute_statistics(module: fx.GraphModule, node: fx.Node) -> None:
             continue
         with module.graph.inserting_before(user):
             mean, inverse = _statistics(Writer(module, user), source, axes, epsilon)
-        _take_place(module, user, (mean, inverse)[index - 1])
+        take_place(module, user, (mean, inverse)[index - 1])
 
 
 def rewrite_group_norms(module: fx.GraphModule) -> None:
@@ -43,7 +43,7 @@ def rewrite_group_norms(module: fx.GraphModule) -> None:
             source, groups, weight, bias, epsilon, *_ = arguments
             with module.graph.inserting_before(node):
                 new = _normalised(write, source, groups, epsilon, (weight, bias))
-            _take_place(module, node, new)
+            take_place(module, node, new)
         elif node.target is aten.native_group_norm.default:
             arguments = node.args
             source, weight, bias, _, _, _, groups, epsilon = arguments
@@ -56,7 +56,7 @@ def rewrite_group_norms(module: fx.GraphModule) -> None:
                         rows = _grouped(write, source, groups)
                         new = _statistics(write, rows, [2], epsilon)[index - 1]
                         new = write.call(aten.squeeze.dim, new, 2)
-                _take_place(module, user, new)
+                take_place(module, user, new)
             module.graph.erase_node(node)
 
 
@@ -103,9 +103,3 @@ def _read_results(node: fx.Node) -> list[tuple[fx.Node, int]]:
     """The nodes that read one of a node's results, and its position."""
     users = [user for user in node.users if user.target is operator.getitem]
     return [(user, int(user.args[1])) for user in users]  # type: ignore[arg-type]
-
-
-def _take_place(module: fx.GraphModule, node: fx.Node, new: fx.Node) -> None:
-    new.meta.update(node.meta)
-    node.replace_all_uses_with(new)
-    module.graph.erase_node(node)

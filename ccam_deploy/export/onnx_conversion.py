@@ -39,7 +39,7 @@ from torch.fx.experimental.symbolic_shapes import (
 
 from ccam_deploy.errors import LoweringError
 from ccam_deploy.export.expressible import plain_reason
-from ccam_deploy.export.graph_editing import aten
+from ccam_deploy.export.graph_editing import aten, placeholders
 from ccam_deploy.export.program import quiet
 
 
@@ -142,9 +142,9 @@ def _decompose(graph: fx.Graph, node: fx.Node, table: Mapping[Any, Callable[...,
         parts = make_fx(operator, decomposition_table=table)(*values)
     if any(part.op == "get_attr" for part in parts.graph.nodes):
         raise TypeError(f"{target} is made of constants")
-    inputs = [part for part in parts.graph.nodes if part.op == "placeholder"]
     with graph.inserting_before(node):
-        result = graph.graph_copy(parts.graph, dict(zip(inputs, sources, strict=True)))
+        copies = dict(zip(placeholders(parts), sources, strict=True))
+        result = graph.graph_copy(parts.graph, copies)
     node.replace_all_uses_with(result)  # type: ignore[arg-type]
     graph.erase_node(node)
 
@@ -165,8 +165,7 @@ def _traced_program(graph: fx.GraphModule, inputs: Mapping[str, GraphInput]) -> 
         signature.input_specs.append(
             InputSpec(InputKind.BUFFER, argument, str(node.target), persistent=True)
         )
-    placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
-    for node, value in zip(placeholders, _fake_inputs(mode, inputs), strict=True):
+    for node, value in zip(placeholders(graph), _fake_inputs(mode, inputs), strict=True):
         values[node], copies[node] = value, lifted.placeholder(node.name)
         argument = TensorArgument(copies[node].name)
         signature.input_specs.append(InputSpec(InputKind.USER_INPUT, argument, None))

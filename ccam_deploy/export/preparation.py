@@ -52,6 +52,10 @@ class PreparedModel:
         """Names of the target layers."""
         return [layer.name for layer in self.layers]
 
+    def unfolded(self) -> Program:
+        """Make the graph of the model as it was traced, before anything was folded."""
+        return with_logits(program_from(self.functional, fold=False), self.program.activation)
+
 
 def checked_views(images: Floats, least: int = CHECKED_IMAGES) -> Floats:
     """Add views of images until there are enough to tell a flipped activation from a wrong graph.

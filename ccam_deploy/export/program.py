@@ -18,12 +18,13 @@ from torch.export.graph_signature import InputKind, OutputKind
 
 from ccam_deploy.bundle.manifest import Activation
 from ccam_deploy.errors import CcamError, LoweringError, SourceError, brief
-from ccam_deploy.export.calling import call_with_images
+from ccam_deploy.export.calling import call_with_images, may_be_logits
 from ccam_deploy.export.graph_editing import (
     aten,
     drop_unused,
     fresh_constant,
     place_constant,
+    placeholders,
     without_symbols,
 )
 from ccam_deploy.export.rewriting import rewrite_operators
@@ -211,7 +212,7 @@ def program_from(
         _fold_batch_norms(graph, keep)
     _plain_global_pools(graph)
     drop_unused(graph)
-    image = next(node for node in graph.graph.nodes if node.op == "placeholder")
+    image = placeholders(graph)[0]
     outputs = graph.graph.output_node().args[0]
     logits = outputs[0] if isinstance(outputs, tuple | list) else outputs
     if not isinstance(logits, fx.Node):
@@ -248,7 +249,7 @@ def _require_classifier(exported: ExportedProgram) -> None:
         raise SourceError(
             f"the model's input is {_shape(image)}; it must be images [batch, 1 or 3, H, W]"
         )
-    if not isinstance(logits, torch.Tensor) or not _may_be_logits(logits):
+    if not isinstance(logits, torch.Tensor) or not may_be_logits(logits):
         raise SourceError(f"the model's output is {_shape(logits)}; it must be [batch, classes]")
     if image.dtype != torch.float32:
         raise SourceError(f"the program takes {image.dtype}; export the model in float32")
@@ -258,11 +259,6 @@ def _require_classifier(exported: ExportedProgram) -> None:
             "the program has a fixed batch; export it again with "
             'dynamic_shapes=({0: torch.export.Dim("batch")},)'
         )
-
-
-def _may_be_logits(value: torch.Tensor) -> bool:
-    """[B, classes], or the same with sides of one pixel after it."""
-    return value.dim() >= 2 and all(size == 1 for size in value.shape[2:])
 
 
 def _shape(value: object) -> str:

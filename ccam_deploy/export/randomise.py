@@ -14,9 +14,8 @@ from ccam_deploy.errors import SourceError
 from ccam_deploy.export.architecture import Model
 from ccam_deploy.export.layers import find_layers
 from ccam_deploy.export.preparation import prepare_model
-from ccam_deploy.export.program import Program, module_of, program_from
+from ccam_deploy.export.program import Program, module_of
 from ccam_deploy.export.reference import TorchClassifier
-from ccam_deploy.export.scores import with_logits
 from ccam_deploy.export.settings import ExportSettings
 
 _PARAMETER, _BUFFER = "p_", "b_"
@@ -113,7 +112,7 @@ def open_randomised(
     # Target layers as an export finds them: where normalisation is folded away.
     settings = settings or ExportSettings()
     prepared = prepare_model(model, input_size, layers, settings)
-    unfolded = with_logits(program_from(prepared.functional, fold=False), settings.activation)
+    unfolded = prepared.unfolded()
     return RandomisedClassifier(unfolded, prepared.layer_names, seed), prepared.images
 
 

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ccam_deploy.export.graph_editing import Writer, aten
+from ccam_deploy.export.graph_editing import TO_THE_END, Writer, aten
 
-_TO_THE_END = 2**62
 Rule = Callable[..., fx.Node | None]
 
 
@@ -294,7 +293,7 @@ def _slice_scatter(
 ) -> fx.Node | None:
     """A tensor with other values in the place of a slice, joined of what lies around it."""
     length = source.meta["val"].shape[axis]
-    if step == 1 and not start and (end is None or end >= _TO_THE_END):
+    if step == 1 and not start and (end is None or end >= TO_THE_END):
         return write.call(aten.alias.default, values)
     if step != 1 or isinstance(length, torch.SymInt):
         return None

@@ -16,6 +16,7 @@ from ccam_deploy.export.graph_editing import (
     drop_unused,
     fresh_constant,
     placeholders,
+    take_place,
     without_symbols,
 )
 from ccam_deploy.export.normalisation import compute_statistics, rewrite_group_norms
@@ -66,7 +67,7 @@ def _sizes_from_batch(joint: fx.GraphModule) -> None:
     if batch.is_Integer:
         raise LoweringError("an operator in the model fixes the batch, which must stay free")
     sizes = [node for node in joint.graph.nodes if isinstance(node.meta.get("val"), torch.SymInt)]
-    with joint.graph.inserting_after(_last_placeholder(joint)):
+    with joint.graph.inserting_after(placeholders(joint)[-1]):
         whole = joint.graph.call_function(aten.sym_size.int, (image, 0))
     whole.meta["val"] = image.meta["val"].shape[0]
     for node in sizes:
@@ -221,12 +222,6 @@ def _is_same(size: torch.SymInt, other: Any) -> bool:
     return isinstance(other, torch.SymInt) and bool(size.node.expr == other.node.expr)
 
 
-def _last_placeholder(joint: fx.GraphModule) -> fx.Node:
-    *_, last = (node for node in joint.graph.nodes if node.op == "placeholder")
-    assert isinstance(last, fx.Node)
-    return last
-
-
 def _tidy(joint: fx.GraphModule) -> None:
     """Undo what autograd and tracing did to operators that engines know in their plain form."""
     for node in list(joint.graph.nodes):
@@ -263,9 +258,7 @@ def _is_call(node: object, target: object) -> bool:
 def _replace(joint: fx.GraphModule, node: fx.Node, target: Any, arguments: tuple[Any, ...]) -> None:
     with joint.graph.inserting_before(node):
         new = joint.graph.call_function(target, arguments)
-    new.meta.update(node.meta)
-    node.replace_all_uses_with(new)
-    joint.graph.erase_node(node)
+    take_place(joint, node, new)
 
 
 def _pool_without_indices(joint: fx.GraphModule, node: fx.Node) -> None:

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ccam_deploy.arrays import Floats
+from ccam_deploy.arrays import Classes, Floats
 from ccam_deploy.bundle.manifest import OPTIONAL_GRAPHS
 from ccam_deploy.engines import Activations, Classifier
 from ccam_deploy.errors import IntegrityError, brief
 from ccam_deploy.kernels import cpu
-from ccam_deploy.methods import Batch, CollectionCAM, Stopwatch
+from ccam_deploy.methods import Batch, CollectionCAM, MethodResult, Stopwatch
 
 _MASKS = 4
 _ARRAYS = ("images", "targets", "logits", "masked_logits", "saliency")
@@ -139,7 +139,7 @@ def observe(
     masked = [classifier.masked_logits(images, masks, np.repeat(row, _MASKS)) for row in rows]
     baseline = np.zeros(activations.logits.shape[1], np.float32)
     batch = Batch(images, activations, rows, classes, tuple(layers), baseline, chunk)
-    result = CollectionCAM().explain(classifier, batch, Stopwatch())
+    result = explain_gradients(CollectionCAM(), classifier, gradients, batch)
     return Observation(
         images=images,
         targets=classes,
@@ -158,6 +158,37 @@ def observe(
 
 def _head_logits(classifier: Classifier, activations: Activations) -> Floats:
     return classifier.head_logits(activations.features[-1], activations.rest)
+
+
+@dataclass(frozen=True)
+class _Given:
+    """A classifier's masked forwards, with gradients that were computed before; see Classifier."""
+
+    classifier: Classifier
+    values: tuple[Floats, ...]
+
+    def gradients(self, activations: Activations, output_gradient: Floats) -> tuple[Floats, ...]:
+        return self.values
+
+    def masked_logits(self, images: Floats, masks: Floats, owner: Classes) -> Floats:
+        return self.classifier.masked_logits(images, masks, owner)
+
+
+def explain_gradients(
+    method: CollectionCAM, classifier: Classifier, gradients: tuple[Floats, ...], batch: Batch
+) -> MethodResult:
+    """Explain with gradients that were computed before.
+
+    Args:
+        method: Collection-CAM with its options.
+        classifier: What runs the masked forwards.
+        gradients: [P, C, h, w] float32 of each target layer.
+        batch: What is explained.
+
+    Returns:
+        The same as the method gives where the classifier computes these gradients.
+    """
+    return method.explain(_Given(classifier, gradients), batch, Stopwatch())  # type: ignore[arg-type]
 
 
 def save_observation(path: Path, observation: Observation) -> None:

@@ -7,9 +7,7 @@ from typing import NoReturn
 
 from torch import Tensor
 
-from ccam_deploy.export.graph_editing import aten
-
-_TO_THE_END = 2**62
+from ccam_deploy.export.graph_editing import TO_THE_END, aten
 
 
 def slice_backward(
@@ -28,7 +26,7 @@ def slice_backward(
     Returns:
         The gradient of the whole tensor, of shape `input_sizes` in the type of `grad`.
     """
-    if start == 0 and end >= _TO_THE_END and step == 1:
+    if start == 0 and end >= TO_THE_END and step == 1:
         return grad
     length = int(input_sizes[dim])
     first = min(max(start + length if start < 0 else start, 0), length)

@@ -3,15 +3,7 @@
 from __future__ import annotations
 
 from ccam_deploy.errors import OptionError
-from ccam_deploy.methods.base import (
-    Batch,
-    BatchResult,
-    Context,
-    LayerPartition,
-    MaskSequence,
-    Method,
-    MethodResult,
-)
+from ccam_deploy.methods.base import Batch, Context, Method
 from ccam_deploy.methods.cam import CAM
 from ccam_deploy.methods.collection_cam.cpu import CollectionCAM
 from ccam_deploy.methods.excitation_backprop import ExcitationBackprop
@@ -21,6 +13,7 @@ from ccam_deploy.methods.guided_backprop import GuidedBackprop
 from ccam_deploy.methods.integrated_gradients import IntegratedGradients
 from ccam_deploy.methods.layer_cam import LayerCAM
 from ccam_deploy.methods.recipro_cam import ReciproCAM
+from ccam_deploy.methods.results import BatchResult, LayerPartition, MaskSequence, MethodResult
 from ccam_deploy.methods.rise import RISE
 from ccam_deploy.methods.score_cam import ScoreCAM
 from ccam_deploy.methods.smoothgrad import SmoothGrad

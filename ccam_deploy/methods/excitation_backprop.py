@@ -11,7 +11,8 @@ import numpy as np
 
 from ccam_deploy.engines import Classifier
 from ccam_deploy.kernels import cpu
-from ccam_deploy.methods.base import Batch, Method, MethodResult, not_finite
+from ccam_deploy.methods.base import Batch, Method, not_finite
+from ccam_deploy.methods.results import MethodResult
 from ccam_deploy.methods.stopwatch import Stopwatch
 
 

@@ -17,7 +17,8 @@ from ccam_deploy.arrays import Doubles, Floats
 from ccam_deploy.engines import Classifier
 from ccam_deploy.engines.base import row_chunks
 from ccam_deploy.errors import OptionError
-from ccam_deploy.methods.base import Batch, Method, MethodResult
+from ccam_deploy.methods.base import Batch, Method
+from ccam_deploy.methods.results import MethodResult
 from ccam_deploy.methods.stopwatch import Stopwatch
 
 Channels = Literal["absolute", "maximum", "positive", "sum"]

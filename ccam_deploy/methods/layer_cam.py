@@ -10,8 +10,9 @@ import numpy as np
 from ccam_deploy.arrays import Floats
 from ccam_deploy.engines import Classifier
 from ccam_deploy.errors import OptionError
-from ccam_deploy.methods.base import Batch, Method, MethodResult, places_of
+from ccam_deploy.methods.base import Batch, Method, places_of
 from ccam_deploy.methods.channel_weights import layer_gradients, upsampled_result
+from ccam_deploy.methods.results import MethodResult
 from ccam_deploy.methods.stopwatch import Stopwatch
 
 

@@ -15,7 +15,8 @@ from ccam_deploy.engines import Classifier
 from ccam_deploy.engines.base import row_chunks
 from ccam_deploy.errors import OptionError
 from ccam_deploy.kernels import cpu
-from ccam_deploy.methods.base import Batch, Method, MethodResult
+from ccam_deploy.methods.base import Batch, Method
+from ccam_deploy.methods.results import MethodResult
 from ccam_deploy.methods.scores import Score, require_score, score_of
 from ccam_deploy.methods.stopwatch import Stopwatch
 

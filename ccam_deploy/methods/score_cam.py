@@ -14,7 +14,8 @@ from ccam_deploy.engines import Classifier
 from ccam_deploy.engines.base import row_chunks
 from ccam_deploy.errors import OptionError
 from ccam_deploy.kernels import cpu
-from ccam_deploy.methods.base import Batch, Method, MethodResult, not_finite
+from ccam_deploy.methods.base import Batch, Method, not_finite
+from ccam_deploy.methods.results import MethodResult
 from ccam_deploy.methods.scores import Score, score_of
 from ccam_deploy.methods.stopwatch import Stopwatch
 

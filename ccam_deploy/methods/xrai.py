@@ -12,7 +12,7 @@ from ccam_deploy.arrays import Floats
 from ccam_deploy.engines import Classifier
 from ccam_deploy.errors import BackendError, OptionError
 from ccam_deploy.extras import install
-from ccam_deploy.methods.base import Batch, Method, MethodResult
+from ccam_deploy.methods.base import Batch, Method
 from ccam_deploy.methods.image_gradient import Channels, reduce_channels, require_choice
 from ccam_deploy.methods.integrated_gradients import (
     Baseline,
@@ -21,6 +21,7 @@ from ccam_deploy.methods.integrated_gradients import (
     integrate,
     require_steps,
 )
+from ccam_deploy.methods.results import MethodResult
 from ccam_deploy.methods.stopwatch import Stopwatch
 
 _BASELINES: tuple[Baseline, ...] = ("black", "white")

@@ -14,15 +14,8 @@ from ccam_deploy.engines import Classifier
 from ccam_deploy.engines.base import row_chunks
 from ccam_deploy.errors import OptionError
 from ccam_deploy.kernels import cpu
-from ccam_deploy.methods.base import (
-    Batch,
-    LayerPartition,
-    MaskSequence,
-    Method,
-    MethodResult,
-    not_finite,
-    places_of,
-)
+from ccam_deploy.methods.base import Batch, Method, not_finite, places_of
+from ccam_deploy.methods.results import LayerPartition, MaskSequence, MethodResult
 from ccam_deploy.methods.scores import Score, require_score, score_gradient, score_of
 from ccam_deploy.methods.stopwatch import Stopwatch
 

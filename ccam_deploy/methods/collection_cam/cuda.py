@@ -17,20 +17,11 @@ from ccam_deploy.engines import Classifier
 from ccam_deploy.engines.base import row_chunks
 from ccam_deploy.engines.cuda.slots import Slot, Slots, Use
 from ccam_deploy.kernels.cuda.geometry import Geometry
-from ccam_deploy.methods.base import (
-    Batch,
-    BatchResult,
-    Context,
-    LayerPartition,
-    MaskSequence,
-    Method,
-    MethodResult,
-    not_finite,
-    require_finite_logits,
-)
+from ccam_deploy.methods.base import Batch, Context, Method, not_finite, require_finite_logits
 from ccam_deploy.methods.collection_cam.cpu import CollectionCAM, draw_masks
 from ccam_deploy.methods.collection_cam.memory import Setup
 from ccam_deploy.methods.collection_cam.pipeline import PairResults, Pipeline
+from ccam_deploy.methods.results import BatchResult, LayerPartition, MaskSequence, MethodResult
 from ccam_deploy.methods.scores import score_of, scoring
 from ccam_deploy.methods.stopwatch import Stopwatch
 from ccam_deploy.targets import first_occurrences

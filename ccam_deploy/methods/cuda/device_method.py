@@ -16,17 +16,11 @@ from ccam_deploy.engines import Classifier
 from ccam_deploy.engines.base import row_chunks
 from ccam_deploy.engines.cuda.slots import Slot, Slots
 from ccam_deploy.errors import BackendError
-from ccam_deploy.methods.base import (
-    Batch,
-    BatchResult,
-    Context,
-    Method,
-    MethodResult,
-    require_finite_logits,
-)
+from ccam_deploy.methods.base import Batch, Context, Method, require_finite_logits
 from ccam_deploy.methods.cuda.gradient_passes import GradientPasses
 from ccam_deploy.methods.cuda.masked_forwards import MaskedForwards, Repeated
 from ccam_deploy.methods.cuda.passes import PairMaps, Passes, Setup
+from ccam_deploy.methods.results import BatchResult, MethodResult
 from ccam_deploy.methods.stopwatch import Stopwatch
 from ccam_deploy.targets import classes_of, first_occurrences
 

@@ -24,8 +24,9 @@ from ccam_deploy.engines.cuda.slots import Slot
 from ccam_deploy.errors import BackendError
 from ccam_deploy.kernels.cuda.buffers import Spec
 from ccam_deploy.kernels.cuda.row_buffers import RunInputs, enlarged, run_specs
-from ccam_deploy.methods.base import MethodResult, not_finite
+from ccam_deploy.methods.base import not_finite
 from ccam_deploy.methods.collection_cam.sizes import padded
+from ccam_deploy.methods.results import MethodResult
 from ccam_deploy.methods.stopwatch import Stopwatch
 
 

@@ -165,7 +165,7 @@ class _Child:
     @classmethod
     def start(cls, model: ZooModel, measure: Measure, timeout: float) -> _Child:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["bench.bench_zoo", "bench.zoo_libraries"])
+        context.set_forkserver_preload(["bench.zoo_libraries", "ccam_deploy.export"])
         answer, send = context.Pipe(duplex=False)
         process = context.Process(target=_answer, args=(send, measure, model), daemon=True)
         process.start()
@@ -315,7 +315,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = Choice(patterns, options.only_failed, options.limit, known).of(models)
     for model, figures in measure_all(chosen, options.jobs, options.timeout):
         known[model.name] = {**asdict(model), **figures}
-        print(f"{model.name}: {figures['reason'] or 'works'} ({figures['seconds']:.0f} s)")
+        line = f"{model.name}: {figures['reason'] or 'works'} ({figures['seconds']:.0f} s)"
+        print(line, flush=True)
         result = {
             "command": harness.command_line(
                 "bench.bench_zoo", {"output": options.output, "page": options.page}

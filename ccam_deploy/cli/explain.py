@@ -117,7 +117,7 @@ def explain(options: ExplainOptions) -> None:
                 for report in _explain_batch(batch, manifest, explain_pictures, writer):
                     reports.append(report)
                     if not options.as_json:
-                        _print(report)
+                        _print(report, manifest)
                 bar.update(len(batch))
     if options.as_json:
         print_json(reports)
@@ -202,7 +202,8 @@ def _reports(
     ]
 
 
-def _print(report: dict[str, Any]) -> None:
+def _print(report: dict[str, Any], manifest: Manifest) -> None:
+    value = "output" if manifest.probabilities_by == "none" else "probability"
     counts = "+".join(str(count) for count in report["masks"].values())
     masks = f"masks {counts}, " if counts else ""
     budget = ""
@@ -210,7 +211,7 @@ def _print(report: dict[str, Any]) -> None:
         budget = f", k_max {report['budget']['k_max']} for {report['budget']['ms']:g} ms"
     say(
         f"{report['file']}: class {report['class']}, "
-        f"probability {report['probability']:.3f}, {masks}{report['milliseconds']:.1f} ms{budget}"
+        f"{value} {report['probability']:.3f}, {masks}{report['milliseconds']:.1f} ms{budget}"
     )
     for file in report["files"]:
         say(f"  {file}")

@@ -109,9 +109,10 @@ def test_a_full_disk_leaves_the_old_manifest(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_every_byte_of_the_manifest_matters(folder: Path) -> None:
+@pytest.mark.parametrize("step", [11, pytest.param(1, marks=pytest.mark.nightly)])
+def test_every_byte_of_the_manifest_matters(folder: Path, step: int) -> None:
     path = folder / "manifest.json"
-    for offset in range(path.stat().st_size):
+    for offset in range(0, path.stat().st_size, step):
         flip(path, offset)
         with pytest.raises((ManifestError, IntegrityError)) as raised:
             read_bundle(folder)

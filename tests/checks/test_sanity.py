@@ -49,7 +49,7 @@ def last_stage(method: Method) -> sanity.Stage:
         classifier, images = open_randomised(digits_model(), (96, 96), None, settings)
         assert classifier.layers == DIGITS_LAYERS
         check = sanity.compare_randomised(
-            classifier, images, method, mean=settings.mean, std=settings.std
+            classifier, images[:2], method, mean=settings.mean, std=settings.std
         )
         return check.of("cascading")[-1]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy.special import expit
 from torch import Tensor
 
@@ -197,6 +199,7 @@ def test_probabilities_are_the_outputs_of_the_network_with_its_end(bundles: Any,
         np.testing.assert_allclose(got.mic[pair], expected.mic[pair], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_info_shows_the_activation(bundles: Any) -> None:
     for name, words in (
         ("sigmoid", "sigmoid of each logit"),
@@ -205,6 +208,16 @@ def test_info_shows_the_activation(bundles: Any) -> None:
     ):
         lines = success("info", bundles.get(name)).stdout.splitlines()
         assert [line.split(None, 1)[1] for line in lines if line.startswith("scores")] == [words]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "word"), [("outputs", "output"), ("sigmoid", "probability")])
+def test_outputs_are_not_called_probabilities(
+    name: str, word: str, bundles: Any, tmp_path: Path
+) -> None:
+    Image.new("RGB", (24, 16), "white").save(tmp_path / "one.png")
+    line = success("explain", bundles.get(name), tmp_path / "one.png", "--save", "none").stdout
+    assert re.search(rf": class \w+, {word} \d\.\d{{3}}, ", line), line
 
 
 @pytest.mark.slow

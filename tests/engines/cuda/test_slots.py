@@ -246,7 +246,8 @@ def fail() -> None:
 def test_an_interrupted_borrower_waits_for_the_work() -> None:
     """The next borrower must not meet it."""
     slot = Slot(cast(Device, FakeDevice()), {}, ThreadPoolExecutor(1))
-    started, go_on, done = threading.Event(), threading.Event(), list[str]()
+    started, arrived, go_on = threading.Event(), threading.Event(), threading.Event()
+    done = list[str]()
 
     def work() -> None:
         started.set()
@@ -255,17 +256,23 @@ def test_an_interrupted_borrower_waits_for_the_work() -> None:
 
     def interrupt() -> None:
         started.wait(60)
-        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        # A signal that comes just before the main thread blocks does not wake it: send another.
+        while not arrived.wait(0.05):
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
     def arrive(*_: object) -> None:
-        threading.Timer(0.05, go_on.set).start()
-        raise KeyboardInterrupt
+        if not arrived.is_set():
+            arrived.set()
+            threading.Timer(0.05, go_on.set).start()
+            raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGINT, arrive)
+    sender = threading.Thread(target=interrupt)
     try:
-        threading.Thread(target=interrupt).start()
+        sender.start()
         with pytest.raises(KeyboardInterrupt):
             slot.run(work)
+        sender.join()
     finally:
         signal.signal(signal.SIGINT, before)
     assert done == ["work"]

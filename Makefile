@@ -63,5 +63,5 @@ clean:
 	touch $@
 
 .venv/.all: pyproject.toml constraints.txt | .venv/bin/python
-	$(PIP) --editable '.[export,cpu,cuda,rtx,plot,scenes,proposals,imagenet,zoo,test,lint,docs]'
+	$(PIP) --editable '.[export,cpu,cuda,rtx,plot,scenes,proposals,imagenet,sign,zoo,test,lint,docs]'
 	touch $@ .venv/.cpu

@@ -8,7 +8,8 @@ CcamError                the root of all; the command line prints it as one line
 ├── OutputError          a result that cannot be written
 ├── BundleError          a bundle that cannot be read or written
 │   ├── ManifestError    a manifest that breaks the schema, or leads outside its bundle
-│   └── IntegrityError   a file that is not what the manifest records
+│   ├── IntegrityError   a file that is not what the manifest records
+│   └── SignatureError   a bundle that is not signed as required, or was changed since
 ├── ExportError          a model that cannot become a bundle
 │   ├── SourceError      a model file or module that cannot be loaded or traced
 │   ├── LayerError       a target layer that is unknown or unusable
@@ -54,6 +55,10 @@ class ManifestError(BundleError):
 
 class IntegrityError(BundleError):
     """A bundle's file is missing, or its content is not what the manifest records."""
+
+
+class SignatureError(BundleError):
+    """A bundle is not signed with the key that is required, or was changed since it was."""
 
 
 class ExportError(CcamError):

@@ -308,6 +308,7 @@ def load(
     threads: int = 0,
     slots: int = 1,
     cuda_graphs: bool = True,
+    require_signature: str | Path | None = None,
 ) -> Explainer:
     """Open a bundle and its engines.
 
@@ -323,13 +324,22 @@ def load(
             calls wait. On a CPU all calls share the engines.
         cuda_graphs: Capture a GPU's work, and replay it for calls of the same sizes. Without it,
             results are the same to the bit, and the stages of `timings` are finer.
+        require_signature: A public key in a PEM file. Before anything of the bundle is parsed, all
+            of its folder must be as it was signed with that key; a bundle that was read is read
+            again then.
 
     Raises:
+        SignatureError: The bundle is not signed as required, or was changed since.
         BundleError: The bundle is damaged or not one.
         BackendError: The backend does not work here.
-        OptionError: An option is out of range, or the bundle does not have the precision.
+        OptionError: An option is out of range, the bundle does not have the precision, or the key
+            cannot be used.
     """
-    opened = bundle if isinstance(bundle, Bundle) else read_bundle(bundle)
+    if require_signature is not None:
+        place = bundle.folder if isinstance(bundle, Bundle) else bundle
+        opened = read_bundle(place, require_signature)
+    else:
+        opened = bundle if isinstance(bundle, Bundle) else read_bundle(bundle)
     _validate_batch_size(batch_size)
     networks = open_networks(opened, backend, precision, threads, slots)
     if networks.slots is not None:

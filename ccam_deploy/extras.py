@@ -17,6 +17,7 @@ Extra = Literal[
     "rtx",
     "sanity",
     "scenes",
+    "sign",
     "xrai",
     "zoo",
 ]

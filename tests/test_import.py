@@ -47,9 +47,10 @@ HOMES = {
     "matplotlib": {"latency", "plotting", "quality"},
     "cv2": {"checks"},
     "skimage": {"fidelity", "methods"},
+    "model_signing": {"bundle"},
     "click": {"cli"},
     "signal": {"cli"},
-    "tempfile": {"export", "files", "latency"},
+    "tempfile": {"bundle", "export", "files", "latency"},
 }
 """The parts that may import a library."""
 

@@ -22,6 +22,7 @@ from ccam_deploy.bundle.manifest import (
     Manifest,
     Precision,
 )
+from ccam_deploy.bundle.signature import SIGNATURE, remove_signature, require_signed
 from ccam_deploy.errors import BundleError, IntegrityError, ManifestError, OptionError
 from ccam_deploy.files import replace_file
 
@@ -79,7 +80,7 @@ class Bundle:
         raise OptionError(f"the bundle has no {graphs} graphs, only {available_names}{hint}")
 
 
-def read_bundle(folder: str | Path) -> Bundle:
+def read_bundle(folder: str | Path, require_signature: str | Path | None = None) -> Bundle:
     """Read a bundle's manifest and compare every file with its recorded size and hash.
 
     Plans and compiled kernels whose files were removed are left out of the manifest: they can be
@@ -87,17 +88,24 @@ def read_bundle(folder: str | Path) -> Bundle:
 
     Args:
         folder: The bundle's folder.
+        require_signature: A public key in a PEM file: before anything else is parsed, the whole
+            folder must be as it was signed with that key. None to ask for no signature.
 
     Returns:
         The bundle, verified.
 
     Raises:
+        OptionError: The key cannot be used, or the extra `sign` is not installed.
+        SignatureError: The bundle is not signed with that key, or was changed since.
         ManifestError: The manifest breaks the schema, or leads outside the bundle.
         IntegrityError: A file is missing or was changed.
         BundleError: The folder is not a bundle, or cannot be read.
     """
     root = Path(folder)
     try:
+        _require_folder(root)
+        if require_signature is not None:
+            require_signed(root, Path(require_signature))
         manifest = _read_manifest(root)
         lost = {name for name in manifest.built_files if not os.path.lexists(root / name)}
         manifest = _without(manifest, lost)
@@ -109,6 +117,8 @@ def read_bundle(folder: str | Path) -> Bundle:
 
 def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
     """Seal a manifest with its digest and write it, whole or not at all.
+
+    A signature of the bundle as it was before is removed: it would not hold.
 
     Args:
         folder: The bundle's folder.
@@ -124,6 +134,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
     # Decoding makes floats of the integers that stand for them, as reading will.
     plain = _decode(folder / MANIFEST, _encode(manifest))
     sealed = replace(plain, digest=manifest_digest(plain))
+    remove_signature(folder)
     replace_file(folder / MANIFEST, _encode(sealed))
     return sealed
 
@@ -151,10 +162,12 @@ def record_files(folder: Path, names: Iterable[str] | None = None) -> dict[str, 
 def unlisted_files(bundle: Bundle) -> list[str]:
     """List the files in a bundle's folder that neither its manifest names nor a plan's run left.
 
+    A signature is not among them.
+
     Returns:
         Their paths inside the folder, sorted.
     """
-    listed = {MANIFEST, *bundle.manifest.files}
+    listed = {MANIFEST, SIGNATURE, *bundle.manifest.files}
     runnable = tuple(f"{plan.file}." for plan in bundle.manifest.plans)
     return [
         name
@@ -204,12 +217,15 @@ def _files_inside(folder: Path) -> list[str]:
     )
 
 
-def _read_manifest(root: Path) -> Manifest:
-    path = root / MANIFEST
+def _require_folder(root: Path) -> None:
     if root.exists() and not root.is_dir():
         raise BundleError(f"{root} is not a bundle: it is a file, not a folder")
     if not root.is_dir():
         raise BundleError(f"{root} is not a bundle: there is no such folder")
+
+
+def _read_manifest(root: Path) -> Manifest:
+    path = root / MANIFEST
     if path.is_symlink() or not path.is_file():
         raise BundleError(f"{root} is not a bundle: it has no {MANIFEST}")
     content = path.read_bytes()

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import click
 
-from ccam_deploy.cli.options import AsJson, BundleFolder, PlanOptions, Precision
-from ccam_deploy.cli.parameters import Option, with_options
-from ccam_deploy.cli.printing import print_json
+from ccam_deploy.cli.options import AsJson, BundleFolder, PlanOptions, Precision, RequireSignature
+from ccam_deploy.cli.parameters import Option, unset, with_options
+from ccam_deploy.cli.printing import UNSIGNED, print_json, say
 
 Force = Annotated[bool, Option("--force", "Build even where the plans are up to date.")]
 
@@ -22,6 +22,7 @@ class BuildOptions:
     precision: Precision = "fp32"
     plans: PlanOptions
     force: Force = False
+    require_signature: RequireSignature = unset("none is needed")
     as_json: AsJson = False
 
 
@@ -32,20 +33,25 @@ def build(options: BuildOptions) -> None:
 
     Plans that are up to date, for the same graphs, library, devices and batch, are kept, and so are
     compiled kernels. Prints the file and size of each that is new. Neither needs a GPU with
-    TensorRT-RTX.
+    TensorRT-RTX. A signature of the bundle is removed when it changes.
     """
     import msgspec
 
     from ccam_deploy.bundle.folder import read_bundle
     from ccam_deploy.bundle.manifest import PrecisionName
+    from ccam_deploy.bundle.signature import is_signed
     from ccam_deploy.cli.planner import Planner
 
     planner = Planner(options.plans, options.force)
     precision = msgspec.convert(options.precision, PrecisionName)
-    built = planner.build(read_bundle(options.bundle), precision)
+    bundle = read_bundle(options.bundle, options.require_signature)
+    signed = is_signed(options.bundle)
+    built = planner.build(bundle, precision)
     if not options.as_json:
         planner.report(built)
     compiled = planner.compile_kernels(built.bundle)
+    if signed and not is_signed(options.bundle):
+        say(UNSIGNED, err=True)
     if options.as_json:
         fresh = built.fresh or (compiled is not None and compiled.fresh)
         print_json(

@@ -84,7 +84,7 @@ def open_explainer(bundle: Path, engine: EngineOptions) -> Iterator[Explainer]:
         The explainer.
 
     Raises:
-        BundleError: The bundle is damaged or not one.
+        BundleError: The bundle is damaged or not one, or not signed as required.
         BackendError: The backend does not work here.
     """
     from ccam_deploy.explainer import load
@@ -95,6 +95,7 @@ def open_explainer(bundle: Path, engine: EngineOptions) -> Iterator[Explainer]:
         precision=engine.precision,
         batch_size=engine.batch_size,
         threads=engine.threads,
+        require_signature=engine.require_signature,
     ) as explainer:
         for note in explainer.networks.notes:
             say(f"skipped {note}", err=True)

@@ -29,7 +29,7 @@ from ccam_deploy.cli.options import (
     output_to,
 )
 from ccam_deploy.cli.parameters import Option, unset, with_options
-from ccam_deploy.cli.printing import print_json, say, tf32_note
+from ccam_deploy.cli.printing import UNSIGNED, print_json, say, tf32_note
 from ccam_deploy.errors import BackendError, CcamError, OptionError
 
 if TYPE_CHECKING:
@@ -130,6 +130,7 @@ def export(options: ExportOptions) -> None:
     --timing-cache and --kernels go with --build. An older bundle at --output is replaced.
     """
     require_torch("export", "export", "cpu")
+    from ccam_deploy.bundle.signature import is_signed
     from ccam_deploy.export import export as run
 
     validate_image_limit(options.limit, "an export")
@@ -144,6 +145,7 @@ def export(options: ExportOptions) -> None:
     if planner:
         planner.require_precision(precision)
     layers = prepared.target_layers(options.layers)
+    signed = is_signed(output)
     bundle = run(
         prepared.network, output, prepared.input_size, layers, precision, prepared.settings
     )
@@ -153,6 +155,8 @@ def export(options: ExportOptions) -> None:
         _report(bundle, precision)
     if planner:
         bundle = _build(planner, bundle, precision, options.as_json)
+    if signed:
+        say(UNSIGNED, err=True)
     if options.as_json:
         import msgspec
 

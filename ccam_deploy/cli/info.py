@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import click
 from msgspec import UNSET
 
-from ccam_deploy.cli.options import AsJson, BundleFolder
-from ccam_deploy.cli.parameters import with_options
+from ccam_deploy.cli.options import AsJson, BundleFolder, RequireSignature
+from ccam_deploy.cli.parameters import unset, with_options
 from ccam_deploy.cli.printing import print_json, tf32_note
 from ccam_deploy.text import one_line, text_table
 
@@ -32,6 +32,7 @@ class InfoOptions:
     """The options of `info`."""
 
     bundle: BundleFolder
+    require_signature: RequireSignature = unset("none is needed")
     as_json: AsJson = False
 
 
@@ -45,7 +46,7 @@ def info(options: InfoOptions) -> None:
     """
     from ccam_deploy.bundle.folder import read_bundle
 
-    bundle = read_bundle(options.bundle)
+    bundle = read_bundle(options.bundle, options.require_signature)
     if options.as_json:
         import msgspec
 

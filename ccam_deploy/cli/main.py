@@ -22,6 +22,7 @@ from ccam_deploy.cli.info import info
 from ccam_deploy.cli.printing import say
 from ccam_deploy.cli.propose import propose
 from ccam_deploy.cli.sanity import sanity
+from ccam_deploy.cli.sign import sign
 from ccam_deploy.cli.signals import Terminated, signals_as_exceptions
 from ccam_deploy.cli.verify import verify
 from ccam_deploy.errors import CcamError
@@ -98,6 +99,7 @@ for command in (
     propose,
     sanity,
     info,
+    sign,
     verify,
     bench,
     doctor,

@@ -113,6 +113,20 @@ BatchSize = Annotated[
         click.IntRange(min=1),
     ),
 ]
+RequireSignature = Annotated[
+    Path | None,
+    Option(
+        "--require-signature",
+        "Public key in a PEM file; a bundle that was not signed with it is refused unread.",
+        PATH,
+        metavar="KEY",
+    ),
+]
+_KEY = Option(
+    "--key", "Key in a PEM file: the private one to sign, the public one to verify.", PATH
+)
+KeyFile = Annotated[Path, _KEY]
+KeyFileOrNone = Annotated[Path | None, _KEY]
 ColorMap = Annotated[str, Option("--colormap", "Color map of saliency maps.")]
 Opacity = Annotated[
     float,
@@ -208,6 +222,7 @@ class EngineOptions:
     precision: Precision = "fp32"
     threads: Threads = 0
     batch_size: BatchSize = BATCH_SIZE
+    require_signature: RequireSignature = unset("none is needed")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,9 @@ import click
 
 from ccam_deploy.text import one_line
 
+UNSIGNED = "the bundle has changed, so its signature was removed; sign it again"
+"""What is said of a bundle that was signed."""
+
 
 def say(text: str, err: bool = False) -> None:
     """Print one line, whatever the names in it hold."""

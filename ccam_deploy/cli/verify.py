@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ccam_deploy.cli.options import AsJson, BackendName, BundleFolder, PrecisionOrNone, Threads
+from ccam_deploy.cli.options import (
+    AsJson,
+    BackendName,
+    BundleFolder,
+    KeyFileOrNone,
+    PrecisionOrNone,
+    Threads,
+)
 from ccam_deploy.cli.parameters import unset, with_options
 from ccam_deploy.cli.printing import print_json, say, tf32_note
 from ccam_deploy.errors import IntegrityError
@@ -24,6 +31,7 @@ class VerifyOptions:
     backend: BackendName = "auto"
     precision: PrecisionOrNone = unset("every one that was exported")
     threads: Threads = 0
+    key: KeyFileOrNone = unset("no signature is needed")
     as_json: AsJson = False
 
 
@@ -34,7 +42,8 @@ def verify(options: VerifyOptions) -> None:
 
     Checks the manifest, the hash of every file, and every graph against the values that were
     recorded at export, on the backend that `explain` would use here. No export can run tf32:
-    --precision tf32 measures it, on a GPU.
+    --precision tf32 measures it, on a GPU. With --key, all files must first be as they were signed
+    with it; that needs the extra "sign".
     """
     import msgspec
 
@@ -42,7 +51,7 @@ def verify(options: VerifyOptions) -> None:
     from ccam_deploy.explainer import load
     from ccam_deploy.fidelity.verification import verify_bundle
 
-    bundle = read_bundle(options.bundle)
+    bundle = read_bundle(options.bundle, options.key)
     unlisted = unlisted_files(bundle)
     if unlisted:
         raise IntegrityError(
@@ -65,14 +74,15 @@ def verify(options: VerifyOptions) -> None:
             _report(f"{precision} on {networks.backend}", report)
     count = len(bundle.manifest.files)
     if options.as_json:
-        print_json({"files": count, "graphs": reports})
+        print_json({"files": count, "signed": options.key is not None, "graphs": reports})
     if problems:
         raise IntegrityError("the graphs do not give what was recorded: " + "; ".join(problems))
     if options.as_json:
         return
     if not options.precision:
         say(tf32_note(options.bundle))
-    say(f"{options.bundle}: {count} files {_verdict(options.precision)}")
+    signed = f", and signed with the key of {options.key}" if options.key else ""
+    say(f"{options.bundle}: {count} files {_verdict(options.precision)}{signed}")
 
 
 def _verdict(precision: str | None) -> str:

@@ -102,7 +102,10 @@ def measure_cold_start(
         "bundle": str(bundle),
         "images": list(map(str, images)),
         "batch": batch,
-        "load_options": dict(load_options),
+        "load_options": {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in load_options.items()
+        },
     }
     ended = _run([sys.executable, "-m", __name__, json.dumps(job)], limit, before is not None)
     if ended is None:

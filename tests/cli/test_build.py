@@ -70,6 +70,17 @@ def test_plans_are_built_once(bundle: Path) -> None:
     assert len(re.findall(rf"fp32 +tensorrt-rtx {re.escape(version)} +8\.9 +2$", table, re.M)) == 3
 
 
+def test_a_signature_goes_when_the_bundle_changes(bundle: Path, stand_in: list[str]) -> None:
+    signature = bundle / "model.sig"
+    signature.touch()
+    told = "the bundle has changed, so its signature was removed; sign it again"
+    assert success("build", bundle, *RTX).stderr.splitlines()[-1] == told
+    assert not signature.exists()
+    signature.touch()
+    assert told not in success("build", bundle, *RTX).stderr
+    assert signature.exists()
+
+
 def test_json(bundle: Path, stand_in: list[str]) -> None:
     first = json.loads(success("build", bundle, *RTX, "--json").stdout)
     assert (first["bundle"], first["up_to_date"]) == ("tiny", False)

@@ -38,13 +38,14 @@ class SharedPlan:
         outputs: See DeviceGraph.
     """
 
-    def __init__(self, library: Library, path: Path, capability: str) -> None:
+    def __init__(self, library: Library, path: Path, capability: str, writes: bool = True) -> None:
         """Load a plan; call this inside of Device.current.
 
         Args:
             library: The version of TensorRT that built the plan.
             path: The plan's file.
             capability: The GPU's compute capability, such as "8.9".
+            writes: Whether what TensorRT-RTX compiles is kept in a file beside the plan.
 
         Raises:
             BackendError: TensorRT cannot load it here; the message has its reason.
@@ -52,6 +53,7 @@ class SharedPlan:
         self.name = path.name
         self.flavour = library.flavour
         self._trt = trt = library.module
+        self._writes = writes
         self._lock = threading.Lock()
         self._log = messages.logger(trt)
         self._recorder = self.new_recorder()
@@ -119,8 +121,8 @@ class SharedPlan:
         return messages.recorder(self._trt)
 
     def keep_compiled(self) -> None:
-        """Write what TensorRT-RTX has compiled for this plan to the file beside it."""
-        if self.compiles:
+        """Write what TensorRT-RTX has compiled for this plan to the file beside it, if it may."""
+        if self.compiles and self._writes:
             self._compiled.keep()
 
     def close(self) -> None:

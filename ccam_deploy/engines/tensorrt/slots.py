@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import get_args
 
 from ccam_deploy.bundle.folder import Bundle
+from ccam_deploy.bundle.signature import is_signed
 from ccam_deploy.engines.cuda.pycuda import CudaDevice
 from ccam_deploy.engines.cuda.slots import Graphs, Slot, Slots, Use
 from ccam_deploy.engines.tensorrt.library import Flavour, load_library, present_device
@@ -34,11 +35,12 @@ def tensorrt_slots(bundle: Bundle, flavour: Flavour, precision: str, most: int) 
     if reason := library.why_not_on(capability):
         raise BackendError(f"{reason}; use onnxruntime-cuda or tensorrt")
     plans_by_graph = fitting_plans(bundle, flavour, library.version, capability, precision)
+    writes = not is_signed(bundle.folder)  # what is added to a signed folder breaks its signature
     first = CudaDevice()
     try:
         with first.current():
             plans = {
-                graph: SharedPlan(library, bundle.path(plan.file), capability)
+                graph: SharedPlan(library, bundle.path(plan.file), capability, writes)
                 for graph, plan in plans_by_graph.items()
             }
     finally:

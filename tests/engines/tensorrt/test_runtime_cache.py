@@ -149,6 +149,15 @@ def test_a_plan_keeps_its_kernels_when_it_is_closed(plan: Path) -> None:
     assert second.cache.kernels == {b"one"}
 
 
+def test_a_plan_of_a_signed_bundle_leaves_nothing(plan: Path) -> None:
+    config = Config()
+    shared = SharedPlan(_rtx(config), plan, "8.9", writes=False)
+    config.cache.kernels.add(b"one")
+    shared.keep_compiled()
+    shared.close()
+    assert [path.name for path in plan.parent.iterdir()] == ["head.plan"]
+
+
 def test_other_libraries_leave_nothing(plan: Path) -> None:
     SharedPlan(library(FakeEngine(1)), plan, "8.9").close()
     assert [path.name for path in plan.parent.iterdir()] == ["head.plan"]

@@ -4,6 +4,7 @@ CcamError                the root of all; the command line prints it as one line
 ├── OptionError          an option or argument that is unknown or out of range
 ├── ImageError           an image that cannot be read or used
 ├── TargetError          a class that the classifier does not have
+├── RequestError         a request that a served model refuses
 ├── DatasetError         a data set whose folders or files are not laid out as expected
 ├── OutputError          a result that cannot be written
 ├── BundleError          a bundle that cannot be read or written
@@ -35,6 +36,18 @@ class ImageError(CcamError, ValueError):
 
 class TargetError(CcamError, ValueError):
     """A class is not one of the classifier's, or its name stands for several."""
+
+
+class RequestError(CcamError, ValueError):
+    """A served model refuses a request: its tensors, its image, its class or its method.
+
+    Attributes:
+        reason: What is wrong in a word, for counting.
+    """
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class DatasetError(CcamError, ValueError):

@@ -17,6 +17,7 @@ Extra = Literal[
     "rtx",
     "sanity",
     "scenes",
+    "serve",
     "sign",
     "xrai",
     "zoo",

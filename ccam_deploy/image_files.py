@@ -19,16 +19,18 @@ MAX_PIXELS = 100_000_000
 MIN_SIDE = 8
 
 
-def load_image(source: str | Path | bytes, name: str = "") -> Image.Image:
+def load_image(
+    source: str | Path | bytes, name: str = "", formats: tuple[str, ...] = IMAGE_FORMATS
+) -> Image.Image:
     """Read an image and turn it as its EXIF data says.
 
     Args:
         source: The image file, or its bytes.
         name: The image's name in messages; by default the file's.
+        formats: Names of formats that it may have, among IMAGE_FORMATS.
 
     Raises:
-        ImageError: It is no image, truncated, too large or too small, or of another format than
-            IMAGE_FORMATS.
+        ImageError: It is no image, truncated, too large or too small, or of another format.
     """
     name = name or ("image" if isinstance(source, bytes) else str(source))
     content = source if isinstance(source, bytes) else _read(Path(source))
@@ -37,11 +39,11 @@ def load_image(source: str | Path | bytes, name: str = "") -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            picture = Image.open(io.BytesIO(content), formats=IMAGE_FORMATS)
+            picture = Image.open(io.BytesIO(content), formats=formats)
             require_usable_size(picture, name)
             turned = as_shown(picture)
     except UnidentifiedImageError as error:
-        known = ", ".join(IMAGE_FORMATS)
+        known = ", ".join(formats)
         raise ImageError(f"{name} is not an image of a known format ({known})") from error
     except Image.DecompressionBombError as error:
         pixels = re.search(r"\d+", str(error))  # Pillow tells the size nowhere else

@@ -5,12 +5,24 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import click
 from click.testing import CliRunner, Result
 
 from ccam_deploy.cli.main import main
 
 SCRIPT = Path(sys.executable).with_name("ccam-deploy")
 WEIGHTS = ["--arch", "tests.networks:tiny", "--input-size", "32x48"]
+
+
+def all_commands(group: click.Group = main, prefix: str = "") -> dict[str, click.Command]:
+    """Every command by its name, those of groups with the group's before theirs."""
+    commands: dict[str, click.Command] = {}
+    for name, command in sorted(group.commands.items()):
+        if isinstance(command, click.Group):
+            commands |= all_commands(command, f"{prefix}{name} ")
+        else:
+            commands[prefix + name] = command
+    return commands
 
 
 def run(*words: object) -> Result:

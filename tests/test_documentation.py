@@ -14,7 +14,7 @@ import pytest
 
 import ccam_deploy as ccam
 from ccam_deploy.cli.main import main
-from tests.command import success
+from tests.command import all_commands, success
 from tests.helpers import RECIPES, ROOT
 
 README = ROOT / "README.md"
@@ -125,7 +125,9 @@ def test_python_blocks_are_python(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_commands_have_the_options_shown(page: Path) -> None:
     for name, arguments in shown_commands(page):
-        command = main.commands.get(name)
+        if isinstance(main.commands.get(name), click.Group):
+            name, arguments = f"{name} {arguments[0]}", arguments[1:]
+        command = all_commands().get(name)
         assert command, f"{page_id(page)} shows {name}"
         options = {word: option for option in command.params for word in option.opts}
         options |= {word: option for option in command.params for word in option.secondary_opts}

@@ -32,7 +32,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"explainer"}),
     frozenset({"fidelity"}),
     frozenset({"export"}),
-    frozenset({"checks", "latency", "quality"}),
+    frozenset({"checks", "latency", "quality", "serve"}),
     frozenset({"cli"}),
     frozenset({"__main__"}),
 )
@@ -48,6 +48,7 @@ HOMES = {
     "cv2": {"checks"},
     "skimage": {"fidelity", "methods"},
     "model_signing": {"bundle"},
+    "triton_python_backend_utils": {"serve"},
     "click": {"cli"},
     "signal": {"cli"},
     "tempfile": {"bundle", "export", "files", "latency"},

@@ -115,6 +115,22 @@ def read_bundle(folder: str | Path, require_signature: str | Path | None = None)
     return Bundle(root, manifest)
 
 
+def read_manifest(folder: str | Path) -> Manifest:
+    """Read a bundle's manifest alone, which may stand for itself without the bundle's files.
+
+    Args:
+        folder: The folder that it is in.
+
+    Raises:
+        ManifestError: The manifest breaks the schema.
+        BundleError: There is none, or it was changed or cannot be read.
+    """
+    try:
+        return _read_manifest(Path(folder))
+    except OSError as error:
+        raise BundleError(f"{folder} cannot be read: {error.strerror}") from error
+
+
 def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
     """Seal a manifest with its digest and write it, whole or not at all.
 

@@ -24,6 +24,7 @@ from ccam_deploy.cli.propose import propose
 from ccam_deploy.cli.sanity import sanity
 from ccam_deploy.cli.sign import sign
 from ccam_deploy.cli.signals import Terminated, signals_as_exceptions
+from ccam_deploy.cli.triton import triton
 from ccam_deploy.cli.verify import verify
 from ccam_deploy.errors import CcamError
 
@@ -103,5 +104,6 @@ for command in (
     verify,
     bench,
     doctor,
+    triton,
 ):
     main.add_command(command)

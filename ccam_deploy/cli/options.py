@@ -74,9 +74,9 @@ LayerNames = Annotated[
     tuple[str, ...] | None, Option("--layers", "Names of the target layers.", Words())
 ]
 MethodName = Annotated[str, Option("--method", "Explanation method.", click.Choice(METHODS))]
-MethodNames = Annotated[
-    tuple[str, ...], Option("--methods", f"Explanation methods: {', '.join(METHODS)}.", Words())
-]
+_METHODS = Option("--methods", f"Explanation methods: {', '.join(METHODS)}.", Words())
+MethodNames = Annotated[tuple[str, ...], _METHODS]
+MethodNamesOrNone = Annotated[tuple[str, ...] | None, _METHODS]
 MethodPairs = Annotated[
     tuple[str, ...],
     Option(
@@ -186,7 +186,10 @@ Library = Annotated[
         click.Choice(TENSORRT),
     ),
 ]
-MaxBatch = Annotated[int, Option("--max-batch", "Largest batch that a plan takes.", COUNT)]
+MaxBatch = Annotated[
+    int,
+    Option("--max-batch", "Most images that a plan, or a model on a server, takes.", COUNT),
+]
 Devices = Annotated[
     tuple[str, ...],
     Option(

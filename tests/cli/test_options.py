@@ -11,11 +11,11 @@ from typing import Any
 import click
 import pytest
 
-from ccam_deploy.cli.main import main
 from ccam_deploy.cli.options import EngineOptions, LookOptions
 from ccam_deploy.cli.parameters import with_options
+from tests.command import all_commands
 
-COMMANDS = sorted(main.commands.values(), key=lambda command: command.name or "")
+COMMANDS = all_commands()
 VARYING = ("default", "name", "required", "show_default")
 """What may differ between the commands that have an option; the field's name is not shown."""
 
@@ -33,10 +33,10 @@ class Plain:
 
 def options() -> Iterator[tuple[str, click.Option]]:
     """Every option with its command's name."""
-    for command in COMMANDS:
+    for name, command in COMMANDS.items():
         for parameter in command.params:
             if isinstance(parameter, click.Option):
-                yield str(command.name), parameter
+                yield name, parameter
 
 
 def definition(option: click.Option) -> dict[str, Any]:
@@ -109,7 +109,7 @@ def leaves(options_type: type[Any]) -> list[str]:
     return names
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: str(command.name))
+@pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
 def test_a_body_takes_a_dataclass_of_its_parameters(command: click.Command) -> None:
     body = typing.cast(Any, command.callback).__wrapped__
     hints = typing.get_type_hints(body)

@@ -73,6 +73,7 @@ def counting(explainer: ccam.Explainer, size: int) -> tuple[ccam.Explainer, Coun
     return ccam.Explainer(explainer.bundle, networks, explainer.precision, size), networks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
 def test_batches_equal_single_images(digits: ccam.Explainer, batch_size: int) -> None:
     pictures = example_pictures()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 
 import numpy as np
+import pytest
 from PIL import Image
 
 import ccam_deploy as ccam
@@ -14,6 +15,7 @@ from ccam_deploy.image_files import find_images, load_image
 METHODS = {"Grad-CAM": ccam.GradCAM(), "CAM": ccam.CAM()}
 
 
+@pytest.mark.slow
 def test_pictures_have_a_tile_for_each_photograph_and_method(digits: ccam.Explainer) -> None:
     pictures = [drawing.square(load_image(path)) for path in find_images([drawing.PHOTOGRAPHS])]
     assert len(pictures) == 8

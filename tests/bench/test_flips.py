@@ -47,6 +47,7 @@ def loaded(bundle: Path) -> Iterator[ccam.Explainer]:
         yield explainer
 
 
+@pytest.mark.slow
 def test_equal_gradients_move_nothing(tiny_bundle: Path) -> None:
     with loaded(tiny_bundle) as explainer:
         same = Flipped(explainer.networks, 1.0)

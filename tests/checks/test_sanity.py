@@ -70,6 +70,7 @@ def test_an_edge_detector_does_not() -> None:
     assert (stage.spearman, stage.ssim, stage.hog) == pytest.approx((1, 1, 1))
 
 
+@pytest.mark.slow
 def test_methods_get_images_as_they_were_normalised() -> None:
     """Black is what the network was trained with as black: the baseline of some methods."""
 

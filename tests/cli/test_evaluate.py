@@ -45,6 +45,7 @@ def written(digits_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return folder
 
 
+@pytest.mark.slow
 def test_everything_is_written(written: Path) -> None:
     assert {path.name for path in written.iterdir()} == FILES
     with (written / "results.csv").open(newline="") as file:

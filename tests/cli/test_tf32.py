@@ -51,6 +51,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[bool]:
     return asked
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["auto", "onnxruntime-cuda"])
 def test_verify_measures_it_on_a_gpu(digits_bundle: Path, gpu: list[bool], backend: str) -> None:
     words = ("verify", digits_bundle, "--backend", backend)
@@ -112,6 +113,7 @@ def test_a_cpu_refuses_it(tiny_bundle: Path, here: Path, words: tuple[object, ..
     assert not list(here.iterdir())
 
 
+@pytest.mark.slow
 def test_bench_measures_it(digits_bundle: Path, here: Path, gpu: list[bool]) -> None:
     """And its process for the cold start is told of it, which this emulation does not reach."""
     started: list[Any] = []

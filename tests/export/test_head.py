@@ -51,6 +51,7 @@ def test_head_is_the_end_of_the_classifier(
             np.testing.assert_allclose(got, peer.head_logits(features), atol=error)
 
 
+@pytest.mark.slow
 def test_head_is_listed_and_shares_the_weights(headed_bundle: Path, tiny_bundle: Path) -> None:
     with ccam.load(headed_bundle) as with_head, ccam.load(tiny_bundle) as without:
         files = with_head.bundle.manifest.precisions["fp32"].graphs

@@ -97,6 +97,7 @@ class Shared(nn.Module):
         return self.head(self.relu(self.shrink(x)).mean((2, 3)))  # type: ignore[no-any-return]
 
 
+@pytest.mark.slow
 def test_a_module_called_twice_names_each_of_its_outputs() -> None:
     model = Shared().eval()
     assert names_of(model) == ["relu:1", "relu"]

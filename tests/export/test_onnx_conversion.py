@@ -90,6 +90,7 @@ def test_without_the_registry_each_conversion_builds_its_own(
         assert not hasattr(_registration.ONNXRegistry, "from_torchlib")
 
 
+@pytest.mark.slow
 def test_the_registry_is_built_once_and_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch.onnx._internal.exporter._registration import ONNXRegistry
 

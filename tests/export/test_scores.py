@@ -95,6 +95,7 @@ def test_a_single_logit_has_two_classes(end: Callable[[Tensor], Tensor]) -> None
     )
 
 
+@pytest.mark.slow
 def test_outputs_as_they_are() -> None:
     """With "none" neither the end nor a single output changes."""
     for classes in (1, 5):
@@ -145,6 +146,7 @@ def test_an_end_that_no_graph_shows_is_told(tmp_path: Path) -> None:
     assert "export with --activation none" in told[0]
 
 
+@pytest.mark.slow
 def test_a_single_logit_is_explained_for_both_classes(bundles: Any) -> None:
     """By its negative for class 0, whose probability is the complement."""
     model = Ended(torch.sigmoid, 1).eval()
@@ -181,6 +183,7 @@ METHODS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_probabilities_are_the_outputs_of_the_network_with_its_end(bundles: Any, name: str) -> None:
     """One export cuts the sigmoid off and scores by it, the other explains its outputs."""

@@ -145,6 +145,7 @@ def by_hooks(
     return [(transform(f).detach().numpy(), transform(g).numpy()) for f, g in pairs]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", NETWORKS)
 def test_block_outputs_are_chosen(kind: str) -> None:
     make, names, _ = NETWORKS[kind]
@@ -259,6 +260,7 @@ def test_head_takes_the_map_and_the_images_own_tokens(
     np.testing.assert_allclose(got, expected, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_any_block_can_be_named() -> None:
     layers = layers_of(seeded(TinyViT), ["blocks.2", "blocks.0"])
     assert [layer.name for layer in layers] == ["blocks.0", "blocks.2"]
@@ -266,6 +268,7 @@ def test_any_block_can_be_named() -> None:
     assert layers[0].rest_shape == (1, 12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -279,11 +282,13 @@ def test_names_that_give_no_map(name: str, message: str) -> None:
         layers_of(seeded(TinyViT), [name])
 
 
+@pytest.mark.slow
 def test_an_error_says_which_modules_give_maps() -> None:
     with pytest.raises(LayerError, match=r"these do: patches, .*blocks\.0, blocks\.1"):
         layers_of(seeded(TinyViT), ["head"])
 
 
+@pytest.mark.slow
 def test_attention_inside_of_a_map_changes_no_choice() -> None:
     """Convolutions around attention give maps [B, C, h, w]; those are chosen as ever."""
 

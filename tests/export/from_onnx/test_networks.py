@@ -88,6 +88,7 @@ def test_a_network_is_the_same_in_its_file(tmp_path: Path, dynamo: bool, batch: 
     assert modules == ["norm1" if dynamo else "conv1", "conv2"]
 
 
+@pytest.mark.slow
 @EXPORTERS
 @pytest.mark.parametrize("batch", [0, 1, 2])
 def test_views_and_tokens_of_a_fixed_batch(tmp_path: Path, dynamo: bool, batch: int) -> None:

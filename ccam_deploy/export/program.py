@@ -207,6 +207,7 @@ def program_from(
     graph = _unlift(functional)
     _drop_assertions(graph)
     _plain_convolutions(graph)
+    _plain_views(graph)
     if fold:
         rewrite_operators(graph)
         _fold_batch_norms(graph, keep)
@@ -328,6 +329,13 @@ def _plain_convolutions(module: fx.GraphModule) -> None:
         if node.target is aten._convolution.default:
             node.target = aten.convolution.default
             node.args = node.args[:9]
+
+
+def _plain_views(module: fx.GraphModule) -> None:
+    """Views as reshapes: how an operator lays its values out may depend on the batch."""
+    for node in module.graph.nodes:
+        if node.target in (aten.view.default, aten._unsafe_view.default):
+            node.target = aten.reshape.default
 
 
 def _plain_global_pools(module: fx.GraphModule) -> None:

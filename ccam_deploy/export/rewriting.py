@@ -24,18 +24,13 @@ def rewrite_operators(module: fx.GraphModule) -> None:
     Args:
         module: The classifier's graph, whose nodes have fake tensors.
     """
-    replaced = False
     for node in list(module.graph.nodes):
-        if replaced and node.target is aten.view.default:
-            # What was replaced may have laid its values out in another order.
-            node.target = aten.reshape.default
         rule = _RULES.get(node.target)
         if rule is None:
             continue
         with module.graph.inserting_before(node):
             new = rule(Writer(module, node), *node.args, **node.kwargs)
         if new is not None:
-            replaced = True
             new.meta["original_name"] = node.meta.get("original_name", node.name)
             node.replace_all_uses_with(new)
             module.graph.erase_node(node)

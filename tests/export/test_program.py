@@ -1,0 +1,29 @@
+"""The classifier's graph takes what the classifier takes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ccam_deploy.export.program import build_program, trace_model
+
+
+class Viewed(nn.Module):
+    """A view of a feature map as a row, which values with channels last do not have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.linear = nn.Conv2d(3, 4, 3), nn.Linear(4 * 6 * 6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.conv(x).relu().view(-1, 4 * 6 * 6))  # type: ignore[no-any-return]
+
+
+def test_views_are_of_values_in_any_layout() -> None:
+    """Some operators lay values out by the size of the batch, which a trace does not see."""
+    model = Viewed().eval()
+    images = torch.randn(3, 3, 8, 8)
+    turned = images.contiguous(memory_format=torch.channels_last)
+    program = build_program(trace_model(model, (3, 8, 8)))
+    (logits,) = program.graph(turned)
+    torch.testing.assert_close(logits, model(images))

@@ -3,7 +3,12 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo pictures test test-quick test-all coverage lint types format docs notebook bench clean
+SERVE := .venv-serve/bin
+SERVE_PIP := $(SERVE)/pip install --quiet --disable-pip-version-check \
+	--constraint constraints-serve.txt
+
+.PHONY: demo pictures test test-quick test-all test-serve coverage lint types format docs notebook
+.PHONY: bench clean
 
 demo: .venv/.cpu
 	$(BIN)/ccam-deploy export --recipe export/efficientnet_lite0.toml
@@ -14,17 +19,20 @@ demo: .venv/.cpu
 pictures: demo
 	$(BIN)/python -m bench.draw_photographs engines/efficientnet_lite0 --output docs/images
 
-test: lint types
-	$(PYTEST) -m "not nightly"
+test: lint types test-serve
+	$(PYTEST) -m "not nightly and not serve"
 
 coverage: .venv/.all
-	$(PYTEST) -m "not nightly" --cov --cov-report=term
+	$(PYTEST) -m "not nightly and not serve" --cov --cov-report=term
 
 test-quick: .venv/.all
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not serve"
 
-test-all: lint types
-	$(PYTEST) --cov --cov-report=term
+test-all: lint types test-serve
+	$(PYTEST) -m "not serve" --cov --cov-report=term
+
+test-serve: .venv-serve/.all .venv-serve/bundles/tiny
+	OMP_NUM_THREADS=1 $(SERVE)/python -m pytest -m serve --bundles .venv-serve/bundles tests/serve
 
 lint: .venv/.all docs
 	$(BIN)/ruff check .
@@ -53,7 +61,7 @@ bench: .venv/.all
 	$(BIN)/python -m bench.bench_export --output bench/results/export-cpu.json
 
 clean:
-	rm -rf .venv demo site engines/efficientnet_lite0 .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf .venv .venv-serve demo site engines/efficientnet_lite0 .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -65,3 +73,16 @@ clean:
 .venv/.all: pyproject.toml constraints.txt | .venv/bin/python
 	$(PIP) --editable '.[export,cpu,cuda,rtx,plot,scenes,proposals,imagenet,sign,zoo,test,lint,docs]'
 	touch $@ .venv/.cpu
+
+.venv-serve/bin/python:
+	$(PYTHON) -m venv .venv-serve
+
+.venv-serve/.all: pyproject.toml constraints-serve.txt | .venv-serve/bin/python
+	$(SERVE_PIP) --editable '.[cpu,serve]' hypothesis psutil pytest
+	touch $@
+
+.venv-serve/bundles/tiny: .venv/.all tests/bundles.py tests/networks.py
+	rm -rf $@
+	mkdir -p $(@D)
+	$(BIN)/python -m tests.bundles tiny $@
+	touch $@

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -140,3 +141,7 @@ EXPORTS: dict[str, Callable[[Path], None]] = {
     ),
 }
 """What is exported under each name. `FOO_bundle` is the fixture of the bundle `FOO`."""
+
+
+if __name__ == "__main__":
+    EXPORTS[sys.argv[1]](Path(sys.argv[2]))

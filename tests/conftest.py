@@ -41,6 +41,16 @@ SLOW_FIXTURES = {
 """Whatever needs one of these is slow."""
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--bundles",
+        type=Path,
+        metavar="FOLDER",
+        help="bundles that were exported before, by `python -m tests.bundles NAME FOLDER/NAME`; "
+        "for environments without PyTorch",
+    )
+
+
 def pytest_itemcollected(item: pytest.Item) -> None:
     fixtures = item.fixturenames if isinstance(item, pytest.Function) else ()
     if item.get_closest_marker("nightly") or SLOW_FIXTURES.intersection(fixtures):
@@ -71,7 +81,7 @@ def bundles(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent
-    shared = Bundles(folder / "bundles")
+    shared = Bundles(request.config.getoption("--bundles") or folder / "bundles")
     fixtures = {
         name for item in request.session.items for name in getattr(item, "fixturenames", ())
     }

@@ -190,13 +190,12 @@ def explaining_config(manifest: Manifest, serving: Serving, settings: ModelSetti
             _tensor("WEIGHTS", "TYPE_FP32", shape),
             _tensor("COLLECTIONS", "TYPE_INT32", shape[:1]),
         ]
-    parameters = {**settings.to_parameters(), "FORCE_CPU_ONLY_INPUT_TENSORS": "no"}
     return _config(
         serving,
         serving.name,
         [*_repeated("input", inputs), *_repeated("output", outputs)],
         _instances(serving.instances, settings.kind),
-        parameters,
+        settings.to_parameters(),
         [_warm_up(manifest)],
     )
 

@@ -23,6 +23,7 @@ TOP = -1
 FORMATS = ("JPEG", "PNG")
 MAX_IMAGE_BYTES = 32 * 2**20
 _LONGEST_NAME = 100
+_UNKNOWN = " is not one of the model's: "
 
 Array = NDArray[Any]
 
@@ -147,9 +148,15 @@ def require_method(name: str, known: Sequence[str]) -> None:
         RequestError: The name is not among them; `reason` is "method".
     """
     if name not in known:
-        raise RequestError(
-            f'method "{_shown(name)}" is not one of the model\'s: {", ".join(known)}', "method"
-        )
+        raise RequestError(f'method "{_shown(name)}"{_UNKNOWN}{", ".join(known)}', "method")
+
+
+def refuses_method(message: str) -> bool:
+    """Tell from an error's message whether `require_method` raised it.
+
+    Triton keeps the message, but no reason and no code, where a model calls another.
+    """
+    return message.startswith("method ") and _UNKNOWN in message
 
 
 def _require_rows(name: str, values: Array, images: int) -> None:

@@ -19,7 +19,7 @@ sys.modules["triton_python_backend_utils"] = sys.modules[__name__]
 TRITONSERVER_MEMORY_CPU = 0
 
 counts: Counter[tuple[str, ...]] = Counter()
-"""The value of each metric, by its name and its labels but model and version, sorted by name."""
+"""The value of each metric, by its name, its model and its other labels, sorted by name."""
 observed: dict[tuple[str, ...], list[float]] = {}
 log: list[str] = []
 loaded: dict[str, Callable[[Sequence[Any]], list[Any]]] = {}
@@ -104,6 +104,9 @@ class InferenceRequest:
             raise TritonModelException(f"{self._model} is not ready")
         (answer,) = loaded[self._model]([self])
         assert isinstance(answer, InferenceResponse)
+        if answer.has_error():  # the server does not keep the code
+            error = TritonError(answer.error().message(), TritonError.INTERNAL)
+            return InferenceResponse([], error)
         return answer
 
 
@@ -148,7 +151,7 @@ class MetricFamily:
         assert (buckets is not None) == (self._kind == self.HISTOGRAM)
         rest = sorted((key, value) for key, value in labels.items() if key not in _COMMON)
         assert set(_COMMON) <= set(labels)
-        return _Metric((self._name, *(value for _, value in rest)))
+        return _Metric((self._name, labels["model"], *(value for _, value in rest)))
 
 
 _COMMON = ("model", "version")

@@ -183,13 +183,13 @@ def test_what_is_counted(opened: Opened, explainer: ccam.Explainer) -> None:
     model.execute([asked(images), asked(images[:1], [1], [b"rise"])])
     weights = explainer.explain(images, method=COLLECTIONS).weights
     forwards = [int(np.count_nonzero(row)) for row in weights]
-    assert triton.counts["ccam_explanations_total", "collection-cam"] == 2
-    assert triton.counts["ccam_explanations_total", "rise"] == 1
-    assert triton.counts["ccam_masked_forwards_total", "collection-cam"] == sum(forwards)
-    assert triton.counts["ccam_masked_forwards_total", "rise"] == 30
-    assert triton.observed["ccam_masks_per_explanation", "collection-cam"] == forwards
+    assert triton.counts["ccam_explanations_total", "ccam", "collection-cam"] == 2
+    assert triton.counts["ccam_explanations_total", "ccam", "rise"] == 1
+    assert triton.counts["ccam_masked_forwards_total", "ccam", "collection-cam"] == sum(forwards)
+    assert triton.counts["ccam_masked_forwards_total", "ccam", "rise"] == 30
+    assert triton.observed["ccam_masks_per_explanation", "ccam", "collection-cam"] == forwards
     for stage in ("backbone", "gradient", "partition", "classifier"):
-        assert triton.counts["ccam_stage_seconds_total", "collection-cam", stage] > 0
+        assert triton.counts["ccam_stage_seconds_total", "ccam", "collection-cam", stage] > 0
 
 
 def test_refusals_are_clean_and_counted(opened: Opened) -> None:
@@ -211,7 +211,7 @@ def test_refusals_are_clean_and_counted(opened: Opened) -> None:
     assert not answers[3].has_error()
     assert error(answers[4]) == ("the request has no IMAGES", triton.TritonError.INVALID_ARG)
     for reason in ("not-finite", "class", "method", "shape"):
-        assert triton.counts["ccam_refused_inputs_total", reason] == 1
+        assert triton.counts["ccam_refused_inputs_total", "ccam", reason] == 1
 
 
 def test_an_engine_s_failure_names_nothing_on_the_server(
@@ -226,7 +226,7 @@ def test_an_engine_s_failure_names_nothing_on_the_server(
     assert code == triton.TritonError.INTERNAL
     assert message == "the classifier gives NaN or infinite logits for these images"
     assert not second.has_error()
-    assert triton.counts[("ccam_failures_total",)] == 1
+    assert triton.counts["ccam_failures_total", "ccam"] == 1
 
     def broken(*_: object) -> None:
         raise RuntimeError("cannot read /srv/models/ccam/1/bundle/weights.bin\nat line 3")
@@ -299,7 +299,7 @@ def test_pictures_are_answered_with_pictures(opened: Opened, explainer: ccam.Exp
             assert tensor(answer, "LABEL")[row, 0].decode() == expected.labels[pair]
             score = expected.probability(pair)
             assert tensor(answer, "SCORE")[row, 0] == pytest.approx(score, rel=1e-6)
-    assert triton.counts["ccam_explanations_total", "collection-cam"] == 3
+    assert triton.counts["ccam_explanations_total", "ccam", "collection-cam"] == 3
 
 
 def test_a_header_names_class_and_method(opened: Opened) -> None:
@@ -307,7 +307,7 @@ def test_a_header_names_class_and_method(opened: Opened) -> None:
     headers = {"X-Ccam-Class": "1", "x-ccam-method": "grad-cam"}
     (answer,) = opened("ccam_image").execute([sent(file_of(picture()), **headers)])
     assert tensor(answer, "CLASS").tolist() == [[1]]
-    assert triton.counts["ccam_explanations_total", "grad-cam"] == 1
+    assert triton.counts["ccam_explanations_total", "ccam", "grad-cam"] == 1
 
 
 def test_pictures_that_cannot_be_used(opened: Opened) -> None:
@@ -336,11 +336,11 @@ def test_pictures_that_cannot_be_used(opened: Opened) -> None:
         for answer in answers
         if answer.has_error()
     )
-    for reason in ("format", "class", "undecodable", "explainer", "bytes"):
-        assert triton.counts["ccam_refused_inputs_total", reason] == 1
+    for reason in ("format", "class", "undecodable", "method", "bytes"):
+        assert triton.counts["ccam_refused_inputs_total", "ccam_image", reason] == 1
 
 
 def test_without_the_model_that_explains(opened: Opened) -> None:
     (answer,) = opened("ccam_image").execute([sent(file_of(picture()))])
     assert error(answer) == ('model "ccam" does not answer', triton.TritonError.UNAVAILABLE)
-    assert triton.counts[("ccam_failures_total",)] == 1
+    assert triton.counts["ccam_failures_total", "ccam_image"] == 1

@@ -27,7 +27,13 @@ from ccam_deploy.serve.models.responses import (
     response,
     unavailable,
 )
-from ccam_deploy.serve.requests import MAX_IMAGE_BYTES, Array, decode_image, target_named
+from ccam_deploy.serve.requests import (
+    MAX_IMAGE_BYTES,
+    Array,
+    decode_image,
+    refuses_method,
+    target_named,
+)
 
 _ASKED = ("SALIENCY", "SCORES", "CLASS")
 
@@ -159,11 +165,10 @@ class TritonPythonModel:
         except triton.TritonModelException as error:
             raise _UnavailableError(f'model "{self._explainer}" does not answer') from error
         if result.has_error():
-            failure = result.error()
-            if failure.code() == triton.TritonError.INVALID_ARG:
-                raise RequestError(failure.message(), "explainer")
-            if failure.code() == triton.TritonError.UNAVAILABLE:
-                raise _UnavailableError(f'model "{self._explainer}" does not answer')
+            message = result.error().message()
+            if refuses_method(message):
+                raise RequestError(message, "method")
+            triton.Logger.log_error(f'model "{self._explainer}" failed: {message}')
             raise BackendError(f'model "{self._explainer}" failed')
         return {name: triton.get_output_tensor_by_name(result, name).as_numpy() for name in _ASKED}
 

@@ -144,9 +144,6 @@ RANDOM_TOLERANCE: dict[PrecisionName, Tolerance] = {
         masked_logits=1e-3,
         features=1e-2,
         gradients=0.2,
-        saliency_rank=0.9,
-        saliency_similarity=0.8,
-        saliency_overlap=0.8,
         head=1e-3,
         input_gradient=0.2,
         guided_gradient=0.2,
@@ -157,8 +154,9 @@ RANDOM_TOLERANCE: dict[PrecisionName, Tolerance] = {
     "int8": _RANDOM_EIGHT_BITS,
     "fp8": _RANDOM_EIGHT_BITS,
 }
-"""The same for networks with random weights: they amplify rounding, and their ReLUs flip. In half
-precision their gradients may vanish, so only what runs forward has bounds."""
+"""The same for networks with random weights: they amplify rounding, their ReLUs flip, and channels
+that are nearly alike change their collection. Their maps mean nothing and have no bound, and in
+half precision, where their gradients may vanish, only what runs forward has."""
 
 
 def broken_bounds(fidelity: Fidelity, tolerance: Tolerance, layers: Sequence[str]) -> list[str]:

@@ -238,20 +238,30 @@ class Passes:
         return results
 
     def maps(
-        self, tensors: Mapping[str, DeviceTensor], pairs: int, clock: Stopwatch, layer: str = ""
+        self,
+        tensors: Mapping[str, DeviceTensor],
+        pairs: int,
+        clock: Stopwatch,
+        layer: str = "",
+        by_mask: tuple[str, str] | None = None,
     ) -> PairMaps:
         """Bring the maps of a run to the host, and wait.
 
         Args:
-            tensors: "raw" and "saliency", [P, H · W].
+            tensors: "raw" and "saliency", [P, H · W], and those of `by_mask`, [P, N].
             pairs: How many pairs the run had.
             clock: Takes the seconds of each stage.
             layer: See PairMaps.
+            by_mask: Names of the weights and of the increases of confidence; None where the
+                method has none.
         """
-        results = self.download(tensors, ("raw", "saliency"), pairs)
+        results = self.download(tensors, ("raw", "saliency", *(by_mask or ())), pairs)
         self.finish(clock)
-        raw, saliency = (values.reshape(pairs, *self.size) for values in results.values())
-        return PairMaps(raw, saliency, layer=layer)
+        raw, saliency = (results[name].reshape(pairs, *self.size) for name in ("raw", "saliency"))
+        if by_mask is None:
+            return PairMaps(raw, saliency, layer=layer)
+        weights, mic = (tuple(results[name]) for name in by_mask)
+        return PairMaps(raw, saliency, weights, mic, layer)
 
     def views(self, tensors: Mapping[str, DeviceTensor]) -> dict[str, Any]:
         """Tensors for Numba's kernels, by name."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,23 +11,22 @@ from numpy.typing import NDArray
 
 from ccam_deploy.arrays import Classes, Floats
 from ccam_deploy.engines.cuda.device import DeviceTensor
-from ccam_deploy.engines.cuda.graph_replay import Part
 from ccam_deploy.engines.cuda.slots import Slot
 from ccam_deploy.errors import BackendError
-from ccam_deploy.kernels.cuda.row_buffers import Channels, Maps, channel_specs, map_specs
+from ccam_deploy.kernels.cuda.row_buffers import Channels, channel_specs
 from ccam_deploy.methods.base import not_finite, places_of
-from ccam_deploy.methods.cuda.device_method import DeviceMethod, Pipeline
-from ccam_deploy.methods.cuda.masked_forwards import ChunkWork, MaskedForwards
+from ccam_deploy.methods.cuda.device_method import DeviceMethod
+from ccam_deploy.methods.cuda.forward_pipeline import ForwardPipeline, Views, layer_kernels
+from ccam_deploy.methods.cuda.masked_forwards import MaskedForwards
 from ccam_deploy.methods.cuda.passes import PairMaps
 from ccam_deploy.methods.cuda.spread import ChannelSpread
 from ccam_deploy.methods.score_cam import ScoreCAM
-from ccam_deploy.methods.scores import scoring
 from ccam_deploy.methods.stopwatch import Stopwatch
 
 _INPUTS = "rows", "chosen", "base"
 
 
-class ScorePipeline(Pipeline):
+class ScorePipeline(ForwardPipeline):
     """Score-CAM of one layer on one slot.
 
     The host learns how much each channel varies, and uploads which of them are shown.
@@ -44,29 +44,14 @@ class ScorePipeline(Pipeline):
         Raises:
             BackendError: There is too little memory.
         """
-        super().__init__(forwards)
-        self._forwards = forwards
         self._layer, self._options = layer, options
         features = forwards.features[place]
         _, channels, height, width = features.shape
         specs = channel_specs(forwards.batch, channels, height * width).by_name()
-        maps = map_specs(forwards.batch, *forwards.size).by_name()
-        self._inputs = forwards.region({n: specs.pop(n) for n in _INPUTS}, mirrored=True)
+        prepare = partial(_kernels, forwards, features)
+        super().__init__(forwards, specs, [_INPUTS], prepare, options.score)
         self._spread = ChannelSpread(forwards, features)
-        self._tensors = {
-            **self._inputs.tensors,
-            **forwards.region(specs | maps).tensors,
-        }
-        self._kernels = self._prepare_kernels(features)
-        self._work = ChunkWork(
-            lambda: self._kernels.masks(forwards.device.kernel_stream),
-            lambda: self._kernels.keep_scores(forwards.device.kernel_stream),
-            scoring(options.score, forwards.activation),
-        )
-
-    def begin(self, images: Floats, clock: Stopwatch) -> Floats:
-        """Run the backbone, and measure how much each channel varies; see Pipeline."""
-        return self._forwards.run_backbone(images, self._spread.measure, clock)
+        self._after = self._spread.measure
 
     def explain(
         self, owner: Classes, targets: Classes, baseline: Floats, clock: Stopwatch
@@ -75,23 +60,11 @@ class ScorePipeline(Pipeline):
         shown = np.unique(owner)
         if not self._spread.is_finite(shown):
             return not_finite(self._layer)
-        forwards, pairs = self._forwards, len(owner)
-        rows = self._choose(shown)
-        base = self._options.base_scores(baseline, targets, forwards.activation)
+        pairs, rows = len(owner), self._choose(shown)
+        base = self._options.base_scores(baseline, targets, self._forwards.activation)
         self._inputs.host["base"][:pairs] = base
-        forwards.begin(owner, targets, rows, len(shown))
-        self._inputs.upload()
-        forwards.run_chunks(rows, self._work)
-        forwards.runner.put(("combine",), "combine", lambda: [Part("combine", self._combine)])
-        results = forwards.download(self._tensors, ("raw", "saliency", "weights", "gains"), pairs)
-        forwards.finish(clock)
-        size = forwards.size
-        return PairMaps(
-            results["raw"].reshape(pairs, *size),
-            results["saliency"].reshape(pairs, *size),
-            tuple(results["weights"]),
-            tuple(results["gains"]),
-        )
+        self._run(owner, targets, rows, len(shown))
+        return self._maps(pairs, clock, ("weights", "gains"))
 
     def _choose(self, shown: NDArray[np.intp]) -> int:
         """Fill in which channels of the images are shown; return how many that are in all."""
@@ -106,20 +79,20 @@ class ScorePipeline(Pipeline):
             count += len(channels)
         return count
 
+    def _render(self) -> None:
+        self._kernels.masks(self._stream)
+
+    def _collect(self) -> None:
+        self._kernels.keep_scores(self._stream)
+
     def _combine(self) -> None:
-        self._kernels.combine(self._options.weights, self._forwards.device.kernel_stream)
+        self._kernels.combine(self._options.weights, self._stream)
 
-    def _prepare_kernels(self, features: DeviceTensor) -> Any:
-        from ccam_deploy.kernels.cuda.row_launch import ChannelKernels
 
-        forwards, views = self._forwards, self._forwards.views(self._tensors)
-        return ChannelKernels(
-            forwards.kernels,
-            Channels.of(views),
-            Maps.of(views),
-            forwards.enlargement(features),
-            forwards.flat_view(features),
-        )
+def _kernels(forwards: MaskedForwards, features: DeviceTensor, views: Views) -> Any:
+    from ccam_deploy.kernels.cuda.row_launch import ChannelKernels
+
+    return layer_kernels(ChannelKernels, Channels.of(views), forwards, features, views)
 
 
 @dataclass(frozen=True)

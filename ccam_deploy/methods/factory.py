@@ -65,19 +65,15 @@ class MethodFactory:
         self.on_device: DeviceCollectionCAM | None = None
         self.passes: DevicePasses | None = None
         if networks.slots is not None:
-            self.on_device = DeviceCollectionCAM(
-                networks.slots, manifest, gradient_scale, baseline, batch_size, cuda_graphs
-            )
             self.passes = DevicePasses(
                 networks.slots, manifest, gradient_scale, batch_size, cuda_graphs
             )
+            self.on_device = DeviceCollectionCAM(self.passes, baseline)
 
     @property
     def notes(self) -> tuple[str, ...]:
         """A line for each option that does not work on the slots."""
-        devices = (self.on_device, self.passes)
-        lines = [line for device in devices if device is not None for line in device.notes]
-        return tuple(dict.fromkeys(lines))
+        return () if self.passes is None else self.passes.notes
 
     def implement(self, method: Method) -> Method:
         """Return what explains as the method says, on these engines."""

@@ -12,15 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ccam_deploy.arrays import Classes, Floats
-from ccam_deploy.bundle.manifest import Manifest
 from ccam_deploy.engines import Classifier
 from ccam_deploy.engines.base import row_chunks
-from ccam_deploy.engines.cuda.slots import Slot, Slots, Use
+from ccam_deploy.engines.cuda.slots import Slot, Use
 from ccam_deploy.kernels.cuda.geometry import Geometry
 from ccam_deploy.methods.base import Batch, Context, Method, not_finite, require_finite_logits
 from ccam_deploy.methods.collection_cam.cpu import CollectionCAM, draw_masks
 from ccam_deploy.methods.collection_cam.memory import Setup
 from ccam_deploy.methods.collection_cam.pipeline import PairResults, Pipeline
+from ccam_deploy.methods.on_slots import OnSlots
 from ccam_deploy.methods.results import BatchResult, LayerPartition, MaskSequence, MethodResult
 from ccam_deploy.methods.scores import score_of, scoring
 from ccam_deploy.methods.stopwatch import Stopwatch
@@ -30,39 +30,16 @@ from ccam_deploy.targets import first_occurrences
 class DeviceCollectionCAM:
     """Explains batches on slots; safe to call from several threads.
 
-    Attributes:
-        notes: A line for each option that does not work here.
+    Args:
+        place: The slots, and the bundle's facts.
+        baseline: [classes] float32, the logits of an input of zeros.
     """
 
-    def __init__(
-        self,
-        slots: Slots,
-        manifest: Manifest,
-        gradient_scale: float,
-        baseline: Floats,
-        batch_size: int,
-        cuda_graphs: bool = True,
-    ) -> None:
-        """Prepare to explain.
-
-        Args:
-            slots: The slots to run on.
-            manifest: The bundle's.
-            gradient_scale: The factor of the gradient graph's input.
-            baseline: [classes] float32, the logits of an input of zeros.
-            batch_size: The most images, and the most pairs, that a slot takes at a time.
-            cuda_graphs: Whether work that is repeated at the same sizes is replayed as CUDA
-                graphs; the results are the same.
-        """
-        self._slots = slots
-        self._manifest = manifest
-        self._gradient_scale = gradient_scale
+    def __init__(self, place: OnSlots, baseline: Floats) -> None:
+        self._place = place
         self._baseline = baseline
-        self._batch_size = batch_size
-        self._cuda_graphs = cuda_graphs
         self._largest_k_max: dict[CollectionCAM, int] = {}
         self._k_max_lock = threading.Lock()
-        self.notes: tuple[str, ...] = ()
 
     def explain(
         self,
@@ -107,7 +84,7 @@ class DeviceCollectionCAM:
                 parts.extend(results)
             return pipeline.geometry
 
-        with self._slots.take() as slot:
+        with self._place.slots.take() as slot:
             geometry = slot.run(partial(run, slot))
         targets = np.concatenate([part.targets for part in parts])
         method_results = [self._result(geometry, part, options) for part in parts]
@@ -135,7 +112,7 @@ class DeviceCollectionCAM:
                 pipeline.passes(count, masks)
 
         def run() -> None:
-            with self._slots.take() as slot:
+            with self._place.slots.take() as slot:
                 slot.run(partial(run_on, slot))
 
         return run
@@ -148,7 +125,7 @@ class DeviceCollectionCAM:
             if images > 1:
                 self._pipeline(slot, "throughput", options).warm_up(progress)
 
-        self._slots.run_on_each(prepare)
+        self._place.slots.run_on_each(prepare)
 
     def _pipeline(self, slot: Slot, use: Use, options: CollectionCAM) -> Pipeline:
         """The slot's pipeline for some options, built on their first use.
@@ -161,27 +138,27 @@ class DeviceCollectionCAM:
             largest = max(self._largest_k_max.get(others, 0), options.k_max)
             self._largest_k_max[others] = largest
         sized = replace(options, k_min=1, k_max=largest)
-        key = self._batch_size, use, sized, self._cuda_graphs
+        key = self._place.batch_size, use, sized, self._place.cuda_graphs
         return slot.keep(key, lambda: self._make(slot, use, sized))
 
     def _make(self, slot: Slot, use: Use, options: CollectionCAM) -> Pipeline:
         setup = Setup(
-            self._manifest.layers,
-            tuple(options.selected_layers([layer.name for layer in self._manifest.layers])),
-            self._manifest.input,
-            self._manifest.classes,
-            1 if use == "latency" else self._batch_size,
-            self._gradient_scale,
+            self._place.manifest.layers,
+            tuple(options.selected_layers([layer.name for layer in self._place.manifest.layers])),
+            self._place.manifest.input,
+            self._place.manifest.classes,
+            1 if use == "latency" else self._place.batch_size,
+            self._place.gradient_scale,
             options,
-            scoring(options.score, self._manifest.probabilities_by),
-            self._cuda_graphs,
+            scoring(options.score, self._place.manifest.probabilities_by),
+            self._place.cuda_graphs,
         )
-        return Pipeline(slot.device, slot.graphs[use], setup, self._note)
+        return Pipeline(slot.device, slot.graphs[use], setup, self._place.note)
 
     def _result(
         self, geometry: Geometry, results: PairResults, options: CollectionCAM
     ) -> MethodResult:
-        names = [layer.name for layer in self._manifest.layers]
+        names = [layer.name for layer in self._place.manifest.layers]
         selected = [names[index] for index in options.selected_layers(names)]
         counts = results.counts
         for index, name in enumerate(selected):
@@ -194,7 +171,7 @@ class DeviceCollectionCAM:
         weights = np.split(results.weights, per_pair)
         flat = np.split(results.flat, per_pair)
         rows = np.broadcast_to(self._baseline, (len(counts), len(self._baseline)))
-        base = score_of(options.score, rows, results.targets, self._manifest.probabilities_by)
+        base = score_of(options.score, rows, results.targets, self._place.manifest.probabilities_by)
         tried = options.k_max - options.k_min + 1
         return MethodResult(
             results.raw.reshape(-1, *geometry.size),
@@ -217,10 +194,6 @@ class DeviceCollectionCAM:
                 for score, is_flat, zero in zip(scores, flat, base, strict=True)
             ),
         )
-
-    def _note(self, line: str) -> None:
-        if line not in self.notes:
-            self.notes = (*self.notes, line)
 
 
 def _sizes(pipeline: Pipeline, images: Floats, options: CollectionCAM) -> list[tuple[int, int]]:

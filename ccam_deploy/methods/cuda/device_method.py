@@ -11,15 +11,15 @@ from typing import Generic, TypeVar
 import numpy as np
 
 from ccam_deploy.arrays import Classes, Floats
-from ccam_deploy.bundle.manifest import Manifest
 from ccam_deploy.engines import Classifier
 from ccam_deploy.engines.base import row_chunks
-from ccam_deploy.engines.cuda.slots import Slot, Slots
+from ccam_deploy.engines.cuda.slots import Slot
 from ccam_deploy.errors import BackendError
 from ccam_deploy.methods.base import Batch, Context, Method, require_finite_logits
 from ccam_deploy.methods.cuda.gradient_passes import GradientPasses
 from ccam_deploy.methods.cuda.masked_forwards import MaskedForwards, Repeated
 from ccam_deploy.methods.cuda.passes import PairMaps, Passes, Setup
+from ccam_deploy.methods.on_slots import OnSlots
 from ccam_deploy.methods.results import BatchResult, MethodResult
 from ccam_deploy.methods.stopwatch import Stopwatch
 from ccam_deploy.targets import classes_of, first_occurrences
@@ -90,32 +90,8 @@ class Pipeline(ABC):
         self.passes.close()
 
 
-class DevicePasses:
-    """Makes passes on slots; safe to call from several threads.
-
-    Attributes:
-        slots: The slots to run on.
-        manifest: The bundle's.
-        gradient_scale: The factor of the gradient graph's input.
-        batch_size: The most images, and the most pairs, that a slot takes at a time.
-        cuda_graphs: Whether repeated work is replayed as CUDA graphs; the results are the same.
-        notes: A line for each option that does not work here.
-    """
-
-    def __init__(
-        self,
-        slots: Slots,
-        manifest: Manifest,
-        gradient_scale: float,
-        batch_size: int,
-        cuda_graphs: bool = True,
-    ) -> None:
-        self.slots = slots
-        self.manifest = manifest
-        self.gradient_scale = gradient_scale
-        self.batch_size = batch_size
-        self.cuda_graphs = cuda_graphs
-        self.notes: tuple[str, ...] = ()
+class DevicePasses(OnSlots):
+    """Makes passes on slots; see OnSlots."""
 
     def masked_forwards(
         self, slot: Slot, masks: int, repeated: Repeated = "classifier"
@@ -140,13 +116,9 @@ class DevicePasses:
             self.manifest.input,
             self.batch_size,
             self.cuda_graphs,
-            self._note,
+            self.note,
             self.manifest.probabilities_by,
         )
-
-    def _note(self, line: str) -> None:
-        if line not in self.notes:
-            self.notes = (*self.notes, line)
 
 
 @dataclass(frozen=True)

@@ -36,11 +36,11 @@ def weighted_channels(
     pair = cuda.blockIdx.y
     if pair >= progress[PAIRS]:
         return
-    image, warps = pair_owner[pair], cuda.blockDim.x // WARP
-    pixel = cuda.blockIdx.x * WARP + cuda.laneid
+    image = pair_owner[pair]
+    pixel, first, step = share_of_block()
     total = 0.0
     if pixel < sums.shape[1]:
-        for channel in range(cuda.threadIdx.x // WARP, features.shape[1], warps):
+        for channel in range(first, features.shape[1], step):
             value = np.float64(np.float32(features[image, channel, pixel]))
             total += np.float64(weights[pair, channel]) * value
     put_sum(total, relu, pixel, sums[pair])
@@ -72,11 +72,11 @@ def positive_gradients(
     pair = cuda.blockIdx.y
     if pair >= progress[PAIRS]:
         return
-    image, warps = pair_owner[pair], cuda.blockDim.x // WARP
-    pixel = cuda.blockIdx.x * WARP + cuda.laneid
+    image = pair_owner[pair]
+    pixel, first, step = share_of_block()
     total = 0.0
     if pixel < sums.shape[1]:
-        for channel in range(cuda.threadIdx.x // WARP, features.shape[1], warps):
+        for channel in range(first, features.shape[1], step):
             slope = np.float64(np.float32(gradients[pair, channel, pixel]))
             if slope < 0:  # unlike max(), this lets NaN through
                 slope = np.float64(0)
@@ -148,6 +148,13 @@ def enlarge(
             if before > value or math.isnan(before):
                 value = before
         raw[pair, pixel] = value
+
+
+@cuda.jit(device=True)
+def share_of_block() -> tuple[int, int, int]:
+    """A thread's part of a block's sums: its pixel, its first channel, and how far to the next."""
+    pixel = cuda.blockIdx.x * WARP + cuda.laneid
+    return pixel, cuda.threadIdx.x // WARP, cuda.blockDim.x // WARP
 
 
 @cuda.jit(device=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -13,9 +14,11 @@ from numpy.typing import NDArray
 import ccam_deploy as ccam
 from ccam_deploy.engines.cuda.device import DeviceTensor
 from ccam_deploy.engines.onnxruntime import OnnxRuntimeGraph
+from ccam_deploy.methods import Method
 from ccam_deploy.methods.cuda import rise
 from tests.engines.cuda import host_device
-from tests.engines.cuda.host_device import Job, Report, run
+from tests.engines.cuda.host_device import Call, Job, Report, run
+from tests.helpers import noise
 
 Binding = tuple[tuple[str, int, tuple[int, ...]], ...]
 """The name, address and shape of each tensor."""
@@ -92,6 +95,16 @@ def assert_same(actual: ccam.Explanation, expected: ccam.Explanation, tolerance:
             values, others = getattr(actual, name)[pair], getattr(expected, name)[pair]
             np.testing.assert_allclose(values, others, rtol=0, atol=tolerance)
     np.testing.assert_allclose(actual.saliency, expected.saliency, rtol=0, atol=10 * tolerance)
+
+
+def assert_close_in_half(bundle: Path, device: Run, method: Method) -> None:
+    """In fp16, two images and three classes on the device are close to the CPU's."""
+    call = Call(noise(2, 3, 16, 24), [[0, 3], 2], method)
+    got = device(Job(bundle, (call,), "fp16")).report.results[0]
+    with ccam.load(bundle, backend="onnxruntime-cpu", precision="fp16") as explainer:
+        expected = explainer.explain(call.images, call.targets, method=call.method)
+    np.testing.assert_allclose(got.raw_saliency, expected.raw_saliency, atol=2e-3)
+    assert np.corrcoef(got.saliency.ravel(), expected.saliency.ravel())[0, 1] > 0.999
 
 
 def summed(features: NDArray[np.float32], slopes: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -20,7 +20,7 @@ from ccam_deploy.methods import GradCAM, GradCAMPlusPlus, LayerCAM, Method
 from ccam_deploy.targets import Top
 from tests.engines.cuda.host_device import Call, Job
 from tests.helpers import noise
-from tests.methods.cuda.recorded import Run, assert_same, summed
+from tests.methods.cuda.recorded import Run, assert_close_in_half, assert_same, summed
 
 pytestmark = pytest.mark.slow
 
@@ -60,12 +60,7 @@ def test_matches_cpu(bundle: Path, device: Run, name: str) -> None:
 @pytest.mark.parametrize("name", ["grad-cam", "grad-cam++", "fused"])
 def test_half_precision_is_close_to_cpu(bundle: Path, device: Run, name: str) -> None:
     """The images are cast, and the gradients are scaled."""
-    call = Call(noise(2, 3, 16, 24), [[0, 3], 2], METHODS[name])
-    got = device(Job(bundle, (call,), "fp16")).report.results[0]
-    with ccam.load(bundle, backend="onnxruntime-cpu", precision="fp16") as explainer:
-        expected = explainer.explain(call.images, call.targets, method=call.method)
-    np.testing.assert_allclose(got.raw_saliency, expected.raw_saliency, atol=2e-3)
-    assert np.corrcoef(got.saliency.ravel(), expected.saliency.ravel())[0, 1] > 0.999
+    assert_close_in_half(bundle, device, METHODS[name])
 
 
 @pytest.mark.parametrize("replays_itself", [False, True])

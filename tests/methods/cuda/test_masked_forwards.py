@@ -23,7 +23,7 @@ from ccam_deploy.targets import Top
 from tests.bundles import activated
 from tests.engines.cuda.host_device import Call, Job
 from tests.helpers import noise
-from tests.methods.cuda.recorded import Run, accumulated, assert_same
+from tests.methods.cuda.recorded import Run, accumulated, assert_close_in_half, assert_same
 
 pytestmark = pytest.mark.slow
 
@@ -83,12 +83,7 @@ def test_other_activations_match_the_cpu(
 
 @pytest.mark.parametrize("name", ["increase", "rise"])
 def test_half_precision_is_close_to_cpu(bundle: Path, device: Run, name: str) -> None:
-    call = Call(noise(2, 3, 16, 24), [[0, 3], 2], METHODS[name])
-    got = device(Job(bundle, (call,), "fp16")).report.results[0]
-    with ccam.load(bundle, backend="onnxruntime-cpu", precision="fp16") as explainer:
-        expected = explainer.explain(call.images, call.targets, method=call.method)
-    np.testing.assert_allclose(got.raw_saliency, expected.raw_saliency, atol=2e-3)
-    assert np.corrcoef(got.saliency.ravel(), expected.saliency.ravel())[0, 1] > 0.999
+    assert_close_in_half(bundle, device, METHODS[name])
 
 
 @pytest.mark.parametrize("replays_itself", [False, True])

@@ -65,7 +65,12 @@ def _in_a_precision(name: str, precision: Precision, manifest: Manifest) -> Iter
     if len(precision.baseline_logits) != manifest.classes:
         yield f"{name} must have {manifest.classes} baseline logits"
     layers = len(manifest.layers)
-    per_layer = [fidelity.features, fidelity.gradients, fidelity.excitation]
+    per_layer = [
+        fidelity.features,
+        fidelity.gradients,
+        fidelity.worst_gradients,
+        fidelity.excitation,
+    ]
     if any(len(errors) != layers for errors in per_layer if errors is not UNSET):
         yield f"the fidelity of {name} must have {layers} layers"
     for quantity in precision.tolerance:

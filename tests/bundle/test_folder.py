@@ -245,6 +245,14 @@ def test_unknown_and_missing_fields(folder: Path) -> None:
         read_bundle(folder)
 
 
+def without_a_layer(manifest: Manifest, quantity: str) -> Manifest:
+    """Errors of all layers but the last."""
+    entry = manifest.precisions["fp32"]
+    short: dict[str, Any] = {quantity: getattr(entry.fidelity, quantity)[:-1]}
+    entry = replace(entry, fidelity=replace(entry.fidelity, **short))
+    return replace(manifest, precisions={"fp32": entry})
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -265,6 +273,11 @@ def test_unknown_and_missing_fields(folder: Path) -> None:
                 },
             ),
             "fp32 must have the graphs backbone, gradient, classifier",
+        ),
+        (lambda m: without_a_layer(m, "gradients"), "the fidelity of fp32 must have 2 layers"),
+        (
+            lambda m: without_a_layer(m, "worst_gradients"),
+            "the fidelity of fp32 must have 2 layers",
         ),
     ],
 )

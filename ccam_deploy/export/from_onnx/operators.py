@@ -211,6 +211,12 @@ def _trilu(call: Call) -> Tensor:
     return value.triu(diagonal) if call.get("upper", 1) else value.tril(diagonal)
 
 
+def _cumulative_sum(call: Call) -> Tensor:
+    if call.get("exclusive", 0) or call.get("reverse", 0):
+        raise NotImplementedError("it adds up backwards, or without the value itself")
+    return call.tensor(0).cumsum(int(call.number(1) or 0))
+
+
 def _identity(call: Call) -> Value:
     value = call.value(0)
     assert value is not None
@@ -229,7 +235,7 @@ RULES: dict[str, Rule] = {
     "Celu": _with(F.celu, alpha=1.0),
     "Clip": _clip,
     "Cos": _tensorwise(torch.cos),
-    "CumSum": lambda call: call.tensor(0).cumsum(int(call.number(1) or 0)),
+    "CumSum": _cumulative_sum,
     "Div": _elementwise(_divide),
     "Einsum": _einsum,
     "Elu": _with(F.elu, alpha=1.0),

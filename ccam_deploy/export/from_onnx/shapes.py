@@ -142,7 +142,7 @@ def _slice(call: Call) -> Value:
         axis %= len(value.shape)
         if isinstance(value, np.ndarray):
             whole = (slice(None),) * axis
-            stop = None if step < 0 and end < -len(value) else end
+            stop = None if step < 0 and end < -value.shape[axis] else end
             value = value[(*whole, slice(start, stop, step))]
         elif step > 0:
             length = value.shape[axis]
@@ -262,15 +262,13 @@ def _pad(call: Call) -> Value:
 
 def _resize(call: Call) -> Value:
     value = call.tensor(0)
-    upsample = call.kind == "Upsample"
-    scales, sizes = call.value(1 if upsample else 2), None if upsample else call.sizes(3)
+    old = call.kind == "Upsample" or call.opset < 11  # with scales alone, as the second input
+    scales, sizes = call.value(1 if old else 2), None if old else call.sizes(3)
     axes = call.get("axes") or list(range(value.dim()))
     if sizes:
         wanted = dict(zip((axis % value.dim() for axis in axes), sizes, strict=True))
     else:
-        factors = (
-            call.known(1 if upsample else 2).reshape(-1).tolist() if scales is not None else []
-        )
+        factors = call.known(1 if old else 2).reshape(-1).tolist() if scales is not None else []
         wanted = {
             axis % value.dim(): math.floor(int(value.shape[axis]) * factor)
             for axis, factor in zip(axes, factors, strict=True)
@@ -280,7 +278,7 @@ def _resize(call: Call) -> Value:
     if size == [int(length) for length in value.shape[2:]]:
         return value
     mode, where = call.get("mode", "nearest"), call.get("coordinate_transformation_mode")
-    where = where or ("asymmetric" if upsample else "half_pixel")
+    where = where or ("asymmetric" if old else "half_pixel")
     if mode == "nearest":
         exact = where.endswith("half_pixel")
         return F.interpolate(value, size, mode="nearest-exact" if exact else "nearest")

@@ -151,6 +151,7 @@ CASES: list[tuple[str, str, dict[str, Any], tuple[Any, ...], int]] = [
     ("Slice backwards", "Slice", {}, (whole(-1), whole(-(2**62)), whole(3), whole(-1)), 18),
     ("Slice of old", "Slice", {"starts": [1], "ends": [-1], "axes": [2]}, (), 9),
     ("Clip of old", "Clip", {"min": -0.5, "max": 0.25}, (), 9),
+    ("Resize of old", "Resize", {}, (np.array([1, 1, 2, 3], np.float32),), 10),
     ("Pad of old", "Pad", {"pads": [0, 0, 1, 2, 0, 0, 0, 3], "value": 0.5}, (), 9),
     ("Gather one", "Gather", {"axis": 1}, (np.array(-1, np.int64),), 18),
     ("Gather many", "Gather", {"axis": 2}, (np.array([[0, -1], [3, 2]], np.int64),), 18),

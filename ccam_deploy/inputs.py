@@ -119,9 +119,10 @@ class Inputs:
         return images, ()
 
     def close(self) -> None:
-        """End the threads."""
-        if self._decoders is not None:
-            self._decoders.shutdown()
+        """End the threads; what comes later is prepared without them."""
+        decoders, self._decoders = self._decoders, None
+        if decoders is not None:
+            decoders.shutdown()
 
 
 def sequence_of(images: Images) -> Pictures:

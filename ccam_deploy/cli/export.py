@@ -149,8 +149,6 @@ def export(options: ExportOptions) -> None:
     bundle = run(
         prepared.network, output, prepared.input_size, layers, precision, prepared.settings
     )
-    for note in bundle.manifest.doubts:
-        say(f"warning: {note}", err=True)
     if not options.as_json:
         _report(bundle, precision)
     if planner:
@@ -223,7 +221,10 @@ def _prepare(options: ExportOptions) -> PreparedModel:
         pictures = prepared.settings.calibration or photographs()
         changes["calibration"] = pictures[: options.limit]
     if options.constants:
-        changes["constants"] = dict(map(parse_constant, options.constants))
+        pairs = list(map(parse_constant, options.constants))
+        changes["constants"] = dict(pairs)
+        if len(changes["constants"]) < len(pairs):
+            raise OptionError("--constant binds an input twice; give each once")
     if options.activation:
         changes["activation"] = options.activation
     if options.head:

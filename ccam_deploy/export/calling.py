@@ -25,12 +25,13 @@ def call_with_images(model: nn.Module, images: Tensor, constants: Mapping[str, A
         model: A private copy, whose `forward` is replaced; the names of its modules stay.
         images: [B, C, H, W] float32, an example.
         constants: What is bound to other inputs, by name: numbers, None, tensors or arrays.
+            Floating-point arrays become float32, which the model is in.
 
     Raises:
-        OptionError: The model has no input of such a name.
+        OptionError: The model has no input of such a name, or an array holds no numbers.
         SourceError: An input is not bound, or none of the outputs is the logits.
     """
-    bound = {name: _as_argument(value) for name, value in constants.items()}
+    bound = {name: _as_argument(name, value) for name, value in constants.items()}
     first = _images_name(model, bound)
     forward = model.forward
 
@@ -104,8 +105,13 @@ def _values(output: Any) -> dict[str, Any]:
     return {}
 
 
-def _as_argument(value: Any) -> Any:
-    return torch.from_numpy(value.copy()) if isinstance(value, np.ndarray) else value
+def _as_argument(name: str, value: Any) -> Any:
+    if not isinstance(value, np.ndarray):
+        return value
+    if value.dtype.kind not in "biuf":
+        raise OptionError(f'constant "{name}" holds {value.dtype}; it must hold numbers')
+    dtype = np.float32 if value.dtype.kind == "f" else value.dtype
+    return torch.from_numpy(np.array(value, dtype, order="C"))
 
 
 def _images_name(model: nn.Module, bound: Mapping[str, Any]) -> str | None:

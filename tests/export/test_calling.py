@@ -134,15 +134,18 @@ def conditioned_factory() -> nn.Module:
     return Conditioned()
 
 
-@pytest.mark.parametrize("mask", [None, np.linspace(0, 1, 24, dtype=np.float32)])
+@pytest.mark.parametrize(
+    "mask", [None, np.linspace(0, 1, 24, dtype=np.float32), np.linspace(1, 0, 24)]
+)
 def test_constants_are_bound_to_other_inputs(mask: Any) -> None:
+    """In float32 as the model is, though NumPy makes float64 of most."""
     bound = {"gain": 0.5, "flip": True, "mask": mask}
     program = build_program(trace_model(conditioned(), (3, *SIZE), bound))
     assert [layer.name for layer in find_layers(program)] == ["relu1", "relu2"]
     images = noise(3, 3, *SIZE)
     shown = images[..., ::-1] * (1 if mask is None else mask)
     with torch.no_grad():
-        expected = tiny()(torch.from_numpy(shown.copy())) * 0.5
+        expected = tiny()(torch.from_numpy(shown.astype(np.float32))) * 0.5
         torch.testing.assert_close(program.graph(torch.from_numpy(images))[0], expected)
 
 
@@ -160,6 +163,11 @@ def test_constants_are_bound_to_other_inputs(mask: Any) -> None:
             {"gian": 1},
             OptionError,
             'the model has no input "gian"; it has gain, images, flip, mask',
+        ),
+        (
+            {"gain": np.array("high"), "flip": True},
+            OptionError,
+            'constant "gain" holds <U4; it must hold numbers',
         ),
     ],
 )
@@ -229,6 +237,8 @@ def test_the_command_binds_constants(tmp_path: Path) -> None:
     command += ("--output", tmp_path / "out")
     assert "the model takes gain, images, flip; bind all but the images" in failure(*command)
     mask = f"mask={tmp_path / 'mask.npy'}"
+    twice = ("--constant", "gain=0.5", "--constant", "gain=1", "--constant", "flip=true")
+    assert failure(*command, *twice) == "--constant binds an input twice; give each once"
     bound = ("--constant", "gain=0.5", "--constant", "flip=true", "--constant", mask)
     success(*command, *bound)
     images = noise(2, 3, 32, 48)

@@ -16,11 +16,19 @@ from ccam_deploy.export.graph_editing import aten, drop_unused, fresh_constant
 from ccam_deploy.export.program import Program
 
 _ROUNDING = 1e-3
-_ENDS: dict[object, Activation] = {
+_ENDS = {
     aten.softmax.int: "softmax",
     aten._softmax.default: "softmax",
+    aten.log_softmax.int: "log-softmax",
+    aten._log_softmax.default: "log-softmax",
     aten.sigmoid.default: "sigmoid",
 }
+_ACTIVATIONS: dict[str, Activation] = {
+    "softmax": "softmax",
+    "log-softmax": "softmax",
+    "sigmoid": "sigmoid",
+}
+"""What makes probabilities of the logits before each end."""
 _RESHAPES = (
     aten.view.default,
     aten.reshape.default,
@@ -36,9 +44,9 @@ _RESHAPES = (
 def with_logits(program: Program, wanted: Activation | None = None) -> Program:
     """Find the logits of a traced classifier, and what makes probabilities of them.
 
-    A softmax or sigmoid at the end is cut off: the gradient of a probability vanishes where the
-    network is sure. One logit z becomes the two logits -z and z, of the complement and the class:
-    their sigmoids add up to 1.
+    A softmax, its logarithm or a sigmoid at the end is cut off: the gradient of a probability
+    vanishes where the network is sure. One logit z becomes the two logits -z and z, of the
+    complement and the class: their sigmoids add up to 1.
 
     Args:
         program: The classifier as it was traced; its graph is changed.
@@ -53,7 +61,8 @@ def with_logits(program: Program, wanted: Activation | None = None) -> Program:
     """
     if wanted == "none":
         return replace(program, activation=wanted)
-    found = final_activation(program)
+    end = final_activation(program)
+    found = _ACTIVATIONS.get(end or "")
     single = program.classes == 1
     if wanted == "softmax" and single:
         raise OptionError(
@@ -62,10 +71,10 @@ def with_logits(program: Program, wanted: Activation | None = None) -> Program:
         )
     if found and wanted and wanted != found:
         raise OptionError(
-            f"the model ends in a {found}, which --activation {wanted} does not fit; "
+            f"the model ends in a {end}, which --activation {wanted} does not fit; "
             f"leave the option out, or give {found} or none"
         )
-    logits = _without_end(program.logits) if found else program.logits
+    logits = _without_end(program.logits) if end else program.logits
     if single:
         logits = _two_logits(program.graph, logits)
     program.graph.graph.output_node().args = ((logits,),)
@@ -74,18 +83,22 @@ def with_logits(program: Program, wanted: Activation | None = None) -> Program:
     return replace(program, logits=logits, activation=activation, single=single)
 
 
-def final_activation(program: Program) -> Activation | None:
-    """Tell which activation a classifier ends in, over its classes; None for any other end."""
+def final_activation(program: Program) -> str | None:
+    """Tell which activation a classifier ends in, over its classes.
+
+    Returns:
+        "softmax", "log-softmax" or "sigmoid"; None for any other end.
+    """
     end = _last_computation(program.logits)
     found = _ENDS.get(end.target)
-    if found == "softmax":
+    if found in ("softmax", "log-softmax"):
         value, axis = end.meta["val"], end.args[1]
         over_classes = isinstance(axis, int) and axis % value.dim() == 1
         return found if over_classes and value.shape[1] > 1 else None
     return found
 
 
-def describe_scores(program: Program, end: Activation | None) -> str:
+def describe_scores(program: Program, end: str | None) -> str:
     """Say in a line what an export made of a classifier's outputs; "" where it took them as logits.
 
     Args:
@@ -130,7 +143,7 @@ def _last_computation(outputs: fx.Node) -> fx.Node:
 
 
 def _without_end(outputs: fx.Node) -> fx.Node:
-    """Cut off the softmax or sigmoid at the end; returns the node of the logits."""
+    """Cut off the activation at the end; returns the node of the logits."""
     end, chain = _last_computation(outputs), list(_reshapes(outputs))
     source = end.args[0]
     assert isinstance(source, fx.Node)

@@ -49,8 +49,8 @@ class ExportSettings:
             class's name alone, or those of the complement and the class.
         activation: What makes probabilities of logits; with "none", the model's outputs are taken
             as they are. None is the sigmoid for a model with one output or with a sigmoid at its
-            end, and the softmax for all others. A softmax or sigmoid at the end is cut off, so
-            that logits are explained, unless this is "none".
+            end, and the softmax for all others. A softmax, its logarithm or a sigmoid at the end
+            is cut off, so that logits are explained, unless this is "none".
         calibration: Real images for the comparison with PyTorch; by default the package's
             photographs.
         tolerance: Bounds that replace a precision's in ccam_deploy.fidelity.tolerance.

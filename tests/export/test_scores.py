@@ -16,7 +16,6 @@ from scipy.special import expit
 from torch import Tensor
 
 import ccam_deploy as ccam
-from ccam_deploy.bundle.manifest import Activation
 from ccam_deploy.errors import OptionError
 from ccam_deploy.export import ExportSettings, export
 from ccam_deploy.export.program import build_program, trace_model
@@ -39,7 +38,7 @@ def twice(values: Tensor) -> Tensor:
     return gates * values.mean(1, keepdim=True) + gates
 
 
-ENDS: dict[str, tuple[Callable[[Tensor], Tensor], Activation | None]] = {
+ENDS: dict[str, tuple[Callable[[Tensor], Tensor], str | None]] = {
     "nothing": (lambda z: z, None),
     "softmax": (lambda z: z.softmax(1), "softmax"),
     "negative axis": (lambda z: z.softmax(-1), "softmax"),
@@ -47,7 +46,9 @@ ENDS: dict[str, tuple[Callable[[Tensor], Tensor], Activation | None]] = {
     "sigmoid": (torch.sigmoid, "sigmoid"),
     "reshaped": (lambda z: z[..., None, None].softmax(1).flatten(1), "softmax"),
     "squeezed": (lambda z: z[..., None].sigmoid().squeeze(-1).clone(), "sigmoid"),
-    "log-softmax": (lambda z: z.log_softmax(1), None),
+    "log-softmax": (lambda z: z.log_softmax(1), "log-softmax"),
+    "log-softmax of a module": (torch.nn.LogSoftmax(-1), "log-softmax"),
+    "log-softmax over the batch": (lambda z: z.log_softmax(0), None),
     "over the batch": (lambda z: z.softmax(0), None),
     "over another axis": (lambda z: z[:, None].softmax(1).flatten(1), None),
     "read by others": (twice, None),
@@ -62,13 +63,15 @@ def test_an_activation_at_the_end_is_cut_off(name: str) -> None:
     program = build_program(trace_model(model, (3, *SIZE)), fold=False)
     assert final_activation(program) == found
     scored = with_logits(program)
-    assert (scored.activation, scored.single) == (found or "softmax", False)
+    activation = "sigmoid" if found == "sigmoid" else "softmax"
+    assert (scored.activation, scored.single) == (activation, False)
     images = torch.from_numpy(noise(3, 3, *SIZE))
     with torch.no_grad():
         (logits,) = scored.graph(images)
         expected = model(images)
     if found:
-        logits = logits.softmax(1) if found == "softmax" else logits.sigmoid()
+        put_back = {"softmax": torch.softmax, "log-softmax": torch.log_softmax}
+        logits = put_back[found](logits, 1) if found in put_back else logits.sigmoid()
     torch.testing.assert_close(logits, expected)
     assert describe_scores(scored, found) == (
         f"the model ends in a {found}, which is left out: its logits are explained; "
@@ -113,6 +116,7 @@ def test_outputs_as_they_are() -> None:
     [
         (torch.sigmoid, 5, "softmax", "the model ends in a sigmoid, which --activation softmax"),
         (lambda z: z.softmax(1), 5, "sigmoid", "ends in a softmax, which --activation sigmoid"),
+        (lambda z: z.log_softmax(1), 5, "sigmoid", "in a log-softmax, which --activation sigm"),
         (lambda z: z, 1, "softmax", "the softmax of one value is always 1; export with --activ"),
     ],
 )

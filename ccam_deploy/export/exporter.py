@@ -33,19 +33,16 @@ from ccam_deploy.export.architecture import Model
 from ccam_deploy.export.doubts import doubts_about_layers, doubts_about_values
 from ccam_deploy.export.graphs import Graphs, convert_graphs
 from ccam_deploy.export.layers import find_layers
-from ccam_deploy.export.preparation import PreparedModel, checked_views, prepare_model
+from ccam_deploy.export.preparation import PreparedModel, prepare_model
 from ccam_deploy.export.quantise import EIGHT_BIT_TYPES, masked_batches, quantise
 from ccam_deploy.export.reference import TorchClassifier
 from ccam_deploy.export.scores import warn_of_probabilities
 from ccam_deploy.export.settings import ExportSettings, labels_of
 from ccam_deploy.export.weight_file import WeightFile, write_graphs
 from ccam_deploy.fidelity.comparison import compare_observations
-from ccam_deploy.fidelity.observation import Observation, observe, save_observation
+from ccam_deploy.fidelity.observation import Observation, checked_views, observe, save_observation
 from ccam_deploy.fidelity.tolerance import RANDOM_TOLERANCE, TOLERANCE, broken_bounds
 from ccam_deploy.image_files import MIN_SIDE
-
-RECORDED_IMAGES = 2
-"""How many calibration images a bundle records, to be verified on."""
 
 _TYPES: dict[GraphPrecision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16}
 _PRECISIONS: dict[str, tuple[GraphPrecision, ...]] = {
@@ -124,7 +121,7 @@ def export(
         settings.progress(f"warning: {note}")
     with staged_bundle(output) as folder:
         files = _write(precisions, converted, reference.calibration, folder, settings)
-        save_observation(folder / _REFERENCE, reference.calibration.first(RECORDED_IMAGES))
+        save_observation(folder / _REFERENCE, reference.observation, reference.calibrated)
         entries = {
             name: _compare(name, graph_files, folder, reference, prepared, settings)
             for name, graph_files in files.items()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 from torch.export import ExportedProgram
 
 from ccam_deploy.arrays import Floats
@@ -24,9 +23,6 @@ from ccam_deploy.export.settings import (
     preprocessing_of,
     validate_settings,
 )
-
-CHECKED_IMAGES = 8
-"""On how many images graphs are compared with PyTorch at least."""
 
 
 @dataclass(frozen=True)
@@ -55,26 +51,6 @@ class PreparedModel:
     def unfolded(self) -> Program:
         """Make the graph of the model as it was traced, before anything was folded."""
         return with_logits(program_from(self.functional, fold=False), self.program.activation)
-
-
-def checked_views(images: Floats, least: int = CHECKED_IMAGES) -> Floats:
-    """Add views of images until there are enough to tell a flipped activation from a wrong graph.
-
-    An activation at a bend rounds to the other side of it in one image of five or so. The median
-    of eight does not see that; the median of two would be half of it.
-
-    Args:
-        images: [B, C, H, W] float32, at least one.
-        least: How many are wanted.
-
-    Returns:
-        [max(B, least), C, H, W] float32, at most [8·B, ...]: the images, then mirrored and upside
-        down, then the same shifted by a third of their size.
-    """
-    flips = [images, images[..., ::-1], images[..., ::-1, :], images[..., ::-1, ::-1]]
-    shift = images.shape[2] // 3, images.shape[3] // 3
-    views = [*flips, *(np.roll(view, shift, (2, 3)) for view in flips)]
-    return np.ascontiguousarray(np.concatenate(views)[: max(len(images), least)])
 
 
 def prepare_model(

@@ -18,6 +18,9 @@ from ccam_deploy.errors import IntegrityError, brief
 from ccam_deploy.kernels import cpu
 from ccam_deploy.methods import Batch, CollectionCAM, MethodResult, Stopwatch
 
+CHECKED_IMAGES = 8
+"""On how many images graphs are compared with PyTorch at least."""
+
 _MASKS = 4
 _ARRAYS = ("images", "targets", "logits", "masked_logits", "saliency")
 _OPTIONAL_ARRAYS = ("head", "input_gradient", "guided_gradient")
@@ -92,6 +95,26 @@ class Observation:
             features=tuple(values[..., :2] for values in psi),
             gradients=tuple(values[..., 2:] for values in psi),
         )
+
+
+def checked_views(images: Floats, least: int = CHECKED_IMAGES) -> Floats:
+    """Add views of images until there are enough to tell a flipped activation from a wrong graph.
+
+    An activation at a bend rounds to the other side of it in one image of five or so. The median
+    of eight does not see that; the median of two would be half of it.
+
+    Args:
+        images: [B, C, H, W] float32, at least one.
+        least: How many are wanted.
+
+    Returns:
+        [max(B, least), C, H, W] float32, at most [8·B, ...]: the images, then mirrored and upside
+        down, then the same shifted by a third of their size.
+    """
+    flips = [images, images[..., ::-1], images[..., ::-1, :], images[..., ::-1, ::-1]]
+    shift = images.shape[2] // 3, images.shape[3] // 3
+    views = [*flips, *(np.roll(view, shift, (2, 3)) for view in flips)]
+    return np.ascontiguousarray(np.concatenate(views)[: max(len(images), least)])
 
 
 def fixed_masks(height: int, width: int) -> Floats:
@@ -191,14 +214,22 @@ def explain_gradients(
     return method.explain(_Given(classifier, gradients), batch, Stopwatch())  # type: ignore[arg-type]
 
 
-def save_observation(path: Path, observation: Observation) -> None:
-    """Write an observation's summary to an .npz file."""
+def save_observation(path: Path, observation: Observation, given: int | None = None) -> None:
+    """Write an observation's summary to an .npz file.
+
+    Args:
+        path: The file.
+        observation: What is written.
+        given: How many of its images `checked_views` was given: the others are not written, but
+            made of these again where the file is read. None to write all.
+    """
     summary = observation.summary()
     names = [*_ARRAYS, *(name for name in _OPTIONAL_ARRAYS if name in summary.optional_graphs())]
     values: dict[str, Any] = {name: getattr(summary, name) for name in names}
     for name in _LAYERED:
         for index, maps in enumerate(getattr(summary, name)):
             values[f"{name}_{index}"] = maps
+    values["images"] = observation.images[:given]
     np.savez_compressed(path, **values)
 
 
@@ -213,7 +244,11 @@ def load_observation(path: Path) -> Observation:
             arrays = {name: values[name] for name in _ARRAYS}
             arrays |= {name: values[name] for name in _OPTIONAL_ARRAYS if name in values.files}
             layers: dict[str, Any] = {name: tuple(_layers(values, name)) for name in _LAYERED}
-            return Observation(**arrays, **layers)
+        count = len(arrays["targets"])
+        arrays["images"] = checked_views(arrays["images"], count)
+        if len(arrays["images"]) != count:
+            raise ValueError(f"it has {len(arrays['images'])} images for {count} targets")
+        return Observation(**arrays, **layers)
     except Exception as error:
         raise IntegrityError(f"{path} is no record of an export: {brief(error)}") from error
 

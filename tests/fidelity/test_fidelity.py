@@ -23,6 +23,7 @@ from ccam_deploy.explanation import Explanation
 from ccam_deploy.fidelity.comparison import compare_observations, relative_error
 from ccam_deploy.fidelity.observation import (
     Observation,
+    checked_views,
     fixed_masks,
     load_observation,
     save_observation,
@@ -234,6 +235,21 @@ def test_saved_observation_comes_back(tmp_path: Path) -> None:
             np.testing.assert_allclose(got[index], expected, rtol=1e-5, atol=1e-6)
 
 
+def test_views_are_made_again_from_the_images(tmp_path: Path) -> None:
+    path, given = tmp_path / "reference.npz", noise(2, 3, 8, 10)
+    views = checked_views(given)
+    made = observation(images=views, targets=np.arange(8, dtype=np.int64))
+    made = dataclasses.replace(made, features=(noise(8, 6, 4, 5),), gradients=(noise(8, 6, 4, 5),))
+    save_observation(path, made, 2)
+    with np.load(path) as stored:
+        np.testing.assert_array_equal(stored["images"], given)
+        values = dict(stored)
+    np.testing.assert_array_equal(load_observation(path).images, views)
+    np.savez_compressed(path, **{**values, "targets": np.zeros(17, np.int64)})
+    with pytest.raises(IntegrityError, match="it has 16 images for 17 targets"):
+        load_observation(path)
+
+
 def other_file(folder: Path, name: str) -> Path:
     path = folder / name
     save_observation(folder / "good.npz", observation())
@@ -263,7 +279,9 @@ def test_bundle_computes_what_was_recorded(bundle: Bundle, networks: Networks) -
     report, phrases = verify_bundle(bundle, networks, "fp32")
     assert phrases == []
     assert report.partitions == 1
-    assert report.images == 2
+    exported = bundle.precision("fp32").fidelity
+    assert report.images == exported.images == 8
+    assert report.worst_saliency_rank == pytest.approx(exported.worst_saliency_rank, abs=1e-6)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ccam_deploy.export.preparation import checked_views
+from ccam_deploy.fidelity.observation import checked_views
 from tests.helpers import noise
 
 

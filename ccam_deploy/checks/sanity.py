@@ -15,6 +15,7 @@ from PIL import Image
 
 from ccam_deploy import render
 from ccam_deploy.arrays import Classes, Floats
+from ccam_deploy.bundle.manifest import Activation
 from ccam_deploy.engines import Classifier
 from ccam_deploy.errors import OptionError
 from ccam_deploy.fidelity.similarity import WINDOW, hog_similarity, spearman, ssim
@@ -110,6 +111,7 @@ def compare_randomised(
     *,
     mean: tuple[float, ...],
     std: tuple[float, ...],
+    activation: Activation = "softmax",
 ) -> SanityCheck:
     """Explain images with the trained network and in every stage of randomisation.
 
@@ -124,6 +126,7 @@ def compare_randomised(
         progress: Called after each stage, twice for each layer.
         mean: Per channel, as the images were normalised.
         std: Per channel, as the images were normalised.
+        activation: What makes probabilities of the logits.
 
     Returns:
         The trained network's maps and every stage.
@@ -141,9 +144,8 @@ def compare_randomised(
         baseline = classifier.backbone(np.zeros_like(images[:1])).logits[0]
         owner = np.arange(len(images), dtype=np.int64)
         layers = classifier.layers
-        batch = Batch(
-            images, activations, owner, targets, layers, baseline, _CHUNK, mean=mean, std=std
-        )
+        facts = activations, owner, targets, layers, baseline
+        batch = Batch(images, *facts, _CHUNK, mean, std, activation)
         return method.explain(classifier, batch, Stopwatch()).saliency
 
     targets: Classes = classifier.backbone(images).logits.argmax(axis=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -98,6 +99,7 @@ def sanity(options: SanityOptions) -> None:
     from ccam_deploy import render
     from ccam_deploy.cli import choices
     from ccam_deploy.export.randomise import limited_threads
+    from ccam_deploy.export.settings import labels_of
     from ccam_deploy.fidelity.similarity import require_scikit_image
     from ccam_deploy.files import require_writable_folder, write_file
 
@@ -115,12 +117,14 @@ def sanity(options: SanityOptions) -> None:
     with limited_threads(options.threads):
         classifier, images, result = _run(prepared, method, options)
     settings = prepared.settings
+    names = labels_of(settings, classifier.program)
     content = {
         "settings": _facts(settings, method, options, classifier, images),
         "stages": _stages(result),
         "picture": str(picture),
     }
-    write_file(picture, render.png(_drawn(result, images[:_SHOWN_IMAGES], settings, look)))
+    drawn = _drawn(result, _restored(images[:_SHOWN_IMAGES], settings), names, look)
+    write_file(picture, render.png(drawn))
     write_json(report, content)
     if options.as_json:
         print_json(content)
@@ -192,20 +196,25 @@ def _run(
             lambda: bar.update(1),
             mean=settings.mean,
             std=settings.std,
+            activation=classifier.program.activation,
         )
     return classifier, images, result
 
 
-def _drawn(
-    result: SanityCheck, images: Floats, settings: ExportSettings, look: Look
-) -> Image.Image:
-    """The check's picture, for images [B, C, H, W]."""
-    from ccam_deploy.checks import sanity as checks
+def _restored(images: Floats, settings: ExportSettings) -> list[Image.Image]:
+    """Pictures of images [B, C, H, W]."""
     from ccam_deploy.preprocess import restore_image
 
-    shown = [restore_image(image, settings.mean, settings.std) for image in images]
-    names = settings.labels
-    captions = [names[c] if names else str(c) for c in result.targets[: len(images)].tolist()]
+    return [restore_image(image, settings.mean, settings.std) for image in images]
+
+
+def _drawn(
+    result: SanityCheck, shown: Sequence[Image.Image], names: Sequence[str], look: Look
+) -> Image.Image:
+    """The check's picture, for its first images."""
+    from ccam_deploy.checks import sanity as checks
+
+    captions = [names[c] if names else str(c) for c in result.targets[: len(shown)].tolist()]
     return checks.picture(result, shown, captions, look)
 
 

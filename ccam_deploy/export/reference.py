@@ -26,10 +26,13 @@ class TorchClassifier:
     Args:
         program: The classifier.
         layers: Its target layers, from the shallowest to the deepest.
+
+    Attributes:
+        program: The classifier.
     """
 
     def __init__(self, program: Program, layers: Sequence[TargetLayer]) -> None:
-        self._program = program
+        self.program = program
         self._layers = layers
 
     def backbone(self, images: Floats) -> Activations:
@@ -79,7 +82,7 @@ class TorchClassifier:
         Returns:
             [B, C, H, W].
         """
-        recorder = (GuidedRecorder if guided else Recorder)(self._program.graph, ())
+        recorder = (GuidedRecorder if guided else Recorder)(self.program.graph, ())
         values = torch.from_numpy(images).requires_grad_()
         (logits,) = recorder.run(values)
         (gradient,) = torch.autograd.grad(logits, values, torch.from_numpy(output_gradient))
@@ -100,9 +103,9 @@ class TorchClassifier:
         Raises:
             OptionError: The network has an operator without a rule; see why_not.
         """
-        if reason := why_not(self._program, self._layers):
+        if reason := why_not(self.program, self._layers):
             raise OptionError(f"the network has no excitation: {reason}")
-        recorder = ExcitationRecorder(self._program, self._layers)
+        recorder = ExcitationRecorder(self.program, self._layers)
         (logits,) = recorder.run(torch.from_numpy(images).requires_grad_())
         maps = recorder.maps(logits, torch.from_numpy(winners), torch.from_numpy(duals))
         return tuple(value.numpy() for value in maps)
@@ -119,7 +122,7 @@ class TorchClassifier:
             Logits [N, classes].
         """
         with torch.no_grad():
-            (logits,) = self._program.graph(torch.from_numpy(images[owner] * masks[:, None]))
+            (logits,) = self.program.graph(torch.from_numpy(images[owner] * masks[:, None]))
         return logits.numpy()  # type: ignore[no-any-return]
 
     def head_logits(self, features: Floats, rest: Floats | None = None) -> Floats:
@@ -135,13 +138,13 @@ class TorchClassifier:
         layer = self._layers[-1]
         others = None if rest is None else torch.from_numpy(rest)
         value = layer.tensor(torch.from_numpy(features), others)
-        images = torch.zeros(len(features), *self._program.input_shape)
-        interpreter = fx.Interpreter(self._program.graph)
+        images = torch.zeros(len(features), *self.program.input_shape)
+        interpreter = fx.Interpreter(self.program.graph)
         with torch.no_grad():
             (logits,) = interpreter.run(images, initial_env={layer.node: value})
         return logits.numpy()  # type: ignore[no-any-return]
 
     def _run(self, images: Tensor) -> tuple[Tensor, Recorder]:
-        recorder = Recorder(self._program.graph, self._layers)
+        recorder = Recorder(self.program.graph, self._layers)
         (logits,) = recorder.run(images)
         return logits, recorder

@@ -134,7 +134,7 @@ def test_only_these_layers_become_random(layers: tuple[str, ...]) -> None:
     classifier, images = tiny_classifier(), noise(2, 3, 32, 48)
     classifier.randomise(layers)
     model = tiny()
-    drawn = dict(classifier._program.graph.named_buffers())
+    drawn = dict(classifier.program.graph.named_buffers())
     owners = {"norm1": "conv1"}
     with torch.no_grad():
         for name, value in [*model.named_parameters(), *model.named_buffers()]:
@@ -151,7 +151,7 @@ def test_random_weights_have_the_variance_that_they_should() -> None:
     """2 / fan-in; biases and means 0, scales and variances 1."""
     classifier = tiny_classifier()
     classifier.randomise(classifier.parts)
-    values = dict(classifier._program.graph.named_buffers())
+    values = dict(classifier.program.graph.named_buffers())
     weights = values["p_conv2_weight"]
     assert float(weights.std()) == pytest.approx((2 / (6 * 9)) ** 0.5, rel=0.1)
     assert not values["p_conv2_bias"].any()

@@ -6,10 +6,14 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
+from ccam_deploy.bundle.manifest import Activation
 from ccam_deploy.image_files import load_image
+from ccam_deploy.methods import scores
 from tests.command import failure, success
 from tests.helpers import SCENES
 from tests.networks import tiny
@@ -56,6 +60,30 @@ def test_scenes_and_other_methods(weights: Path) -> None:
     assert content["settings"]["options"] == {"layer": "", "relu": True}
     assert set(content["stages"][0]) - {"layer", "mode"} <= set(content["settings"]["definitions"])
     assert content["settings"]["images"] == 3
+
+
+@pytest.mark.slow
+def test_a_single_logit_is_checked_by_its_sigmoid(
+    weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One label names one of its two classes, and RISE's scores are not a softmax of both."""
+    used: list[str] = []
+    plain = scores.probabilities
+
+    def watched(logits: NDArray[np.float32], activation: Activation) -> NDArray[np.float32]:
+        used.append(activation)
+        return plain(logits, activation)
+
+    monkeypatch.setattr(scores, "probabilities", watched)
+    Path("one.toml").write_text(
+        'name = "one"\narch = "tests.networks:make_tiny(classes=1)"\nlabels = ["defect"]\n'
+        "[input]\nsize = [32, 48]\n"
+    )
+    words = ("--recipe", "one.toml", "--random-weights", "--threads", "1", "--images", SCENES)
+    rise = ("--method", "rise", "--option", "masks=4", "--limit", 2, "--depth", 1)
+    success("sanity", *words, *rise)
+    assert set(used) == {"sigmoid"}
+    assert Path("sanity/sanity.png").exists()
 
 
 @pytest.mark.parametrize(

@@ -299,7 +299,7 @@ def read_labels(path: Path) -> tuple[str, ...]:
         OptionError: The file cannot be read, or holds no names.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except OSError as error:
         raise OptionError(f"{path} cannot be read as labels: {error.strerror}") from error
     except UnicodeDecodeError as error:

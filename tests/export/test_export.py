@@ -355,6 +355,8 @@ def test_recipes_that_cannot_be_followed(tmp_path: Path) -> None:
     (tmp_path / "none.txt").write_text("\n \n")
     with pytest.raises(OptionError, match=r"none\.txt holds no labels; give one a line$"):
         recipe_settings(recipe, tmp_path)
+    (tmp_path / "none.txt").write_text("cat\r\n\r\ndog", "utf-8-sig")
+    assert recipe_settings(recipe, tmp_path).labels == ("cat", "dog"), "as Windows saves it"
     path.write_text('labels = "math:pi"\n' + RECIPE)
     with pytest.raises(OptionError, match=r'^labels "math:pi" do not exist$'):
         recipe_settings(read_recipe(path), tmp_path)

@@ -65,13 +65,10 @@ def test_only_the_crop_with_other_gradients_moves(tiny_bundle: Path) -> None:
     with loaded(tiny_bundle) as explainer:
         other = Flipped(explainer.networks, -1.0)
         result = bench.measure(explainer, other, CROPS, {"plain": method, "soft": method})  # type: ignore[arg-type]
-        images, _ = explainer.preprocess([crop.read() for crop in CROPS])
-        best = explainer.explain(images, method=method)
     assert result["gradients"] == [0.0, pytest.approx(2.0)]
     assert result["maps"]["plain"][0] == 0
     assert result["maps"]["plain"][1] > bench.LIMIT
     assert result["maps"]["soft"] == result["maps"]["plain"]
-    assert len(best.saliency) == 2
 
 
 def test_summary_and_table_by_hand() -> None:

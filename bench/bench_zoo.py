@@ -100,7 +100,7 @@ def check(model: ZooModel) -> dict[str, Any]:
 
     Raises:
         CheckError: The bundle explains nothing.
-        CcamDeployError: The export failed.
+        CcamError: The export failed.
     """
     size = (model.size, model.size)
     recipe = Recipe(model.name, f"bench.bench_zoo:awake(arch={model.arch!r})", InputTable(size))
@@ -227,6 +227,7 @@ class Choice:
         patterns: Names with wildcards; a library may be left out.
         only_failed: Those whose result is that they do not work, and no others.
         limit: How many at most.
+        known: Results so far, by name.
     """
 
     patterns: tuple[str, ...] = ("*",)

@@ -16,6 +16,7 @@ CcamError                the root of all; the command line prints it as one line
 │   ├── LayerError       a target layer that is unknown or unusable
 │   ├── LoweringError    an operator that the graphs cannot express
 │   └── ToleranceError   a graph that does not agree with PyTorch
+├── ServerError          an inference server that does not start, or does not do what was asked
 └── BackendError         an engine that is missing, or that cannot do what was asked
 """
 
@@ -92,6 +93,10 @@ class LoweringError(ExportError):
 
 class ToleranceError(ExportError):
     """An exported graph does not agree with PyTorch within its tolerance."""
+
+
+class ServerError(CcamError):
+    """An inference server does not start, cannot be reached, or does not do what was asked."""
 
 
 class BackendError(CcamError):

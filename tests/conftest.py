@@ -6,6 +6,7 @@ import gc
 import os
 from collections.abc import Iterator
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,8 @@ def pytest_runtest_teardown(item: pytest.Item) -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and _why_no_gpu():
         pytest.skip(_why_no_gpu())
+    if item.get_closest_marker("serve") and not find_spec("pytriton"):
+        pytest.skip("Triton is not installed here; make test-serve runs this")
 
 
 @pytest.fixture(scope="session")

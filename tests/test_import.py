@@ -50,8 +50,8 @@ HOMES = {
     "model_signing": {"bundle"},
     "triton_python_backend_utils": {"serve"},
     "click": {"cli"},
-    "signal": {"cli"},
-    "tempfile": {"bundle", "export", "files", "latency"},
+    "signal": {"cli", "serve"},
+    "tempfile": {"bundle", "export", "files", "latency", "serve"},
 }
 """The parts that may import a library."""
 

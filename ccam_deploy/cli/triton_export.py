@@ -18,6 +18,7 @@ from ccam_deploy.cli.options import (
     MethodNamesOrNone,
     MethodPairs,
     Precision,
+    RequireSignature,
     Threads,
 )
 from ccam_deploy.cli.parameters import Argument, Option, unset, with_options
@@ -65,6 +66,7 @@ class TritonExportOptions:
     methods: MethodNamesOrNone = unset("all that the bundle can run, collection-cam first")
     pairs: MethodPairs = ()
     threads: Threads = 0
+    require_signature: RequireSignature = unset("none is needed")
     as_json: AsJson = False
 
 
@@ -77,7 +79,8 @@ def export(options: TritonExportOptions) -> None:
     hold all that they need, and older ones of these names are replaced; other models in the
     repository stay. The server's Python needs ccam-deploy and a backend.
 
-    Requests may ask for each of --methods; the first is the default.
+    Requests may ask for each of --methods; the first is the default. With --require-signature, the
+    server checks the bundle again whenever it loads the model, with the key at the same place.
     """
     import dataclasses
 
@@ -106,9 +109,12 @@ def export(options: TritonExportOptions) -> None:
         "precision": options.precision,
         "kind": options.kind,
         "threads": options.threads,
+        "require_signature": str(options.require_signature.absolute())
+        if options.require_signature
+        else "",
     }
     settings = msgspec.convert(values, ModelSettings)
-    bundle = read_bundle(options.bundle)
+    bundle = read_bundle(options.bundle, options.require_signature)
     folders = write_repository(bundle, options.repository, serving, settings)
     if options.as_json:
         print_json({"models": [str(folder) for folder in folders]})

@@ -29,6 +29,8 @@ class ModelSettings:
         precision: The engines' precision.
         kind: Where the model may run.
         threads: CPU threads of each instance; 0 lets the engine choose.
+        require_signature: The path, on the server, of the public key that the bundle has to be
+            signed with; empty where none is needed.
     """
 
     methods: tuple[str, ...] = ()
@@ -36,6 +38,7 @@ class ModelSettings:
     precision: PrecisionName = "fp32"
     kind: Kind = "auto"
     threads: int = 0
+    require_signature: str = ""
 
     @property
     def default(self) -> str:
@@ -78,6 +81,7 @@ class ModelSettings:
             "precision": self.precision,
             "kind": self.kind,
             "threads": str(self.threads),
+            "require_signature": self.require_signature,
         }
 
     @classmethod

@@ -136,6 +136,7 @@ def _open(args: dict[str, str], settings: ModelSettings, max_batch: int) -> Expl
         precision=settings.precision,
         batch_size=max(DEFAULT_BATCH, max_batch),
         threads=settings.threads,
+        require_signature=settings.require_signature or None,
     )
     if settings.kind == "gpu" and explainer.networks.slots is None:
         notes = "; ".join(explainer.networks.notes)

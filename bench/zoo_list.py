@@ -181,8 +181,11 @@ def _run(arch: str, size: int) -> _Run | None:
         network = _on_meta(arch)
         image = torch.zeros(2, 3, size, size, device="meta")
         run = _Run(image)
-        with torch.no_grad(), torch.device("meta"), run:
-            logits = network(image)
+        with torch.no_grad(), torch.device("meta"):
+            network.train()(image)  # as bench_zoo does for the statistics of normalisation
+            network.eval()
+            with run:
+                logits = network(image)
     except Exception:
         return None
     return run if isinstance(logits, Tensor) and logits.shape == (2, CLASSES) else None

@@ -73,8 +73,13 @@ class Writer:
         node.meta["val"] = self._mode().from_tensor(value, static_shapes=True)
         return node
 
+    def is_read(self, output: int) -> bool:
+        """Whether anything reads an output of the other node, which has several."""
+        return any(user.args[1] == output and user.users for user in self._node.users)
+
     def _mode(self) -> Any:
-        return self._node.meta["val"].fake_mode
+        value = self._node.meta["val"]
+        return (value[0] if isinstance(value, tuple) else value).fake_mode
 
 
 def take_place(module: fx.GraphModule, node: fx.Node, new: fx.Node) -> None:

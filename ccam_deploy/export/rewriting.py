@@ -7,6 +7,7 @@ here, whose gradient is one too.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -227,6 +228,30 @@ def _unfold(write: Writer, source: fx.Node, dimension: int, size: int, step: int
     return write.call(aten.permute.default, windows, [*order, axis + 1])
 
 
+def _adaptive_max_pool2d(
+    write: Writer, source: fx.Node, output_size: Sequence[int]
+) -> fx.Node | None:
+    """Adaptive max pooling as plain one; of rows and then of columns where windows overlap."""
+    pool = aten.max_pool2d_with_indices.default
+    size = [int(length) for length in source.meta["val"].shape[-2:]]
+    out = [int(length) for length in output_size]
+    if not any(length % count for length, count in zip(size, out, strict=True)):
+        kernel = [length // count for length, count in zip(size, out, strict=True)]
+        return write.call(pool, source, kernel, kernel)
+    if write.is_read(1):
+        return None
+    for axis, length, count in zip((-2, -1), size, out, strict=True):
+        parts = []
+        for n in range(count):
+            start, end = n * length // count, -(-(n + 1) * length // count)
+            window = write.call(aten.slice.Tensor, source, axis, start, end)
+            kernel = [end - start, 1] if axis == -2 else [1, end - start]
+            parts.append(write.call(operator.getitem, write.call(pool, window, kernel), 0))
+        source = write.call(aten.cat.default, parts, axis)
+    # Pooling of single places changes nothing, and has two outputs as what it stands for.
+    return write.call(pool, source, [1, 1])
+
+
 def _pad(
     write: Writer, source: fx.Node, border: Sequence[int], mode: str = "constant", *_: Any
 ) -> fx.Node | None:
@@ -350,6 +375,7 @@ _RULES: dict[Any, Rule] = {
     aten.im2col.default: _im2col,
     aten.col2im.default: _col2im,
     aten.unfold.default: _unfold,
+    aten.adaptive_max_pool2d.default: _adaptive_max_pool2d,
     aten.pad.default: _pad,
     aten.reflection_pad2d.default: lambda *args: _pad(*args, "reflect"),
     aten.replication_pad2d.default: lambda *args: _pad(*args, "replicate"),

@@ -151,13 +151,21 @@ BODIES: dict[str, nn.Module] = {
     "sums-of-windows": nn.Sequential(
         nn.Unfold(3, padding=1, stride=2), nn.Sigmoid(), nn.Fold((8, 8), 3, padding=1, stride=2)
     ),
+    "largest": nn.Sequential(nn.ReLU(), nn.AdaptiveMaxPool2d((4, 1))),
+    "largest-of-overlapping": nn.Sequential(nn.ReLU(), nn.AdaptiveMaxPool2d((3, 2))),
     "halo": Lambda(lambda x: x.unfold(2, 4, 2).unfold(3, 4, 4).sigmoid()),
     "normalised": Lambda(lambda x: functional.normalize(x.flatten(2), dim=-1)),
 }
 
 
+COSTLY = ("largest-of-overlapping",)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", BODIES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.nightly if name in COSTLY else ()) for name in BODIES],
+)
 def test_graphs_agree_with_autograd(name: str) -> None:
     """In batches of one image and of three, without operators that engines run on the CPU."""
     torch.manual_seed(0)

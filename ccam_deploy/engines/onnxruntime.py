@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping
@@ -283,9 +284,18 @@ def _specs(tensors: list[onnxruntime.NodeArg]) -> tuple[TensorSpec, ...]:
     return tuple(TensorSpec(t.name, _DTYPES[t.type], tuple(t.shape)) for t in tensors)
 
 
+def keep_usage_private() -> None:
+    """Let ONNX Runtime report nothing about its use to its makers, unless the user lets it.
+
+    Newer packages do so by default. To be called before it is first imported.
+    """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
+
 def _import() -> Any:
     try:
         if "onnxruntime" not in sys.modules:
+            keep_usage_private()
             with warnings.catch_warnings():  # what matters of them fails when a session opens
                 warnings.simplefilter("ignore")
                 import onnxruntime

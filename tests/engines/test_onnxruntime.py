@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tomllib
@@ -28,7 +29,7 @@ from ccam_deploy.engines.onnxruntime import (
 )
 from ccam_deploy.errors import BackendError, OptionError
 from tests.engines.cuda.host_device import HostDevice
-from tests.helpers import noise
+from tests.helpers import ROOT, noise
 
 without_cuda = pytest.mark.skipif(
     "cuda" in devices(), reason="the installed ONNX Runtime has the CUDA provider"
@@ -379,3 +380,29 @@ def test_gpu_extras_bring_the_libraries_of_cuda() -> None:
     for extra in ("gpu", "gpu-onnxruntime"):
         (requirement,) = (line for line in extras[extra] if line.startswith("onnxruntime-gpu"))
         assert requirement.startswith("onnxruntime-gpu[cuda,cudnn]>=")
+
+
+USING = """
+import os, sys
+import ccam_deploy
+with ccam_deploy.load(sys.argv[1], backend="onnxruntime-cpu") as explainer:
+    explainer.warm_up()
+print(os.environ["ORT_DISABLE_TELEMETRY"])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("own", "kept"), [(None, "1"), ("0", "0")])
+def test_nothing_is_reported_unless_the_user_lets_it(
+    tiny_bundle: Path, tmp_path: Path, own: str | None, kept: str
+) -> None:
+    """ONNX Runtime's reporting would leave the file of its session behind."""
+    others = {name: value for name, value in os.environ.items() if "TELEMETRY" not in name}
+    environment = {**others, "TMPDIR": str(tmp_path)}
+    if own is not None:
+        environment["ORT_DISABLE_TELEMETRY"] = own
+    command = [sys.executable, "-c", USING, str(tiny_bundle)]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.split() == [kept], done.stderr
+    if own is None:
+        assert not list(tmp_path.iterdir())

@@ -7,6 +7,7 @@ import onnx
 import torch
 
 from ccam_deploy.arrays import Floats
+from ccam_deploy.engines.onnxruntime import keep_usage_private
 from ccam_deploy.errors import ToleranceError, brief
 from ccam_deploy.export.from_onnx.onnx_file import OnnxFile
 from ccam_deploy.export.program import Program
@@ -63,6 +64,7 @@ def run_file(file: OnnxFile, images: Floats) -> Floats:
     Raises:
         ToleranceError: The file does not run.
     """
+    keep_usage_private()
     import onnxruntime
 
     dtype = onnx.helper.tensor_dtype_to_np_dtype(file.type)

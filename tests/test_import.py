@@ -24,7 +24,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"arrays", "errors", "extras", "prefetch", "text"}),
-    frozenset({"files", "image_files", "plotting", "render"}),
+    frozenset({"array_files", "files", "image_files", "plotting", "render"}),
     frozenset({"bundle", "examples"}),
     frozenset({"engines", "kernels", "preprocess", "targets"}),
     frozenset({"mask_pictures", "methods"}),
@@ -32,7 +32,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"explainer"}),
     frozenset({"fidelity"}),
     frozenset({"export"}),
-    frozenset({"checks", "latency", "quality", "serve"}),
+    frozenset({"checks", "latency", "page", "quality", "serve"}),
     frozenset({"cli"}),
     frozenset({"__main__"}),
 )
@@ -50,8 +50,10 @@ HOMES = {
     "model_signing": {"bundle"},
     "triton_python_backend_utils": {"serve"},
     "click": {"cli"},
+    "gradio": {"page"},
     "signal": {"cli", "serve"},
-    "tempfile": {"bundle", "export", "files", "latency", "serve"},
+    "tempfile": {"bundle", "export", "files", "latency", "page", "serve"},
+    "uvicorn": {"page"},
 }
 """The parts that may import a library."""
 

@@ -9,10 +9,14 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 from ccam_deploy.errors import TargetError
+from ccam_deploy.text import one_line
 
 _MOST_LISTED = 10
 _MOST_MEANT = 5
 _MOST_ALIKE = 3
+_MOST_SHOWN = 40
+_LONGEST = 200
+"""The most letters of a name: no class has more, and to look for one that is alike takes long."""
 
 Words = tuple[str, ...]
 
@@ -36,6 +40,9 @@ def named_class(name: str, labels: Sequence[str], partial: bool = True) -> int:
     Raises:
         TargetError: No class fits, or several do.
     """
+    if len(name) > _LONGEST and name not in labels:
+        start = one_line(name[:_MOST_SHOWN])
+        raise TargetError(f'class "{start}…" is not in the bundle; it has {len(name)} letters')
     same = [index for index, label in enumerate(labels) if label == name]
     if same:
         return _only(same, name, labels)
@@ -51,7 +58,7 @@ def named_class(name: str, labels: Sequence[str], partial: bool = True) -> int:
         ]
         if similar:
             return _only(similar, name, labels)
-    raise TargetError(f'class "{name}" is not in the bundle{_suggestions(words, labels)}')
+    raise TargetError(f'class "{one_line(name)}" is not in the bundle{_suggestions(words, labels)}')
 
 
 def _words(name: str) -> Words:
@@ -71,7 +78,7 @@ def _only(indices: Sequence[int], name: str, labels: Sequence[str]) -> int:
     shown = _listed(indices[:_MOST_MEANT], labels)
     more = len(indices) - _MOST_MEANT
     shown += f" and {more} more" if more > 0 else ""
-    raise TargetError(f'the name "{name}" stands for {shown}; give a number')
+    raise TargetError(f'the name "{one_line(name)}" stands for {shown}; give a number')
 
 
 def _suggestions(words: Words, labels: Sequence[str]) -> str:

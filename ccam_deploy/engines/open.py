@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, cast, get_args
 
@@ -13,7 +13,7 @@ from ccam_deploy.engines.cuda.host_engine import HostedGraph
 from ccam_deploy.engines.cuda.slots import Slots
 from ccam_deploy.engines.networks import Networks
 from ccam_deploy.engines.tensorrt.library import FLAVOURS
-from ccam_deploy.errors import BackendError, OptionError
+from ccam_deploy.errors import BackendError, IntegrityError, OptionError
 
 _MOST_THREADS = 1024
 MOST_SLOTS = 64
@@ -54,6 +54,7 @@ def open_networks(
     Raises:
         OptionError: A name is unknown, or a number out of range.
         BackendError: The backend does not work here, or with "auto" none does.
+        IntegrityError: The graphs have other sizes than the manifest says.
     """
     choice = _choice(backend)
     if not 0 <= threads <= _MOST_THREADS:
@@ -61,8 +62,48 @@ def open_networks(
     if not 1 <= slots <= MOST_SLOTS:
         raise OptionError(f"slots is {slots}; it must be 1 to {MOST_SLOTS}")
     if choice == "auto":
-        return _open_best(bundle, precision, threads, slots)
-    return _open(bundle, choice, precision, threads, slots)
+        networks = _open_best(bundle, precision, threads, slots)
+    else:
+        networks = _open(bundle, choice, precision, threads, slots)
+    try:
+        _require_sizes(bundle, networks.engines["backbone"])
+    except IntegrityError:
+        networks.close()
+        raise
+    return networks
+
+
+def _require_sizes(bundle: Bundle, backbone: Engine) -> None:
+    """Compare the sizes in the manifest, which memory is made for, with those of the graph."""
+    manifest = bundle.manifest
+    expected: dict[str, tuple[int, ...]] = {
+        "images": manifest.input,
+        "logits": (manifest.classes,),
+    }
+    for index, layer in enumerate(manifest.layers):
+        expected[f"feature_{index}"] = (layer.channels, layer.height, layer.width)
+    found = {spec.name: spec.shape[1:] for spec in (*backbone.inputs, *backbone.outputs)}
+    features = sum(name.startswith("feature_") for name in found)
+    if features != len(manifest.layers):
+        raise IntegrityError(
+            f"the manifest of {bundle.folder} has {len(manifest.layers)} layers, its graph "
+            f"{features}; export the bundle again"
+        )
+    for name, sizes in expected.items():
+        shape = found.get(name, ())
+        fits = len(shape) == len(sizes) and all(
+            not isinstance(side, int) or side == size
+            for side, size in zip(shape, sizes, strict=True)
+        )
+        if not fits:
+            raise IntegrityError(
+                f"the manifest of {bundle.folder} has {name} of {_by(sizes)}, its graph "
+                f"{_by(shape) or 'none'}; export the bundle again"
+            )
+
+
+def _by(sizes: Sequence[int | str]) -> str:
+    return "x".join(map(str, sizes))
 
 
 def _choice(backend: str) -> Backend:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from ccam_deploy.array_files import read_array
 from ccam_deploy.errors import OptionError
 
 _WORDS = {"true": True, "false": False, "none": None}
@@ -38,10 +37,4 @@ def parse_constant(text: str) -> tuple[str, Any]:
         raise OptionError(
             f'constant "{name}" is "{value}"; it must be a number, true, false, none or a .npy file'
         )
-    try:
-        array = np.load(Path(value), allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise OptionError(f"{value} is not a .npy file that can be read") from error
-    if not isinstance(array, np.ndarray):
-        raise OptionError(f"{value} holds several arrays; it must hold one")
-    return name, array
+    return name, read_array(Path(value))

@@ -64,7 +64,7 @@ class Recipe(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """How to export one architecture.
 
     Attributes:
-        name: The bundle's name.
+        name: The bundle's name, and that of its folder.
         arch: "module:factory"; see build_model.
         input: What the network takes.
         weights: A file beside the recipe; or "package:pattern", the one file of an installed
@@ -106,14 +106,26 @@ def read_recipe(path: Path) -> Recipe:
         The recipe.
 
     Raises:
-        OptionError: The file is missing or not a recipe.
+        OptionError: The file is missing or not a recipe, or its name would lead out of the folder
+            of bundles.
     """
     try:
-        return msgspec.toml.decode(path.read_bytes(), type=Recipe)
+        recipe = msgspec.toml.decode(path.read_bytes(), type=Recipe)
     except OSError as error:
         raise OptionError(f"{path} cannot be read: {error.strerror}") from error
-    except (msgspec.MsgspecError, UnicodeDecodeError, ValueError) as error:
-        raise OptionError(f"{path} is not a valid recipe: {error}") from error
+    except (msgspec.MsgspecError, RecursionError, ValueError) as error:
+        raise OptionError(f"{path} is not a valid recipe: {brief(error)}") from error
+    if not _is_file_name(recipe.name):
+        raise OptionError(
+            f'{path} is not a valid recipe: name is "{recipe.name}"; '
+            "it must do as the name of a folder"
+        )
+    return recipe
+
+
+def _is_file_name(name: str) -> bool:
+    """Whether a name leads to a place inside of a folder, however it is joined to it."""
+    return name not in ("", ".", "..") and not any(sign in name for sign in "/\\\0")
 
 
 def recipe_settings(

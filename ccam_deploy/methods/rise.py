@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from ccam_deploy.array_files import read_array
 from ccam_deploy.arrays import Floats
 from ccam_deploy.engines import Classifier
 from ccam_deploy.engines.base import row_chunks
@@ -175,18 +176,7 @@ def read_masks(file: str, size: tuple[int, int]) -> NDArray[np.floating]:
     Raises:
         OptionError: The file cannot be read, or its array does not fit.
     """
-    try:
-        masks = np.load(Path(file), mmap_mode="r", allow_pickle=False)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise OptionError(f"{file} is not a .npy file that can be read: {reason}") from error
-    except (ValueError, EOFError) as error:  # NumPy's text for other files advises to unpickle them
-        raise OptionError(
-            f"{file} is not a .npy file that can be read; save the masks with numpy.save"
-        ) from error
-    if not isinstance(masks, np.ndarray):
-        masks.close()
-        raise OptionError(f"{file} holds several arrays; it must hold one, of masks")
+    masks = read_array(Path(file), mmap_mode="r")
     fits = masks.ndim == 3 and masks.shape[1:] == size and len(masks) and masks.dtype.kind in "fb"
     if not fits:
         raise OptionError(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal
 from xml.etree import ElementTree
 
@@ -25,6 +27,9 @@ Boxes = NDArray[np.float64]
 _EDGES = ("bndbox/xmin", "bndbox/ymin", "bndbox/xmax", "bndbox/ymax")
 _CUB_TABLES = ("image_class_labels.txt", "bounding_boxes.txt", "train_test_split.txt")
 _SPLITS: dict[str, Split] = {"1": "train", "0": "test"}
+
+_FARTHEST = 1e9
+"""The largest coordinate of a box, in pixels."""
 
 SCENES = 10_000
 """The number of digits in scenes, which could be any."""
@@ -152,8 +157,9 @@ class ImageNet(Dataset):
             named = f'the unknown synset "{synsets[0]}"' if objects else "no object"
             raise DatasetError(f"{annotation} names {named}")
         for left, top, right, bottom in corners:
-            if not (left < right and top < bottom):
-                raise DatasetError(f"{annotation} has the box {[left, top, right, bottom]}")
+            box = [left, top, right, bottom]
+            if not (left < right and top < bottom and _is_finite(box)):
+                raise DatasetError(f"{annotation} has the box {box}")
         boxes = [box for box, synset in zip(corners, synsets, strict=True) if synset == synsets[0]]
         return Item(
             self.names[index],
@@ -190,6 +196,8 @@ class CUB(Dataset):
                 raise DatasetError(
                     f"{root} has no usable class, box or split for image {key}: {error}"
                 ) from error
+            if not _leads_inside(name):
+                raise DatasetError(f'{root / "images.txt"} leads outside of images: "{name}"')
             if in_split:
                 names.append(name)
                 self._rows.append((root / "images" / name, target, box))
@@ -315,7 +323,7 @@ def _require_folder(root: Path, data_set: str) -> None:
 
 def _require_files(paths: Sequence[Path], content: str) -> None:
     """Raise DatasetError where files are missing, before any is measured."""
-    missing = [path for path in paths if not path.is_file()]
+    missing = [path for path in paths if not os.path.isfile(path)]  # noqa: PTH113 (never raises)
     if missing:
         raise DatasetError(f"{missing[0]} is missing, one of {len(missing)} {content} files")
 
@@ -336,7 +344,21 @@ def _bird(number: str, corners: Sequence[str]) -> tuple[int, Boxes]:
         raise ValueError(f"class {number}; they count from 1")
     if not (width > 0 and height > 0):
         raise ValueError(f"a box of {width:g}x{height:g} pixels")
-    return int(number) - 1, np.array([[left, top, left + width, top + height]])
+    box = [left, top, left + width, top + height]
+    if not _is_finite(box):
+        raise ValueError(f"the box {box}")
+    return int(number) - 1, np.array([box])
+
+
+def _is_finite(box: Sequence[float]) -> bool:
+    """Whether a box can be scaled and moved without overflow."""
+    return all(math.isfinite(edge) and abs(edge) < _FARTHEST for edge in box)
+
+
+def _leads_inside(name: str) -> bool:
+    """Whether a path from a table stays in the folder that it starts from."""
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts and "\0" not in name
 
 
 def _lines(path: Path) -> list[str]:

@@ -183,7 +183,7 @@ def _require_same_settings(folder: Path, content: bytes, settings: Mapping[str, 
     """Raise OptionError for the first setting that differs from the folder's."""
     try:
         known = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise OutputError(f"{folder / SETTINGS} is not readable: {error}") from error
     if not isinstance(known, dict):
         raise OutputError(f"{folder / SETTINGS} has no settings; give another --output")

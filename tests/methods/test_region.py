@@ -326,11 +326,11 @@ def test_options_out_of_range(method: Any, changes: dict[str, Any], message: str
         ),
         (
             RISE(file="text.npy"),
-            "text.npy is not a .npy file that can be read; save the masks with numpy.save$",
+            "text.npy is not a .npy file that can be read; save the array with numpy.save$",
         ),
         (
             RISE(file="objects.npy"),
-            "objects.npy is not a .npy file that can be read; save the masks with numpy.save$",
+            "objects.npy is not a .npy file that can be read; save the array with numpy.save$",
         ),
         (RISE(file="several.npz"), "several.npz holds several arrays; it must hold one"),
         (RISE(file="wide.npy"), r"wide.npy holds float32\[2, 24, 24\]; the bundle takes"),

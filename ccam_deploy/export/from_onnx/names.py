@@ -39,7 +39,7 @@ def _recorded(node: Any) -> tuple[str, ...]:
         if entry.key == _SCOPES:
             try:
                 names = ast.literal_eval(entry.value)
-            except (ValueError, SyntaxError):
+            except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
                 return ()
             if isinstance(names, list) and all(isinstance(name, str) for name in names):
                 return tuple(name for name in names[:-1] if name)

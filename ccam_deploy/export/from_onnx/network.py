@@ -23,6 +23,10 @@ from ccam_deploy.export.program import trace_model
 RULES = operators.RULES | shapes.RULES | windows.RULES
 _SMALL = 64
 """Whole numbers up to so many are sizes, which Python computes with; more are a tensor."""
+_LARGEST = 2**28
+"""How many values may be folded in a file without constants."""
+_GROWTH = 8
+"""How many more for each of a file's constants: casts, transposes and the like keep copies."""
 _NAME = "operators."
 
 
@@ -61,18 +65,15 @@ class OnnxNetwork(nn.Module):
         """
         super().__init__()
         self.file = file
-        graph = model.graph
-        self._constants: dict[str, Value] = {
-            tensor.name: _narrow(numpy_helper.to_array(tensor)) for tensor in graph.initializer
-        }
-        scopes = node_scopes(graph.node)
-        self._require_rules(graph.node)
+        self._constants: dict[str, Value] = {}
         self.scopes: list[tuple[str, ...]] = []
-        nodes: list[_Node] = []
-        for node, around in zip(graph.node, scopes, strict=True):
-            if not self._fold(node):
-                nodes.append(_Node(node, file))
-                self.scopes.append(around)
+        self._require_rules(model.graph.node)
+        try:
+            nodes = self._read(model.graph)
+        except CcamError:
+            raise
+        except Exception as error:  # values of other sizes or types than the file says
+            raise SourceError(f"{file.path} is damaged: {brief(error)}") from error
         self.operators = nn.ModuleList(nodes)
         self._register(nodes)
 
@@ -109,6 +110,18 @@ class OnnxNetwork(nn.Module):
                 }
         return exported
 
+    def _read(self, graph: onnx.GraphProto) -> list[_Node]:
+        """Read the constants, and fold those that nodes make of them; the nodes that are left."""
+        for tensor in graph.initializer:
+            self._constants[tensor.name] = _narrow(numpy_helper.to_array(tensor))
+        self._room = _LARGEST + _GROWTH * sum(map(_size, self._constants.values()))
+        nodes = []
+        for node, around in zip(graph.node, node_scopes(graph.node), strict=True):
+            if not self._fold(node):
+                nodes.append(_Node(node, self.file))
+                self.scopes.append(around)
+        return nodes
+
     def _require_rules(self, nodes: Sequence[onnx.NodeProto]) -> None:
         for node in nodes:
             known = node.op_type in RULES or node.op_type == "Constant"
@@ -133,12 +146,22 @@ class OnnxNetwork(nn.Module):
             else _for_folding(self._constants[name], place in operator.known_inputs)
             for place, name in enumerate(node.input)
         ]
+        self._require_room(operator, sum(_size(value) for value in inputs if value is not None))
         with torch.no_grad():
             results = operator(*inputs)
+        self._room -= sum(map(_size, results))
+        self._require_room(operator, 0)
         for name, result in zip(node.output, results, strict=False):
             array = result.numpy() if isinstance(result, Tensor) else result
             self._constants[name] = _narrow(np.array(array))
         return True
+
+    def _require_room(self, operator: _Node, values: int) -> None:
+        """Refuse constants that double from node to node, before memory is full of them."""
+        if values > self._room:
+            raise SourceError(
+                f"{self.file.path} makes too many constants: {operator.label} is one too much"
+            )
 
     def _register(self, nodes: Sequence[_Node]) -> None:
         """Make parameters and buffers of the constants that nodes read as tensors."""
@@ -246,6 +269,10 @@ def _settled(value: Value) -> Value:
     if isinstance(value, Tensor) or value.dtype != object or any(map(is_symbolic, value.flat)):
         return value
     return np.array(value.tolist())
+
+
+def _size(value: Value) -> int:
+    return value.numel() if isinstance(value, Tensor) else value.size
 
 
 def _listed(result: Result) -> Sequence[Value]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from ccam_deploy.errors import SourceError, brief
 OLDEST_OPSET = 9
 _CHANNELS = (1, 3)
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFLOAT16)
+_MOST_NODES = 1_000_000
+"""How many nodes a file may have once its functions are written out, which can double with each."""
 _QUANTISED = re.compile(r"Q(uantize)?Linear.*|(De|DynamicQ)uantizeLinear|(Conv|MatMul)Integer")
 
 
@@ -140,10 +142,31 @@ def _read_model(path: Path) -> onnx.ModelProto:
             output.type.tensor_type.shape.SetInParent()
         onnx.checker.check_model(model)
         if model.functions:
+            _require_few_nodes(model)
             model = inliner.inline_local_functions(model)
     except Exception as error:
         raise SourceError(f"{path} is damaged: {brief(error)}") from error
     return model
+
+
+def _require_few_nodes(model: onnx.ModelProto) -> None:
+    """Raise ValueError where functions that call functions would become too many nodes."""
+    functions = {(function.domain, function.name): function for function in model.functions}
+    sizes: dict[tuple[str, str], int] = {}
+
+    def size(nodes: Iterable[onnx.NodeProto]) -> int:
+        return sum(size_of_one(node) for node in nodes)
+
+    def size_of_one(node: onnx.NodeProto) -> int:
+        inner = sum(size(graph.node) for one in node.attribute for graph in (one.g, *one.graphs))
+        key = node.domain, node.op_type
+        if key in functions and key not in sizes:
+            sizes[key] = size(functions[key].node)
+        return inner + sizes.get(key, 1)
+
+    count = size(model.graph.node)
+    if count > _MOST_NODES:
+        raise ValueError(f"its functions become {count} nodes, more than {_MOST_NODES}")
 
 
 def _tensors(model: onnx.ModelProto) -> Iterator[TensorProto]:
@@ -165,7 +188,7 @@ def _require_inside(path: Path, tensor: TensorProto) -> None:
     entries = {entry.key: entry.value for entry in tensor.external_data}
     location = entries.get("location", "")
     folder = path.parent.resolve()
-    data = (folder / location).resolve()
+    data = folder if "\0" in location else (folder / location).resolve()
     if not location or not data.is_relative_to(folder) or data == folder:
         raise SourceError(
             f'{path} keeps "{tensor.name}" in "{location}", outside of its folder; '

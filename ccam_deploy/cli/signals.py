@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+TERMINATED = "error: terminated; nothing was left half-written"
+"""The line that a command ends with at SIGTERM."""
 _RETRY_SECONDS = 0.05
 
 
@@ -24,9 +27,10 @@ def signals_as_exceptions() -> Iterator[None]:
     """Raise KeyboardInterrupt at Ctrl-C, and Terminated at the first SIGTERM.
 
     While a module is being imported they wait: some libraries swallow what is raised then, or
-    report it as a failed import. Later SIGTERMs are ignored while clean-up runs. Where Ctrl-C is
-    ignored or handled otherwise, it stays so. Does nothing outside of the main thread, where no
-    handler can be set.
+    report it as a failed import. Where Python itself swallows them, in a destructor or a callback
+    of a C library, they are raised once more. Later SIGTERMs are ignored while clean-up runs. Where
+    Ctrl-C is ignored or handled otherwise, it stays so. Does nothing outside of the main thread,
+    where no handler can be set.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -48,13 +52,23 @@ def signals_as_exceptions() -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise Terminated
 
+    def hear(unraisable: sys.UnraisableHookArgs) -> None:
+        if not isinstance(unraisable.exc_value, Terminated | KeyboardInterrupt):
+            previous_hook(unraisable)
+            return
+        terminated = isinstance(unraisable.exc_value, Terminated)
+        waiting.append(signal.SIGTERM if terminated else signal.SIGINT)
+        signal.setitimer(signal.ITIMER_REAL, _RETRY_SECONDS)
+
     numbers = [signal.SIGTERM, signal.SIGALRM]
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         numbers.append(signal.SIGINT)
     previous = {number: signal.signal(number, leave) for number in numbers}
+    previous_hook, sys.unraisablehook = sys.unraisablehook, hear
     try:
         yield
     finally:
+        sys.unraisablehook = previous_hook
         signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in previous.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)

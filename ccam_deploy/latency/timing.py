@@ -224,11 +224,12 @@ def measure_load(
         runs = [repeat(calls[0])]
     else:
         with ThreadPoolExecutor(len(calls)) as pool:
-            running = [pool.submit(repeat, call) for call in calls]
             try:
+                running = [pool.submit(repeat, call) for call in calls]
                 runs = [run.result() for run in running]
             finally:
                 stop.set()
+                gate.abort()  # some thread may wait for others that no signal let start
     begun = min(run[0] for run in runs)
     ended = max(run[1] for run in runs)
     return Load(tuple(run[2] for run in runs), ended - begun)

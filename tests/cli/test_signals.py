@@ -221,3 +221,28 @@ def test_an_alarm_that_comes_late_raises_nothing() -> None:
             signal.raise_signal(signal.SIGTERM)
         finally:
             signal.raise_signal(signal.SIGALRM)
+
+
+@pytest.mark.usefixtures("interrupts")
+@pytest.mark.parametrize(
+    ("number", "exception"), [(signal.SIGTERM, Terminated), (signal.SIGINT, KeyboardInterrupt)]
+)
+def test_a_destructor_cannot_swallow_a_signal(
+    number: signal.Signals, exception: type[BaseException]
+) -> None:
+    """Python prints what is raised there, and goes on."""
+    reached = []
+
+    class Dying:
+        def __del__(self) -> None:
+            signal.raise_signal(number)
+            reached.append("behind the signal")
+
+    hook = sys.unraisablehook
+    with pytest.raises(exception), signals_as_exceptions():
+        dying = Dying()
+        del dying
+        reached.append("behind the destructor")
+        signal.pause()
+    assert reached == ["behind the destructor"]
+    assert sys.unraisablehook is hook

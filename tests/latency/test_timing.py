@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
@@ -120,3 +122,31 @@ def test_spread_leaves_the_kinds_out() -> None:
     spread = spread_within_inputs([[8, 80, 10, 100, 12, 120]], inputs=2)
     assert spread == pytest.approx(summarise([0.8, 1, 1.2] * 2).spread)
     assert spread_within_inputs([[1, 2, 3, 4, 5]], inputs=1) == summarise([1, 2, 3, 4, 5]).spread
+
+
+def test_a_signal_before_all_threads_started_ends_the_load(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The threads that wait for the others do not wait for ever."""
+    submit = ThreadPoolExecutor.submit
+    submitted: list[Any] = []
+
+    def interrupted(pool: Any, function: Any, *words: Any) -> Any:
+        if submitted:
+            raise KeyboardInterrupt
+        submitted.append(submit(pool, function, *words))
+        return submitted[0]
+
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", interrupted)
+    ended: list[type[BaseException]] = []
+
+    def run() -> None:
+        try:
+            measure_load([lambda: None] * 2, 60.0)
+        except BaseException as error:
+            ended.append(type(error))
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(20)
+    assert ended == [KeyboardInterrupt]

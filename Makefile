@@ -6,9 +6,13 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 SERVE := .venv-serve/bin
 SERVE_PIP := $(SERVE)/pip install --quiet --disable-pip-version-check \
 	--constraint constraints-serve.txt
+PAGE := .venv-page/bin
+PAGE_PIP := $(PAGE)/pip install --quiet --disable-pip-version-check \
+	--constraint constraints-page.txt
+HERE := not serve and not page
 
-.PHONY: demo pictures test test-quick test-all test-serve coverage lint types format docs notebook
-.PHONY: bench clean
+.PHONY: demo pictures test test-quick test-all test-serve test-page browser coverage lint types
+.PHONY: format docs notebook bench clean
 
 demo: .venv/.cpu
 	$(BIN)/ccam-deploy export --recipe export/efficientnet_lite0.toml
@@ -19,20 +23,31 @@ demo: .venv/.cpu
 pictures: demo
 	$(BIN)/python -m bench.draw_photographs engines/efficientnet_lite0 --output docs/images
 
-test: lint types test-serve
-	$(PYTEST) -m "not nightly and not serve"
+test: lint types test-serve test-page
+	$(PYTEST) -m "not nightly and $(HERE)"
 
 coverage: .venv/.all
-	$(PYTEST) -m "not nightly and not serve" --cov --cov-report=term
+	$(PYTEST) -m "not nightly and $(HERE)" --cov --cov-report=term
 
 test-quick: .venv/.all
-	$(PYTEST) -m "not slow and not serve"
+	$(PYTEST) -m "not slow and $(HERE)"
 
-test-all: lint types test-serve
-	$(PYTEST) -m "not serve" --cov --cov-report=term
+test-all: lint types test-serve test-page
+	$(PYTEST) -m "$(HERE)" --cov --cov-report=term
 
 test-serve: .venv-serve/.all .venv-serve/bundles/tiny
 	OMP_NUM_THREADS=1 $(SERVE)/python -m pytest -m serve --bundles .venv-serve/bundles tests/serve
+
+test-page: .venv-page/.all .venv-page/bundles/digits browser
+	OMP_NUM_THREADS=1 $(PAGE)/python -m pytest -m page --bundles .venv-page/bundles tests/page
+
+browser:
+	@{ command -v chromium || command -v google-chrome; } > /dev/null \
+			&& command -v chromedriver > /dev/null \
+		|| { test "$$(id -u)" = 0 && command -v apt-get > /dev/null \
+			&& apt-get update --quiet --quiet \
+			&& apt-get install --quiet --yes --no-install-recommends chromium chromium-driver; } \
+		|| echo "chromium and chromium-driver are missing: tests of the page are skipped" >&2
 
 lint: .venv/.all docs
 	$(BIN)/ruff check .
@@ -61,7 +76,7 @@ bench: .venv/.all
 	$(BIN)/python -m bench.bench_export --output bench/results/export-cpu.json
 
 clean:
-	rm -rf .venv .venv-serve demo site engines/efficientnet_lite0 .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf .venv .venv-serve .venv-page demo site engines/efficientnet_lite0 .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -85,4 +100,17 @@ clean:
 	rm -rf $@
 	mkdir -p $(@D)
 	$(BIN)/python -m tests.bundles tiny $@
+	touch $@
+
+.venv-page/bin/python:
+	$(PYTHON) -m venv .venv-page
+
+.venv-page/.all: pyproject.toml constraints-page.txt | .venv-page/bin/python
+	$(PAGE_PIP) --editable '.[cpu,demo]' hypothesis psutil pytest selenium
+	touch $@
+
+.venv-page/bundles/digits: .venv/.all tests/bundles.py export/digits.toml
+	rm -rf $@
+	mkdir -p $(@D)
+	$(BIN)/python -m tests.bundles digits $@
 	touch $@

@@ -7,6 +7,7 @@ from typing import Literal
 Extra = Literal[
     "cpu",
     "cuda",
+    "demo",
     "export",
     "gpu",
     "gpu-onnxruntime",

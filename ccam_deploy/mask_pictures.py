@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from ccam_deploy import render
 from ccam_deploy.arrays import Floats
@@ -33,25 +31,21 @@ class LayerMasks:
     channels: NDArray[np.intp]
 
 
-def masks_grid(
-    image: Floats, layers: Sequence[LayerMasks], how: Preprocessing, look: Look
-) -> Image.Image:
-    """Draw masks in a grid, the layers in rows; see Explanation.masks_panel.
+def mask_tiles(image: Floats, layer: LayerMasks, how: Preprocessing, look: Look) -> list[Tile]:
+    """Draw a layer's part of the map, and its masks in falling order of weight.
 
     Args:
         image: [C, H, W] float32, preprocessed; C is 1 or 3.
-        layers: The layers in the order of the rows.
+        layer: The layer.
         how: How the image was preprocessed.
-        look: Color map and opacity of the layers' parts of the map.
+        look: Color map and opacity of the layer's part of the map.
+
+    Returns:
+        The pictures with their captions; see Explanation.masks_panel.
 
     Raises:
         OptionError: The color map is unknown, or the opacity is out of range.
     """
-    return render.grid([_row(image, layer, how, look) for layer in layers])
-
-
-def _row(image: Floats, layer: LayerMasks, how: Preprocessing, look: Look) -> list[Tile]:
-    """The layer's part of the map, and its masks in falling order of weight."""
     part = np.einsum("n,nij->ij", layer.weights, layer.masks)
     highest = float(part.max())
     scaled: Floats = part / np.float32(highest) if highest > 0 else part

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from itertools import repeat
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -13,7 +14,7 @@ from PIL import Image
 from ccam_deploy.arrays import Doubles, Floats
 from ccam_deploy.bundle.manifest import Manifest, Preprocessing
 from ccam_deploy.errors import ImageError, brief
-from ccam_deploy.image_files import MAX_PIXELS, as_shown, require_usable_size
+from ccam_deploy.image_files import MAX_PIXELS, as_shown, load_image, require_usable_size
 
 _VIA = {"P": "RGBA", "PA": "RGBA", "La": "LA", "LAB": "RGB"}
 
@@ -131,6 +132,25 @@ class Source:
             kept = [self.images[image] for image in images]
         places = tuple(self.geometries[image] for image in images) if self.geometries else ()
         return Source(self.manifest, kept, places)
+
+
+def read_picture(source: Path | bytes, manifest: Manifest, name: str) -> Image.Image:
+    """Read an image file as an RGB picture that a bundle's network can take.
+
+    Args:
+        source: The file, or its bytes.
+        manifest: The bundle's.
+        name: What messages call it.
+
+    Raises:
+        ImageError: The file cannot be read, or the network cannot take it; it is named.
+    """
+    picture = load_image(source, name)
+    try:
+        input_geometry(picture.size[::-1], manifest.input[1:], manifest.preprocessing)
+        return to_grey_or_rgb(picture, 3)
+    except ImageError as error:
+        raise ImageError(f"{name}: {error}") from error
 
 
 def to_grey_or_rgb(picture: Image.Image, channels: int) -> Image.Image:

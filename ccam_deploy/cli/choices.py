@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any
 
 from ccam_deploy.cli.options import EngineOptions, parse_assignments
 from ccam_deploy.cli.printing import say
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from ccam_deploy.explainer import Explainer
     from ccam_deploy.methods import Method
     from ccam_deploy.targets import Target
-
-_WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false"}
 
 
 def make_methods(names: Sequence[str], pairs: Sequence[str]) -> dict[str, Method]:
@@ -38,6 +36,7 @@ def make_methods(names: Sequence[str], pairs: Sequence[str]) -> dict[str, Method
         OptionError: A method, an option or a value is unknown.
     """
     from ccam_deploy.methods import method_named
+    from ccam_deploy.methods.from_words import method_from_words
 
     types = {name: method_named(name) for name in names}
     values: dict[str, dict[str, str]] = {name: {} for name in types}
@@ -55,7 +54,7 @@ def make_methods(names: Sequence[str], pairs: Sequence[str]) -> dict[str, Method
             raise OptionError(f'option "{key}" is unknown; {known}')
         for name in takers:
             values[name][key] = value
-    return {name: _make_method(method, values[name]) for name, method in types.items()}
+    return {name: method_from_words(method, values[name]) for name, method in types.items()}
 
 
 def parse_targets(words: Sequence[str], manifest: Manifest) -> list[Target]:
@@ -143,43 +142,10 @@ def read_picture(file: Path, manifest: Manifest) -> Image.Image:
     Raises:
         ImageError: The file cannot be read, or the network cannot take it; it is named.
     """
-    from ccam_deploy.image_files import load_image
-    from ccam_deploy.preprocess import input_geometry, to_grey_or_rgb
+    from ccam_deploy import preprocess
 
-    picture = load_image(file)
-    try:
-        input_geometry(picture.size[::-1], manifest.input[1:], manifest.preprocessing)
-        return to_grey_or_rgb(picture, 3)
-    except ImageError as error:
-        raise ImageError(f"{file}: {error}") from error
+    return preprocess.read_picture(file, manifest, str(file))
 
 
 def _keys(method: type[Any]) -> list[str]:
     return [field.name for field in dataclasses.fields(method)]
-
-
-def _make_method(method: type[Method], words: Mapping[str, str]) -> Method:
-    import msgspec
-
-    values: dict[str, Any] = dict(words)
-    if "layers" in values:
-        values["layers"] = [part.strip() for part in values["layers"].split(",")]
-    try:
-        return msgspec.convert(values, method, strict=False)
-    except msgspec.ValidationError as error:
-        if isinstance(error.__cause__, OptionError):  # the method's own refusal, which says it all
-            raise error.__cause__ from error
-        raise OptionError(_explain_refusal(str(error), method, values)) from error
-
-
-def _explain_refusal(message: str, method: type[Any], values: Mapping[str, Any]) -> str:
-    """What is wrong with an option's value, from msgspec's message."""
-    match = re.fullmatch(r"(Expected `(\w+)`|Invalid enum value).* - at `\$\.(\w+)`", message)
-    if not match or match[3] not in values:
-        return f"an option has an unusable value: {message}"
-    hint = get_type_hints(method)[match[3]]
-    if get_origin(hint) is Literal:
-        allowed = f"one of {', '.join(get_args(hint))}"
-    else:
-        allowed = _WORDS.get(match[2], match[2])
-    return f'{match[3]} is "{values[match[3]]}"; it must be {allowed}'

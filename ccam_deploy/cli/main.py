@@ -14,6 +14,7 @@ from ccam_deploy import __version__
 from ccam_deploy.cli.bench import bench
 from ccam_deploy.cli.build import build
 from ccam_deploy.cli.compare import compare
+from ccam_deploy.cli.demo import demo
 from ccam_deploy.cli.doctor import doctor
 from ccam_deploy.cli.evaluate import evaluate
 from ccam_deploy.cli.explain import explain
@@ -23,7 +24,7 @@ from ccam_deploy.cli.printing import say
 from ccam_deploy.cli.propose import propose
 from ccam_deploy.cli.sanity import sanity
 from ccam_deploy.cli.sign import sign
-from ccam_deploy.cli.signals import Terminated, signals_as_exceptions
+from ccam_deploy.cli.signals import TERMINATED, Terminated, signals_as_exceptions
 from ccam_deploy.cli.triton import triton
 from ccam_deploy.cli.verify import verify
 from ccam_deploy.errors import CcamError
@@ -53,7 +54,7 @@ class _Group(click.Group):
             error.show()
             sys.exit(error.exit_code)
         except Terminated:
-            say("error: terminated; nothing was left half-written", err=True)
+            say(TERMINATED, err=True)
             raise
         except (CcamError, OSError, click.ClickException, click.Abort) as error:
             if debug or not standalone_mode:
@@ -103,6 +104,7 @@ for command in (
     sign,
     verify,
     bench,
+    demo,
     doctor,
     triton,
 ):

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ccam_deploy import mask_pictures
+from ccam_deploy import mask_pictures, render
 from ccam_deploy.arrays import Classes, Floats
 from ccam_deploy.errors import ImageError, OptionError
 from ccam_deploy.explanation.drawing import Drawing, panel_of
@@ -20,7 +20,7 @@ from ccam_deploy.methods import LayerPartition, MaskSequence
 from ccam_deploy.methods.base import no_masks
 from ccam_deploy.methods.scores import probabilities
 from ccam_deploy.preprocess import Geometry, Source
-from ccam_deploy.render import Look
+from ccam_deploy.render import Look, Tile
 
 
 @dataclass(frozen=True)
@@ -177,6 +177,18 @@ class Explanation:
             OptionError: The method keeps no masks, the color map is unknown, or the opacity is out
                 of range.
         """
+        return render.grid(list(self.mask_tiles(pair, look).values()))
+
+    def mask_tiles(self, pair: int = 0, look: Look | None = None) -> dict[str, list[Tile]]:
+        """Draw the pictures of `masks_panel` one by one, each with its caption, by layer.
+
+        Args:
+            pair: Which pair.
+            look: Color map and opacity of the layers' parts; None for the defaults.
+
+        Raises:
+            OptionError: As `masks_panel`.
+        """
         self.require_masks()
         image = self.source.network_input(int(self.image_index[pair]))
         how = self.source.manifest.preprocessing
@@ -187,11 +199,17 @@ class Explanation:
             np.split(self.weights[pair], ends),
             strict=True,
         )
-        rows = [
-            mask_pictures.LayerMasks(layer.name, masks, weights, np.bincount(layer.labels[pair]))
+        return {
+            layer.name: mask_pictures.mask_tiles(
+                image,
+                mask_pictures.LayerMasks(
+                    layer.name, masks, weights, np.bincount(layer.labels[pair])
+                ),
+                how,
+                look or Look(),
+            )
             for layer, masks, weights in parts
-        ]
-        return mask_pictures.masks_grid(image, rows, how, look or Look())
+        }
 
     def require_masks(self) -> None:
         """Raise OptionError for an explanation by a method that keeps no masks."""

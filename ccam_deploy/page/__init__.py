@@ -1,0 +1,1 @@
+"""A page to look at explanations in a browser: `ccam-deploy demo`."""

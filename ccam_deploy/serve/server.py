@@ -32,6 +32,7 @@ _KEY = "ccam-deploy-key"
 _KEPT_FROM_CLIENTS = "model-repository,trace,logging"
 _POLL_SECONDS = 0.05
 _LEAVING_SECONDS = 5.0
+_FIRST_ANSWER_SECONDS = 600.0
 _PDEATHSIG = 1
 
 
@@ -167,8 +168,9 @@ class Server:
         assert self._process.stdout is not None
         self._log = ServerLog(self._process.stdout, self._say, self.options.log)
         self._wait_until_ready()
+        patient = HttpEndpoint(self._url("http"), timeout=_FIRST_ANSWER_SECONDS)
         for model in self.models:
-            health = ask(self.endpoint, model)
+            health = ask(patient, model)
             if not health.alive:
                 raise ServerError(f'model "{model}" is loaded, but fails: {health.detail}')
         self._log.started()

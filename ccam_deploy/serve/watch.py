@@ -89,8 +89,10 @@ class Watch:
         self._now = now
         self._processes = processes
         self._lives = lives
-        self._records = {model: _Record(heard=now(), loaded=now()) for model in models}
-        self._note_processes()
+        self._records = {
+            model: _Record(heard=now(), loaded=now(), processes=self._processes_of(model))
+            for model in models
+        }
 
     def look(self) -> None:
         """Look at each model once; at none where the server itself has ended."""
@@ -146,21 +148,26 @@ class Watch:
             self._endpoint.unload(model, _UNLOAD_SECONDS)
             self._require()
             self._endpoint.load(model, LOAD_SECONDS)
-            health = ask(self._endpoint, model)
-            outcome = "" if health.alive else health.detail
+            outcome, does = self._first_answer(model)
         except (CcamError, TimeoutError) as error:
-            outcome = str(error)
+            outcome, does = str(error), ""
         ended = self._now()
         pause = min(2.0**record.deaths, _LONGEST_WAIT_SECONDS)
         record.loaded, record.waits_until = ended, ended + pause
         record.counts, record.heard, record.told = None, ended, False
-        self._note_processes()
+        record.processes = self._processes_of(model)
         if outcome:
             self._say(f'model "{model}" stays dead: {outcome}; next try in {pause:.0f} s')
         else:
-            self._say(f'model "{model}" answers again, after {ended - begun:.1f} s')
+            self._say(f'model "{model}" {does} again, after {ended - begun:.1f} s')
 
-    def _note_processes(self) -> None:
-        running = self._processes(self._server)
-        for model, record in self._records.items():
-            record.processes = {number for number, name in running.items() if name == model}
+    def _first_answer(self, model: str) -> tuple[str, str]:
+        """What is wrong with a model that was loaded, and what it does where nothing is."""
+        try:
+            health = ask(self._endpoint, model)
+        except TimeoutError:  # it answers those who waited for it
+            return "", "is loaded"
+        return "" if health.alive else health.detail, "answers"
+
+    def _processes_of(self, model: str) -> set[int]:
+        return {number for number, name in self._processes(self._server).items() if name == model}

@@ -27,6 +27,7 @@ class Models:
         self.broken: dict[str, Exception] = {}
         self.stillborn = False
         self.changed = False
+        self.crowd: Exception | None = None
         self.did: list[str] = []
         self.said: list[str] = []
 
@@ -75,11 +76,13 @@ class Models:
         self.clock.time += 3
         if self.stillborn:
             raise ServerError("no memory")
-        new = max(self.processes) + 1
+        new = max(self.living) + 10
         self.processes = {n: name for n, name in self.processes.items() if name != model}
         self.processes[new] = model
         self.living.add(new)
         self.broken.pop(model, None)
+        if self.crowd:
+            self.broken[model] = self.crowd
 
 
 @pytest.fixture
@@ -128,6 +131,15 @@ def test_a_dead_process_is_found_without_asking(models: Models) -> None:
     assert models.after(watch, 1) == []
 
 
+def test_two_that_die_together_are_both_found(models: Models) -> None:
+    watch = models.watch()
+    models.living -= {10, 11}
+    models.processes.pop(11)
+    assert models.after(watch, 1) == [
+        f"{what} {model}" for model in "ab" for what in ("unload", "load", "ask")
+    ]
+
+
 def test_repeated_deaths_wait_longer_each_time(models: Models) -> None:
     watch = models.watch()
     waits = []
@@ -153,6 +165,16 @@ def test_a_model_that_cannot_be_loaded_is_tried_again(models: Models) -> None:
     assert models.said[1] == 'model "a" stays dead: no memory; next try in 2 s'
     models.stillborn = False
     assert models.after(watch, 2) == ["unload a", "load a", "ask a"]
+
+
+def test_a_model_that_is_busy_at_once_is_not_loaded_twice(models: Models) -> None:
+    """Those who waited for it are answered first."""
+    watch = models.watch()
+    models.living.remove(10)
+    models.crowd = TimeoutError()
+    assert models.after(watch, 1) == ["unload a", "load a", "ask a"]
+    assert models.said[1] == 'model "a" is loaded again, after 3.0 s'
+    assert models.after(watch, 5) == []
 
 
 def test_a_bundle_that_was_changed_is_not_loaded(models: Models) -> None:

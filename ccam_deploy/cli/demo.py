@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import click
 
-from ccam_deploy.cli.options import BundleFolder, EngineOptions, LookOptions
+from ccam_deploy.cli.options import BundleFolder, EngineOptions, Host, LookOptions
 from ccam_deploy.cli.parameters import Option, with_options
 from ccam_deploy.cli.printing import say
 from ccam_deploy.cli.signals import TERMINATED, Terminated
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 LOOPBACK = "127.0.0.1"
 
-Host = Annotated[str, Option("--host", "Address to listen at; the default is this machine alone.")]
 Port = Annotated[
     int, Option("--port", "Port to listen at; 0 for any that is free.", click.IntRange(0, 65535))
 ]

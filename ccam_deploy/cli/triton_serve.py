@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import click
 
-from ccam_deploy.cli.options import PATH, RequireSignature
+from ccam_deploy.cli.options import PATH, Host, RequireSignature
 from ccam_deploy.cli.parameters import Argument, Option, unset, with_options
 from ccam_deploy.cli.printing import say
 from ccam_deploy.cli.signals import Terminated
@@ -27,9 +27,7 @@ class ServeOptions:
     """The options of `triton serve`."""
 
     repository: Annotated[Path, Argument(PATH)]
-    host: Annotated[
-        str, Option("--host", "Address to listen on. Only this machine reaches the default.")
-    ] = "127.0.0.1"
+    host: Host = "127.0.0.1"
     http_port: Annotated[
         int, Option("--http-port", "Port for HTTP; 0 takes a free one.", _PORT)
     ] = 8000

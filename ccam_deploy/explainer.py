@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,9 +17,10 @@ from ccam_deploy.arrays import Floats
 from ccam_deploy.bundle.folder import Bundle, read_bundle
 from ccam_deploy.engines import Networks, open_networks
 from ccam_deploy.engines.base import row_chunks
+from ccam_deploy.engines.cuda.parts import ImageParts
 from ccam_deploy.errors import OptionError
 from ccam_deploy.explanation import Explanation
-from ccam_deploy.inputs import Images, Input, Inputs, sequence_of
+from ccam_deploy.inputs import Images, Input, Inputs, require_fitting_parts, sequence_of
 from ccam_deploy.kernels.cuda.bundled import offer_kernels
 from ccam_deploy.methods import (
     DEFAULT_METHOD,
@@ -30,9 +32,10 @@ from ccam_deploy.methods import (
     make_method,
 )
 from ccam_deploy.methods.collection_cam.cost import Budget, Costs, Run, budgeted, validate_budget
-from ccam_deploy.methods.collection_cam.cuda import DeviceCollectionCAM
+from ccam_deploy.methods.collection_cam.cuda import CudaCollectionCAM, DeviceCollectionCAM
+from ccam_deploy.methods.cuda.device_method import DeviceMethod
 from ccam_deploy.methods.factory import MethodFactory
-from ccam_deploy.preprocess import Geometry, Source
+from ccam_deploy.preprocess import Geometry, Source, UnkeptSource
 from ccam_deploy.targets import Targets, target_codes
 
 DEFAULT_BATCH = 16
@@ -146,6 +149,52 @@ class Explainer:
         settings = self._settings(requested, budget)
         source = Source(self.bundle.manifest, pictures, tuple(geometries))
         return self._assemble(results, source, settings, dict(clock.seconds))
+
+    def explain_parts(
+        self, images: ImageParts, targets: Targets = None, *, method: str | Method = DEFAULT_METHOD
+    ) -> Explanation:
+        """Explain images of which some lie in the GPU's memory, where their maps are put too.
+
+        Nothing is copied to the host but the results. Methods that do not run on the GPU as a
+        whole, such as CAM and those of pixels, bring the images to the host and the maps back. NaN
+        or infinite pixels in the GPU's memory are found by the logits that they give.
+
+        Args:
+            images: The images, and where their maps go.
+            targets: As for `explain`, but one class for each image.
+            method: As for `explain`.
+
+        Returns:
+            The maps, which are on the host as well. They cannot be drawn over the images.
+
+        Raises:
+            ImageError: The images have another size.
+            OptionError: There is no GPU, or the method does not suit the bundle.
+            TargetError: A target is not one of the classifier's classes, or there are several.
+            BackendError: The engine fails, or gives values that are not finite.
+        """
+        slots, manifest = self.networks.slots, self.bundle.manifest
+        if slots is None:
+            raise OptionError(f"images are in a GPU's memory, and {self.networks.backend} is not")
+        requested = make_method(method)
+        codes = target_codes(targets, len(images), manifest)
+        require_fitting_parts(images, codes, manifest)
+        source = UnkeptSource(manifest, (), ())
+        runner = self._methods.implement(requested)
+        if not isinstance(runner, CudaCollectionCAM | DeviceMethod):
+            with slots.take() as slot:
+                fetched = slot.run(partial(images.fetch, slot.device))
+            found = self.explain(fetched, targets, method=requested)
+            with slots.take() as slot:
+                slot.run(partial(images.give, slot.device, found.saliency))
+                slot.device.wait()
+            return dataclasses.replace(found, source=source)
+        clock = Stopwatch(self._now)
+        results = [
+            runner.run(images[batch.rows], batch.owner, batch.codes, self._methods.context, clock)
+            for batch in self._inputs.plan(codes)
+        ]
+        return self._assemble(results, source, self._settings(requested, None), clock.seconds)
 
     def require_method(self, method: str | Method) -> None:
         """Make sure that a method can run on this bundle, in a pass or two of its graphs.

@@ -12,7 +12,8 @@ from PIL import Image
 from ccam_deploy.arrays import Classes, Floats
 from ccam_deploy.bundle.manifest import Manifest
 from ccam_deploy.engines.base import row_chunks
-from ccam_deploy.errors import ImageError
+from ccam_deploy.engines.cuda.parts import ImageParts
+from ccam_deploy.errors import ImageError, TargetError
 from ccam_deploy.methods import Stopwatch
 from ccam_deploy.prefetch import prepared_ahead
 from ccam_deploy.preprocess import Geometry, prepare_images
@@ -134,3 +135,27 @@ def sequence_of(images: Images) -> Pictures:
     if isinstance(images, np.ndarray) and images.ndim == 0:
         raise ImageError("a single number is no image")
     return images if isinstance(images, np.ndarray | Sequence) else [images]
+
+
+def require_fitting_parts(
+    images: ImageParts, codes: Sequence[tuple[int, ...]], manifest: Manifest
+) -> None:
+    """Refuse images in parts that the network does not take, or that have several classes.
+
+    Args:
+        images: The images.
+        codes: The codes of each image's classes; see targets.
+        manifest: Of the bundle that the images are for.
+
+    Raises:
+        ImageError: They have another size.
+        TargetError: An image has several classes.
+    """
+    for part in images.parts:
+        if part.images.shape[1:] != manifest.input:
+            raise ImageError(
+                f"images are {list(part.images.shape)}; "
+                f"the bundle takes [B, {', '.join(map(str, manifest.input))}]"
+            )
+    if any(len(of_image) != 1 for of_image in codes):
+        raise TargetError("an image in parts has several targets; give it one class")

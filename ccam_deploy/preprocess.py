@@ -134,6 +134,27 @@ class Source:
         return Source(self.manifest, kept, places)
 
 
+@dataclass(frozen=True)
+class UnkeptSource(Source):
+    """Facts about images that lay in a GPU's memory for the time of a call, and cannot be drawn."""
+
+    def picture(self, image: int) -> Image.Image:
+        """Raise ImageError; see Source."""
+        raise _unkept()
+
+    def network_input(self, image: int) -> Floats:
+        """Raise ImageError; see Source."""
+        raise _unkept()
+
+    def take(self, images: Sequence[int]) -> Source:
+        """Keep the facts; see Source."""
+        return self
+
+
+def _unkept() -> ImageError:
+    return ImageError("the images were in a GPU's memory for the time of the call only")
+
+
 def read_picture(source: Path | bytes, manifest: Manifest, name: str) -> Image.Image:
     """Read an image file as an RGB picture that a bundle's network can take.
 

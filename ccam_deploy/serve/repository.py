@@ -190,12 +190,13 @@ def explaining_config(manifest: Manifest, serving: Serving, settings: ModelSetti
             _tensor("WEIGHTS", "TYPE_FP32", shape),
             _tensor("COLLECTIONS", "TYPE_INT32", shape[:1]),
         ]
+    on_host = "yes" if settings.kind == "cpu" else "no"
     return _config(
         serving,
         serving.name,
         [*_repeated("input", inputs), *_repeated("output", outputs)],
         _instances(serving.instances, settings.kind),
-        settings.to_parameters(),
+        {**settings.to_parameters(), "FORCE_CPU_ONLY_INPUT_TENSORS": on_host},
         [_warm_up(manifest)],
     )
 

@@ -12,6 +12,8 @@ from PIL import Image, UnidentifiedImageError
 
 from ccam_deploy.arrays import Classes, Floats
 from ccam_deploy.bundle.manifest import Manifest
+from ccam_deploy.engines.cuda.device import DeviceTensor
+from ccam_deploy.engines.cuda.parts import ImagePart, ImageParts
 from ccam_deploy.errors import CcamError, ImageError, RequestError
 from ccam_deploy.explanation import Explanation
 from ccam_deploy.image_files import load_image
@@ -48,14 +50,16 @@ class Request:
     """A request that was checked.
 
     Attributes:
-        images: [N, C, H, W] float32, finite.
+        images: [N, C, H, W] float32, on the host and finite, or in the memory of the GPU.
         targets: [N] int64, the class to explain, or TOP.
         methods: The method of each image.
+        maps: [N, H, W] float32 in the memory of the GPU, where maps are to go too; or None.
     """
 
-    images: Floats
+    images: Floats | DeviceTensor
     targets: Classes
     methods: tuple[str, ...]
+    maps: DeviceTensor | None = None
 
 
 @dataclass(frozen=True)
@@ -78,17 +82,17 @@ class Group:
         return Group(self.method, self.request[own], self.row[own])
 
 
-Explain = Callable[[Floats, Sequence[Target], str], Explanation]
-"""Explains images [G, C, H, W], each for its target, by the method of a name."""
+Explain = Callable[[ImageParts, Sequence[Target], str], Explanation]
+"""Explains images, each for its target, by the method of a name."""
 
 
 def parse_request(
-    images: Array, targets: Array | None, methods: Array | None, rules: Rules
+    images: Array | DeviceTensor, targets: Array | None, methods: Array | None, rules: Rules
 ) -> Request:
     """Check a request's tensors.
 
     Args:
-        images: [N, C, H, W] float32.
+        images: [N, C, H, W] float32, on the host or in the memory of the GPU.
         targets: [N, 1] int32; None for each image's best class.
         methods: [N, 1] of bytes, names of methods; None, or an empty name, for the default one.
         rules: What the model takes.
@@ -98,19 +102,22 @@ def parse_request(
             or "method".
     """
     _require("IMAGES", images, np.float32, rules.input)
-    if not np.isfinite(images).all():
+    if not isinstance(images, DeviceTensor) and not np.isfinite(images).all():
         raise RequestError("IMAGES has NaN or infinite pixels", "not-finite")
+    count = images.shape[0]
     return Request(
         images,
-        _classes(targets, len(images), rules.classes),
-        _methods(methods, len(images), rules.methods),
+        _classes(targets, count, rules.classes),
+        _methods(methods, count, rules.methods),
     )
 
 
-def _require(name: str, values: Array, dtype: type[np.generic], shape: tuple[int, ...]) -> None:
+def _require(
+    name: str, values: Array | DeviceTensor, dtype: type[np.generic], shape: tuple[int, ...]
+) -> None:
     if values.dtype != dtype:
         raise RequestError(f"{name} is {values.dtype}; it must be {np.dtype(dtype)}", "dtype")
-    if values.shape[1:] != shape or not len(values):
+    if values.shape[1:] != shape or not values.shape[0]:
         wanted = ", ".join(map(str, ("N", *shape)))
         raise RequestError(f"{name} is {list(values.shape)}; it must be [{wanted}]", "shape")
 
@@ -250,11 +257,20 @@ def _explain_group(
 
 
 def _explain(group: Group, requests: Sequence[Request], explain: Explain) -> Explanation:
-    places = list(zip(group.request, group.row, strict=True))
-    images = np.stack([requests[index].images[row] for index, row in places])
+    places = zip(group.request, group.row, strict=True)
     codes = [int(requests[index].targets[row]) for index, row in places]
     targets = [Top() if code == TOP else code for code in codes]
-    return explain(images, targets, group.method)
+    return explain(ImageParts(tuple(_parts(group, requests))), targets, group.method)
+
+
+def _parts(group: Group, requests: Sequence[Request]) -> Iterator[ImagePart]:
+    """The images of a group, as many together as lie together."""
+    for index in np.unique(group.request).tolist():
+        request = requests[index]
+        rows = group.row[group.request == index]
+        for run in np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1):
+            whole = ImagePart(request.images, request.maps)
+            yield whole.rows(int(run[0]), int(run[-1]) + 1)
 
 
 def _put(answer: dict[str, Array], name: str, rows: Array, places: Classes, images: int) -> None:

@@ -5,6 +5,7 @@ Importing this module makes it what `import triton_python_backend_utils` finds.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import sys
 from collections import Counter
@@ -13,6 +14,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from ccam_deploy.engines.cuda.device import DeviceTensor
+from ccam_deploy.engines.cuda.dlpack import capsule_of, tensor_of
 
 sys.modules["triton_python_backend_utils"] = sys.modules[__name__]
 
@@ -61,6 +65,30 @@ class Tensor:
 
     def is_cpu(self) -> bool:
         return True
+
+    @classmethod
+    def from_dlpack(cls, name: str, capsule: Any) -> DeviceMemoryTensor:
+        return DeviceMemoryTensor(name, tensor_of(capsule), capsule)
+
+
+class DeviceMemoryTensor(Tensor):
+    """A tensor in the memory of a device, which is the host's here."""
+
+    def __init__(self, name: str, tensor: DeviceTensor, capsule: Any = None) -> None:
+        self._name, self.tensor, self._capsule = name, tensor, capsule
+
+    def is_cpu(self) -> bool:
+        return False
+
+    def as_numpy(self) -> NDArray[Any]:
+        raise RuntimeError("Tensor is stored in GPU and cannot be converted to NumPy.")
+
+    def to_dlpack(self) -> Any:
+        return capsule_of(self.tensor, lambda: None)
+
+    def content(self) -> NDArray[Any]:
+        memory = ctypes.string_at(self.tensor.address, self.tensor.bytes)
+        return np.frombuffer(memory, self.tensor.dtype).reshape(self.tensor.shape)
 
 
 class PreferredMemory:
@@ -158,9 +186,14 @@ _COMMON = ("model", "version")
 
 
 def request(
-    tensors: Mapping[str, NDArray[Any]],
+    tensors: Mapping[str, NDArray[Any] | DeviceTensor],
     wanted: Sequence[str],
     parameters: Mapping[str, object] | None = None,
 ) -> InferenceRequest:
-    inputs = [Tensor(name, np.ascontiguousarray(values)) for name, values in tensors.items()]
+    inputs = [
+        DeviceMemoryTensor(name, values)
+        if isinstance(values, DeviceTensor)
+        else Tensor(name, np.ascontiguousarray(values))
+        for name, values in tensors.items()
+    ]
     return InferenceRequest(inputs, wanted, parameters=parameters)

@@ -16,10 +16,14 @@ from PIL import Image
 
 import ccam_deploy as ccam
 from ccam_deploy.bundle.folder import read_bundle
+from ccam_deploy.engines.cuda.device import DeviceTensor
+from ccam_deploy.engines.cuda.parts import ImageParts
+from ccam_deploy.serve.models.device_memory import DeviceMemory
 from ccam_deploy.serve.repository import Serving, write_repository
 from ccam_deploy.serve.settings import ModelSettings
+from tests.engines.cuda.host_device import HostDevice
 from tests.helpers import PHOTOGRAPHS, noise
-from tests.serve import fake_triton as triton
+from tests.serve import fake_triton as triton  # before the models, which import its name
 
 EXPLAINED = ("SALIENCY", "SCORES", "CLASS", "WEIGHTS", "COLLECTIONS")
 DRAWN = ("OVERLAY", "CLASS", "LABEL", "SCORE")
@@ -260,6 +264,67 @@ def test_methods_that_the_bundle_cannot_run_are_left_out(opened: Opened) -> None
     assert "collection-cam" in model._rules.methods
     assert "recipro-cam" not in model._rules.methods
     assert "without method recipro-cam: the bundle has no head graph" in "\n".join(triton.log)
+
+
+def on_device(device: HostDevice, values: Array) -> DeviceTensor:
+    tensor = DeviceTensor(device.allocate(values.nbytes), values.shape, values.dtype)
+    device.upload(tensor.address, values)
+    return tensor
+
+
+def test_tensors_in_a_gpu_s_memory_stay_there(
+    opened: Opened, explainer: ccam.Explainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of requests that are explained beside others whose images are on the host."""
+    model, device = opened(), HostDevice()
+    model._memory = DeviceMemory(device)
+    images = noise(4, 3, 32, 48)
+
+    def explain_parts(parts: ImageParts, targets: Any, method: Any) -> ccam.Explanation:
+        found: ccam.Explanation = model._explainer.explain(
+            parts.fetch(device), targets, method=method
+        )
+        parts.give(device, found.saliency)
+        return found
+
+    monkeypatch.setattr(model._explainer, "explain_parts", explain_parts)
+    lent = []
+    for _ in range(3):
+        shared = {
+            "IMAGES": on_device(device, images[1:3]),
+            "TARGETS": on_device(device, np.array([[0], [-1]], np.int32)),
+        }
+        requests = [asked(images[:1]), triton.request(shared, EXPLAINED), asked(images[3:], [4])]
+        host, there, last = model.execute(requests)
+        best = ccam.Top()
+        expected = explainer.explain(images, [best, 0, best, 4], method=COLLECTIONS)
+        maps = there.tensors["SALIENCY"]
+        assert not maps.is_cpu()
+        assert (maps.content() == expected.saliency[1:3]).all()
+        assert tensor(there, "CLASS")[:, 0].tolist() == expected.targets[1:3].tolist()
+        assert (tensor(host, "SALIENCY") == expected.saliency[:1]).all()
+        assert (tensor(last, "SALIENCY") == expected.saliency[3:]).all()
+        lent.append(maps.tensor.address)
+    assert lent[0] == lent[2]  # the first was given back when its response was gone
+
+
+def test_maps_that_nobody_gets_are_given_back(opened: Opened) -> None:
+    """Where the explanation fails: there are no slots here."""
+    model, device = opened(), HostDevice()
+    model._memory = DeviceMemory(device)
+    images = on_device(device, noise(1, 3, 32, 48))
+    for _ in range(3):
+        (answer,) = model.execute([triton.request({"IMAGES": images}, EXPLAINED)])
+        assert "images are in a GPU's memory" in error(answer)[0]
+    assert device.allocations == 2
+
+
+def test_a_model_on_the_cpu_refuses_a_gpu_s_memory(opened: Opened) -> None:
+    images = on_device(HostDevice(), noise(1, 3, 32, 48))
+    (answer,) = opened().execute([triton.request({"IMAGES": images}, EXPLAINED)])
+    line = "IMAGES is in a GPU's memory, and the model runs on the CPU"
+    assert error(answer) == (line, triton.TritonError.INVALID_ARG)
+    assert triton.counts["ccam_refused_inputs_total", "ccam", "memory"] == 1
 
 
 def picture(size: tuple[int, int] = (90, 70)) -> Image.Image:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ccam_deploy.arrays import Floats
+from ccam_deploy.engines.cuda.parts import ImageParts
 from ccam_deploy.errors import BackendError, CcamError, RequestError
 from ccam_deploy.serve.requests import (
     FORMATS,
@@ -110,6 +111,7 @@ def test_any_tensors_are_taken_or_refused(
         return
     assert request.images.dtype == np.float32
     assert request.images.shape[1:] == (1, 2, 3)
+    assert isinstance(request.images, np.ndarray)
     assert np.isfinite(request.images).all()
     assert len(request.targets) == len(request.methods) == len(request.images) > 0
     assert ((request.targets >= TOP) & (request.targets < 5)).all()
@@ -123,7 +125,9 @@ class Explained:
         self.calls: list[tuple[int, str]] = []
         self._poison = poison
 
-    def __call__(self, pixels: Floats, targets: Sequence[Target], method: str) -> Any:
+    def __call__(self, images: ImageParts, targets: Sequence[Target], method: str) -> Any:
+        pixels = images.on_host()
+        assert pixels is not None
         self.calls.append((len(pixels), method))
         if (pixels[:, 0, 0, 0] == self._poison).any():
             raise BackendError("these images are poisoned")

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from ccam_deploy.arrays import Classes, Floats
 from ccam_deploy.engines import Classifier
 from ccam_deploy.engines.base import row_chunks
+from ccam_deploy.engines.cuda.parts import SlotImages
 from ccam_deploy.engines.cuda.slots import Slot, Use
 from ccam_deploy.kernels.cuda.geometry import Geometry
 from ccam_deploy.methods.base import Batch, Context, Method, not_finite, require_finite_logits
@@ -43,7 +44,7 @@ class DeviceCollectionCAM:
 
     def explain(
         self,
-        images: Floats,
+        images: SlotImages,
         owner: NDArray[np.int64],
         codes: NDArray[np.int64],
         options: CollectionCAM,
@@ -52,7 +53,7 @@ class DeviceCollectionCAM:
         """Explain P (image, class) pairs of B images.
 
         Args:
-            images: [B, C, H, W] float32.
+            images: [B, C, H, W] float32; or the same in parts, with one class each.
             owner: [P] int64, the image of each pair, in ascending order.
             codes: [P] int64, a class, or -1 - r for the image's class of rank r.
             options: The method.
@@ -222,7 +223,7 @@ class CudaCollectionCAM(Method):
     device: DeviceCollectionCAM
 
     def run(
-        self, images: Floats, owner: Classes, codes: Classes, context: Context, clock: Stopwatch
+        self, images: SlotImages, owner: Classes, codes: Classes, context: Context, clock: Stopwatch
     ) -> BatchResult:
         """Explain every pair; see Method. Ranks are looked up on the GPU."""
         logits, targets, parts = self.device.explain(images, owner, codes, self.method, clock)

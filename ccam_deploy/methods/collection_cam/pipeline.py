@@ -23,6 +23,7 @@ from ccam_deploy.arrays import Floats
 from ccam_deploy.engines.base import row_chunks
 from ccam_deploy.engines.cuda.device import Device, DeviceGraph, DeviceTensor
 from ccam_deploy.engines.cuda.graph_replay import Part, StreamRunner
+from ccam_deploy.engines.cuda.parts import ImageParts, SlotImages
 from ccam_deploy.engines.cuda.slots import Graphs
 from ccam_deploy.kernels.cuda.buffers import Buffers
 from ccam_deploy.methods.collection_cam.memory import DeviceMemory, Setup
@@ -100,7 +101,7 @@ class Pipeline:
 
     def run(
         self,
-        images: Floats,
+        images: SlotImages,
         owner: NDArray[np.int64],
         codes: NDArray[np.int64],
         k_range: tuple[int, int],
@@ -109,7 +110,7 @@ class Pipeline:
         """Explain P pairs of B images, B at most `batch`.
 
         Args:
-            images: [B, C, H, W] float32.
+            images: [B, C, H, W] float32; or the same in parts, with one class each.
             owner: [P], the image of each pair, in ascending order.
             codes: [P], a class, or -1 - r for the class of rank r.
             k_range: k_min and k_max, with k_max at most the setup's. The results do not depend on
@@ -125,13 +126,18 @@ class Pipeline:
         host = self._memory.host
         host.pairs.k_range[:] = k_range
         self._runner.forget()
-        host.images[: len(images)] = images
+        parts = None
+        if isinstance(images, ImageParts):
+            parts = images
+            parts.put(self._device, self._memory.graphs.images)
+        else:
+            host.images[: len(images)] = images
         results = []
         for part in row_chunks(len(owner), self.batch):
             pairs = part.stop - part.start
             host.pairs.owner[:pairs] = owner[part]
             host.pairs.codes[:pairs] = codes[part]
-            results.append(self._run_pairs(len(images), pairs, part.start == 0))
+            results.append(self._run_pairs(len(images), pairs, part.start == 0, parts))
             clock.add(self._runner.stages())
         return host.logits[: len(images)].astype(np.float32), results
 
@@ -190,13 +196,15 @@ class Pipeline:
         work = partial(self._launch, "gradient", pairs, gathered)
         return Part("gradient", work, is_engine=True)
 
-    def _run_pairs(self, images: int, pairs: int, first: bool) -> PairResults:
+    def _run_pairs(
+        self, images: int, pairs: int, first: bool, parts: ImageParts | None
+    ) -> PairResults:
         runner, host = self._runner, self._memory.host
         direct = np.array_equal(host.pairs.owner[:pairs], np.arange(images))
         self._runner.put(
-            ("explain", images, pairs, direct, first),
+            ("explain", images, pairs, direct, first, parts is None),
             "explain",
-            partial(self._explain, images, pairs, direct, first),
+            partial(self._explain, images, pairs, direct, first, parts is None),
         )
         runner.mark("")
         counted = self._device.mark()
@@ -209,6 +217,8 @@ class Pipeline:
         # There are none where no layer has finite statistics; kernels need at least one row.
         rows = min(-(-max(masks, 1) // _ROWS) * _ROWS, self.geometry.masks)
         self._runner.put(("combine", pairs, rows), "combine", lambda: [self._combine(pairs, rows)])
+        if parts is not None:
+            parts.give(self._device, self._memory.buffers.by_name()["saliency"])
         runner.mark("")
         self._device.wait()
         return self._results(pairs, masks)
@@ -230,7 +240,9 @@ class Pipeline:
             weights=of_masks.weights[:masks].copy(),
         )
 
-    def _explain(self, images: int, pairs: int, direct: bool, first: bool) -> list[Part]:
+    def _explain(
+        self, images: int, pairs: int, direct: bool, first: bool, from_host: bool
+    ) -> list[Part]:
         """The work up to the masks.
 
         Args:
@@ -238,6 +250,7 @@ class Pipeline:
             pairs: How many.
             direct: Whether each image has one pair, in order.
             first: Whether the backbone has yet to run.
+            from_host: Whether the images have yet to come from the host.
         """
         kernels, stream = self._kernels, self._device.kernel_stream
         scale, options = self._setup.gradient_scale, self._setup.options
@@ -245,7 +258,8 @@ class Pipeline:
         def upload() -> None:
             self._memory.upload_pairs()
             if first:
-                self._memory.upload_images(images)
+                if from_host:
+                    self._memory.upload_images(images)
                 tensors = self._memory.graphs
                 for typed in tensors.typed_images.values():
                     source, target = map(self._memory.flat_view, (tensors.images, typed))

@@ -13,6 +13,7 @@ import numpy as np
 from ccam_deploy.arrays import Classes, Floats
 from ccam_deploy.engines import Classifier
 from ccam_deploy.engines.base import row_chunks
+from ccam_deploy.engines.cuda.parts import ImageParts, SlotImages
 from ccam_deploy.engines.cuda.slots import Slot
 from ccam_deploy.errors import BackendError
 from ccam_deploy.methods.base import Batch, Context, Method, require_finite_logits
@@ -40,11 +41,11 @@ class Pipeline(ABC):
         self.passes = passes
 
     @abstractmethod
-    def begin(self, images: Floats, clock: Stopwatch) -> Floats:
+    def begin(self, images: SlotImages, clock: Stopwatch) -> Floats:
         """Run the backbone.
 
         Args:
-            images: [B, C, H, W] float32, at most a batch.
+            images: [B, C, H, W] float32, or the same in parts; at most a batch.
             clock: Takes the seconds of each stage.
 
         Returns:
@@ -134,9 +135,9 @@ class DeviceMethod(Method, Generic[M]):
     device: DevicePasses
 
     def run(
-        self, images: Floats, owner: Classes, codes: Classes, context: Context, clock: Stopwatch
+        self, images: SlotImages, owner: Classes, codes: Classes, context: Context, clock: Stopwatch
     ) -> BatchResult:
-        """Explain every pair; see Method."""
+        """Explain every pair, a class of each image where they are in parts; see Method."""
         logits: list[Floats] = []
         kept: list[tuple[Classes, Classes]] = []
         found: list[PairMaps | BackendError] = []
@@ -153,10 +154,12 @@ class DeviceMethod(Method, Generic[M]):
                 first = first_occurrences(places, targets)
                 places, targets = places[first], targets[first]
                 kept.append((places + rows.start, targets))
-                found.extend(
-                    pipeline.explain(places[part], targets[part], context.baseline, clock)
-                    for part in row_chunks(len(places), pipeline.passes.batch)
-                )
+                for part in row_chunks(len(places), pipeline.passes.batch):
+                    found.append(
+                        pipeline.explain(places[part], targets[part], context.baseline, clock)
+                    )
+                    if isinstance(images, ImageParts):
+                        pipeline.passes.give_maps(images[rows][part])
 
         with self.device.slots.take() as slot:
             slot.run(partial(run_on, slot))

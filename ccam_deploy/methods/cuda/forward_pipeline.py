@@ -9,6 +9,7 @@ from typing import Any
 from ccam_deploy.arrays import Classes, Floats
 from ccam_deploy.engines.cuda.device import DeviceTensor
 from ccam_deploy.engines.cuda.graph_replay import Part
+from ccam_deploy.engines.cuda.parts import SlotImages
 from ccam_deploy.kernels.cuda.buffers import Spec
 from ccam_deploy.kernels.cuda.row_buffers import Maps, map_specs
 from ccam_deploy.methods.cuda.device_method import Pipeline
@@ -61,7 +62,7 @@ class ForwardPipeline(Pipeline):
         self._after: Callable[[], None] | None = None
         """What comes after the backbone; see Passes.run_backbone."""
 
-    def begin(self, images: Floats, clock: Stopwatch) -> Floats:
+    def begin(self, images: SlotImages, clock: Stopwatch) -> Floats:
         """Run the backbone, and what the method needs to know of the features; see Pipeline."""
         return self._forwards.run_backbone(images, self._after, clock)
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ccam_deploy.arrays import Classes, Floats
+from ccam_deploy.engines.cuda.parts import SlotImages
 from ccam_deploy.engines.cuda.slots import Slot
 from ccam_deploy.kernels.cuda.row_buffers import LayerMaps, Maps, layer_specs, map_specs
 from ccam_deploy.methods.base import Context, places_of
@@ -68,7 +69,7 @@ class GradientPipeline(Pipeline):
         self._maps: Maps[Any] = Maps.of(passes.views(self._tensors))
         self._layers = [self._layer(place) for place in places]
 
-    def begin(self, images: Floats, clock: Stopwatch) -> Floats:
+    def begin(self, images: SlotImages, clock: Stopwatch) -> Floats:
         """Run the backbone; see Pipeline."""
         return self._passes.run_backbone(images, None, clock)
 

@@ -20,6 +20,7 @@ from ccam_deploy.bundle.manifest import Activation
 from ccam_deploy.engines.base import TensorSpec
 from ccam_deploy.engines.cuda.device import DeviceGraph, DeviceTensor, Region
 from ccam_deploy.engines.cuda.graph_replay import Part, StreamRunner
+from ccam_deploy.engines.cuda.parts import ImageParts, SlotImages
 from ccam_deploy.engines.cuda.slots import Slot
 from ccam_deploy.errors import BackendError
 from ccam_deploy.kernels.cuda.buffers import Spec
@@ -122,6 +123,7 @@ class Passes:
         )
         self._launchers: dict[tuple[str, int, bool], Callable[[], None]] = {}
         self._regions: list[Region] = []
+        self._saliency: DeviceTensor | None = None
         try:
             self._allocate(used, setup)
         except BaseException:
@@ -133,12 +135,12 @@ class Passes:
         return self._slot.graphs["latency" if rows == 1 else "throughput"][name]
 
     def run_backbone(
-        self, images: Floats, after: Callable[[], None] | None, clock: Stopwatch
+        self, images: SlotImages, after: Callable[[], None] | None, clock: Stopwatch
     ) -> Floats:
         """Run the backbone on images, which stay in memory with their activations.
 
         Args:
-            images: [B, C, H, W] float32, at most `batch`.
+            images: [B, C, H, W] float32, or the same in parts; at most `batch`.
             after: Puts more work that reads the activations on the stream, the same in every call;
                 None for nothing.
             clock: Takes the seconds of each stage.
@@ -148,9 +150,13 @@ class Passes:
         """
         count = len(images)
         self.runner.forget()
-        self._images.host["images"][:count] = images
-        self.runner.mark("upload")
-        self.device.upload(self._images.address, self._images.host["images"][:count])
+        if isinstance(images, ImageParts):
+            self.runner.mark("upload")
+            images.put(self.device, self._images.tensors["images"])
+        else:
+            self._images.host["images"][:count] = images
+            self.runner.mark("upload")
+            self.device.upload(self._images.address, self._images.host["images"][:count])
         rows = padded(count, self.sizes)
         self.runner.put(("backbone", rows), "backbone", partial(self._parts, rows, after))
         self.runner.mark("download")
@@ -235,7 +241,18 @@ class Passes:
             tensor = tensors[name]
             results[name] = np.empty((rows, *tensor.shape[1:]), tensor.dtype)
             self.device.download(results[name], tensor.address)
+        self._saliency = tensors.get("saliency", self._saliency)
         return results
+
+    def give_maps(self, images: ImageParts) -> None:
+        """Put copies of the last run's maps where they are to go, and wait.
+
+        Args:
+            images: Those of the run, with a class each.
+        """
+        if self._saliency is not None:  # a run that failed has none
+            images.give(self.device, self._saliency)
+            self.device.wait()
 
     def maps(
         self,

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import triton_python_backend_utils as triton
 
-from ccam_deploy.arrays import Floats
+from ccam_deploy.engines.cuda.device import DeviceTensor
+from ccam_deploy.engines.cuda.dlpack import capsule_of, tensor_of
+from ccam_deploy.engines.cuda.parts import ImageParts
 from ccam_deploy.errors import CcamError, OptionError, RequestError
 from ccam_deploy.explainer import DEFAULT_BATCH, Explainer, load
 from ccam_deploy.explanation import Explanation
+from ccam_deploy.serve.models.device_memory import DeviceMemory
 from ccam_deploy.serve.models.metrics import Metrics
 from ccam_deploy.serve.models.responses import input_array, parameters_of, refusal, response
 from ccam_deploy.serve.outputs import outputs_of
 from ccam_deploy.serve.repository import BUNDLE
-from ccam_deploy.serve.requests import Request, Rules, answer_batch, parse_request
+from ccam_deploy.serve.requests import Array, Request, Rules, answer_batch, parse_request
 from ccam_deploy.serve.settings import ModelSettings
 from ccam_deploy.targets import Target
 
@@ -36,6 +41,7 @@ class TritonPythonModel:
             self._settings = ModelSettings.from_parameters(parameters_of(config))
             self._metrics = Metrics(args["model_name"], args["model_version"])
             self._explainer = _open(args, self._settings, config["max_batch_size"])
+            self._memory = _memory_of(self._explainer)
             self._methods = {name: self._settings.method(name) for name in self._usable()}
             manifest = self._explainer.bundle.manifest
             self._outputs = outputs_of(self._settings.weights_shape(manifest))
@@ -45,7 +51,10 @@ class TritonPythonModel:
             )
         except CcamError as error:
             raise triton.TritonModelException(str(error)) from error
-        for note in self._explainer.notes:
+        notes = [*self._explainer.notes, *manifest.doubts]
+        if manifest.random_weights:
+            notes.append("the bundle has random weights; its maps mean nothing")
+        for note in notes:
             triton.Logger.log_warn(f"{args['model_name']}: {note}")
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
@@ -66,14 +75,15 @@ class TritonPythonModel:
                 answers[index] = refusal(error, self._metrics)
         wanted = [requests[index].requested_output_names() for index in checked]
         found = self._answer(list(checked.values()), wanted)
-        for index, answer in zip(checked, found, strict=True):
-            failed = isinstance(answer, Exception)
-            answers[index] = refusal(answer, self._metrics) if failed else response(answer)
+        for (index, request), answer in zip(checked.items(), found, strict=True):
+            answers[index] = self._respond(request, answer)
         return answers
 
     def finalize(self) -> None:
         """Close the engines."""
         self._explainer.close()
+        if self._memory is not None:
+            self._memory.close()
 
     def _usable(self) -> list[str]:
         """Names of the methods that the bundle can run, the default one first.
@@ -94,11 +104,50 @@ class TritonPythonModel:
         return names
 
     def _parse(self, request: Any) -> Request:
-        images = input_array(request, "IMAGES")
+        images = self._input(request, "IMAGES")
         if images is None:
             raise RequestError("the request has no IMAGES", "shape")
-        targets, methods = (input_array(request, name) for name in ("TARGETS", "METHOD"))
-        return parse_request(images, targets, methods, self._rules)
+        targets = self._input(request, "TARGETS")
+        if isinstance(targets, DeviceTensor):
+            targets = self._read(targets)
+        methods = input_array(request, "METHOD")
+        checked = parse_request(images, targets, methods, self._rules)
+        stays = isinstance(images, DeviceTensor) and "SALIENCY" in request.requested_output_names()
+        if self._memory is None or not stays:
+            return checked
+        shape = len(checked.methods), *self._rules.input[1:]
+        return replace(checked, maps=self._memory.take(shape))
+
+    def _input(self, request: Any, name: str) -> Array | DeviceTensor | None:
+        """A tensor of numbers of a request, where it lies; None where the request has none.
+
+        Raises:
+            RequestError: It is in a GPU's memory, and the model runs on the CPU.
+        """
+        tensor = triton.get_input_tensor_by_name(request, name)
+        if tensor is None or tensor.is_cpu():
+            return input_array(request, name)
+        if self._memory is None:
+            raise RequestError(
+                f"{name} is in a GPU's memory, and the model runs on the CPU", "memory"
+            )
+        return tensor_of(tensor.to_dlpack())
+
+    def _read(self, tensor: DeviceTensor) -> Array:
+        assert self._memory is not None  # or _input would have refused it
+        return self._memory.read(tensor)
+
+    def _respond(self, request: Request, answer: dict[str, Array] | Exception) -> Any:
+        maps, memory = request.maps, self._memory
+        if isinstance(answer, Exception):
+            if maps is not None and memory is not None:
+                memory.give_back(maps)
+            return refusal(answer, self._metrics)
+        if maps is None or memory is None:
+            return response(answer)
+        release = partial(memory.give_back, maps)
+        shared = triton.Tensor.from_dlpack("SALIENCY", capsule_of(maps, release))
+        return response({**answer, "SALIENCY": shared})
 
     def _answer(
         self, requests: Sequence[Request], wanted: Sequence[Sequence[str]]
@@ -111,10 +160,23 @@ class TritonPythonModel:
         except Exception as error:
             return [error] * len(requests)
 
-    def _explain(self, images: Floats, targets: Sequence[Target], method: str) -> Explanation:
-        explanation = self._explainer.explain(images, targets, method=self._methods[method])
+    def _explain(self, images: ImageParts, targets: Sequence[Target], method: str) -> Explanation:
+        pixels, options = images.on_host(), self._methods[method]
+        if pixels is not None:
+            explanation = self._explainer.explain(pixels, targets, method=options)
+        else:
+            explanation = self._explainer.explain_parts(images, targets, method=options)
         self._metrics.explained(explanation)
         return explanation
+
+
+def _memory_of(explainer: Explainer) -> DeviceMemory | None:
+    """Memory of the GPU that an explainer runs on; None on a CPU."""
+    if explainer.networks.slots is None:
+        return None
+    from ccam_deploy.engines.cuda.pycuda import CudaDevice
+
+    return DeviceMemory(CudaDevice())
 
 
 def _open(args: dict[str, str], settings: ModelSettings, max_batch: int) -> Explainer:
@@ -128,7 +190,8 @@ def _open(args: dict[str, str], settings: ModelSettings, max_batch: int) -> Expl
     if on_gpu and args["model_instance_device_id"] != "0":
         raise OptionError(
             f"an instance is on GPU {args['model_instance_device_id']}; only the first that the "
-            "server sees is used: start a server for each GPU, with CUDA_VISIBLE_DEVICES"
+            "server sees is used: export with --kind gpu, which says so, or start a server for "
+            "each GPU, with CUDA_VISIBLE_DEVICES"
         )
     explainer = load(
         folder,

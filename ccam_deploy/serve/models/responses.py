@@ -41,10 +41,15 @@ def request_parameters(request: Any) -> dict[str, str]:
     return {str(name).lower(): str(value) for name, value in parameters.items()}
 
 
-def response(tensors: Mapping[str, Array]) -> Any:
-    """Make a response of arrays."""
+def response(tensors: Mapping[str, Any]) -> Any:
+    """Make a response of arrays, and of tensors of Triton's own."""
     return triton.InferenceResponse(
-        [triton.Tensor(name, np.ascontiguousarray(values)) for name, values in tensors.items()]
+        [
+            triton.Tensor(name, np.ascontiguousarray(values))
+            if isinstance(values, np.ndarray)
+            else values
+            for name, values in tensors.items()
+        ]
     )
 
 

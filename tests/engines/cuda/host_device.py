@@ -229,8 +229,9 @@ class Report:
     replayed: int
 
 
-def run(job: Job) -> Report:
-    """Run a job in this process, which must have been started by `simulator`."""
+@contextmanager
+def opened(job: Job) -> Iterator[tuple[ccam.Explainer, list[HostDevice], Record]]:
+    """An explainer on slots of a device that is played, in a process started by `simulator`."""
     from ccam_deploy.kernels.cuda import launch
 
     # The simulator takes a while for every thread.
@@ -246,15 +247,23 @@ def run(job: Job) -> Report:
         limits = {"batch": 8, "masks": job.masks}
         return slot_on(devices[-1], paths, limits, record, job.replays_itself)
 
-    def counts() -> tuple[int, int, int]:
-        allocations = sum(device.allocations for device in devices)
-        return allocations, record.bound.total(), sum(device.captured for device in devices)
-
     host = load_networks(paths, chosen.gradient_scale, "onnxruntime-cpu")
     networks = Networks(host.engines, chosen.gradient_scale, "host", Slots(open_slot, 1))
     with ccam.Explainer(
         bundle, networks, job.precision, job.batch_size, job.cuda_graphs
     ) as explainer:
+        yield explainer, devices, record
+    assert not any(device.blocks for device in devices)
+
+
+def run(job: Job) -> Report:
+    """Run a job in this process, which must have been started by `simulator`."""
+    with opened(job) as (explainer, devices, record):
+
+        def counts() -> tuple[int, int, int]:
+            allocations = sum(device.allocations for device in devices)
+            return allocations, record.bound.total(), sum(device.captured for device in devices)
+
         results, per_call, progress, passes = [], [], list[str](), list[Launch]()
         if job.warm_up:
             explainer.warm_up(job.warm_up, method=job.calls[0].method, progress=progress.append)
@@ -281,7 +290,6 @@ def run(job: Job) -> Report:
             for _ in range(job.passes):
                 run_passes()
             passes = record.take()
-    assert not any(device.blocks for device in devices)
     allocations, bindings, captures = map(list, zip(*numbers, strict=True))
     return Report(
         results,

@@ -9,10 +9,11 @@ SERVE_PIP := $(SERVE)/pip install --quiet --disable-pip-version-check \
 PAGE := .venv-page/bin
 PAGE_PIP := $(PAGE)/pip install --quiet --disable-pip-version-check \
 	--constraint constraints-page.txt
-HERE := not serve and not page
+SCALE := .venv-scale/bin
+HERE := not serve and not page and not scale
 
-.PHONY: demo pictures test test-quick test-all test-serve test-page browser coverage lint types
-.PHONY: format docs notebook bench clean
+.PHONY: demo pictures test test-quick test-all test-serve test-page test-scale browser coverage
+.PHONY: lint types format docs notebook bench clean
 
 demo: .venv/.cpu
 	$(BIN)/ccam-deploy export --recipe export/efficientnet_lite0.toml
@@ -23,7 +24,7 @@ demo: .venv/.cpu
 pictures: demo
 	$(BIN)/python -m bench.draw_photographs engines/efficientnet_lite0 --output docs/images
 
-test: lint types test-serve test-page
+test: lint types test-serve test-page test-scale
 	$(PYTEST) -m "not nightly and $(HERE)"
 
 coverage: .venv/.all
@@ -32,7 +33,7 @@ coverage: .venv/.all
 test-quick: .venv/.all
 	$(PYTEST) -m "not slow and $(HERE)"
 
-test-all: lint types test-serve test-page
+test-all: lint types test-serve test-page test-scale
 	$(PYTEST) -m "$(HERE)" --cov --cov-report=term
 
 test-serve: .venv-serve/.all .venv-serve/bundles/tiny
@@ -40,6 +41,10 @@ test-serve: .venv-serve/.all .venv-serve/bundles/tiny
 
 test-page: .venv-page/.all .venv-page/bundles/digits browser
 	OMP_NUM_THREADS=1 $(PAGE)/python -m pytest -m page --bundles .venv-page/bundles tests/page
+
+test-scale: .venv-scale/.all .venv-scale/bundles/digits
+	OMP_NUM_THREADS=1 $(SCALE)/python -m pytest -m scale --bundles .venv-scale/bundles \
+		tests/scale tests/bench/test_batch.py
 
 browser:
 	@{ command -v chromium || command -v google-chrome; } > /dev/null \
@@ -76,7 +81,7 @@ bench: .venv/.all
 	$(BIN)/python -m bench.bench_export --output bench/results/export-cpu.json
 
 clean:
-	rm -rf .venv .venv-serve .venv-page demo site engines/efficientnet_lite0 .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf .venv .venv-serve .venv-page .venv-scale demo site engines/efficientnet_lite0 .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -110,6 +115,20 @@ clean:
 	touch $@
 
 .venv-page/bundles/digits: .venv/.all tests/bundles.py export/digits.toml
+	rm -rf $@
+	mkdir -p $(@D)
+	$(BIN)/python -m tests.bundles digits $@
+	touch $@
+
+.venv-scale/bin/python:
+	$(PYTHON) -m venv .venv-scale
+
+.venv-scale/.all: pyproject.toml constraints.txt | .venv-scale/bin/python
+	$(SCALE)/pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		--editable '.[cpu,scale]' hypothesis psutil pytest
+	touch $@
+
+.venv-scale/bundles/digits: .venv/.all tests/bundles.py export/digits.toml
 	rm -rf $@
 	mkdir -p $(@D)
 	$(BIN)/python -m tests.bundles digits $@

@@ -17,6 +17,7 @@ Extra = Literal[
     "proposals",
     "rtx",
     "sanity",
+    "scale",
     "scenes",
     "serve",
     "sign",

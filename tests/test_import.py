@@ -32,7 +32,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"explainer"}),
     frozenset({"fidelity"}),
     frozenset({"export"}),
-    frozenset({"checks", "latency", "page", "quality", "serve"}),
+    frozenset({"checks", "latency", "page", "quality", "scale", "serve"}),
     frozenset({"cli"}),
     frozenset({"__main__"}),
 )
@@ -48,11 +48,13 @@ HOMES = {
     "cv2": {"checks"},
     "skimage": {"fidelity", "methods"},
     "model_signing": {"bundle"},
+    "pyarrow": {"scale"},
+    "ray": {"scale"},
     "triton_python_backend_utils": {"serve"},
     "click": {"cli"},
     "gradio": {"page"},
     "signal": {"cli", "serve"},
-    "tempfile": {"bundle", "export", "files", "latency", "page", "serve"},
+    "tempfile": {"bundle", "export", "files", "latency", "page", "scale", "serve"},
     "uvicorn": {"page"},
 }
 """The parts that may import a library."""

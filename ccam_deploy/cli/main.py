@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from ccam_deploy import __version__
+from ccam_deploy.cli.batch import batch
 from ccam_deploy.cli.bench import bench
 from ccam_deploy.cli.build import build
 from ccam_deploy.cli.compare import compare
@@ -96,6 +97,7 @@ for command in (
     export,
     build,
     explain,
+    batch,
     compare,
     evaluate,
     propose,

@@ -81,6 +81,26 @@ def _importing(frame: FrameType | None) -> bool:
 
 
 @contextmanager
+def kept_handlers() -> Iterator[None]:
+    """Undo what a library does to the handling of signals, such as Ray when it is started.
+
+    Raises:
+        Terminated: The library's own handler has answered SIGTERM by an exit.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    except SystemExit as error:
+        raise error if isinstance(error, Terminated) else Terminated() from error
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+@contextmanager
 def held_signals() -> Iterator[Callable[[], None]]:
     """Hold Ctrl-C and SIGTERM back around a library that would swallow their exceptions.
 

@@ -59,8 +59,7 @@ class ForwardPipeline(Pipeline):
         self._tensors = {n: tensor for region in regions for n, tensor in region.tensors.items()}
         self._kernels = prepare(forwards.views(self._tensors))
         self._work = ChunkWork(self._render, self._collect, scoring(score, forwards.activation))
-        self._after: Callable[[], None] | None = None
-        """What comes after the backbone; see Passes.run_backbone."""
+        self._after: Callable[[], None] | None = None  # the backbone; see Passes.run_backbone
 
     def begin(self, images: SlotImages, clock: Stopwatch) -> Floats:
         """Run the backbone, and what the method needs to know of the features; see Pipeline."""
@@ -91,9 +90,9 @@ class ForwardPipeline(Pipeline):
     def _render(self) -> None:
         """Write the masks of the next chunk; see ChunkWork."""
 
-    @abstractmethod
     def _collect(self) -> None:
-        """Take up the scores of a chunk; see ChunkWork."""
+        """Take up the scores of a chunk, here sorted by the item of each row; see ChunkWork."""
+        self._kernels.keep_scores(self._stream)
 
     @abstractmethod
     def _combine(self) -> None:

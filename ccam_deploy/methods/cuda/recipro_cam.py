@@ -39,10 +39,11 @@ class ReciproPipeline(ForwardPipeline):
             BackendError: There is too little memory.
         """
         features = forwards.features[-1]
-        self._layer, self._places = layer, features.shape[2] * features.shape[3]
-        specs = place_specs(forwards.batch, self._places).by_name()
+        places = features.shape[2] * features.shape[3]
+        specs = place_specs(forwards.batch, places).by_name()
         prepare = partial(_kernels, forwards, features)
         super().__init__(forwards, specs, [("shown",)], prepare, options.score)
+        self._layer, self._places = layer, places
         self._spread = ChannelSpread(forwards, features)
         self._after = self._spread.measure
 
@@ -59,9 +60,6 @@ class ReciproPipeline(ForwardPipeline):
 
     def _render(self) -> None:
         self._kernels.isolate(self._stream)
-
-    def _collect(self) -> None:
-        self._kernels.keep_scores(self._stream)
 
     def _combine(self) -> None:
         self._kernels.combine(self._stream)

@@ -42,14 +42,13 @@ class RisePipeline(ForwardPipeline):
         Raises:
             BackendError: There is too little memory.
         """
-        self._options = options
-        self._piece = max(1, min(options.masks, MOST_CELLS // options.cells**2))
-        self._uploaded = False
+        piece = max(1, min(options.masks, MOST_CELLS // options.cells**2))
         pixels = forwards.size[0] * forwards.size[1]
-        specs = grid_specs(forwards.batch, self._piece, options.cells, pixels).by_name()
+        specs = grid_specs(forwards.batch, piece, options.cells, pixels).by_name()
         prepare = partial(_kernels, forwards, options.cells)
         super().__init__(forwards, specs, [("shown",), _GRIDS], prepare, options.score)
         (self._grids,) = self._others
+        self._options, self._piece, self._uploaded = options, piece, False
 
     def explain(
         self, owner: Classes, targets: Classes, baseline: Floats, clock: Stopwatch

@@ -44,12 +44,12 @@ class ScorePipeline(ForwardPipeline):
         Raises:
             BackendError: There is too little memory.
         """
-        self._layer, self._options = layer, options
         features = forwards.features[place]
         _, channels, height, width = features.shape
         specs = channel_specs(forwards.batch, channels, height * width).by_name()
         prepare = partial(_kernels, forwards, features)
         super().__init__(forwards, specs, [_INPUTS], prepare, options.score)
+        self._layer, self._options = layer, options
         self._spread = ChannelSpread(forwards, features)
         self._after = self._spread.measure
 
@@ -81,9 +81,6 @@ class ScorePipeline(ForwardPipeline):
 
     def _render(self) -> None:
         self._kernels.masks(self._stream)
-
-    def _collect(self) -> None:
-        self._kernels.keep_scores(self._stream)
 
     def _combine(self) -> None:
         self._kernels.combine(self._options.weights, self._stream)

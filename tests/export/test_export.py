@@ -130,7 +130,7 @@ def test_half_precision_adds_graphs(digits_bundle: Path) -> None:
         for file in precision.graphs.values():
             model = onnx.load(bundle.path(file), load_external_data=False)
             assert model.graph.output[0].type.tensor_type.elem_type == dtype, file
-    images = np.load(bundle.path(half.reference))["images"]
+    images = np.load(bundle.path(half.reference))["images"][:2]
     found = []
     for kind in ("fp32", "fp16"):
         with ccam.load(bundle, precision=kind) as explainer:

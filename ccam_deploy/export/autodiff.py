@@ -160,13 +160,6 @@ class Recorder(fx.Interpreter):
             value.grad_fn.register_prehook(partial(self._turn_to, n))
         return value
 
-    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Compute an operator's value."""
-        if target in (aten.view.default, aten._unsafe_view.default):
-            # Decomposed operators may lay their values out in another order than the traced ones.
-            target = aten.reshape.default
-        return super().call_function(target, args, kwargs)
-
     def complaint(self, error: Exception) -> str:
         """Say what an error stopped, in one line."""
         if self.current is None:

@@ -39,7 +39,6 @@ _PASSED = {
     aten.select.int,
     operator.getitem,
     aten.constant_pad_nd.default,
-    aten.view.default,
     aten.reshape.default,
     aten.flatten.using_ints,
     aten.permute.default,

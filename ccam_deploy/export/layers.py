@@ -221,7 +221,7 @@ def _axes(node: fx.Node, axes: dict[fx.Node, tuple[int, ...]]) -> tuple[int, ...
     if source and node.target is aten.permute.default:
         permutation: Any = node.args[1]
         return tuple(source[axis] for axis in permutation)
-    if node.target in (aten.view.default, aten.reshape.default, aten.transpose.int):
+    if node.target in (aten.reshape.default, aten.transpose.int):
         return ()
     return source
 

@@ -30,9 +30,7 @@ _ACTIVATIONS: dict[str, Activation] = {
 }
 """What makes probabilities of the logits before each end."""
 _RESHAPES = (
-    aten.view.default,
     aten.reshape.default,
-    aten._unsafe_view.default,
     aten.squeeze.default,
     aten.squeeze.dim,
     aten.squeeze.dims,

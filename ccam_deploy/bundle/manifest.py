@@ -184,6 +184,10 @@ class Plan:
     max_batch: Positive
 
 
+RANDOM_WEIGHTS = "the bundle has random weights; its maps mean nothing"
+"""What users of a bundle are told whose network was not trained."""
+
+
 @dataclass(frozen=True)
 class KernelCode:
     """Compiled kernels for one compute capability; see `kernels.cuda.kernel_files`.
@@ -255,6 +259,11 @@ class Manifest:
     def probabilities_by(self) -> Activation:
         """What makes probabilities of logits."""
         return "softmax" if self.activation is UNSET else self.activation
+
+    @property
+    def has_probabilities(self) -> bool:
+        """Whether classes are scored by probabilities, and not by the outputs as they are."""
+        return self.probabilities_by != "none"
 
     @property
     def compiled(self) -> tuple[KernelCode, ...]:

@@ -145,8 +145,7 @@ def _opened(options: BatchOptions, source: Input, method: Method) -> Iterator[tu
 
     bundle = read_bundle(options.bundle, options.engine.require_signature)
     bundle.precision(options.engine.precision)
-    if bundle.manifest.random_weights:
-        say("warning: the bundle has random weights; its maps mean nothing", err=True)
+    choices.warn_of_random_weights(bundle.manifest)
     targets = choices.parse_targets(options.targets, bundle.manifest)
     settings = {
         "bundle": bundle.manifest.name,

@@ -98,11 +98,18 @@ def open_explainer(bundle: Path, engine: EngineOptions) -> Iterator[Explainer]:
     ) as explainer:
         for note in explainer.networks.notes:
             say(f"skipped {note}", err=True)
-        if explainer.bundle.manifest.random_weights:
-            say("warning: the bundle has random weights; its maps mean nothing", err=True)
+        warn_of_random_weights(explainer.bundle.manifest)
         yield explainer
         for note in explainer.notes[len(explainer.networks.notes) :]:
             say(note, err=True)
+
+
+def warn_of_random_weights(manifest: Manifest) -> None:
+    """Say it where a bundle's network was not trained."""
+    from ccam_deploy.bundle.manifest import RANDOM_WEIGHTS
+
+    if manifest.random_weights:
+        say(f"warning: {RANDOM_WEIGHTS}", err=True)
 
 
 def find_inputs(images: Sequence[Path], output: Path) -> list[Path]:

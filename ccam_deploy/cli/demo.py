@@ -10,15 +10,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import click
 
-from ccam_deploy.cli.options import BundleFolder, EngineOptions, Host, LookOptions
+from ccam_deploy.cli.options import LOOPBACK, BundleFolder, EngineOptions, Host, LookOptions
 from ccam_deploy.cli.parameters import Option, with_options
 from ccam_deploy.cli.printing import say
 from ccam_deploy.cli.signals import TERMINATED, Terminated
 
 if TYPE_CHECKING:
     from ccam_deploy.page.worker import Worker
-
-LOOPBACK = "127.0.0.1"
 
 Port = Annotated[
     int, Option("--port", "Port to listen at; 0 for any that is free.", click.IntRange(0, 65535))

@@ -203,7 +203,7 @@ def _reports(
 
 
 def _print(report: dict[str, Any], manifest: Manifest) -> None:
-    value = "output" if manifest.probabilities_by == "none" else "probability"
+    value = "probability" if manifest.has_probabilities else "output"
     counts = "+".join(str(count) for count in report["masks"].values())
     masks = f"masks {counts}, " if counts else ""
     budget = ""

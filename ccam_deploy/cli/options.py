@@ -53,6 +53,7 @@ BundleFolder = Annotated[Path, Argument(PATH)]
 ImageFiles = Annotated[tuple[Path, ...], Argument(PATH, many=True)]
 ModelFile = Annotated[Path | None, Argument(PATH)]
 
+LOOPBACK = "127.0.0.1"
 Host = Annotated[str, Option("--host", "Address to listen at; the default is this machine alone.")]
 OutputFolder = Annotated[Path, output_to("a folder")]
 AsJson = Annotated[bool, Option("--json", "Print the results as JSON.")]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -70,14 +70,19 @@ def signals_as_exceptions() -> Iterator[None]:
     finally:
         sys.unraisablehook = previous_hook
         signal.setitimer(signal.ITIMER_REAL, 0)
-        for number, handler in previous.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        _put_back(previous)
 
 
 def _importing(frame: FrameType | None) -> bool:
     while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
         frame = frame.f_back
     return frame is not None
+
+
+def _put_back(handlers: Mapping[signal.Signals, Any]) -> None:
+    """Set handlers again; what was not set by Python, which reads as None, gets the default."""
+    for number, handler in handlers.items():
+        signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 @contextmanager
@@ -96,8 +101,7 @@ def kept_handlers() -> Iterator[None]:
     except SystemExit as error:
         raise error if isinstance(error, Terminated) else Terminated() from error
     finally:
-        for number, handler in before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        _put_back(before)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import click
 
-from ccam_deploy.cli.options import PATH, Host, RequireSignature
+from ccam_deploy.cli.options import LOOPBACK, PATH, Host, RequireSignature
 from ccam_deploy.cli.parameters import Argument, Option, unset, with_options
 from ccam_deploy.cli.printing import say
 from ccam_deploy.cli.signals import Terminated
@@ -27,7 +27,7 @@ class ServeOptions:
     """The options of `triton serve`."""
 
     repository: Annotated[Path, Argument(PATH)]
-    host: Host = "127.0.0.1"
+    host: Host = LOOPBACK
     http_port: Annotated[
         int, Option("--http-port", "Port for HTTP; 0 takes a free one.", _PORT)
     ] = 8000

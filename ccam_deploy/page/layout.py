@@ -7,6 +7,7 @@ from typing import Any
 
 import gradio as gr
 
+from ccam_deploy.bundle.manifest import RANDOM_WEIGHTS
 from ccam_deploy.page import markup
 from ccam_deploy.page.clicks import KEPT_S, NOTHING, WAITING, Clicks, Parts, Side
 from ccam_deploy.page.fields import Field
@@ -43,7 +44,7 @@ def make_page(viewer: Viewer, worker: Worker, look: Look, uploads: Path) -> gr.B
 
 def _doubts(viewer: Viewer) -> list[str]:
     manifest = viewer.explainer.bundle.manifest
-    random = ["The bundle has random weights; its maps mean nothing."]
+    random = [f"{RANDOM_WEIGHTS.capitalize()}."]
     return [*manifest.doubts, *(random if manifest.random_weights else [])]
 
 

@@ -80,7 +80,7 @@ class Viewer:
     @property
     def has_probabilities(self) -> bool:
         """Whether the scores of classes are probabilities."""
-        return self._manifest.probabilities_by != "none"
+        return self._manifest.has_probabilities
 
     def fields(self, method: str) -> tuple[Field, ...]:
         """List the fields of a method's options; raise OptionError for an unknown method."""

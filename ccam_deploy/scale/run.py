@@ -9,6 +9,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
+from ccam_deploy.engines.base import row_chunks
 from ccam_deploy.errors import BackendError
 from ccam_deploy.scale.cluster import Layout, plain_error
 from ccam_deploy.scale.inputs import Item
@@ -82,7 +83,7 @@ def cut(items: Sequence[Item], size: Sequence[int], most: int | None = None) -> 
         channels, height, width = size
         fit = _PART_BYTES // (channels * height * width * _FLOAT_BYTES)
         most = max(1, min(PART_SIZE, fit))
-    return [list(items[start : start + most]) for start in range(0, len(items), most)]
+    return [list(items[rows]) for rows in row_chunks(len(items), most)]
 
 
 def run(

@@ -11,6 +11,7 @@ from typing import Any
 
 import triton_python_backend_utils as triton
 
+from ccam_deploy.bundle.manifest import RANDOM_WEIGHTS
 from ccam_deploy.engines.cuda.device import DeviceTensor
 from ccam_deploy.engines.cuda.dlpack import capsule_of, tensor_of
 from ccam_deploy.engines.cuda.parts import ImageParts
@@ -19,7 +20,13 @@ from ccam_deploy.explainer import DEFAULT_BATCH, Explainer, load
 from ccam_deploy.explanation import Explanation
 from ccam_deploy.serve.models.device_memory import DeviceMemory
 from ccam_deploy.serve.models.metrics import Metrics
-from ccam_deploy.serve.models.responses import input_array, parameters_of, refusal, response
+from ccam_deploy.serve.models.responses import (
+    input_array,
+    parameters_of,
+    parse_each,
+    refusal,
+    response,
+)
 from ccam_deploy.serve.outputs import outputs_of
 from ccam_deploy.serve.repository import BUNDLE
 from ccam_deploy.serve.requests import Array, Request, Rules, answer_batch, parse_request
@@ -53,7 +60,7 @@ class TritonPythonModel:
             raise triton.TritonModelException(str(error)) from error
         notes = [*self._explainer.notes, *manifest.doubts]
         if manifest.random_weights:
-            notes.append("the bundle has random weights; its maps mean nothing")
+            notes.append(RANDOM_WEIGHTS)
         for note in notes:
             triton.Logger.log_warn(f"{args['model_name']}: {note}")
 
@@ -66,13 +73,7 @@ class TritonPythonModel:
         Returns:
             A response for each, with tensors or with an error.
         """
-        answers: list[Any] = [None] * len(requests)
-        checked: dict[int, Request] = {}
-        for index, request in enumerate(requests):
-            try:
-                checked[index] = self._parse(request)
-            except Exception as error:
-                answers[index] = refusal(error, self._metrics)
+        answers, checked = parse_each(requests, self._parse, self._metrics)
         wanted = [requests[index].requested_output_names() for index in checked]
         found = self._answer(list(checked.values()), wanted)
         for (index, request), answer in zip(checked.items(), found, strict=True):

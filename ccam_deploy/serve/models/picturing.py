@@ -22,6 +22,7 @@ from ccam_deploy.serve.models.metrics import Metrics
 from ccam_deploy.serve.models.responses import (
     input_array,
     parameters_of,
+    parse_each,
     refusal,
     request_parameters,
     response,
@@ -91,13 +92,7 @@ class TritonPythonModel:
         Returns:
             A response for each, with tensors or with an error.
         """
-        answers: list[Any] = [None] * len(requests)
-        decoded: dict[int, _Pictures] = {}
-        for index, request in enumerate(requests):
-            try:
-                decoded[index] = self._decode(request)
-            except Exception as error:
-                answers[index] = refusal(error, self._metrics)
+        answers, decoded = parse_each(requests, self._decode, self._metrics)
         explained = self._explain(list(decoded.values()))
         for (index, pictures), found in zip(decoded.items(), explained, strict=True):
             answers[index] = self._respond(requests[index], pictures, found)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import traceback
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import triton_python_backend_utils as triton
@@ -14,6 +14,8 @@ from ccam_deploy.errors import CcamError, ImageError, OptionError, RequestError,
 from ccam_deploy.serve.models.metrics import Metrics
 from ccam_deploy.serve.requests import Array
 from ccam_deploy.text import one_line
+
+Parsed = TypeVar("Parsed")
 
 FAILED = "the explanation failed; the server's log says why"
 
@@ -51,6 +53,30 @@ def response(tensors: Mapping[str, Any]) -> Any:
             for name, values in tensors.items()
         ]
     )
+
+
+def parse_each(
+    requests: Sequence[Any], parse: Callable[[Any], Parsed], metrics: Metrics
+) -> tuple[list[Any], dict[int, Parsed]]:
+    """Read the requests of a batch, so that one that is refused takes no other with it.
+
+    Args:
+        requests: Triton's requests.
+        parse: Reads one; what it raises refuses that one.
+        metrics: Where refusals are counted.
+
+    Returns:
+        A response for each request that is refused, None for the others; and what these ask, by
+        their places.
+    """
+    answers: list[Any] = [None] * len(requests)
+    parsed: dict[int, Parsed] = {}
+    for index, request in enumerate(requests):
+        try:
+            parsed[index] = parse(request)
+        except Exception as error:
+            answers[index] = refusal(error, metrics)
+    return answers, parsed
 
 
 def refusal(error: Exception, metrics: Metrics) -> Any:

@@ -186,10 +186,7 @@ def main(
         "summary": {name: summarise(values) for name, values in result["maps"].items()},
         **result,
     }
-    text = markdown(result)
-    print(text)
-    if options.output:
-        harness.write_results(options.output, result, text)
+    harness.publish(options.output, result, markdown(result))
 
 
 if __name__ == "__main__":

@@ -101,10 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "choices": choices,
         **report.as_json(summary),
     }
-    text = markdown(result, summary)
-    print(text)
-    if options.output:
-        harness.write_results(options.output, result, text)
+    harness.publish(options.output, result, markdown(result, summary))
 
 
 def _export(

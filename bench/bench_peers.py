@@ -243,10 +243,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         bundle = options.bundle or harness.export(options.network, folder / options.network)
         result = run(bundle, options, folder)
     result = {"command": _command(options), **result}
-    text = markdown(result)
-    print(text)
-    if options.output:
-        harness.write_results(options.output, result, text)
+    harness.publish(options.output, result, markdown(result))
 
 
 def _command(options: argparse.Namespace) -> str:

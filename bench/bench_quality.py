@@ -326,10 +326,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         work = options.work or Path(folder) / "work"
         result, summaries = run(bundle, options, work)
-    text = markdown(result, summaries)
-    print(text)
-    if options.output:
-        harness.write_results(options.output, result, text)
+    harness.publish(options.output, result, markdown(result, summaries))
 
 
 def run(

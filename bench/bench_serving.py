@@ -184,10 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "network": f"{options.network}, random weights",
         "results": results,
     }
-    text = markdown(result)
-    print(text)
-    if options.output:
-        harness.write_results(options.output, result, text)
+    harness.publish(options.output, result, markdown(result))
 
 
 if __name__ == "__main__":

@@ -190,6 +190,19 @@ def write_results(file: Path, result: Mapping[str, Any], markdown: str) -> None:
     write_file(file.with_suffix(".md"), markdown.encode())
 
 
+def publish(file: Path | None, result: Mapping[str, Any], markdown: str) -> None:
+    """Print a result's tables, and write it where a file is asked for.
+
+    Args:
+        file: A JSON file; None to print only.
+        result: See write_results.
+        markdown: The result's tables.
+    """
+    print(markdown)
+    if file:
+        write_results(file, result, markdown)
+
+
 def _words(options: Mapping[str, object]) -> list[str]:
     pairs = [(f"--{name}", str(value)) for name, value in options.items() if value is not None]
     return [word for pair in pairs for word in pair]

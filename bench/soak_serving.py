@@ -209,9 +209,7 @@ def main(
             "load_average": [load, load_average()],
         },
     }
-    print(markdown(result))
-    if options.output:
-        harness.write_results(options.output, result, markdown(result))
+    harness.publish(options.output, result, markdown(result))
     if left or abs(measured) > MOST_GROWTH:
         sys.exit("the server did not stay as it was")
 

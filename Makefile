@@ -83,8 +83,8 @@ bench: .venv/.all
 clean:
 	rm -rf .venv .venv-serve .venv-page .venv-scale demo site engines/efficientnet_lite0 .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
 
-.venv/bin/python:
-	$(PYTHON) -m venv .venv
+.venv/bin/python .venv-serve/bin/python .venv-page/bin/python .venv-scale/bin/python:
+	$(PYTHON) -m venv $(@:/bin/python=)
 
 .venv/.cpu: pyproject.toml constraints.txt | .venv/bin/python
 	$(PIP) --editable '.[export,cpu,imagenet]'
@@ -94,42 +94,24 @@ clean:
 	$(PIP) --editable '.[export,cpu,cuda,rtx,plot,scenes,proposals,imagenet,sign,zoo,test,lint,docs]'
 	touch $@ .venv/.cpu
 
-.venv-serve/bin/python:
-	$(PYTHON) -m venv .venv-serve
-
 .venv-serve/.all: pyproject.toml constraints-serve.txt | .venv-serve/bin/python
 	$(SERVE_PIP) --editable '.[cpu,serve]' hypothesis psutil pytest
 	touch $@
 
-.venv-serve/bundles/tiny: .venv/.all tests/bundles.py tests/networks.py
-	rm -rf $@
-	mkdir -p $(@D)
-	$(BIN)/python -m tests.bundles tiny $@
-	touch $@
-
-.venv-page/bin/python:
-	$(PYTHON) -m venv .venv-page
-
 .venv-page/.all: pyproject.toml constraints-page.txt | .venv-page/bin/python
 	$(PAGE_PIP) --editable '.[cpu,demo]' hypothesis psutil pytest selenium
 	touch $@
-
-.venv-page/bundles/digits: .venv/.all tests/bundles.py export/digits.toml
-	rm -rf $@
-	mkdir -p $(@D)
-	$(BIN)/python -m tests.bundles digits $@
-	touch $@
-
-.venv-scale/bin/python:
-	$(PYTHON) -m venv .venv-scale
 
 .venv-scale/.all: pyproject.toml constraints.txt | .venv-scale/bin/python
 	$(SCALE)/pip install --quiet --disable-pip-version-check --constraint constraints.txt \
 		--editable '.[cpu,scale]' hypothesis psutil pytest
 	touch $@
 
-.venv-scale/bundles/digits: .venv/.all tests/bundles.py export/digits.toml
+.venv-serve/bundles/tiny: tests/networks.py
+.venv-page/bundles/digits .venv-scale/bundles/digits: export/digits.toml
+.venv-serve/bundles/tiny .venv-page/bundles/digits .venv-scale/bundles/digits: \
+		.venv/.all tests/bundles.py
 	rm -rf $@
 	mkdir -p $(@D)
-	$(BIN)/python -m tests.bundles digits $@
+	$(BIN)/python -m tests.bundles $(@F) $@
 	touch $@

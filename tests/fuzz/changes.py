@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 
 from ccam_deploy.errors import CcamError
@@ -14,6 +15,12 @@ from tests.fuzz.readers import Reader
 
 _WORDS = (b"\0", b"\n", b"\xff" * 4, b"\0" * 8, b"-", b"9" * 20, b"\xed\xa0\x80", b"\x7f\xff")
 _NEIGHBOUR = "neighbour"
+PATIENT = settings(
+    derandomize=True,
+    phases=(Phase.explicit, Phase.generate),
+    suppress_health_check=list(HealthCheck),
+)
+"""The same changes in each run, none of them reduced, however long they take."""
 
 
 def read_one(reader: Reader, content: bytes) -> CcamError | None:

@@ -70,27 +70,20 @@ def _manifest(content: bytes, folder: Path) -> object:
     return read_bundle(folder)
 
 
+def _of_file(name: str, read: Callable[[Path], object]) -> Read:
+    """A reader of a file of some name."""
+
+    def write_and_read(content: bytes, folder: Path) -> object:
+        path = folder / name
+        path.write_bytes(content)
+        return read(path)
+
+    return write_and_read
+
+
 def _image(content: bytes, folder: Path) -> object:
     picture = load_image(content)
     return [prepare_images([picture], (8, 8), how) for how in (_GREY, _RGB)]
-
-
-def _recipe(content: bytes, folder: Path) -> object:
-    path = folder / "recipe.toml"
-    path.write_bytes(content)
-    return recipe_settings(read_recipe(path), folder)
-
-
-def _onnx(content: bytes, folder: Path) -> object:
-    path = folder / "net.onnx"
-    path.write_bytes(content)
-    return read_onnx(path)
-
-
-def _labels(content: bytes, folder: Path) -> object:
-    path = folder / "labels.txt"
-    path.write_bytes(content)
-    return read_labels(path)
 
 
 def _class_name(content: bytes, folder: Path) -> object:
@@ -121,24 +114,6 @@ def _birds(content: bytes, folder: Path) -> object:
         assert (root / "images" / bird.name).resolve().is_relative_to(root.resolve())
         bird.read()
     return birds
-
-
-def _reference(content: bytes, folder: Path) -> object:
-    path = folder / "reference.npz"
-    path.write_bytes(content)
-    return load_observation(path)
-
-
-def _masks(content: bytes, folder: Path) -> object:
-    path = folder / "masks.npy"
-    path.write_bytes(content)
-    return np.array(read_masks(str(path), (4, 4)))
-
-
-def _constant(content: bytes, folder: Path) -> object:
-    path = folder / "value.npy"
-    path.write_bytes(content)
-    return parse_constant(f"scale={path}")
 
 
 def _results(content: bytes, folder: Path) -> object:
@@ -294,17 +269,21 @@ READERS: dict[str, Reader] = {
         (encoded("TIFF", "F"),),
     ),
     "recipe": Reader(
-        _recipe,
+        _of_file("recipe.toml", lambda path: recipe_settings(read_recipe(path), path.parent)),
         (_recipe_text(),),
         (b"'../x'", b"'/etc/passwd'", b"nan", b"inf", b"[" * 400, b"9" * 400, b"1e400", b"\\u0000"),
         (b'name = "x"\narch = "a:b"\nlabels = "l.txt"\n[input]\nsize = [8, 8]',),
     ),
     "onnx": Reader(
-        _onnx,
+        _of_file("net.onnx", read_onnx),
         (onnx_network(), onnx_network(functions=True), external_network()),
         (b"../net.onnx", b"/etc/passwd", b"\xff" * 8, b"[" * 300, b"{[]: 1}", b"\x7f" * 5, b"\0"),
     ),
-    "labels": Reader(_labels, (b"ant\nbee\ncat\n",), (b"\xff", b"\0", b"\xe2\x80\xa8", b"\r")),
+    "labels": Reader(
+        _of_file("labels.txt", read_labels),
+        (b"ant\nbee\ncat\n",),
+        (b"\xff", b"\0", b"\xe2\x80\xa8", b"\r"),
+    ),
     "class-name": Reader(
         _class_name,
         (b"tabby cat", b"281"),
@@ -330,15 +309,19 @@ READERS: dict[str, Reader] = {
         (_tables(),),
         (b"../" * 3, b"/etc/passwd", b"x" * 300, b"inf", b"nan", b"1e308", b"\0", b"9" * 400),
     ),
-    "reference": Reader(_reference, (npz(_RECORD),), (b"PK\x05\x06", b"{[]:1}", b"|O", b"9" * 30)),
+    "reference": Reader(
+        _of_file("reference.npz", load_observation),
+        (npz(_RECORD),),
+        (b"PK\x05\x06", b"{[]:1}", b"|O", b"9" * 30),
+    ),
     "masks": Reader(
-        _masks,
+        _of_file("masks.npy", lambda path: np.array(read_masks(str(path), (4, 4)))),
         (npy(np.ones((3, 4, 4), np.float32)),),
         (b"{[]:1}", b"(" * 300, b"'|O'", b"9" * 30, b"-1", b"PK\x03\x04", b"PK\x05\x06"),
         (npz({"a": np.ones((3, 4, 4))}),),
     ),
     "constant": Reader(
-        _constant,
+        _of_file("value.npy", lambda path: parse_constant(f"scale={path}")),
         (npy(np.ones((2, 2), np.float32)),),
         (b"{[]:1}", b"(" * 300, b"'|O'", b"9" * 30, b"-1", b"PK\x03\x04", b"PK\x05\x06"),
         (npz({"a": np.ones(1)}),),

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ccam_deploy as ccam
@@ -25,6 +25,7 @@ from ccam_deploy.bundle.folder import (
 )
 from ccam_deploy.errors import BundleError, CcamError
 from ccam_deploy.fidelity.verification import verify_bundle
+from tests.fuzz.changes import PATIENT
 from tests.helpers import example_pictures
 
 HOSTILE: tuple[Any, ...] = (
@@ -71,12 +72,7 @@ def link(source: str, target: str) -> None:
 
 
 @pytest.mark.slow
-@settings(
-    max_examples=100,
-    derandomize=True,
-    phases=(Phase.explicit, Phase.generate),
-    suppress_health_check=list(HealthCheck),
-)
+@settings(PATIENT, max_examples=100)
 @given(data=st.data())
 def test_a_sealed_manifest(tiny_bundle: Path, data: st.DataObject) -> None:
     value = json.loads((tiny_bundle / MANIFEST).read_bytes())
@@ -120,12 +116,7 @@ ARRAYS = (
 
 
 @pytest.mark.slow
-@settings(
-    max_examples=40,
-    derandomize=True,
-    phases=(Phase.explicit, Phase.generate),
-    suppress_health_check=list(HealthCheck),
-)
+@settings(PATIENT, max_examples=40)
 @given(data=st.data())
 def test_a_sealed_record_of_other_arrays(tiny_bundle: Path, data: st.DataObject) -> None:
     """As `verify` reads it."""

@@ -5,18 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.fuzz.changes import changed, read_one
+from tests.fuzz.changes import PATIENT, changed, read_one
 from tests.fuzz.readers import READERS, manifest_reader
 
-_PATIENT = settings(
-    max_examples=60,
-    derandomize=True,
-    phases=(Phase.explicit, Phase.generate),
-    suppress_health_check=list(HealthCheck),
-)
+_PATIENT = settings(PATIENT, max_examples=60)
 
 
 @pytest.mark.parametrize("name", READERS)

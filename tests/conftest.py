@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 from collections.abc import Iterator
 from functools import cache
 from importlib.util import find_spec
@@ -76,6 +77,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip(_why_no_gpu())
     if item.get_closest_marker("serve") and not find_spec("pytriton"):
         pytest.skip("Triton is not installed here; make test-serve runs this")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interrupts() -> Iterator[None]:
+    """Ctrl-C is taken as in a terminal, also where the tests run in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

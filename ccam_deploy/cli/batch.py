@@ -217,7 +217,7 @@ def _joined(options: BatchOptions) -> Iterator[Layout]:
 
     wishes = cluster.Wishes(options.num_gpus, options.processes, options.engine.threads)
     with ExitStack() as stack:
-        stack.enter_context(cluster.quiet_stderr())
+        stack.enter_context(cluster.quiet_streams())
         with kept_handlers():
             if options.address:
                 resources = stack.enter_context(cluster.joined_cluster(options.address))

@@ -9,8 +9,9 @@ import socket
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ccam_deploy.errors import BackendError, CcamError, OptionError, brief
@@ -143,11 +144,18 @@ def require_ray() -> None:
 
 
 @contextmanager
-def quiet_stderr() -> Iterator[None]:
-    """Keep what Ray's C++ part writes to stderr, past its settings, off the terminal.
+def quiet_streams() -> Iterator[None]:
+    """Keep what Ray writes past its settings out of this process's output.
 
-    Python's own `sys.stderr` goes where it went before.
+    Its threads print lines about lost tasks to `sys.stdout`, which is silent until the block ends;
+    its C++ part writes to stderr, where only what Python's own `sys.stderr` gets goes on.
     """
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), _only_python_s_stderr():
+        yield
+
+
+@contextmanager
+def _only_python_s_stderr() -> Iterator[None]:
     stream = sys.stderr
     try:
         terminal = stream.fileno() == 2

@@ -54,14 +54,6 @@ ENDINGS = [
 ]
 
 
-@pytest.fixture
-def interrupts() -> Any:
-    """Ctrl-C raises KeyboardInterrupt, as in a terminal."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.parametrize(("number", "code", "line"), ENDINGS)
 def test_a_staged_bundle_is_removed(
     tmp_path: Path, number: signal.Signals, code: int, line: str
@@ -150,7 +142,6 @@ def test_other_threads_run_without_handlers() -> None:
     assert reached == [signal.getsignal(signal.SIGTERM)]
 
 
-@pytest.mark.usefixtures("interrupts")
 def test_a_held_interrupt_is_raised_where_asked() -> None:
     """Also where the exceptions of a handler would be swallowed."""
     with pytest.raises(KeyboardInterrupt), held_signals() as release:
@@ -163,7 +154,6 @@ def test_a_held_interrupt_is_raised_where_asked() -> None:
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-@pytest.mark.usefixtures("interrupts")
 def test_a_held_signal_is_raised_at_the_end_of_the_block() -> None:
     reached = []
     with pytest.raises(Terminated), signals_as_exceptions(), held_signals():
@@ -183,7 +173,6 @@ def test_an_ignored_interrupt_stays_ignored() -> None:
         signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.usefixtures("interrupts")
 @pytest.mark.parametrize(
     ("name", "exception"), [("SIGTERM", Terminated), ("SIGINT", KeyboardInterrupt)]
 )
@@ -214,7 +203,6 @@ def test_signals_wait_for_an_import(
     assert [signal.getsignal(number) for number in numbers] == before
 
 
-@pytest.mark.usefixtures("interrupts")
 def test_an_alarm_that_comes_late_raises_nothing() -> None:
     with pytest.raises(Terminated), signals_as_exceptions():
         try:
@@ -223,7 +211,6 @@ def test_an_alarm_that_comes_late_raises_nothing() -> None:
             signal.raise_signal(signal.SIGALRM)
 
 
-@pytest.mark.usefixtures("interrupts")
 @pytest.mark.parametrize(
     ("number", "exception"), [(signal.SIGTERM, Terminated), (signal.SIGINT, KeyboardInterrupt)]
 )

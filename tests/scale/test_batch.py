@@ -208,8 +208,11 @@ def running(*words: object) -> Iterator[subprocess.Popen[str]]:
         process.wait()
 
 
-def gone(processes: list[psutil.Process]) -> bool:
-    """Whether processes end soon; one that nobody has asked for its exit status has ended, too."""
+def survivors(processes: list[psutil.Process]) -> list[list[str]]:
+    """Commands of the processes that do not end soon.
+
+    One that nobody has asked for its exit status has ended, too.
+    """
 
     def runs(process: psutil.Process) -> bool:
         try:
@@ -217,10 +220,17 @@ def gone(processes: list[psutil.Process]) -> bool:
         except psutil.NoSuchProcess:
             return False
 
+    def command(process: psutil.Process) -> list[str]:
+        try:
+            return list(process.cmdline())
+        except psutil.NoSuchProcess:
+            return []
+
+    commands = [(process, command(process)) for process in processes]
     deadline = time.monotonic() + 60
     while any(map(runs, processes)) and time.monotonic() < deadline:
         time.sleep(0.1)
-    return not any(map(runs, processes))
+    return [words for process, words in commands if runs(process)]
 
 
 def test_killed_in_the_middle(
@@ -232,7 +242,7 @@ def test_killed_in_the_middle(
         children = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGKILL)
         process.wait()
-    assert gone(children)
+    assert survivors(children) == []
     kept = files(tmp_path / "out")
     some = rows(tmp_path / "out")
     complete = rows(whole)
@@ -262,7 +272,7 @@ def test_terminated(whole: Path, images: Path, digits_bundle: Path, tmp_path: Pa
         "continues there"
     )
     assert not list((tmp_path / "out").glob(".part-*"))
-    assert gone(children)
+    assert survivors(children) == []
 
 
 def test_terminated_while_ray_starts(images: Path, digits_bundle: Path, tmp_path: Path) -> None:
@@ -276,7 +286,7 @@ def test_terminated_while_ray_starts(images: Path, digits_bundle: Path, tmp_path
     assert (code, stdout) == (143, "")
     assert stderr.strip().splitlines()[-1] == "error: terminated; nothing was left half-written"
     assert "Traceback" not in stderr
-    assert gone(children)
+    assert survivors(children) == []
 
 
 def test_a_killed_worker_is_replaced(

@@ -78,19 +78,21 @@ def test_what_does_not_fit(resources: Resources, wishes: Wishes, message: str) -
         divide(resources, wishes)
 
 
-def test_stderr_is_python_s_alone(capfd: pytest.CaptureFixture[str]) -> None:
-    """What others write to the file descriptor meanwhile goes nowhere."""
+def test_streams_are_quiet(capfd: pytest.CaptureFixture[str]) -> None:
+    """Of what is written meanwhile, only lines on Python's own stderr are seen."""
     code = (
         "import os, sys\n"
-        "from ccam_deploy.scale.cluster import quiet_stderr\n"
-        "with quiet_stderr():\n"
+        "from ccam_deploy.scale.cluster import quiet_streams\n"
+        "with quiet_streams():\n"
         "    os.write(2, b'noise')\n"
+        "    print('noise')\n"
         "    print('line', file=sys.stderr)\n"
         "os.write(2, b'after')\n"
         "print(' end', file=sys.stderr)\n"
+        "print('result')\n"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
-    assert capfd.readouterr().err == "line\nafter end\n"
+    assert capfd.readouterr() == ("result\n", "line\nafter end\n")
 
 
 @pytest.mark.parametrize("address", ["somewhere", "host:", "host:x"])

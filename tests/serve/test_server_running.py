@@ -24,14 +24,6 @@ from tests.serve.toy import Running, ask, left_behind, serving, until, write_toy
 pytestmark = [pytest.mark.serve, pytest.mark.slow]
 
 
-@pytest.fixture(autouse=True)
-def interrupts() -> Iterator[None]:
-    """Commands take Ctrl-C as in a terminal, also where the tests run in the background."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_toy(tmp_path_factory.mktemp("triton") / "repository")

@@ -24,7 +24,7 @@ demo: .venv/.cpu
 pictures: demo
 	$(BIN)/python -m bench.draw_photographs engines/efficientnet_lite0 --output docs/images
 
-test: lint types test-serve test-page
+test: lint types test-serve test-page test-scale
 	$(PYTEST) -m "not nightly and $(HERE)"
 
 coverage: .venv/.all

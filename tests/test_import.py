@@ -53,7 +53,7 @@ HOMES = {
     "triton_python_backend_utils": {"serve"},
     "click": {"cli"},
     "gradio": {"page"},
-    "signal": {"cli", "serve"},
+    "signal": {"cli", "scale", "serve"},
     "tempfile": {"bundle", "export", "files", "latency", "page", "scale", "serve"},
     "uvicorn": {"page"},
 }

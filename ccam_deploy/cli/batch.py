@@ -112,7 +112,7 @@ def batch(options: BatchOptions) -> None:
     from ccam_deploy.scale.run import cut, remaining
 
     (method,) = choices.make_methods([options.method.method], options.method.pairs).values()
-    require_ray()
+    require_ray(options.address)
     columns = Columns(options.image_column, options.path_column)
     source = open_input(options.input, options.format, columns)
     _require_apart(options.input, options.output)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import socket
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -16,10 +16,16 @@ from typing import Any
 
 from ccam_deploy.errors import BackendError, CcamError, OptionError, brief
 from ccam_deploy.extras import install
+from ccam_deploy.scale import reaper
 
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",  # nothing is sent anywhere
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # a warning of a change that concerns nobody here
+}
+_LOOPBACK_ONLY = {
+    # Elsewhere than on Linux this is the default: Ray's servers listen at 127.0.0.1, and not at
+    # every address. It has to be there when Ray is imported.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
 }
 _DEEPEST = 20
 _ANSWER_S = 10.0
@@ -132,9 +138,13 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def require_ray() -> None:
-    """Raise OptionError where Ray, which runs batches, is missing."""
-    os.environ.update(_QUIET)
+def require_ray(address: str | None) -> None:
+    """Raise OptionError where Ray, which runs batches, is missing.
+
+    Args:
+        address: The cluster to join; None to make this machine one.
+    """
+    os.environ.update(_QUIET if address else _QUIET | _LOOPBACK_ONLY)
     try:
         import ray.data  # noqa: F401
     except ImportError as error:
@@ -195,20 +205,31 @@ def local_cluster(wishes: Wishes, cores: int) -> Iterator[Resources]:
         BackendError: Ray cannot start.
     """
     no_gpu = wishes.num_gpus == 0 or wishes.processes is not None
-    place = tempfile.mkdtemp(prefix="ccam-ray-")  # short: sockets lie in it
-    try:
-        _init(
-            address="local",
-            num_cpus=wishes.logical_cpus(cores),
-            num_gpus=0 if no_gpu else None,
-            include_dashboard=False,
-            _node_ip_address="127.0.0.1",
-            _temp_dir=place,
-        )
-        yield _resources()
-    finally:
-        _shutdown()
-        shutil.rmtree(place, ignore_errors=True)
+    with _cluster_folder() as folder:
+        try:
+            _init(
+                address="local",
+                num_cpus=wishes.logical_cpus(cores),
+                num_gpus=0 if no_gpu else None,
+                include_dashboard=False,
+                _node_ip_address="127.0.0.1",
+                _temp_dir=str(folder),
+            )
+            yield _resources()
+        finally:
+            _shutdown()
+
+
+@contextmanager
+def _cluster_folder() -> Iterator[Path]:
+    """Make a folder for a cluster, which goes with all processes that use it.
+
+    Another process sees to that, so that it happens even if this one is killed.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="ccam-ray-")).resolve()  # short: sockets lie in it
+    command = [sys.executable, "-I", "-S", reaper.__file__, str(folder)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True):
+        yield folder
 
 
 @contextmanager

@@ -326,6 +326,6 @@ def target_named(word: str, manifest: Manifest) -> int:
     if word in ("", str(TOP)):
         return TOP
     try:
-        return manifest.class_index(word[:_LONGEST_NAME])
+        return manifest.class_index(word)
     except CcamError as error:
         raise RequestError(one_line(error), "class") from error

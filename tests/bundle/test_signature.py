@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import ccam_deploy as ccam
 from ccam_deploy.bundle import folder as bundle_folder
@@ -26,6 +28,8 @@ from ccam_deploy.errors import (
     SignatureError,
 )
 from tests.damage import contents, flip
+from tests.fuzz.changes import PATIENT, changed, read_one
+from tests.fuzz.readers import signature_reader
 from tests.keys import KeyPair, make_keys, openssl
 
 pytest.importorskip("model_signing")
@@ -224,6 +228,16 @@ def test_a_forged_signature(
         require_signed(signed, key)
     assert "was not made with the key that belongs to" in str(refusal.value)
     assert capfd.readouterr().out == ""
+
+
+@pytest.mark.slow
+@settings(PATIENT, max_examples=60)
+@given(data=st.data())
+def test_any_changed_signature(signed: Path, keys: KeyPair, data: st.DataObject) -> None:
+    """It is refused in one line, or still says the same."""
+    reader = signature_reader(signed, keys.public)
+    assert read_one(reader, reader.seeds[0]) is None
+    read_one(reader, data.draw(changed(reader)))
 
 
 def test_no_signature(tiny_bundle: Path, tmp_path: Path, keys: KeyPair) -> None:

@@ -17,7 +17,7 @@ from tests.helpers import SCENES
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray counts as installed."""
-    monkeypatch.setattr("ccam_deploy.scale.cluster.require_ray", lambda: None)
+    monkeypatch.setattr("ccam_deploy.scale.cluster.require_ray", lambda address: None)
 
 
 def test_the_help_says_what_is_so() -> None:
@@ -37,7 +37,7 @@ def test_a_missing_extra_is_named(
     assert message.startswith("batch needs Ray, which cannot be imported (")
     assert message.endswith("): pip install 'ccam-deploy[scale]'")
     with pytest.raises(Exception, match="batch needs Ray"):
-        require_ray()
+        require_ray(None)
     assert not (here / "out").exists()
 
 

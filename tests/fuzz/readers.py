@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from PIL import Image
 from ccam_deploy.bundle.class_names import named_class
 from ccam_deploy.bundle.folder import MANIFEST, _decode, read_bundle, write_manifest
 from ccam_deploy.bundle.manifest import Preprocessing
+from ccam_deploy.bundle.signature import SIGNATURE, require_signed
 from ccam_deploy.export.constants import parse_constant
 from ccam_deploy.export.from_onnx.network import read_onnx
 from ccam_deploy.export.recipe import read_labels, read_recipe, recipe_settings
@@ -30,6 +32,7 @@ from ccam_deploy.methods.rise import read_masks
 from ccam_deploy.preprocess import prepare_images
 from ccam_deploy.quality.datasets import CUB, ImageNet
 from ccam_deploy.quality.results import RESULTS, SETTINGS, Results
+from ccam_deploy.serve.requests import Rules, decode_image, parse_request
 from tests.helpers import RECIPES
 from tests.quality import layouts
 
@@ -41,6 +44,8 @@ _CUB_TABLES = (
     "train_test_split.txt",
 )
 _BETWEEN_TABLES = b"\n====\n"
+_RULES = Rules((1, 2, 3), 5, ("collection-cam", "grad-cam"))
+_REQUEST_TYPES = (np.float32, np.float64, np.int32, np.uint8)
 _GREY = Preprocessing("crop", (10, 12), "bilinear", (0.5,), (0.25,))
 _RGB = Preprocessing("stretch", (8, 8), "bicubic", (0.5,) * 3, (0.25,) * 3)
 
@@ -114,6 +119,26 @@ def _birds(content: bytes, folder: Path) -> object:
         assert (root / "images" / bird.name).resolve().is_relative_to(root.resolve())
         bird.read()
     return birds
+
+
+def _request(content: bytes, folder: Path) -> object:
+    """A request to a served model: a tensor of its type and sizes, classes, and a method."""
+    kind, *sizes = content[:5].ljust(5, b"\0")
+    dtype = np.dtype(_REQUEST_TYPES[kind % len(_REQUEST_TYPES)])
+    shape = tuple(size % 8 for size in sizes)
+    size = math.prod(shape) * dtype.itemsize
+    images = np.frombuffer(content[5:][:size].ljust(size, b"\0"), dtype).reshape(shape)
+    targets = np.frombuffer(content[:4].ljust(4, b"\0") * shape[0], np.int32).reshape(-1, 1)
+    methods = np.array([content[5:]] * shape[0], np.object_).reshape(-1, 1)
+    return [
+        parse_request(images, None, None, _RULES),
+        parse_request(images, targets % 6 - 1, None, _RULES),
+        parse_request(images, None, methods, _RULES),
+    ]
+
+
+def _served_image(content: bytes, folder: Path) -> object:
+    return decode_image(content, max_bytes=2000)
 
 
 def _results(content: bytes, folder: Path) -> object:
@@ -326,6 +351,17 @@ READERS: dict[str, Reader] = {
         (b"{[]:1}", b"(" * 300, b"'|O'", b"9" * 30, b"-1", b"PK\x03\x04", b"PK\x05\x06"),
         (npz({"a": np.ones(1)}),),
     ),
+    "request": Reader(
+        _request,
+        (b"\0\2\1\2\3collection-cam",),
+        (b"grad-cam", b"\0\0\xc0\x7f", b"\0\0\x80\xff", b"\n", b"\xff\xfe"),
+    ),
+    "served-image": Reader(
+        _served_image,
+        (encoded("PNG"), encoded("JPEG")),
+        (b"IHDR", b"IDAT", b"\xff\xd8", b"\xff\xc0", b"Exif\0\0", b"\x7f" * 4),
+        (encoded("WEBP"), encoded("TIFF")),
+    ),
     "results": Reader(_results, (_ROWS,), (b'"', b"9" * 400, b"\0", b"x" * 140_000, b"1e999")),
     "settings": Reader(
         _settings,
@@ -333,7 +369,7 @@ READERS: dict[str, Reader] = {
         (b"[" * 3000, b"9" * 5000, b"NaN", b'"\\ud800"', b"{}", b"[]"),
     ),
 }
-"""By name; `manifest_reader` makes the one that needs a bundle."""
+"""By name; `manifest_reader` and `signature_reader` make those that need a bundle."""
 
 
 def manifest_reader(bundle: Path) -> Reader:
@@ -351,3 +387,22 @@ def manifest_reader(bundle: Path) -> Reader:
 
     words = (b'"../weights.bin"', b'"/etc/passwd"', b'"a\\u0000b"', b"1e999", b"9" * 40)
     return Reader(read, (content,), (*words, b"[" * 3000, b"-1", b'"\\ud800"', b"null"))
+
+
+def signature_reader(bundle: Path, public_key: Path) -> Reader:
+    """The reader of a bundle's signature.
+
+    Args:
+        bundle: It is signed; its files are linked to, for nothing writes to them.
+        public_key: That of whoever signed it.
+    """
+
+    def read(content: bytes, folder: Path) -> None:
+        for file in bundle.iterdir():
+            if file.name != SIGNATURE:
+                (folder / file.name).hardlink_to(file)
+        (folder / SIGNATURE).write_bytes(content)
+        require_signed(folder, public_key)
+
+    words = (b'"payload"', b'"keyid"', b"==", b'"../weights.bin"', b"[" * 3000, b"null", b"1e999")
+    return Reader(read, ((bundle / SIGNATURE).read_bytes(),), words)

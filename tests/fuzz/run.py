@@ -7,6 +7,7 @@ the seeds, which may be given, too.
 
     python -m tests.fuzz.run image -max_total_time=300
     python -m tests.fuzz.run manifest:engines/digits -max_total_time=300
+    python -m tests.fuzz.run signature:engines/digits:key.pub.pem -max_total_time=300
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ _SECONDS = 20
 
 with atheris.instrument_imports(include=_GUIDING):
     from tests.fuzz.changes import read_one
-    from tests.fuzz.readers import READERS, Reader, manifest_reader
+    from tests.fuzz.readers import READERS, Reader, manifest_reader, signature_reader
 
 
 def main(words: list[str]) -> None:
     """Fuzz the reader that the first word names."""
-    known = ", ".join([*READERS, "manifest:BUNDLE"])
+    known = ", ".join([*READERS, "manifest:BUNDLE", "signature:BUNDLE:PUBLIC_KEY"])
     if not words:
         sys.exit(f"usage: python -m tests.fuzz.run READER [libFuzzer's options]; readers: {known}")
     name, *options = words
@@ -46,9 +47,11 @@ def main(words: list[str]) -> None:
 
 
 def _reader(name: str) -> Reader | None:
-    kind, _, bundle = name.partition(":")
-    if kind == "manifest" and bundle:
-        return manifest_reader(Path(bundle))
+    match name.split(":"):
+        case "manifest", bundle:
+            return manifest_reader(Path(bundle))
+        case "signature", bundle, key:
+            return signature_reader(Path(bundle), Path(key))
     return READERS.get(name)
 
 

@@ -194,18 +194,17 @@ def test_other_settings_do_not_mix(whole: Path, images: Path, digits_bundle: Pat
 @contextmanager
 def running(*words: object) -> Iterator[subprocess.Popen[str]]:
     """A run that has kept some parts, and is ended whatever becomes of the test."""
-    process = start(*words)
-    try:
-        output = Path(str(words[2]))
-        deadline = time.monotonic() + LIMIT_S
-        while len(files(output)) < 3:
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        yield process
-    finally:
-        process.kill()
-        process.wait()
+    with start(*words) as process:
+        try:
+            output = Path(str(words[2]))
+            deadline = time.monotonic() + LIMIT_S
+            while len(files(output)) < 3:
+                assert process.poll() is None, process.communicate()
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            yield process
+        finally:
+            process.kill()
 
 
 def survivors(processes: list[psutil.Process]) -> list[list[str]]:
@@ -240,9 +239,11 @@ def test_killed_in_the_middle(
     words = [digits_bundle, images, tmp_path / "out", *TWO, "--part-size", 2]
     with running(*words) as process:
         children = psutil.Process(process.pid).children(recursive=True)
+        (folder,) = Path("/tmp").glob("ccam-ray-*")
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert survivors(children) == []
+    assert not folder.exists()
     kept = files(tmp_path / "out")
     some = rows(tmp_path / "out")
     complete = rows(whole)
@@ -257,12 +258,26 @@ def test_killed_in_the_middle(
     assert not list((tmp_path / "out").glob(".part-*"))
 
 
+def addresses(processes: list[psutil.Process]) -> set[str]:
+    """Where processes listen."""
+    return {
+        connection.laddr.ip
+        for process in processes
+        for connection in process.net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN
+    }
+
+
 def test_terminated(whole: Path, images: Path, digits_bundle: Path, tmp_path: Path) -> None:
+    """Until then it listened to this machine alone."""
     words = [digits_bundle, images, tmp_path / "out", *TWO, "--part-size", 2]
     with running(*words) as process:
         children = psutil.Process(process.pid).children(recursive=True)
+        listening = addresses([psutil.Process(process.pid), *children])
         process.send_signal(signal.SIGTERM)
         code, stdout, stderr = finish(process)
+    assert "127.0.0.1" in {address.removeprefix("::ffff:") for address in listening}
+    assert listening <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
     assert (code, stdout) == (143, "")
     told, last = stderr.strip().splitlines()
     kept = rows(tmp_path / "out")

@@ -59,6 +59,7 @@ def model_signing(*words: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_the_library_s_own_command_verifies_it(
     signed: Path, keys: KeyPair, others: KeyPair
 ) -> None:

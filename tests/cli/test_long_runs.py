@@ -21,8 +21,10 @@ import torch
 from PIL import Image
 
 from ccam_deploy.bundle.folder import read_bundle, unlisted_files
+from tests.command import success
 from tests.helpers import ROOT, SCENES
 from tests.networks import tiny
+from tests.sweeps import nightly_but
 
 pytestmark = pytest.mark.slow
 
@@ -97,7 +99,7 @@ def assert_clean(ended: Ended, *folders: Path) -> None:
     assert not hidden
 
 
-@pytest.mark.parametrize("graph", ["backbone", "gradient", "classifier"])
+@pytest.mark.parametrize("graph", nightly_but(["gradient"], ["backbone", "gradient", "classifier"]))
 def test_build(digits_bundle: Path, tmp_path: Path, graph: str) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
     folder = shutil.copytree(digits_bundle, tmp_path / "digits")
@@ -132,13 +134,8 @@ def test_evaluate_goes_on_where_it_ended(digits_bundle: Path, tmp_path: Path) ->
     assert_clean(end_when(lambda: rows(results) >= 2, *words, ended), tmp_path)
     done = rows(results)
     assert 2 <= done < 8
-    command = [sys.executable, "-m", "ccam_deploy"]
-    again = subprocess.run(
-        [*command, *map(str, words), str(ended)], cwd=ROOT, capture_output=True, text=True
-    )
-    assert again.returncode == 0, again.stderr
-    assert f"continuing after {done} of 8 rows" in again.stderr
-    subprocess.run([*command, *map(str, words), str(whole)], cwd=ROOT, check=True)
+    assert f"continuing after {done} of 8 rows" in success(*words, ended).stderr
+    success(*words, whole)
     assert results.read_bytes() == (whole / "results.csv").read_bytes()
     summaries = [json.loads((at / "summary.json").read_text()) for at in (ended, whole)]
     assert summaries[0] == summaries[1]
@@ -168,7 +165,7 @@ def test_propose(digits_bundle: Path, tmp_path: Path) -> None:
             opened.load()
 
 
-@pytest.mark.parametrize("seconds", [0.5, 2.0])
+@pytest.mark.parametrize("seconds", nightly_but([0.5], [0.5, 2.0]))
 def test_sanity(tmp_path: Path, seconds: float) -> None:
     """Whenever: nothing is written before the end."""
     pytest.importorskip("skimage", reason="scikit-image is not installed")
@@ -195,7 +192,10 @@ def wait_for_library(process: subprocess.Popen[str], name: str) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("line", ["loading", "batch 1: cold start", "batch 1: warming up"])
+@pytest.mark.parametrize(
+    "line",
+    nightly_but(["batch 1: cold start"], ["loading", "batch 1: cold start", "batch 1: warming up"]),
+)
 def test_bench(digits_bundle: Path, tmp_path: Path, line: str) -> None:
     report = tmp_path / "report.json"
     words = ("bench", digits_bundle, SCENES, "--limit", 1, "--concurrency", 2, "--output", report)

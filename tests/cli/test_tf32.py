@@ -24,6 +24,7 @@ from ccam_deploy.fidelity.tolerance import TOLERANCE, Tolerance
 from tests.command import WEIGHTS, failure, success
 from tests.helpers import example_pictures
 from tests.networks import tiny
+from tests.sweeps import nightly_but
 from tests.tf32 import emulated
 
 FLOWER = Path(ccam.__file__).parent / "examples" / "photographs" / "flower.jpg"
@@ -52,7 +53,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[bool]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["auto", "onnxruntime-cuda"])
+@pytest.mark.parametrize("backend", nightly_but(["auto"], ["auto", "onnxruntime-cuda"]))
 def test_verify_measures_it_on_a_gpu(digits_bundle: Path, gpu: list[bool], backend: str) -> None:
     words = ("verify", digits_bundle, "--backend", backend)
     line, verdict = success(*words, "--precision", "tf32").stdout.splitlines()

@@ -35,6 +35,7 @@ from tests.command import success
 from tests.excitation import Concatenation, Mean, Sum, chain_of_digits, winning
 from tests.helpers import DIGITS_LAYERS, example_pictures, noise
 from tests.networks import digits_model, tiny
+from tests.sweeps import nightly_but
 
 Graph = torch.fx.GraphModule
 
@@ -80,22 +81,25 @@ TARGETS = {"1": 2, "3": 4, "5": 6}
 """The target layers of `network`, and of which module each is the input."""
 
 
+@pytest.fixture(scope="module")
+def graph() -> Graph:
+    """That of `network`, in double precision."""
+    return graph_of(network(), 16, list(TARGETS))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dual", [False, True])
-def test_every_rule_against_the_walk(images: Tensor, dual: bool) -> None:
+def test_every_rule_against_the_walk(graph: Graph, images: Tensor, dual: bool) -> None:
     """In double precision, to 1e-6 of float32 weights; classes and duals may be mixed."""
-    model = network()
-    graph = graph_of(model, 16, list(TARGETS))
     got = graph(images, NONE, WINNERS) if dual else graph(images, WINNERS, NONE)
-    expected = winning(model.double(), images, WINNERS, dual)
+    expected = winning(network().double(), images, WINNERS, dual)
     for maps, place in zip(got, TARGETS.values(), strict=True):
         assert maps.sum() > 1
         torch.testing.assert_close(maps, expected[place].sum(1), rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.slow
-def test_classes_and_duals_add_up(images: Tensor) -> None:
-    graph = graph_of(network(), 16, list(TARGETS))
+def test_classes_and_duals_add_up(graph: Graph, images: Tensor) -> None:
     both = graph(images, WINNERS, -2 * WINNERS)
     parts = zip(graph(images, WINNERS, NONE), graph(images, NONE, WINNERS), strict=True)
     for maps, (one, other) in zip(both, parts, strict=True):
@@ -151,7 +155,7 @@ def test_by_hand() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", nightly_but([0], range(4)))
 def test_probability_is_kept(seed: int) -> None:
     """Where weights and values are positive, every layer has what the classes were given."""
     torch.manual_seed(seed)
@@ -183,7 +187,7 @@ def normalised(turned: bool) -> nn.Sequential:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("turned", nightly_but([True], [False, True]))
 @pytest.mark.parametrize("names", [["1"], ["1", "2"]], ids=["folded", "kept"])
 def test_normalisation_turns_the_weights_before_it(turned: bool, names: list[str]) -> None:
     """Folded or not, in the graph and in PyTorch; alone, it passes everything."""

@@ -1,5 +1,6 @@
 """A small network of a block of each recipe's family exports, is right, and TensorRT builds it.
 
+By default it has RegNet's block and EfficientNet's, between stem and head; each night, all.
 ConvNeXt's layer normalisation and GELU, DenseNet's concatenation, EfficientNet's SiLU and depthwise
 convolution, MobileNet's hard swish and hard sigmoid, RegNet's groups and squeeze-and-excitation,
 ResNet's overlapping pooling, VGG's linear layers. The recipes themselves, many times larger, are in
@@ -24,6 +25,7 @@ from ccam_deploy.export import ExportSettings, export
 from ccam_deploy.export.architecture import import_module
 from tests.export.agreement import assert_agrees
 from tests.helpers import noise
+from tests.sweeps import nightly_but
 
 SIZE = (64, 64)
 CLASSES = 5
@@ -31,12 +33,12 @@ DEVICE = "8.9"
 
 
 class Medley(nn.Module):
-    """images [B, 3, 64, 64] -> logits [B, 5]; four resolutions, from 32×32 to 4×4.
+    """images [B, 3, 64, 64] -> logits [B, 5]; three or four resolutions, from 32×32.
 
-    models: torchvision.models.
+    models: torchvision.models.   few: whether only two of the blocks are there.
     """
 
-    def __init__(self, models: Any) -> None:
+    def __init__(self, models: Any, few: bool) -> None:
         super().__init__()
         norm, width = nn.BatchNorm2d, 16
         self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1, bias=False), norm(8), nn.ReLU(True))
@@ -49,6 +51,8 @@ class Medley(nn.Module):
         self.efficientnet = models.efficientnet.MBConv(row, 0.0, norm)
         line = models.mobilenetv3.InvertedResidualConfig(24, 3, 32, 24, True, "HS", 1, 1, 1.0)
         self.mobilenet = models.mobilenetv3.InvertedResidual(line, norm)
+        if few:
+            self.densenet = self.transition = self.convnext = self.mobilenet = nn.Identity()
         self.vgg = nn.Sequential(
             nn.AdaptiveAvgPool2d(2),
             nn.Flatten(),
@@ -64,11 +68,11 @@ class Medley(nn.Module):
         return self.vgg(self.mobilenet(self.efficientnet(x)))  # type: ignore[no-any-return]
 
 
-def medley() -> Medley:
+def medley(few: bool) -> Medley:
     """Seeded weights, and normalisation with the statistics of some images."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        model = Medley(import_module("torchvision.models"))
+        model = Medley(import_module("torchvision.models"), few)
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.momentum = None
@@ -76,21 +80,27 @@ def medley() -> Medley:
     return model.eval()
 
 
+@pytest.fixture(scope="module", params=nightly_but(["few"], ["few", "all"]))
+def few(request: pytest.FixtureRequest) -> bool:
+    return request.param == "few"  # type: ignore[no-any-return]
+
+
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def exported(tmp_path_factory: pytest.TempPathFactory, few: bool) -> Bundle:
     folder = tmp_path_factory.mktemp("families") / "medley"
-    return export(medley(), folder, SIZE, None, "fp16", ExportSettings(random_weights=True))
+    return export(medley(few), folder, SIZE, None, "fp16", ExportSettings(random_weights=True))
 
 
 @pytest.mark.slow
-def test_a_block_of_each_family_exports_and_explains(exported: Bundle) -> None:
-    assert [layer.height for layer in exported.manifest.layers] == [32, 16, 8, 4]
+def test_a_block_of_each_family_exports_and_explains(exported: Bundle, few: bool) -> None:
+    heights = [layer.height for layer in exported.manifest.layers]
+    assert heights == ([32, 16, 8] if few else [32, 16, 8, 4])
     images = noise(2, 3, *SIZE, seed=1)
     with ccam.load(exported, backend="onnxruntime-cpu") as explainer:
         result = explainer.explain(images)
         assert np.isfinite(result.saliency).all()
         assert result.saliency.max() == 1
-        assert_agrees(explainer, medley(), images)
+        assert_agrees(explainer, medley(few), images)
 
 
 @pytest.mark.slow

@@ -201,12 +201,34 @@ BODIES: dict[str, nn.Module] = {
 }
 
 
-QUICK = ("conv-grouped", "squeeze-and-excitation")
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in QUICK)) for n in BODIES]
+QUICK = ("conv-grouped",)
+NIGHTLY = (
+    "conv-stride-1",
+    "conv-valid",
+    "conv-wide-padding",
+    "conv-1x1-stride-2",
+    "conv-grouped-stride-2",
+    "max-pool-overlapping",
+    "max-pool-ceil",
+    "max-pool-rest",
+    "avg-pool",
+    "avg-pool-padded",
+    "adaptive-pool-same",
+    "relu6",
+    "gelu-tanh",
+    "group-norm",
+    "attention",
 )
+"""Other options of operators that are there, and what test_lowering has too."""
+
+
+def marks_of(name: str) -> list[pytest.MarkDecorator]:
+    if name in NIGHTLY:
+        return [pytest.mark.nightly]
+    return [] if name in QUICK else [pytest.mark.slow]
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=marks_of(name)) for name in BODIES])
 def test_gradient_graph_of_each_operator(name: str) -> None:
     torch.manual_seed(1)
     model = Wrapped(BODIES[name]).eval()

@@ -36,6 +36,7 @@ from tests.command import success
 from tests.helpers import RECIPES, example_pictures, noise
 from tests.networks import digits_model, tiny
 from tests.reference import input_gradient_by_hooks
+from tests.sweeps import nightly_but
 
 OPTIONAL = {"input_gradient", "guided_gradient", "excitation"}
 
@@ -56,7 +57,7 @@ def test_gradients_of_the_trained_example(differentiable: ccam.Explainer, guided
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("guided", nightly_but([True], [False, True]))
 def test_graphs_are_exact_in_double_precision(guided: bool) -> None:
     built = build_program(trace_model(digits_model(), (3, 96, 96)))
     graph = autodiff.differentiate_input(built, torch.float64, guided)
@@ -89,7 +90,11 @@ def test_half_precision(gradients_bundle: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pool", [nn.MaxPool2d(2), nn.MaxPool2d(3, 2, 1)], ids=["2", "3-2-1"])
+@pytest.mark.parametrize(
+    "pool",
+    [nn.MaxPool2d(2), pytest.param(nn.MaxPool2d(3, 2, 1), marks=pytest.mark.nightly)],
+    ids=["2", "3-2-1"],
+)
 def test_max_pooling_in_half_precision(pool: nn.Module, tmp_path: Path) -> None:
     """Where an engine computes in a wider type, pooled values still find their place."""
     torch.manual_seed(0)
@@ -210,7 +215,7 @@ def test_the_command_line_writes_the_graphs(tmp_path: Path) -> None:
     assert set(graphs) > OPTIONAL
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("precision", nightly_but(["fp16"], ["fp32", "fp16"]))
 def test_tensorrt_builds_the_graphs(
     gradients_bundle: Path, tmp_path: Path, precision: GraphPrecision
 ) -> None:

@@ -17,6 +17,7 @@ from ccam_deploy.export.program import build_program, trace_model
 from tests.export.test_gradients import Lambda, Wrapped
 from tests.helpers import noise
 from tests.reference import features_and_gradients
+from tests.sweeps import nightly_but
 
 SIZE = 8
 
@@ -151,6 +152,7 @@ BODIES: dict[str, nn.Module] = {
     "sums-of-windows": nn.Sequential(
         nn.Unfold(3, padding=1, stride=2), nn.Sigmoid(), nn.Fold((8, 8), 3, padding=1, stride=2)
     ),
+    "largest-of-pairs": nn.Sequential(nn.ReLU(), nn.AdaptiveMaxPool2d((8, 4))),
     "largest": nn.Sequential(nn.ReLU(), nn.AdaptiveMaxPool2d((4, 1))),
     "largest-of-overlapping": nn.Sequential(nn.ReLU(), nn.AdaptiveMaxPool2d((3, 2))),
     "halo": Lambda(lambda x: x.unfold(2, 4, 2).unfold(3, 4, 4).sigmoid()),
@@ -158,14 +160,28 @@ BODIES: dict[str, nn.Module] = {
 }
 
 
-COSTLY = ("largest-of-overlapping",)
+DAILY = (
+    "class-token",
+    "heads-first",
+    "channel-attention",
+    "conv1d",
+    "nearest",
+    "bilinear",
+    "antialiased",
+    "conv3d-of-planes",
+    "reflected",
+    "written-slices",
+    "group-norm",
+    "strided-slices",
+    "roll",
+    "sums-of-windows",
+    "largest-of-pairs",
+)
+"""The cheapest network of each cause. The others differ from one here in an option or a size."""
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=pytest.mark.nightly if name in COSTLY else ()) for name in BODIES],
-)
+@pytest.mark.parametrize("name", nightly_but(DAILY, BODIES))
 def test_graphs_agree_with_autograd(name: str) -> None:
     """In batches of one image and of three, without operators that engines run on the CPU."""
     torch.manual_seed(0)
@@ -196,7 +212,9 @@ def test_graphs_agree_with_autograd(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["class-token", "shifted-windows", "bilinear"])
+@pytest.mark.parametrize(
+    "name", nightly_but(["bilinear"], ["class-token", "shifted-windows", "bilinear"])
+)
 def test_graphs_in_half_precision(name: str) -> None:
     torch.manual_seed(0)
     model = Wrapped(BODIES[name], SIZE).eval()

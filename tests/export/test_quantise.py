@@ -33,6 +33,7 @@ from ccam_deploy.fidelity.verification import verify_bundle
 from tests.bundles import Bundles, export_recipe
 from tests.helpers import DIGITS_LAYERS, noise
 from tests.networks import Net, TinyNet, tiny
+from tests.sweeps import nightly_but
 
 pytestmark = pytest.mark.slow
 
@@ -41,12 +42,12 @@ TYPES = {"int8": onnx.TensorProto.INT8, "fp8": onnx.TensorProto.FLOAT8E4M3FN}
 LARGEST = {"int8": 127, "fp8": 448}
 
 
-@pytest.fixture(scope="module", params=["int8", "fp8"])
-def precision(request: pytest.FixtureRequest) -> EightBitType:
-    return request.param  # type: ignore[no-any-return]
+BOTH = pytest.mark.parametrize("precision", ["int8", "fp8"])
+EXPORTED = pytest.mark.parametrize("precision", nightly_but(["int8"], ["int8", "fp8"]))
+"""An export of the example in each type takes long, and its graphs are made alike."""
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def bundle(precision: EightBitType, bundles: Bundles) -> Bundle:
     """The example classifier with an 8-bit classifier graph."""
     return read_bundle(bundles.get(f"digits_{precision}"))
@@ -67,6 +68,7 @@ def batches(count: int = 2) -> Iterator[Feeds]:
         }
 
 
+@EXPORTED
 def test_only_the_classifier_is_its_own(
     bundle: Bundle, precision: EightBitType, digits_bundle: Path
 ) -> None:
@@ -80,6 +82,7 @@ def test_only_the_classifier_is_its_own(
     assert weights == (digits_bundle / "weights.bin").read_bytes()
 
 
+@EXPORTED
 def test_every_product_but_the_outer_ones_is_quantised(
     bundle: Bundle, precision: EightBitType
 ) -> None:
@@ -116,6 +119,7 @@ def test_every_product_but_the_outer_ones_is_quantised(
     assert not model.metadata_props
 
 
+@EXPORTED
 def test_fidelity_is_recorded_and_verified(bundle: Bundle, precision: EightBitType) -> None:
     """Measured with the example classifier: masked logits off by 1.5 % and 2.1 %."""
     report, half = (bundle.precision(name).fidelity for name in (precision, "fp16"))
@@ -135,6 +139,7 @@ def test_fidelity_is_recorded_and_verified(bundle: Bundle, precision: EightBitTy
     assert 1e-3 < again.masked_logits < {"int8": 0.03, "fp8": 0.06}[precision]
 
 
+@EXPORTED
 def test_explanations_are_those_of_float32(
     bundle: Bundle, precision: EightBitType, digits_images: list[np.ndarray]
 ) -> None:
@@ -158,6 +163,7 @@ def digits_images() -> list[np.ndarray]:
     return [((s.image / 255 - 0.45) / 0.25).astype(np.float32).transpose(2, 0, 1) for s in made]
 
 
+@EXPORTED
 def test_calibration_sees_each_image_whole_and_under_its_masks(
     bundle: Bundle, digits_images: list[np.ndarray]
 ) -> None:
@@ -225,6 +231,7 @@ def emulated(model: ir.Model, masked: Tensor, precision: EightBitType) -> Tensor
     return peaks().head(x.half().float().amax((2, 3)))  # type: ignore[no-any-return]
 
 
+@BOTH
 def test_a_graph_computes_with_8_bits(precision: EightBitType, tmp_path: Path) -> None:
     """ONNX Runtime's result is that of rounded values, far from that of whole ones."""
     model = quantise(half_classifier(peaks()), batches(), precision)
@@ -241,6 +248,7 @@ def test_a_graph_computes_with_8_bits(precision: EightBitType, tmp_path: Path) -
     assert relative_error(got, expected) < error / 2
 
 
+@BOTH
 def test_small_weights_keep_their_8_bits(precision: EightBitType, tmp_path: Path) -> None:
     """Scales below half precision's normal numbers are no zeros."""
     model = tiny()
@@ -261,6 +269,7 @@ def test_a_network_without_inner_products_is_refused() -> None:
         quantise(half_classifier(Net()), batches(), "int8")
 
 
+@EXPORTED
 def test_a_broken_tolerance_is_named(precision: GraphPrecision, tmp_path: Path) -> None:
     settings = ExportSettings(tolerance={precision: {"masked_logits": 0}})
     with pytest.raises(
@@ -278,6 +287,7 @@ def build(bundle: Bundle, precision: EightBitType) -> bytes:
     return plans.build_plan(library, path, plans.profiles(4), targets)
 
 
+@EXPORTED
 def test_tensorrt_takes_the_graph(bundle: Bundle, precision: EightBitType) -> None:
     """A strongly typed network, for every compute capability that has the type."""
     pytest.importorskip("tensorrt_rtx")
@@ -285,6 +295,7 @@ def test_tensorrt_takes_the_graph(bundle: Bundle, precision: EightBitType) -> No
 
 
 @pytest.mark.nightly
+@BOTH
 @pytest.mark.parametrize("name", ["resnet18", "efficientnet_b0"])
 def test_recipes_quantise_and_build(name: str, precision: EightBitType, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")

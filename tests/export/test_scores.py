@@ -28,6 +28,7 @@ from ccam_deploy.export.scores import (
 from tests.command import failure, success
 from tests.helpers import noise
 from tests.networks import Ended, tiny
+from tests.sweeps import nightly_but
 
 SIZE = (16, 24)
 
@@ -54,8 +55,24 @@ ENDS: dict[str, tuple[Callable[[Tensor], Tensor], str | None]] = {
     "read by others": (twice, None),
 }
 
+QUICK = ("softmax", "sigmoid", "over the batch")
+NIGHTLY = (
+    "negative axis",
+    "temperature",
+    "squeezed",
+    "log-softmax",
+    "log-softmax over the batch",
+)
+"""What another end stands for."""
 
-@pytest.mark.parametrize("name", ENDS)
+
+def marks_of(name: str) -> list[pytest.MarkDecorator]:
+    if name in NIGHTLY:
+        return [pytest.mark.nightly]
+    return [] if name in QUICK else [pytest.mark.slow]
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=marks_of(name)) for name in ENDS])
 def test_an_activation_at_the_end_is_cut_off(name: str) -> None:
     """And put back, it gives the model's outputs."""
     end, found = ENDS[name]
@@ -81,7 +98,9 @@ def test_an_activation_at_the_end_is_cut_off(name: str) -> None:
     )
 
 
-@pytest.mark.parametrize("end", [lambda z: z, torch.sigmoid])
+@pytest.mark.parametrize(
+    "end", [pytest.param(lambda z: z, id="nothing", marks=pytest.mark.slow), torch.sigmoid]
+)
 def test_a_single_logit_has_two_classes(end: Callable[[Tensor], Tensor]) -> None:
     model = Ended(end, 1).eval()
     program = build_program(trace_model(model, (3, *SIZE)))
@@ -115,8 +134,16 @@ def test_outputs_as_they_are() -> None:
     ("end", "classes", "wanted", "message"),
     [
         (torch.sigmoid, 5, "softmax", "the model ends in a sigmoid, which --activation softmax"),
-        (lambda z: z.softmax(1), 5, "sigmoid", "ends in a softmax, which --activation sigmoid"),
-        (lambda z: z.log_softmax(1), 5, "sigmoid", "in a log-softmax, which --activation sigm"),
+        pytest.param(
+            *(lambda z: z.softmax(1), 5, "sigmoid"),
+            "ends in a softmax, which --activation sigmoid",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            *(lambda z: z.log_softmax(1), 5, "sigmoid"),
+            "in a log-softmax, which --activation sigm",
+            marks=pytest.mark.slow,
+        ),
         (lambda z: z, 1, "softmax", "the softmax of one value is always 1; export with --activ"),
     ],
 )
@@ -188,7 +215,7 @@ METHODS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", nightly_but(["rise", "score-cam"], METHODS))
 def test_probabilities_are_the_outputs_of_the_network_with_its_end(bundles: Any, name: str) -> None:
     """One export cuts the sigmoid off and scores by it, the other explains its outputs."""
     images = noise(2, 3, *SIZE, seed=3)

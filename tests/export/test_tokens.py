@@ -20,6 +20,7 @@ from ccam_deploy.export.layers import TargetLayer, find_layers
 from ccam_deploy.export.places import Arrangement, Axis, Part, map_arrangement
 from ccam_deploy.export.program import build_program, trace_model
 from tests.helpers import noise
+from tests.sweeps import nightly_but
 from tests.transformers import (
     ChannelsLast,
     InWindows,
@@ -112,17 +113,9 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], list[str], Transform]] = {
 }
 
 
-NIGHTLY = ("registers", "mean", "mixer")
-"""Networks whose export differs little from another one's here."""
-EXPORTED = [
-    pytest.param(kind, marks=pytest.mark.nightly if kind in NIGHTLY else ()) for kind in NETWORKS
-]
-EXPLAINED = [
-    "class token",
-    "shifted windows",
-    "channels last",
-    pytest.param("mixer", marks=pytest.mark.nightly),
-]
+DAILY = ("class token", "channels last", "tokens in windows")
+"""Networks of three arrangements: the others combine these, or export for longer."""
+EXPLAINED = ("class token", "shifted windows", "channels last", "mixer")
 
 
 def by_hooks(
@@ -146,7 +139,7 @@ def by_hooks(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", NETWORKS)
+@pytest.mark.parametrize("kind", nightly_but((*DAILY, "registers", "shifted windows"), NETWORKS))
 def test_block_outputs_are_chosen(kind: str) -> None:
     make, names, _ = NETWORKS[kind]
     layers = layers_of(make())
@@ -169,7 +162,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", EXPORTED)
+@pytest.mark.parametrize("kind", nightly_but(DAILY, NETWORKS))
 def test_maps_and_gradients_are_those_of_hooks(kind: str, exported: Callable[[str], Path]) -> None:
     make, names, transform = NETWORKS[kind]
     images = noise(3, 3, SIDE, SIDE)
@@ -186,7 +179,7 @@ def test_maps_and_gradients_are_those_of_hooks(kind: str, exported: Callable[[st
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", EXPLAINED)
+@pytest.mark.parametrize("kind", nightly_but(DAILY, EXPLAINED))
 def test_every_method_that_explains_by_maps(kind: str, exported: Callable[[str], Path]) -> None:
     images = noise(2, 3, SIDE, SIDE)
     methods: tuple[str | ccam.Method, ...] = (
@@ -224,7 +217,7 @@ def test_grad_cam_of_tokens(exported: Callable[[str], Path]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", EXPLAINED)
+@pytest.mark.parametrize("kind", nightly_but(DAILY, EXPLAINED))
 def test_head_takes_the_map_and_the_images_own_tokens(
     kind: str, exported: Callable[[str], Path]
 ) -> None:

@@ -76,7 +76,10 @@ def functions_in_a_circle(model: onnx.ModelProto) -> None:
     [
         (short_constant, b"", "is damaged"),
         (nul_in_the_place_of_weights, external_network(), "outside of its folder"),
-        (doubled_constants, b"", 'makes too many constants: the node "double-17" (Concat)'),
+        pytest.param(
+            *(doubled_constants, b"", 'makes too many constants: the node "double-17" (Concat)'),
+            marks=pytest.mark.slow,
+        ),
         (functions_in_functions, b"", "functions become 1099511627783 nodes, more than 1000000"),
         (functions_in_a_circle, b"", "is damaged"),
     ],

@@ -98,7 +98,9 @@ def test_hard_partitions_match_cpu(device: Device) -> None:
     assert_partitions_match(run, device(run))
 
 
-@pytest.mark.parametrize(("block_clusters", "threads"), [(4, 64), (12, 64)])
+@pytest.mark.parametrize(
+    ("block_clusters", "threads"), [pytest.param(4, 64, marks=pytest.mark.nightly), (12, 64)]
+)
 def test_rounds_of_the_grid_change_nothing(
     device: Device, block_clusters: int, threads: int
 ) -> None:

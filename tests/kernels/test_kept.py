@@ -212,7 +212,10 @@ def test_every_kernel_is_kept_and_has_its_types_listed() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("precision", "dtype"), [("fp32", "float32"), ("fp16", "float16")])
+@pytest.mark.parametrize(
+    ("precision", "dtype"),
+    [pytest.param("fp32", "float32", marks=pytest.mark.nightly), ("fp16", "float16")],
+)
 def test_kernels_are_launched_with_the_types_listed(
     bundles: Bundles, precision: str, dtype: str
 ) -> None:

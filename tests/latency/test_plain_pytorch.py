@@ -20,6 +20,7 @@ from ccam_deploy.export.torchscript import ScriptedModel
 from ccam_deploy.latency import plain_pytorch
 from tests.helpers import DIGITS_LAYERS, example_pictures, noise
 from tests.networks import Ended, digits_model, tiny
+from tests.sweeps import nightly_but
 
 MODELS = ("module", "program", "script")
 
@@ -39,7 +40,7 @@ def digits_as(form: str, folder: Path) -> Model:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("form", MODELS)
-@pytest.mark.parametrize("index", [0, 3])
+@pytest.mark.parametrize("index", nightly_but([0], [0, 3]))
 def test_peer_agrees_with_the_explainer(
     digits: ccam.Explainer, index: int, form: str, tmp_path: Path
 ) -> None:

@@ -41,7 +41,10 @@ def wide_bundle(bundles: Bundles) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "masks"), [("score-cam", 2048), ("rise", 4000)])
+@pytest.mark.parametrize(
+    ("method", "masks"),
+    [("score-cam", 2048), pytest.param("rise", 4000, marks=pytest.mark.nightly)],
+)
 def test_peak_memory_is_that_of_64_masks(wide_bundle: Path, method: str, masks: int) -> None:
     """Kept, 2,048 masks of 224×224 would take 392 MiB more, and 4,000 of them 766 MiB."""
     done = subprocess.run(

@@ -239,7 +239,7 @@ def test_classes_of_an_image_share_its_forwards(method: Method, each: int) -> No
     [
         (ScoreCAM(), 2048, 2048),
         (RISE(masks=64), 2, 64),
-        (RISE(), 2, 4000),
+        pytest.param(RISE(), 2, 4000, marks=pytest.mark.nightly),
     ],
 )
 def test_memory_does_not_grow_with_the_masks(method: Method, channels: int, masks: int) -> None:

@@ -80,6 +80,7 @@ def test_names_and_settings_of_any_kind(tmp_path: Path) -> None:
     assert list(again.rows) == GROUPS[0]
 
 
+@pytest.mark.slow
 def test_any_broken_tail_is_dropped_to_whole_groups(tmp_path: Path) -> None:
     """Wherever the file ends, what stays is whole groups, and what is there is right."""
     whole = (fill(tmp_path).folder / RESULTS).read_bytes()

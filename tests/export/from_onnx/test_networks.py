@@ -22,15 +22,22 @@ from tests.command import failure, success
 from tests.export.onnx_files import network, write_network
 from tests.helpers import noise
 from tests.networks import tiny
+from tests.sweeps import nightly_but
 
 SIZE = (32, 48)
-EXPORTERS = pytest.mark.parametrize(
-    "dynamo",
+EXPORTERS = pytest.mark.parametrize("dynamo", [False, True], ids=["torchscript", "dynamo"])
+FILES = pytest.mark.parametrize(
+    ("batch", "dynamo"),
     [
-        pytest.param(False, id="torchscript"),
-        pytest.param(True, id="dynamo", marks=pytest.mark.slow),
+        pytest.param(0, False, id="0-torchscript"),
+        pytest.param(1, False, id="1-torchscript", marks=pytest.mark.slow),
+        pytest.param(1, True, id="1-dynamo", marks=pytest.mark.slow),
+        pytest.param(2, False, id="2-torchscript", marks=pytest.mark.nightly),
+        pytest.param(0, True, id="0-dynamo", marks=pytest.mark.nightly),
+        pytest.param(2, True, id="2-dynamo", marks=pytest.mark.nightly),
     ],
 )
+"""The batch that is built into a file, 0 where it is dynamic, and which exporter wrote it."""
 
 
 class Attention(nn.Module):
@@ -74,8 +81,7 @@ def assert_same_network(path: Path, model: nn.Module, size: tuple[int, int]) -> 
     return program
 
 
-@EXPORTERS
-@pytest.mark.parametrize("batch", [0, 1, 2])
+@FILES
 def test_a_network_is_the_same_in_its_file(tmp_path: Path, dynamo: bool, batch: int) -> None:
     """With its modules' names; a fixed batch becomes dynamic."""
     path = write_network(tmp_path / "tiny.onnx", tiny(), SIZE, dynamo, batch)
@@ -89,8 +95,7 @@ def test_a_network_is_the_same_in_its_file(tmp_path: Path, dynamo: bool, batch: 
 
 
 @pytest.mark.slow
-@EXPORTERS
-@pytest.mark.parametrize("batch", [0, 1, 2])
+@FILES
 def test_views_and_tokens_of_a_fixed_batch(tmp_path: Path, dynamo: bool, batch: int) -> None:
     model = Attention().eval()
     path = write_network(tmp_path / "attention.onnx", model, SIZE, dynamo, batch)
@@ -125,7 +130,7 @@ def test_a_shape_is_freed_from_the_batch(
 
 
 @pytest.mark.slow
-@EXPORTERS
+@pytest.mark.parametrize("dynamo", nightly_but([False], [False, True]))
 def test_maps_are_those_of_the_network_in_pytorch(
     tmp_path: Path, tiny_bundle: Path, dynamo: bool
 ) -> None:

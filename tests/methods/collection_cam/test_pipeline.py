@@ -24,6 +24,7 @@ from tests.bundles import Bundles, activated
 from tests.engines.cuda.host_device import Call, Job, Report, run
 from tests.helpers import noise
 from tests.kernels.simulated_device import simulator
+from tests.sweeps import nightly_but
 
 pytestmark = pytest.mark.slow
 
@@ -77,7 +78,7 @@ def test_matches_cpu(bundle: Path, device: Run) -> None:
     assert report.notes == ()
 
 
-@pytest.mark.parametrize("activation", ["sigmoid", "none"])
+@pytest.mark.parametrize("activation", nightly_but(["sigmoid"], ["sigmoid", "none"]))
 def test_other_activations_match_the_cpu(
     bundle: Path, tmp_path: Path, device: Run, activation: Activation
 ) -> None:
@@ -123,7 +124,7 @@ def test_tf32_changes_nothing_between_the_graphs(bundle: Path, device: Run) -> N
     assert rounded.raw_saliency.tobytes() == exact.raw_saliency.tobytes()
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("precision", nightly_but(["fp32"], ["fp32", "fp16"]))
 def test_small_batches_and_chunks_give_the_same(bundle: Path, device: Run, precision: str) -> None:
     """More images and pairs than a run takes, and masks that start where no engine reads."""
     call = Call(noise(3, 3, 16, 24), [[0, 1, 2], 3, [4, 0]], CollectionCAM(k_max=2))
@@ -205,7 +206,10 @@ def chunks_of(masks: int, size: int) -> list[int]:
     return [size] * -(-masks // size)
 
 
-def test_a_warm_explainer_prepares_nothing_in_a_call(bundle: Path, device: Run) -> None:
+@pytest.mark.parametrize("replays_itself", nightly_but([False], [False, True]))
+def test_a_warm_explainer_prepares_nothing_in_a_call(
+    bundle: Path, device: Run, replays_itself: bool
+) -> None:
     """No memory, no new binding and no other number of rows, whatever the calls' sizes are."""
     images = noise(3, 3, 16, 24)
     calls = (
@@ -217,16 +221,15 @@ def test_a_warm_explainer_prepares_nothing_in_a_call(bundle: Path, device: Run) 
     job = Job(bundle, calls, batch_size=2, masks=16)
     cold = device(job)
     assert cold.bound[0] < cold.bound[1]
-    for replays_itself in (False, True):
-        warm = device(replace(job, replays_itself=replays_itself, warm_up=2))
-        assert len(set(warm.allocations)) == len(set(warm.bound)) == 1
-        assert warm.progress[0] == "one image"
-        assert {"2 images", "4 masks", "6 masks", "12 masks"} <= set(warm.progress)
-        for launches in warm.launches:
-            assert {rows for name, rows in launches if name != "classifier"} <= {1, 2}
-            assert {rows for name, rows in launches if name == "classifier"} <= {4, 6, 12}
-        for result, expected in zip(warm.results, cold.results, strict=True):
-            assert_same(result, expected, 0)
+    warm = device(replace(job, replays_itself=replays_itself, warm_up=2))
+    assert len(set(warm.allocations)) == len(set(warm.bound)) == 1
+    assert warm.progress[0] == "one image"
+    assert {"2 images", "4 masks", "6 masks", "12 masks"} <= set(warm.progress)
+    for launches in warm.launches:
+        assert {rows for name, rows in launches if name != "classifier"} <= {1, 2}
+        assert {rows for name, rows in launches if name == "classifier"} <= {4, 6, 12}
+    for result, expected in zip(warm.results, cold.results, strict=True):
+        assert_same(result, expected, 0)
 
 
 def test_the_classifier_begins_before_the_masks_are_counted(bundle: Path, device: Run) -> None:

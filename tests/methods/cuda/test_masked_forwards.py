@@ -24,6 +24,7 @@ from tests.bundles import activated
 from tests.engines.cuda.host_device import Call, Job
 from tests.helpers import noise
 from tests.methods.cuda.recorded import Run, accumulated, assert_close_in_half, assert_same
+from tests.sweeps import nightly_but
 
 pytestmark = pytest.mark.slow
 
@@ -49,8 +50,18 @@ METHODS: dict[str, Method] = {
     "logit": RISE(masks=5, cells=2, seed=1, score="logit"),
 }
 
+LAUNCHED = [
+    pytest.param(ScoreCAM(), False, id="score-cam"),
+    pytest.param(FEW, True, id="rise, replayed"),
+    pytest.param(ScoreCAM(), True, id="score-cam, replayed", marks=pytest.mark.nightly),
+    pytest.param(FEW, False, id="rise", marks=pytest.mark.nightly),
+]
+"""A method, and whether the engines replay themselves."""
 
-@pytest.mark.parametrize("name", METHODS)
+
+@pytest.mark.parametrize(
+    "name", nightly_but(["increase", "softmax", "few channels", "rise"], METHODS)
+)
 def test_matches_cpu(bundle: Path, device: Run, name: str) -> None:
     """One image; several with several classes each; ranks, one of which is also named."""
     method, images = METHODS[name], noise(3, 3, 16, 24)
@@ -68,7 +79,7 @@ def test_matches_cpu(bundle: Path, device: Run, name: str) -> None:
             assert got.settings["options"] == expected.settings["options"]
 
 
-@pytest.mark.parametrize("activation", ["sigmoid", "none"])
+@pytest.mark.parametrize("activation", nightly_but(["sigmoid"], ["sigmoid", "none"]))
 @pytest.mark.parametrize("name", ["probability", "rise"])
 def test_other_activations_match_the_cpu(
     bundle: Path, tmp_path: Path, device: Run, name: str, activation: Activation
@@ -86,8 +97,7 @@ def test_half_precision_is_close_to_cpu(bundle: Path, device: Run, name: str) ->
     assert_close_in_half(bundle, device, METHODS[name])
 
 
-@pytest.mark.parametrize("replays_itself", [False, True])
-@pytest.mark.parametrize("method", [ScoreCAM(), FEW], ids=["score-cam", "rise"])
+@pytest.mark.parametrize(("method", "replays_itself"), LAUNCHED)
 def test_the_classifier_sees_one_shape_at_one_place(
     bundle: Path, device: Run, method: ScoreCAM | RISE, replays_itself: bool
 ) -> None:
@@ -111,8 +121,7 @@ def test_the_classifier_sees_one_shape_at_one_place(
     assert len(set(recorded.report.allocations[1:])) == 1
 
 
-@pytest.mark.parametrize("method", [ScoreCAM(), FEW], ids=["score-cam", "rise"])
-@pytest.mark.parametrize("replays_itself", [False, True])
+@pytest.mark.parametrize(("method", "replays_itself"), LAUNCHED)
 def test_no_call_after_the_warm_up_prepares_anything(
     bundle: Path, device: Run, method: Method, replays_itself: bool
 ) -> None:
@@ -147,7 +156,9 @@ def test_chunks_padding_and_company_change_no_bit(
         assert got.weights[place].tobytes() == whole[0].weights[pair].tobytes()
 
 
-@pytest.mark.parametrize("method", [ScoreCAM(), FEW], ids=["score-cam", "rise"])
+@pytest.mark.parametrize(
+    "method", [pytest.param(ScoreCAM(), marks=pytest.mark.nightly), FEW], ids=["score-cam", "rise"]
+)
 def test_cuda_graphs_give_the_same_bits(bundle: Path, device: Run, method: Method) -> None:
     """Each piece of work is captured once, and one graph serves all chunks of all calls."""
     images = noise(3, 3, 16, 24)

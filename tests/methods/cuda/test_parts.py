@@ -16,6 +16,7 @@ from ccam_deploy.methods import Method
 from tests.engines.cuda.host_device import Call, Job, opened
 from tests.engines.cuda.test_parts import parts_of, read
 from tests.helpers import noise
+from tests.sweeps import nightly_but
 
 COUNTS = [(1, True), (1, False), (3, True)]
 TARGETS = [2, 0, -1, 1, 2]
@@ -41,10 +42,10 @@ def explained(job: Job) -> list[tuple[ccam.Explanation, ccam.Explanation, list[F
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("batch_size", [2, 8])
+@pytest.mark.parametrize("batch_size", nightly_but([2], [2, 8]))
 def test_maps_are_the_same_to_the_bit(bundle: Path, pool: Executor, batch_size: int) -> None:
     """Of Collection-CAM, of a method on the slots' passes, and of one that goes by the host."""
-    methods: list[Method] = [ccam.CollectionCAM(k_max=3), ccam.GradCAM(), ccam.CAM()]
+    methods: list[Method] = [ccam.CollectionCAM(k_max=2), ccam.GradCAM(), ccam.CAM()]
     images = noise(5, 3, 16, 24)
     calls = tuple(Call(images, TARGETS, method) for method in methods for _ in range(3))
     job = Job(bundle, calls, batch_size=batch_size)

@@ -95,8 +95,8 @@ def test_the_script_waits_for_the_command_s_modules_in_the_same_way() -> None:
 @pytest.mark.parametrize(
     ("step", "ending"),
     [
-        ("converting", ENDINGS[0]),
-        pytest.param("writing", ENDINGS[1], marks=pytest.mark.nightly),
+        ("converting", ENDINGS[1]),
+        pytest.param("writing", ENDINGS[0], marks=pytest.mark.nightly),
     ],
 )
 def test_in_the_middle_of_an_export(

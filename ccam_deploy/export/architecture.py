@@ -16,6 +16,10 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from ccam_deploy.errors import SourceError, brief
+from ccam_deploy.extras import Extra, install
+
+_EXTRAS: dict[str, Extra] = {"torchvision": "zoo", "timm": "zoo"}
+"""Packages of networks, and the extra that adds them."""
 
 Model = nn.Module | ExportedProgram
 
@@ -100,7 +104,10 @@ def import_module(name: str) -> Any:
         with current_folder_importable():
             return _import_module(name)
     except (Exception, SystemExit) as error:
-        raise SourceError(f'module "{name}" cannot be imported: {brief(error)}') from error
+        message = f'module "{name}" cannot be imported: {brief(error)}'
+        if isinstance(error, ModuleNotFoundError) and error.name in _EXTRAS:
+            message += f"; {install(_EXTRAS[error.name])}"
+        raise SourceError(message) from error
 
 
 def _import_module(name: str) -> Any:

@@ -12,6 +12,7 @@ from torch import fx
 from ccam_deploy.errors import LoweringError, brief
 from ccam_deploy.export.graph_editing import operator_name, without_symbols
 from ccam_deploy.export.lowering.table import decompositions
+from ccam_deploy.export.onnx_registry import registered_operators
 from ccam_deploy.export.program import Program, module_of
 
 
@@ -92,13 +93,10 @@ def _qualified_name(target: Any) -> str:
 @functools.cache
 def _known_operators() -> frozenset[str]:
     """Names of operators with a conversion or a decomposition; none where PyTorch does not tell."""
-    try:
-        from torch.onnx._internal.exporter._registration import ONNXRegistry
-
-        registered = ONNXRegistry.from_torchlib().functions
-    except (ImportError, AttributeError):
+    registered = registered_operators()
+    if registered is None:
         return frozenset()
     decomposed = {**torch.export.default_decompositions(), **torch._decomp.decomposition_table}
     overloads = (target for target in decomposed if isinstance(target, torch._ops.OpOverload))
     names = map(_qualified_name, overloads)
-    return frozenset([*names, *map(str, registered)])
+    return frozenset([*names, *registered])

@@ -8,9 +8,7 @@ by itself.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +38,7 @@ from torch.fx.experimental.symbolic_shapes import (
 from ccam_deploy.errors import LoweringError
 from ccam_deploy.export.expressible import plain_reason
 from ccam_deploy.export.graph_editing import aten, placeholders
+from ccam_deploy.export.onnx_registry import shared_registry
 from ccam_deploy.export.program import quiet
 
 
@@ -76,7 +75,7 @@ def to_onnx(
     Raises:
         LoweringError: ONNX cannot express an operator; see require_expressible, which names it.
     """
-    with torch.no_grad(), quiet(), _shared_registry():
+    with torch.no_grad(), quiet(), shared_registry():
         try:
             model = _convert(_traced_program(graph, inputs), inputs, outputs)
         except Exception:
@@ -214,32 +213,6 @@ def _fake_inputs(mode: FakeTensorMode, inputs: Mapping[str, GraphInput]) -> list
             torch.empty((symbols[value.axis], *value.size[1:]), dtype=value.dtype)
             for value in inputs.values()
         ]
-
-
-@contextmanager
-def _shared_registry() -> Iterator[None]:
-    """Let all conversions use one registry of ONNX operators: to build one takes a second.
-
-    The registry is no public part of PyTorch; where it is not as it was, each builds its own.
-    """
-    try:
-        from torch.onnx._internal.exporter._registration import ONNXRegistry
-
-        original = ONNXRegistry.__dict__["from_torchlib"]
-    except (ImportError, KeyError):
-        yield
-        return
-    shared = functools.partial(_registry, ONNXRegistry.from_torchlib)
-    type.__setattr__(ONNXRegistry, "from_torchlib", staticmethod(shared))
-    try:
-        yield
-    finally:
-        type.__setattr__(ONNXRegistry, "from_torchlib", original)
-
-
-@functools.cache
-def _registry(build: Callable[..., Any], **options: Any) -> Any:
-    return build(**options)
 
 
 def _clean(model: ir.Model, inputs: Mapping[str, GraphInput]) -> None:

@@ -213,7 +213,8 @@ def _naming_extra(recipe: Recipe) -> Iterator[None]:
     try:
         yield
     except SourceError as error:
-        if recipe.extra is None or not isinstance(error.__cause__, ModuleNotFoundError):
+        missing = isinstance(error.__cause__, ModuleNotFoundError)
+        if recipe.extra is None or not missing or install(recipe.extra) in str(error):
             raise
         raise SourceError(f"{error}; {install(recipe.extra)}") from error.__cause__
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import subprocess
 import sys
@@ -51,6 +52,17 @@ def test_arguments_of_the_architecture(tmp_path: Path) -> None:
 )
 def test_bad_architectures(arch: str, message: str) -> None:
     assert message in refusal(lambda: build_model(arch))
+
+
+def test_the_extra_of_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> None:
+        raise ModuleNotFoundError("No module named 'torchvision'", name="torchvision")
+
+    monkeypatch.setattr(importlib, "import_module", missing)
+    assert refusal(lambda: build_model("torchvision.models:resnet18")) == (
+        "module \"torchvision.models\" cannot be imported: No module named 'torchvision'; "
+        "pip install 'ccam-deploy[zoo]'"
+    )
 
 
 def test_imports_from_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from ccam_deploy.export.autodiff import differentiate
 from ccam_deploy.export.graph_editing import aten
 from ccam_deploy.export.layers import find_layers
 from ccam_deploy.export.onnx_conversion import GraphInput, to_onnx
+from ccam_deploy.export.onnx_registry import registered_operators, shared_registry
 from ccam_deploy.export.program import Program, build_program, trace_model
 from tests.helpers import noise
 from tests.networks import tiny
@@ -86,7 +87,7 @@ def test_without_the_registry_each_conversion_builds_its_own(
     from torch.onnx._internal.exporter import _registration
 
     monkeypatch.setattr(_registration, "ONNXRegistry", type("ONNXRegistry", (), {}))
-    with onnx_conversion._shared_registry():
+    with shared_registry():
         assert not hasattr(_registration.ONNXRegistry, "from_torchlib")
 
 
@@ -95,9 +96,11 @@ def test_the_registry_is_built_once_and_put_back(monkeypatch: pytest.MonkeyPatch
     from torch.onnx._internal.exporter._registration import ONNXRegistry
 
     before = ONNXRegistry.__dict__["from_torchlib"]
-    with onnx_conversion._shared_registry():
+    with shared_registry():
         first, second = (ONNXRegistry().from_torchlib(opset_version=18) for _ in range(2))
-    assert first is second
+        named = ONNXRegistry().from_torchlib()
+    assert first is second is named
+    assert "aten::relu" in (registered_operators() or ())
     assert ONNXRegistry.__dict__["from_torchlib"] is before
 
 

@@ -132,7 +132,9 @@ def _read_model(path: Path) -> onnx.ModelProto:
     try:
         model = onnx.load_model(path, load_external_data=False)
     except Exception as error:
-        raise SourceError(f"{path} is not a readable ONNX file: {brief(error)}") from error
+        raise SourceError(
+            f"{path} is not a readable ONNX file: {brief(error)}; copy or export it again"
+        ) from error
     for tensor in _tensors(model):
         if tensor.data_location == TensorProto.EXTERNAL:
             _require_inside(path, tensor)

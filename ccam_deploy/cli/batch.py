@@ -23,8 +23,9 @@ from ccam_deploy.cli.options import (
 )
 from ccam_deploy.cli.parameters import Argument, Option, unset, with_options
 from ccam_deploy.cli.printing import print_json, progress, say
-from ccam_deploy.cli.signals import Terminated, kept_handlers
+from ccam_deploy.cli.signals import kept_handlers
 from ccam_deploy.errors import DatasetError, OptionError
+from ccam_deploy.termination import Terminated
 
 if TYPE_CHECKING:
     from ccam_deploy.methods import Method

@@ -13,7 +13,8 @@ import click
 from ccam_deploy.cli.options import LOOPBACK, BundleFolder, EngineOptions, Host, LookOptions
 from ccam_deploy.cli.parameters import Option, with_options
 from ccam_deploy.cli.printing import say
-from ccam_deploy.cli.signals import TERMINATED, Terminated
+from ccam_deploy.cli.signals import TERMINATED
+from ccam_deploy.termination import Terminated
 
 if TYPE_CHECKING:
     from ccam_deploy.page.worker import Worker

@@ -22,8 +22,8 @@ from ccam_deploy.cli.options import (
 )
 from ccam_deploy.cli.parameters import Argument, Option, Words, unset, with_options
 from ccam_deploy.cli.printing import print_json, progress, say, write_json
-from ccam_deploy.cli.signals import Terminated
 from ccam_deploy.errors import DatasetError
+from ccam_deploy.termination import Terminated
 
 if TYPE_CHECKING:
     from ccam_deploy.quality.evaluation import Evaluation

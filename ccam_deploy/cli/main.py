@@ -25,10 +25,11 @@ from ccam_deploy.cli.printing import say
 from ccam_deploy.cli.propose import propose
 from ccam_deploy.cli.sanity import sanity
 from ccam_deploy.cli.sign import sign
-from ccam_deploy.cli.signals import TERMINATED, Terminated, signals_as_exceptions
+from ccam_deploy.cli.signals import TERMINATED, signals_as_exceptions
 from ccam_deploy.cli.triton import triton
 from ccam_deploy.cli.verify import verify
 from ccam_deploy.errors import CcamError
+from ccam_deploy.termination import Terminated
 
 
 class _Group(click.Group):

@@ -10,16 +10,11 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from ccam_deploy.termination import Terminated
+
 TERMINATED = "error: terminated; nothing was left half-written"
 """The line that a command ends with at SIGTERM."""
 _RETRY_SECONDS = 0.05
-
-
-class Terminated(SystemExit):
-    """Raised where SIGTERM arrives; the exit code is the shell's, 143."""
-
-    def __init__(self) -> None:
-        super().__init__(128 + signal.SIGTERM)
 
 
 @contextmanager

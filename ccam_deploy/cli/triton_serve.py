@@ -13,7 +13,7 @@ import click
 from ccam_deploy.cli.options import LOOPBACK, PATH, Host, RequireSignature
 from ccam_deploy.cli.parameters import Argument, Option, unset, with_options
 from ccam_deploy.cli.printing import say
-from ccam_deploy.cli.signals import Terminated
+from ccam_deploy.termination import Terminated
 
 if TYPE_CHECKING:
     from ccam_deploy.serve.server import Server

@@ -17,6 +17,7 @@ from torch.export import ExportedProgram
 
 from ccam_deploy.errors import SourceError, brief
 from ccam_deploy.extras import Extra, install
+from ccam_deploy.termination import Terminated
 
 _EXTRAS: dict[str, Extra] = {"torchvision": "zoo", "timm": "zoo"}
 """Packages of networks, and the extra that adds them."""
@@ -51,6 +52,8 @@ def build_model(arch: str) -> nn.Module:
             factory = getattr(factory, part)
         try:
             model = factory(**arguments)
+        except Terminated:
+            raise
         except (Exception, SystemExit) as error:
             raise SourceError(f"{arch} cannot be built: {brief(error)}") from error
     if not isinstance(model, nn.Module):
@@ -103,6 +106,8 @@ def import_module(name: str) -> Any:
     try:
         with current_folder_importable():
             return _import_module(name)
+    except Terminated:
+        raise
     except (Exception, SystemExit) as error:
         message = f'module "{name}" cannot be imported: {brief(error)}'
         if isinstance(error, ModuleNotFoundError) and error.name in _EXTRAS:

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from ccam_deploy.__main__ import main as entry
-from ccam_deploy.cli.signals import Terminated, held_signals, signals_as_exceptions
+from ccam_deploy.cli.signals import held_signals, signals_as_exceptions
+from ccam_deploy.termination import Terminated
 from tests.damage import contents
 from tests.helpers import ROOT
 from tests.networks import tiny

@@ -14,6 +14,7 @@ from torch import nn
 
 from ccam_deploy.export.architecture import build_model
 from ccam_deploy.export.sources import load_model
+from ccam_deploy.termination import Terminated
 from tests.export.model_files import refusal, same_weights
 from tests.helpers import ROOT
 from tests.networks import make_tiny
@@ -52,6 +53,18 @@ def test_arguments_of_the_architecture(tmp_path: Path) -> None:
 )
 def test_bad_architectures(arch: str, message: str) -> None:
     assert message in refusal(lambda: build_model(arch))
+
+
+def test_sigterm_while_a_network_is_built_is_not_the_factory_s_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "from ccam_deploy.termination import Terminated\n"
+    (tmp_path / "ended_in_a_call.py").write_text(f"{text}def net():\n    raise Terminated\n")
+    (tmp_path / "ended_in_an_import.py").write_text(f"{text}raise Terminated\n")
+    monkeypatch.chdir(tmp_path)
+    for name in ("ended_in_a_call", "ended_in_an_import"):
+        with pytest.raises(Terminated):
+            build_model(f"{name}:net")
 
 
 def test_the_extra_of_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -162,7 +162,11 @@ def _known(outputs: dict[str, fx.Node], followed: Followed, limit: int = 24) -> 
 
 def _is_map(node: fx.Node) -> bool:
     value = node.meta.get("val")
-    return isinstance(value, Tensor) and value.dim() == 4 and value.shape[2:].numel() > 1
+    if not isinstance(value, Tensor) or value.dim() != 4:
+        return False
+    # One that depends on the batch is none; to ask for its number would fix the batch.
+    sides = list(value.shape[2:])
+    return all(isinstance(side, int) for side in sides) and sides != [1, 1]
 
 
 def _module_outputs(program: Program) -> dict[str, fx.Node]:

@@ -128,3 +128,24 @@ def test_unusable_names(named: list[str], message: str) -> None:
 def test_a_model_without_convolution() -> None:
     with pytest.raises(LayerError, match="no feature map was found"):
         names_of(nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 2)))
+
+
+class Attentive(nn.Module):
+    """Patches under PyTorch's own attention, which puts the batch third of four axes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 8, 4, 4)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.patches(x).flatten(2).transpose(1, 2)
+        mixed, _ = self.attention(tokens, tokens, tokens, need_weights=False)
+        return self.head((tokens + mixed).mean(1))  # type: ignore[no-any-return]
+
+
+def test_to_look_for_layers_does_not_fix_the_batch() -> None:
+    built = build_program(trace_model(Attentive(), (3, 16, 16)))
+    assert [layer.shape for layer in find_layers(built)] == [(8, 4, 4)]
+    assert built.image.meta["val"].shape[0].node.maybe_as_int() is None

@@ -41,7 +41,8 @@ def main(words: list[str]) -> None:
             (Path(folder) / str(number)).write_bytes(seed)
         words_file = Path(folder).with_suffix(".dict")
         words_file.write_text("".join(f'"{_escaped(word)}"\n' for word in reader.words))
-        arguments = [sys.argv[0], f"-dict={words_file}", f"-timeout={_SECONDS}", *options, folder]
+        dictionary = [f"-dict={words_file}"] if reader.words else []
+        arguments = [sys.argv[0], *dictionary, f"-timeout={_SECONDS}", *options, folder]
         atheris.Setup(arguments, lambda content: read_one(reader, content))
         atheris.Fuzz()
 

@@ -91,6 +91,11 @@ def test_onnx_files(change: Callable[[onnx.ModelProto], None], content: bytes, l
     assert time.monotonic() - started < 60
 
 
+def test_a_place_of_weights_that_is_no_text() -> None:
+    content = external_network().replace(b"net.onnx", b"\xff\xfft.onnx")
+    assert "which is missing" in str(read_one(READERS["onnx"], content))
+
+
 @pytest.mark.parametrize("change", [strange_scopes, deep_scopes])
 def test_names_of_modules_that_are_no_list_do_not_count(
     change: Callable[[onnx.ModelProto], None],

@@ -188,7 +188,7 @@ def _tensors(model: onnx.ModelProto) -> Iterator[TensorProto]:
 def _require_inside(path: Path, tensor: TensorProto) -> None:
     """Refuse external data outside of the file's folder, or past the end of its file."""
     entries = {entry.key: entry.value for entry in tensor.external_data}
-    location = entries.get("location", "")
+    location = str(entries.get("location", ""))  # what is no UTF-8 comes as bytes
     folder = path.parent.resolve()
     data = folder if "\0" in location else (folder / location).resolve()
     if not location or not data.is_relative_to(folder) or data == folder:

@@ -13,3 +13,14 @@ def nightly_but(daily: Container[Any], cases: Iterable[Any]) -> list[Any]:
     return [
         case if case in daily else pytest.param(case, marks=pytest.mark.nightly) for case in cases
     ]
+
+
+def by_pace(quick: Container[str], nightly: Container[str], cases: Iterable[str]) -> list[Any]:
+    """A parametrisation's cases, marked `nightly`, or `slow` unless they are quick."""
+
+    def marks(case: str) -> list[pytest.MarkDecorator]:
+        if case in nightly:
+            return [pytest.mark.nightly]
+        return [] if case in quick else [pytest.mark.slow]
+
+    return [pytest.param(case, marks=marks(case)) for case in cases]

@@ -17,6 +17,7 @@ from ccam_deploy.export.program import build_program, trace_model
 from tests.helpers import DIGITS_LAYERS, example_pictures
 from tests.networks import digits_model
 from tests.reference import features_and_gradients
+from tests.sweeps import by_pace
 
 
 def test_gradients_of_the_trained_example(digits: ccam.Explainer) -> None:
@@ -222,13 +223,7 @@ NIGHTLY = (
 """Other options of operators that are there, and what test_lowering has too."""
 
 
-def marks_of(name: str) -> list[pytest.MarkDecorator]:
-    if name in NIGHTLY:
-        return [pytest.mark.nightly]
-    return [] if name in QUICK else [pytest.mark.slow]
-
-
-@pytest.mark.parametrize("name", [pytest.param(name, marks=marks_of(name)) for name in BODIES])
+@pytest.mark.parametrize("name", by_pace(QUICK, NIGHTLY, BODIES))
 def test_gradient_graph_of_each_operator(name: str) -> None:
     torch.manual_seed(1)
     model = Wrapped(BODIES[name]).eval()

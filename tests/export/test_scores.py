@@ -28,7 +28,7 @@ from ccam_deploy.export.scores import (
 from tests.command import failure, success
 from tests.helpers import noise
 from tests.networks import Ended, tiny
-from tests.sweeps import nightly_but
+from tests.sweeps import by_pace, nightly_but
 
 SIZE = (16, 24)
 
@@ -66,13 +66,7 @@ NIGHTLY = (
 """What another end stands for."""
 
 
-def marks_of(name: str) -> list[pytest.MarkDecorator]:
-    if name in NIGHTLY:
-        return [pytest.mark.nightly]
-    return [] if name in QUICK else [pytest.mark.slow]
-
-
-@pytest.mark.parametrize("name", [pytest.param(name, marks=marks_of(name)) for name in ENDS])
+@pytest.mark.parametrize("name", by_pace(QUICK, NIGHTLY, ENDS))
 def test_an_activation_at_the_end_is_cut_off(name: str) -> None:
     """And put back, it gives the model's outputs."""
     end, found = ENDS[name]

@@ -5,7 +5,7 @@
 For each recipe, in turn and in processes of their own, imports included:
 
 - export: `ccam-deploy export` with random weights, which traces, differentiates and converts the
-  network, explains two photographs with PyTorch, and checks the graphs against that
+  network, explains eight images with PyTorch, and checks the graphs against that
 - bare: `torch.onnx.export(network, dynamo=True)` with a dynamic batch, which converts it alone
 """
 

@@ -145,7 +145,7 @@ class Device(Protocol):
         ...
 
     def pinned(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
-        """A page-locked host array, for fast copies to and from the device; gone after `close`."""
+        """A page-locked host array, for fast copies to and from the device; it may outlive that."""
         ...
 
     def upload(self, address: int, values: Array) -> None:
@@ -229,21 +229,27 @@ class Region:
             BackendError: There is too little memory.
         """
         self._device = device
-        self.tensors: dict[str, DeviceTensor] = {}
-        self.host: dict[str, NDArray[Any]] = {}
         places, size = [], 0
         for shape, dtype in arrays.values():
             places.append(size)
             size += -(-math.prod(shape) * np.dtype(dtype).itemsize // ALIGNMENT) * ALIGNMENT
         self.size = size
         self.address = device.allocate(size)
+        self.tensors = {
+            name: DeviceTensor(self.address + place, shape, np.dtype(dtype))
+            for (name, (shape, dtype)), place in zip(arrays.items(), places, strict=True)
+        }
         self._mirror = device.pinned((size if mirrored else 0,), np.uint8)
-        for (name, (shape, dtype)), place in zip(arrays.items(), places, strict=True):
-            tensor = DeviceTensor(self.address + place, shape, np.dtype(dtype))
-            self.tensors[name] = tensor
-            if mirrored:
-                part = self._mirror[place : place + tensor.bytes]
-                self.host[name] = part.view(tensor.dtype).reshape(shape)
+        self.host = self.arrays(self._mirror) if mirrored else {}
+
+    def arrays(self, memory: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
+        """The arrays by name, as views of `size` bytes of host memory that mirror them."""
+        views = {}
+        for name, tensor in self.tensors.items():
+            place = tensor.address - self.address
+            part = memory[place : place + tensor.bytes]
+            views[name] = part.view(tensor.dtype).reshape(tensor.shape)
+        return views
 
     def view(self, name: str) -> Any:
         """One of the arrays for Numba's kernels."""
@@ -254,9 +260,9 @@ class Region:
         """Put a copy of the whole mirror to the device on the stream."""
         self._device.upload(self.address, self._mirror)
 
-    def download(self) -> None:
-        """Put a copy of all arrays to the mirror on the stream."""
-        self._device.download(self._mirror, self.address)
+    def download(self, memory: NDArray[np.uint8] | None = None) -> None:
+        """Put a copy of all arrays on the stream: to `size` bytes of host memory, or the mirror."""
+        self._device.download(self._mirror if memory is None else memory, self.address)
 
     def close(self) -> None:
         """Free the device memory."""

@@ -25,6 +25,8 @@ from ccam_deploy.extras import install
 
 _INSTALL = install("gpu")
 _NVIDIA_PACKAGES = ("cuda.core.", "cuda.bindings.")
+_DROPPED_PINNED: list[Any] = []
+"""Pinned memory that no array shows any more, until a device frees it. It may outlive its own."""
 
 
 class _Memory:
@@ -72,7 +74,6 @@ class CudaDevice:
         self._graphs: list[weakref.finalize[..., Any]] = []
         self._dropped_graphs: list[Any] = []
         self._spare_events: list[Any] = []
-        self._dropped_pinned: list[Any] = []
         self._capturing = False
         self._held: list[object] = []
         self._closed = False
@@ -118,12 +119,12 @@ class CudaDevice:
 
     def pinned(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
         """See Device."""
-        self._dropped_pinned.clear()
+        _DROPPED_PINNED.clear()
         if not math.prod(shape):
             return np.empty(shape, dtype)
         with _backend_errors():
             array: NDArray[Any] = self._driver.pagelocked_empty(shape, np.dtype(dtype))
-        weakref.finalize(array, self._dropped_pinned.append, array.base)
+        weakref.finalize(array, _DROPPED_PINNED.append, array.base)
         return array
 
     def upload(self, address: int, values: Array) -> None:
@@ -207,7 +208,7 @@ class CudaDevice:
                 for block in self._memory.values():
                     block.free()
                 self._spare_events.clear()
-                self._dropped_pinned.clear()
+                _DROPPED_PINNED.clear()
                 self._memory.clear()
                 del self._stream
 

@@ -14,6 +14,7 @@ from ccam_deploy.arrays import Floats
 from ccam_deploy.bundle.manifest import Layer
 from ccam_deploy.engines.base import TensorSpec
 from ccam_deploy.engines.cuda.device import Device, DeviceGraph, DeviceTensor, Region
+from ccam_deploy.engines.cuda.loans import PinnedLoans
 from ccam_deploy.engines.cuda.slots import Graphs
 from ccam_deploy.kernels.cuda.buffers import (
     ArrayGroup,
@@ -29,6 +30,8 @@ from ccam_deploy.methods.collection_cam.cpu import CollectionCAM
 from ccam_deploy.methods.scores import Scoring
 
 _LARGEST_CHUNK = 64
+_LOANS = 2
+"""How many runs' results users may hold without a copy: one in use, and one on its way."""
 
 Array = tuple[tuple[int, ...], DTypeLike]
 """An array's shape and type."""
@@ -78,20 +81,33 @@ class PairInputs(ArrayGroup[T]):
 
 @dataclass(frozen=True)
 class HostArrays:
-    """Pinned host memory that mirrors what is uploaded and downloaded.
+    """Pinned host memory that mirrors what is uploaded, and what is downloaded halfway.
 
     Attributes:
         images: [batch, C, H, W] float32.
         pairs: The other inputs.
         counts: How many masks there are.
-        logits: [batch, classes] float32 or float16.
-        mask_values: Results of each mask.
-        pair_values: Results of each pair.
     """
 
     images: Floats
     pairs: PairInputs[NDArray[Any]]
     counts: MaskCounts[NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class HostResults:
+    """Pinned host memory for the results of a run.
+
+    Attributes:
+        memory: All of it, in bytes.
+        lent: Whether users may keep it: no other run writes there while they do.
+        logits: [batch, classes] float32 or float16.
+        mask_values: Of each mask.
+        pair_values: Of each pair.
+    """
+
+    memory: NDArray[np.uint8]
+    lent: bool
     logits: NDArray[Any]
     mask_values: MaskValues[NDArray[Any]]
     pair_values: PairValues[NDArray[Any]]
@@ -164,7 +180,7 @@ class DeviceMemory:
         batch: The most images and pairs; the setup's, or fewer where the graphs take fewer.
         chunk: The most masks that the classifier takes at a time.
         geometry: Where each layer lies.
-        host: Mirrors of the inputs and the results.
+        host: Mirrors of the inputs and the counts.
         pairs: The inputs for each pair.
         graphs: What the graphs read and write.
         buffers: What the kernels read and write.
@@ -221,22 +237,28 @@ class DeviceMemory:
         """Put a copy of the counts of masks to the host on the stream."""
         self._counts.download()
 
-    def download_results(self, pairs: int, masks: int) -> None:
+    def download_results(self, pairs: int, masks: int) -> HostResults:
         """Put copies of the results to the host on the stream; a single copy of a full batch.
 
         Args:
             pairs: How many are in use.
             masks: How many are in use.
+
+        Returns:
+            Where they will be. Memory that is not lent is written to again by the next run.
         """
+        memory = self._loans.take()
+        host = self._own_results if memory is None else self._results_in(memory, lent=True)
         if pairs == self.batch:
-            self._results.download()
-            return
-        host, tensors = self.host, self.buffers.by_name()
+            self._results.download(host.memory)
+            return host
+        tensors = self.buffers.by_name()
         self._device.download(host.logits[:pairs], self.graphs.logits.address)
         for name, values in host.mask_values.by_name().items():
             self._device.download(values[:masks], tensors[name].address)
         for name, values in host.pair_values.by_name().items():
             self._device.download(values[:pairs], tensors[name].address)
+        return host
 
     def view(self, tensor: DeviceTensor) -> Any:
         """A tensor for Numba's kernels."""
@@ -279,18 +301,17 @@ class DeviceMemory:
         }
         self._counts = self._region(MaskCounts.of(arrays).by_name(), mirrored=True)
         values = MaskValues.of(arrays).by_name() | PairValues.of(arrays).by_name()
-        self._results = self._region({"logits": logits, **values}, mirrored=True)
+        self._results = self._region({"logits": logits, **values})
+        own = self._device.pinned((self._results.size,), np.uint8)
+        self._own_results = self._results_in(own, lent=False)
+        self._loans = PinnedLoans(self._device, self._results.size, _LOANS)
         workspace = self._region(Workspace.of(arrays).by_name())
         mask_logits = self._region(_arrays(classifier.outputs, self.geometry.masks))
 
-        host = self._results.host
         self.host = HostArrays(
             images=self._images.host["images"],
             pairs=PairInputs.of(self._pair_inputs.host),
             counts=MaskCounts.of(self._counts.host),
-            logits=host["logits"],
-            mask_values=MaskValues.of(host),
-            pair_values=PairValues.of(host),
         )
         self.pairs = PairInputs.of(self._pair_inputs.tensors)
         self.buffers = Buffers.of(self._counts.tensors | self._results.tensors | workspace.tensors)
@@ -354,6 +375,12 @@ class DeviceMemory:
             options.k_max,
             options.theta,
             masks.dtype,
+        )
+
+    def _results_in(self, memory: NDArray[np.uint8], lent: bool) -> HostResults:
+        arrays = self._results.arrays(memory)
+        return HostResults(
+            memory, lent, arrays["logits"], MaskValues.of(arrays), PairValues.of(arrays)
         )
 
     def _region(self, arrays: Mapping[str, Array], mirrored: bool = False) -> Region:

@@ -3,7 +3,8 @@
 First come backbone, gradient and the kernels up to the masks. While the number of masks comes to
 the host, the classifier begins with as many as the last batch had; it goes on with those that are
 left once the number is known. Then the masks are added up, and all results come to the host in one
-copy. Engines see few numbers of rows, and always the same addresses.
+copy, to memory that users hold as long as they need it. Engines see few numbers of rows, and always
+the same addresses.
 
 Where engines can be captured, all work between two waits is a CUDA graph. An engine that replays
 graphs of its own is launched by itself, and the kernels between engines are captured.
@@ -26,7 +27,7 @@ from ccam_deploy.engines.cuda.graph_replay import Part, StreamRunner
 from ccam_deploy.engines.cuda.parts import ImageParts, SlotImages
 from ccam_deploy.engines.cuda.slots import Graphs
 from ccam_deploy.kernels.cuda.buffers import Buffers
-from ccam_deploy.methods.collection_cam.memory import DeviceMemory, Setup
+from ccam_deploy.methods.collection_cam.memory import DeviceMemory, HostResults, Setup
 from ccam_deploy.methods.collection_cam.sizes import image_sizes, mask_sizes, padded
 from ccam_deploy.methods.stopwatch import Stopwatch
 
@@ -40,6 +41,7 @@ class PairResults:
     """What the kernels gave for P pairs with n masks in all, on the host.
 
     Attributes:
+        logits: [P, classes] float32, of the first P images, or of all.
         targets: [P] int64, classes.
         labels: [P, C] int32, the collection of each channel of all layers, from 0 in each layer.
         counts: [P, L] int32, the collections of each layer; 0 where a statistic is not finite.
@@ -53,6 +55,7 @@ class PairResults:
         weights: [n] float32, the softmax of the scores of each pair.
     """
 
+    logits: Floats
     targets: NDArray[np.int64]
     labels: NDArray[np.int32]
     counts: NDArray[np.int32]
@@ -139,7 +142,7 @@ class Pipeline:
             host.pairs.codes[:pairs] = codes[part]
             results.append(self._run_pairs(len(images), pairs, part.start == 0, parts))
             clock.add(self._runner.stages())
-        return host.logits[: len(images)].astype(np.float32), results
+        return results[0].logits[: len(images)], results
 
     def passes(self, images: int, masks: int) -> None:
         """Run backbone, gradient and classifier alone on what a run left in memory, and wait.
@@ -219,25 +222,31 @@ class Pipeline:
         self._runner.put(("combine", pairs, rows), "combine", lambda: [self._combine(pairs, rows)])
         if parts is not None:
             parts.give(self._device, self._memory.buffers.by_name()["saliency"])
+        runner.mark("download")  # not part of a captured graph: it goes elsewhere each time
+        results = self._memory.download_results(pairs, rows)
         runner.mark("")
         self._device.wait()
-        return self._results(pairs, masks)
+        return self._results(results, pairs, masks)
 
-    def _results(self, pairs: int, masks: int) -> PairResults:
-        """Copies of what the stream brought to the host."""
-        host = self._memory.host
+    def _results(self, host: HostResults, pairs: int, masks: int) -> PairResults:
+        """What the stream brought to the host: as it is, or copies of what the next run needs."""
+
+        def kept(values: NDArray[Any], count: int) -> NDArray[Any]:
+            return values[:count] if host.lent else values[:count].copy()
+
         of_masks, of_pairs = host.mask_values, host.pair_values
         return PairResults(
-            targets=of_pairs.targets[:pairs].copy(),
-            labels=of_pairs.labels[:pairs].copy(),
-            counts=host.counts.counts[:pairs].copy(),
-            quality=of_pairs.quality[:pairs].copy(),
-            sums=of_pairs.sums[:pairs].copy(),
-            raw=of_pairs.raw[:pairs].copy(),
-            saliency=of_pairs.saliency[:pairs].copy(),
-            flat=of_masks.flat[:masks].copy(),
-            scores=of_masks.scores[:masks].copy(),
-            weights=of_masks.weights[:masks].copy(),
+            logits=host.logits[:pairs].astype(np.float32),
+            targets=kept(of_pairs.targets, pairs),
+            labels=kept(of_pairs.labels, pairs),
+            counts=self._memory.host.counts.counts[:pairs].copy(),
+            quality=kept(of_pairs.quality, pairs),
+            sums=kept(of_pairs.sums, pairs),
+            raw=kept(of_pairs.raw, pairs),
+            saliency=kept(of_pairs.saliency, pairs),
+            flat=kept(of_masks.flat, masks),
+            scores=kept(of_masks.scores, masks),
+            weights=kept(of_masks.weights, masks),
         )
 
     def _explain(
@@ -290,15 +299,13 @@ class Pipeline:
         ]
 
     def _combine(self, pairs: int, rows: int) -> Part:
-        """The weighted sum of masks, from the logits of `rows` masked images, and the download."""
+        """The weighted sum of masks, from the logits of `rows` masked images."""
 
         def work() -> None:
             stream, inputs = self._device.kernel_stream, self._inputs(pairs)
             logits = self._memory.view(self._memory.graphs.mask_logits.rows(rows))
             self._kernels.scores(inputs, logits, self._setup.scoring, stream)
             self._kernels.combine(inputs, stream)
-            self._runner.mark("download")
-            self._memory.download_results(pairs, rows)
 
         return Part("combine", work)
 

@@ -33,7 +33,7 @@ class HostDevice:
     """A Device whose memory is the host's; kernels run in Numba's simulator, at once.
 
     allocations: how many times memory was allocated.   captured: how many times work was captured.
-    replayed: how many times captured work was launched.
+    replayed: how many times captured work was launched.   pinned_arrays: what `pinned` returned.
     """
 
     stream = 0
@@ -43,6 +43,7 @@ class HostDevice:
         self.captured = 0
         self.replayed = 0
         self.blocks: dict[int, Array] = {}
+        self.pinned_arrays: list[Array] = []
         self._captures = captures
 
     @property
@@ -72,7 +73,8 @@ class HostDevice:
         return FakeCUDAArray(self._bytes(address, size).view(dtype).reshape(shape))
 
     def pinned(self, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
-        return np.empty(shape, dtype)
+        self.pinned_arrays.append(np.empty(shape, dtype))
+        return self.pinned_arrays[-1]
 
     def upload(self, address: int, values: Array) -> None:
         self._bytes(address, values.nbytes)[:] = values.reshape(-1).view(np.uint8)
@@ -254,6 +256,29 @@ def opened(job: Job) -> Iterator[tuple[ccam.Explainer, list[HostDevice], Record]
     ) as explainer:
         yield explainer, devices, record
     assert not any(device.blocks for device in devices)
+
+
+def pinned_results(job: Job, kept: bool) -> list[tuple[bool, int]]:
+    """Of each call, whether its maps lie in pinned memory, and how often memory was pinned so far.
+
+    In a process started by `simulator`. kept: whether all results are held until the last call.
+    """
+    told, results = [], []
+    with opened(job) as (explainer, devices, _):
+        for call in job.calls:
+            result = explainer.explain(call.images, call.targets, method=call.method)
+            pinned = [array for device in devices for array in device.pinned_arrays]
+            shared = [
+                any(np.shares_memory(maps, array) for array in pinned)
+                for maps in (result.saliency, result.raw_saliency, result.layers[0].labels)
+            ]
+            assert len(set(shared)) == 1
+            told.append((shared[0], len(pinned)))
+            results.append(result)
+            if not kept:
+                results.clear()
+                del result
+    return told
 
 
 def run(job: Job) -> Report:

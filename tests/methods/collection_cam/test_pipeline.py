@@ -6,6 +6,7 @@ The engines are ONNX Runtime's on both sides; the simulator is slow, so the netw
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from ccam_deploy.methods import CollectionCAM
 from ccam_deploy.methods.collection_cam.sizes import padded
 from ccam_deploy.targets import Top
 from tests.bundles import Bundles, activated
-from tests.engines.cuda.host_device import Call, Job, Report, run
+from tests.engines.cuda.host_device import Call, Job, Report, pinned_results, run
 from tests.helpers import noise
 from tests.kernels.simulated_device import simulator
 from tests.sweeps import nightly_but
@@ -38,9 +39,14 @@ def bundle(bundles: Bundles) -> Path:
 
 
 @pytest.fixture(scope="module")
-def device() -> Iterator[Run]:
+def process() -> Iterator[Executor]:
     with simulator() as pool:
-        yield lambda job: pool.submit(run, job).result()
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def device(process: Executor) -> Run:
+    return lambda job: process.submit(run, job).result()
 
 
 def assert_same(actual: ccam.Explanation, expected: ccam.Explanation, tolerance: float) -> None:
@@ -230,6 +236,19 @@ def test_a_warm_explainer_prepares_nothing_in_a_call(
         assert {rows for name, rows in launches if name == "classifier"} <= {4, 6, 12}
     for result, expected in zip(warm.results, cold.results, strict=True):
         assert_same(result, expected, 0)
+
+
+def test_results_are_copied_only_where_users_keep_many(bundle: Path, process: Executor) -> None:
+    """Two runs' results may be held as they came; nothing is pinned for those that come after."""
+    images = noise(4, 3, 16, 24)
+    calls = tuple(Call(images[i : i + 1], None, CollectionCAM(k_max=2)) for i in range(4))
+    kept, dropped = (
+        process.submit(pinned_results, Job(bundle, calls), kept=kept).result()
+        for kept in (True, False)
+    )
+    assert [shared for shared, _ in dropped] == [True] * 4
+    assert [shared for shared, _ in kept] == [True, True, False, False]
+    assert len({pinned for _, pinned in (*kept, *dropped)}) == 1
 
 
 def test_the_classifier_begins_before_the_masks_are_counted(bundle: Path, device: Run) -> None:

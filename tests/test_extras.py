@@ -8,6 +8,8 @@ import sys
 import tomllib
 from typing import get_args
 
+import pytest
+
 from ccam_deploy.extras import REPLACE_ONNXRUNTIME, Extra, install
 from tests.helpers import ROOT
 
@@ -22,6 +24,7 @@ def test_several_extras_are_one_requirement() -> None:
     assert REPLACE_ONNXRUNTIME.endswith(install("gpu-onnxruntime"))
 
 
+@pytest.mark.slow
 def test_pip_finds_the_package_without_an_index() -> None:
     """It is the one that is installed here."""
     words = [*shlex.split(install("cpu")), "--dry-run", "--no-index", "--no-deps"]

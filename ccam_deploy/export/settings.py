@@ -132,7 +132,8 @@ def validate_settings(settings: ExportSettings, program: Program) -> None:
         )
     if settings.labels and len(labels_of(settings, program)) != program.classes:
         raise OptionError(
-            f"there are {len(settings.labels)} labels for the model's {program.classes} classes"
+            f"there are {len(settings.labels)} labels for the model's {program.classes} classes; "
+            "name each class once, by --labels or in the recipe"
         )
     if settings.cover and any(
         cover < side for cover, side in zip(settings.cover, program.input_shape[1:], strict=True)

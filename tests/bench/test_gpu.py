@@ -166,6 +166,7 @@ def test_time_is_bounded_and_what_is_left_out_says_why(tmp_path: Path, limit: fl
     assert late in reasons
 
 
+@pytest.mark.slow
 def test_a_second_run_goes_on(tmp_path: Path) -> None:
     """Every run gets a part of the way, and what it measured is not measured again."""
     file = tmp_path / "gpu.json"

@@ -70,6 +70,7 @@ def test_the_library_s_own_command_verifies_it(
     assert model_signing(*words, keys.public).returncode != 0
 
 
+@pytest.mark.slow
 def test_what_the_library_s_own_command_signed_is_accepted(
     tiny_bundle: Path, tmp_path: Path, keys: KeyPair, others: KeyPair
 ) -> None:
@@ -276,6 +277,7 @@ def test_a_signature_takes_the_place_of_another(
         read_bundle(signed, keys.public)
 
 
+@pytest.mark.slow
 def test_keys_that_cannot_be_used(signed: Path, keys: KeyPair, tmp_path: Path) -> None:
     for use in (sign_folder, require_signed):
         with pytest.raises(OptionError, match=r"the key .*nowhere cannot be read: No such file"):

@@ -58,6 +58,7 @@ def test_the_library_comes_before_the_kernels() -> None:
     assert examined("numba-cuda")["tensorrt"].remedy == "mend numba-cuda"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("code", "detail"),
     [
@@ -83,6 +84,7 @@ def test_package_that_breaks_the_process(
     )
 
 
+@pytest.mark.slow
 def test_library_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "onnxruntime.py").write_text("import time; time.sleep(600)")
     path = [str(tmp_path), *(entry for entry in sys.path if entry)]

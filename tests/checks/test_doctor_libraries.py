@@ -172,6 +172,7 @@ def test_calls_of_tensorrt_exist_in_the_real_one() -> None:
         assert hasattr(owner, name)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("driver")
 def test_kernels_compile_without_a_gpu() -> None:
     pytest.importorskip("numba_cuda", reason="numba-cuda is missing")

@@ -122,6 +122,7 @@ def test_selective_search_is_the_same_every_time() -> None:
     assert sorted(first) == sorted(other)
 
 
+@pytest.mark.slow
 def test_large_pictures_are_searched_at_a_smaller_size() -> None:
     pytest.importorskip("cv2", reason="OpenCV is not installed")
     picture = square(400, (1500, 600))

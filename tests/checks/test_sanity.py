@@ -111,6 +111,7 @@ def test_a_map_turned_upside_down_is_alike() -> None:
     assert stage.ssim < 0.5
 
 
+@pytest.mark.slow
 def test_images_too_small_for_ssim() -> None:
     with pytest.raises(OptionError, match="the input is 6x48; SSIM needs 7x7 or more"):
         sanity.compare_randomised(
@@ -123,11 +124,13 @@ def tiny_classifier(seed: int = 0) -> RandomisedClassifier:
     return RandomisedClassifier(program, ["relu1", "relu2"], seed)
 
 
+@pytest.mark.slow
 def test_layers_from_the_last_one_down() -> None:
     """Normalisation belongs to the convolution before it."""
     assert tiny_classifier().parts == ("head", "conv2", "conv1")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", [("head",), ("conv2",), ("conv1", "head")])
 def test_only_these_layers_become_random(layers: tuple[str, ...]) -> None:
     """Compared with the module itself, its layers exchanged for what the classifier drew."""
@@ -147,6 +150,7 @@ def test_only_these_layers_become_random(layers: tuple[str, ...]) -> None:
     np.testing.assert_allclose(classifier.backbone(images).logits, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_random_weights_have_the_variance_that_they_should() -> None:
     """2 / fan-in; biases and means 0, scales and variances 1."""
     classifier = tiny_classifier()
@@ -183,6 +187,7 @@ def test_the_callers_model_is_left_as_it_was() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_what_was_not_trained_stays_as_it_is() -> None:
     """Training sets no fixed mean and no fixed blur; a frozen scale is of training."""
 

@@ -55,6 +55,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return built
 
 
+@pytest.mark.slow
 def test_plans_are_built_once(bundle: Path) -> None:
     result = success("build", bundle, *RTX)
     version = library.load_library("tensorrt-rtx").version
@@ -175,6 +176,7 @@ def test_the_progress_on_a_terminal(bundle: Path) -> None:
     assert re.search(r"\d+%  Building engine", shown.decode())
 
 
+@pytest.mark.slow
 def test_interrupting_a_build_leaves_the_bundle_as_it_was(
     digits_bundle: Path, tmp_path: Path
 ) -> None:

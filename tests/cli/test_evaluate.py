@@ -64,6 +64,7 @@ def test_everything_is_written(written: Path) -> None:
     assert page.count("data:image/png;base64,") == 2
 
 
+@pytest.mark.slow
 def test_a_second_run_changes_nothing(written: Path, digits_bundle: Path) -> None:
     before = {path.name: path.read_bytes() for path in written.iterdir()}
     done = success(
@@ -93,6 +94,7 @@ def test_other_settings_are_refused(written: Path, digits_bundle: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_interrupt_and_go_on(
     digits_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

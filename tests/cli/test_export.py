@@ -49,6 +49,18 @@ def test_export_of_weights(models: Path, here: Path, tiny_bundle: Path) -> None:
     assert read_bundle("out").precision("fp32").fidelity.images == 8
     for name in ("backbone.onnx", "weights.bin"):
         assert (here / "out" / name).read_bytes() == (tiny_bundle / name).read_bytes()
+    assert "which this export will replace" not in result.stderr
+
+
+@pytest.mark.slow
+def test_a_bundle_that_will_be_replaced_is_named(
+    models: Path, here: Path, tiny_bundle: Path
+) -> None:
+    shutil.copytree(tiny_bundle, here / "engines" / "net")
+    result = success("export", models / "net.pt2", "--layers", "relu2")
+    line = "there is a bundle in engines/net, which this export will replace"
+    assert result.stderr.splitlines().count(line) == 1
+    assert [layer.name for layer in read_bundle("engines/net").manifest.layers] == ["relu2"]
 
 
 class ExportingError(Exception):

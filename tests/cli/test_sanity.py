@@ -29,6 +29,7 @@ def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "net.pt"
 
 
+@pytest.mark.slow
 def test_a_check_is_printed_and_written(weights: Path) -> None:
     content_before = weights.read_bytes()
     words = ("sanity", weights, *ARCH, "--images", SCENES, "--limit", 2, "--depth", 2)

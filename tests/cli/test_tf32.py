@@ -68,6 +68,7 @@ def test_verify_measures_it_on_a_gpu(digits_bundle: Path, gpu: list[bool], backe
     assert gpu == [True, True, False]
 
 
+@pytest.mark.slow
 def test_verify_fails_where_tf32_is_too_far_off(
     digits_bundle: Path, tmp_path: Path, gpu: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,6 +8,8 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from ccam_deploy.bundle.folder import read_bundle, write_manifest
 from tests.command import failure, success
 
@@ -32,6 +34,7 @@ def test_verify(tiny_bundle: Path, here: Path) -> None:
     assert failure("verify", "tiny") == message
 
 
+@pytest.mark.slow
 def test_one_precision(digits_bundle: Path) -> None:
     line, verdict = success("verify", digits_bundle, "--precision", "fp16").stdout.splitlines()
     assert line.startswith("fp16 on onnxruntime-")

@@ -24,6 +24,7 @@ from tests.command import failure, success
 from tests.export.onnx_files import network, write_network
 from tests.helpers import noise
 from tests.networks import TinyNet, tiny
+from tests.sweeps import by_pace
 
 SIZE = (16, 24)
 
@@ -69,7 +70,7 @@ WRAPS: dict[str, Callable[[Tensor, Tensor, Tensor], Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", WRAPS)
+@pytest.mark.parametrize("name", by_pace(["tuple"], [], WRAPS))
 def test_logits_are_found_in_what_a_model_returns(name: str) -> None:
     """Without a change to the model, or to the names of its layers."""
     model = Returns(WRAPS[name]).eval()
@@ -134,6 +135,7 @@ def conditioned_factory() -> nn.Module:
     return Conditioned()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mask", [None, np.linspace(0, 1, 24, dtype=np.float32), np.linspace(1, 0, 24)]
 )
@@ -185,6 +187,7 @@ def test_a_program_has_no_inputs_to_bind(tmp_path: Path) -> None:
         export(program, tmp_path / "bundle", settings=ExportSettings(constants={"flip": True}))
 
 
+@pytest.mark.slow
 def test_a_file_of_logits_with_sides(tmp_path: Path) -> None:
     """An ONNX file as of SqueezeNet."""
     model = Returns(WRAPS["sides of a pixel"]).eval()

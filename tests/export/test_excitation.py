@@ -244,6 +244,7 @@ def test_what_has_no_rule_is_named(model: nn.Module, reason: str) -> None:
         )
 
 
+@pytest.mark.slow
 def test_what_lies_before_the_layers_does_not_matter() -> None:
     model = nn.Sequential(conv(3, 8), nn.SiLU(), conv(8, 8), nn.ReLU(), Mean(), nn.Linear(8, 5))
     built = build_program(trace_model(model.eval(), (3, 12, 12)))

@@ -204,13 +204,16 @@ def in_double() -> Model:
             'layer "head" gives no feature map [batch, channels, height, width], nor tokens '
             "of one; these do: norm1, relu1, conv2, relu2",
         ),
-        (
-            tiny,
-            ["relu2", "relu2"],
-            LayerError,
+        pytest.param(
+            *(tiny, ["relu2", "relu2"], LayerError),
             "the layers relu2, relu2 do not name different feature maps",
+            marks=pytest.mark.slow,
         ),
-        (Detached, ["aside"], LayerError, 'the logits do not depend on layer "aside"'),
+        pytest.param(
+            *(Detached, ["aside"], LayerError),
+            'the logits do not depend on layer "aside"',
+            marks=pytest.mark.slow,
+        ),
         (
             TwoOutputs,
             None,
@@ -296,6 +299,7 @@ def test_settings_that_do_not_fit(tmp_path: Path, settings: dict[str, Any], mess
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_arguments_that_do_not_fit(tmp_path: Path) -> None:
     with pytest.raises(
         OptionError, match=r'^precision "fp64" is unknown; there are fp32, tf32, fp16, int8, fp8$'

@@ -67,6 +67,7 @@ def test_at_most_four_are_chosen() -> None:
     assert names_of(model.eval(), size=128) == ["2", "3", "4", "5"]
 
 
+@pytest.mark.slow
 def test_other_memory_layouts_are_not_feature_maps() -> None:
     """The last tensor of the resolution is [B, H, W, C]; the one before it is chosen."""
 
@@ -108,10 +109,12 @@ def test_a_module_called_twice_names_each_of_its_outputs() -> None:
         names_of(model, named=["relu:2"])
 
 
+@pytest.mark.slow
 def test_named_layers_come_in_the_order_of_the_network() -> None:
     assert names_of(tiny(), named=["relu2", "conv2", "relu1"]) == ["relu1", "conv2", "relu2"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("named", "message"),
     [
@@ -145,6 +148,7 @@ class Attentive(nn.Module):
         return self.head((tokens + mixed).mean(1))  # type: ignore[no-any-return]
 
 
+@pytest.mark.slow
 def test_to_look_for_layers_does_not_fix_the_batch() -> None:
     built = build_program(trace_model(Attentive(), (3, 16, 16)))
     assert [layer.shape for layer in find_layers(built)] == [(8, 4, 4)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -19,6 +20,7 @@ class Viewed(nn.Module):
         return self.linear(self.conv(x).relu().view(-1, 4 * 6 * 6))  # type: ignore[no-any-return]
 
 
+@pytest.mark.slow
 def test_views_are_of_values_in_any_layout() -> None:
     """Some operators lay values out by the size of the batch, which a trace does not see."""
     model = Viewed().eval()

@@ -66,6 +66,7 @@ NIGHTLY = (
 """What another end stands for."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", by_pace(QUICK, NIGHTLY, ENDS))
 def test_an_activation_at_the_end_is_cut_off(name: str) -> None:
     """And put back, it gives the model's outputs."""
@@ -270,6 +271,7 @@ def test_the_command_and_a_recipe_take_it(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_tiny_keeps_its_classes() -> None:
     program = build_program(trace_model(tiny(), (3, *SIZE)))
     assert with_logits(program) == program

@@ -284,6 +284,7 @@ def test_bundle_computes_what_was_recorded(bundle: Bundle, networks: Networks) -
     assert report.worst_saliency_rank == pytest.approx(exported.worst_saliency_rank, abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_example_bundle_computes_what_was_recorded(digits_bundle: Path, precision: str) -> None:
     example = read_bundle(digits_bundle)

@@ -44,6 +44,7 @@ def test_spearman_shares_ranks_among_equals(values: list[int], seed: int) -> Non
     assert spearman(one, other) == pytest.approx(expected, abs=1e-12)
 
 
+@pytest.mark.slow
 @given(
     arrays(
         st.sampled_from([np.float32, np.float64]),
@@ -86,6 +87,7 @@ def test_ssim_is_scikit_images(size: tuple[int, int]) -> None:
     assert ssim(one, other) == pytest.approx(expected, abs=1e-12)
 
 
+@pytest.mark.slow
 @given(arrays(np.float32, (8, 9), elements=UNIT), arrays(np.float32, (8, 9), elements=UNIT))
 def test_ssim_is_scikit_images_on_any_map(first: Floats, second: Floats) -> None:
     expected = metrics.structural_similarity(

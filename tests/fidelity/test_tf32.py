@@ -70,6 +70,7 @@ def test_graphs_round_both_factors_and_add_in_float32(tmp_path: Path) -> None:
     assert np.abs(got - a.astype(np.float64) @ b).max() > 1e-4
 
 
+@pytest.mark.slow
 def test_the_bounds_are_for_tf32(digits_bundle: Path, rounded: Networks) -> None:
     """It keeps to its own with room to spare, and breaks those of float32."""
     bundle = read_bundle(digits_bundle)
@@ -83,6 +84,7 @@ def test_the_bounds_are_for_tf32(digits_bundle: Path, rounded: Networks) -> None
     assert exact
 
 
+@pytest.mark.slow
 def test_a_wrong_gradient_breaks_them(
     digits_bundle: Path, rounded: Networks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -107,6 +109,7 @@ def test_float32_may_not_be_held_tighter_in_tf32() -> None:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("random_weights", [False, True])
 def test_random_weights_have_wider_bounds(
     digits_bundle: Path, rounded: Networks, random_weights: bool

@@ -94,6 +94,7 @@ def test_partition_by_definition(channels: int, seed: int) -> None:
     assert result.count == len(chosen)
 
 
+@pytest.mark.slow
 @given(st.integers(3, 60), st.integers(2, 10), st.integers(0, 2**31))
 def test_every_cut_matches_scipy(channels: int, count: int, seed: int) -> None:
     psi = np.random.default_rng(seed).standard_normal((channels, 4)).astype(np.float32)
@@ -134,6 +135,7 @@ def test_one_collection_can_be_asked_for() -> None:
     assert cpu.partition(noise(8, 4), 1, 1).count == 1
 
 
+@pytest.mark.slow
 @given(arrays(np.float32, st.tuples(st.integers(1, 12), st.just(4)), elements=ANY))
 def test_partition_is_sound_for_finite_input(psi: np.ndarray) -> None:
     result = cpu.partition(psi, 2, 4)
@@ -172,6 +174,7 @@ def test_a_gate_counts_small_gradients_in_proportion() -> None:
     np.testing.assert_array_equal(final, plain)
 
 
+@pytest.mark.slow
 @given(
     arrays(np.float32, (2, 3, 4), elements=st.floats(0, 9, width=32)),
     arrays(np.float32, (2, 3, 4), elements=st.floats(-1, 1, width=16)),

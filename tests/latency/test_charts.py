@@ -66,6 +66,7 @@ def test_drawing_names_batches_stages_and_floor() -> None:
         assert f">{word}</text>" in text
 
 
+@pytest.mark.slow
 def test_document() -> None:
     assert charts.draw_latency([figures(1)], "digits", "pdf").startswith(b"%PDF")
 

@@ -42,6 +42,7 @@ def test_parts_of_a_cold_start(tiny_bundle: Path) -> None:
     }
 
 
+@pytest.mark.slow
 def test_what_goes_wrong_in_the_process_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(BackendError) as caught:
         measure_cold_start(tmp_path / "none", example_files()[:1], 1, HOW)
@@ -69,6 +70,7 @@ def test_a_process_that_says_much_is_not_blocked(
         measure_cold_start(tmp_path, example_files()[:1], 1, HOW)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", ["", "print('ready', flush=True)\n"])
 def test_a_process_that_takes_too_long_is_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str

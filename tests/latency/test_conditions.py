@@ -43,6 +43,7 @@ def _resident() -> float:
     return pages * resource.getpagesize() / 2**20
 
 
+@pytest.mark.slow
 def test_peak_memory_does_not_begin_with_the_parent_s() -> None:
     code = "from ccam_deploy.latency.conditions import peak_memory; print(peak_memory())"
     ballast = bytearray(400 * 2**20)

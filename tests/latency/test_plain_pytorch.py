@@ -64,6 +64,7 @@ def layers_of(script: Model) -> list[str]:
     return [layer.name for layer in find_layers(program)]
 
 
+@pytest.mark.slow
 def test_logits_as_an_export_finds_them() -> None:
     """One probability is the two logits that the bundle has."""
     model = Ended(torch.sigmoid, 1).eval()
@@ -74,6 +75,7 @@ def test_logits_as_an_export_finds_them() -> None:
     np.testing.assert_allclose(peer.logits(images), np.concatenate([-z, z], 1), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_another_model_is_refused() -> None:
     with pytest.raises(LayerError, match='layer "layer1" is not in the model'):
         plain_pytorch.of_model(tiny(), DIGITS_LAYERS, (3, 32, 48))

@@ -305,6 +305,7 @@ VARIED: Mapping[str, tuple[Method, ...]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VARIED)
 @settings(max_examples=60)
 @given(features=maps, gradients=maps)

@@ -53,6 +53,7 @@ def test_the_layer_is_the_last_but_one(case: Case, tiny_bundle: Path) -> None:
         case.explain(ExcitationBackprop("layer9"))
 
 
+@pytest.mark.slow
 def test_chunks_and_classes_do_not_matter(headed_bundle: Path) -> None:
     images, contrastive = noise(2, 3, 32, 48), ExcitationBackprop(contrastive=True)
     for method in (ExcitationBackprop(), contrastive):

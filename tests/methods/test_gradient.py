@@ -137,6 +137,7 @@ def test_completeness(headed_bundle: Path, rule: Any, baseline: Any) -> None:
     np.testing.assert_allclose(sums, increase, atol=0.01 * np.abs(increase).max())
 
 
+@pytest.mark.slow
 def test_chunks_and_classes_do_not_matter(headed_bundle: Path) -> None:
     """A batch of one at a time, or several classes of an image, give the same maps."""
     images = noise(2, 3, 32, 48)

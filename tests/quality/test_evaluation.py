@@ -146,6 +146,7 @@ def finished(measured: Evaluation, folder: Path) -> list[Row]:
     return list(results.rows.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("protocol", ["paper", "rise"])
 def test_numbers_are_pytorchs(digits: ccam.Explainer, tmp_path: Path, protocol: str) -> None:
     """Average drop, curves and boxes of a few scenes, worked out with the network in PyTorch."""

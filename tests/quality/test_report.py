@@ -184,6 +184,7 @@ def test_page_needs_no_other_file() -> None:
     assert page.count('class="best"') == 1  # the lower deletion; proportion is equal
 
 
+@pytest.mark.slow
 def test_curves_are_drawn_side_by_side() -> None:
     """A deletion curve alone, in matplotlib's first colour, is on the left and nowhere else."""
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
@@ -207,6 +208,7 @@ def test_boxes_are_outlined_by_their_own_pixels() -> None:
     np.testing.assert_array_equal(framed, expected)
 
 
+@pytest.mark.slow
 def test_maps_are_a_grid(digits: ccam.Explainer) -> None:
     """A row for each of six images at most, a column for each method and one for the image."""
     pytest.importorskip("sklearn", reason="scikit-learn is not installed")

@@ -89,6 +89,7 @@ def test_tensors_that_cannot_be_used() -> None:
     refused("shape", "METHOD has 3 rows for 2 images", good, None, named(b"", b"", b""))
 
 
+@pytest.mark.slow
 @given(
     arrays.arrays(
         st.sampled_from([np.float32, np.float16, np.int32, np.uint8]),

@@ -162,6 +162,7 @@ def test_lost_plans_are_built_again(
     assert (set(found.plans), found.files) == (set(made.manifest.plans), made.manifest.files)
 
 
+@pytest.mark.slow
 def test_a_changed_plan_is_not_read(folder: Path, rtx: library.Library) -> None:
     made = build(read_bundle(folder), rtx, "fp32", BuildSettings(1, ("8.9",))).bundle
     path = made.path(made.manifest.plans[0].file)
@@ -255,6 +256,7 @@ def test_tf32_is_built_for_gpus_that_have_it(rtx: library.Library) -> None:
         rtx.targets(("7.5", "8.9"), "tf32")
 
 
+@pytest.mark.slow
 def test_tf32_makes_another_plan_of_the_same_graph(
     rtx: library.Library, digits_bundle: Path
 ) -> None:

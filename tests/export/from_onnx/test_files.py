@@ -119,6 +119,7 @@ def test_an_absolute_path_of_weights_is_refused(file: Path, tmp_path: Path) -> N
         load_model(changed(file, path, external(str(tmp_path / "weights"))))
 
 
+@pytest.mark.slow
 def test_weights_beside_the_file_and_in_half_precision(file: Path, tmp_path: Path) -> None:
     model = onnx.load(file)
     onnx.save(model, tmp_path / "far.onnx", save_as_external_data=True, size_threshold=0)
@@ -222,6 +223,7 @@ def test_a_node_that_does_not_run_is_named(tmp_path: Path) -> None:
         network(path).trace(SIZE)
 
 
+@pytest.mark.slow
 def test_images_with_channels_last(file: Path, tmp_path: Path) -> None:
     """As Keras has them; ONNX Runtime gets them so."""
     nodes = [
@@ -241,6 +243,7 @@ def test_images_with_channels_last(file: Path, tmp_path: Path) -> None:
     assert require_agreement(loaded.file, images, program) < 1e-6
 
 
+@pytest.mark.slow
 def test_another_file_does_not_agree(file: Path, tmp_path: Path) -> None:
     def scale(model: onnx.ModelProto) -> None:
         tensor = next(t for t in model.graph.initializer if t.name == "head.bias")

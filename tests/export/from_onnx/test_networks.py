@@ -81,6 +81,7 @@ def assert_same_network(path: Path, model: nn.Module, size: tuple[int, int]) -> 
     return program
 
 
+@pytest.mark.slow
 @FILES
 def test_a_network_is_the_same_in_its_file(tmp_path: Path, dynamo: bool, batch: int) -> None:
     """With its modules' names; a fixed batch becomes dynamic."""
@@ -166,6 +167,7 @@ def test_the_command_says_what_it_compares(tmp_path: Path) -> None:
     assert "--arch goes with a file of weights" in failure(*refused, "--arch", "a:b")
 
 
+@pytest.mark.slow
 def test_plain_pytorch_runs_it(tmp_path: Path) -> None:
     path = write_network(tmp_path / "tiny.onnx", tiny(), SIZE, False)
     peer = plain_pytorch.of_model(load_model(path), ["relu2"], (3, *SIZE))

@@ -116,6 +116,7 @@ def test_layers_can_be_chosen(digits: ccam.Explainer) -> None:
     np.testing.assert_allclose(result.raw_saliency[0], expected.numpy(), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_standardising_changes_the_partition(digits: ccam.Explainer) -> None:
     pictures = example_pictures()
     plain = digits.explain(pictures)

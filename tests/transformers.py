@@ -64,7 +64,7 @@ class TinyViT(nn.Module):
         self,
         pool: Literal["class", "mean"] = "class",
         registers: int = 0,
-        depth: int = 5,
+        depth: int = 3,
         patches: int = 0,
     ) -> None:
         super().__init__()

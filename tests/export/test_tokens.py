@@ -72,11 +72,16 @@ def of_windows(value: Tensor) -> Tensor:
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], list[str], Transform]] = {
     "class token": (
         lambda: seeded(TinyViT),
+        ["blocks.0", "blocks.1"],
+        of_tokens(1),
+    ),
+    "five blocks": (
+        lambda: seeded(TinyViT, depth=5),
         ["blocks.0", "blocks.1", "blocks.2", "blocks.3"],
         of_tokens(1),
     ),
     "registers": (
-        lambda: seeded(TinyViT, registers=2, depth=3),
+        lambda: seeded(TinyViT, registers=2),
         ["blocks.0", "blocks.1"],
         of_tokens(3),
     ),
@@ -91,7 +96,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], list[str], Transform]] = {
         of_tokens(2),
     ),
     "mixer": (
-        lambda: seeded(TinyViT, registers=2, depth=3, patches=GRID**2),
+        lambda: seeded(TinyViT, registers=2, patches=GRID**2),
         ["blocks.0", "blocks.1"],
         of_tokens(3),
     ),
@@ -139,7 +144,9 @@ def by_hooks(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", nightly_but((*DAILY, "registers", "shifted windows"), NETWORKS))
+@pytest.mark.parametrize(
+    "kind", nightly_but((*DAILY, "five blocks", "registers", "shifted windows"), NETWORKS)
+)
 def test_block_outputs_are_chosen(kind: str) -> None:
     make, names, _ = NETWORKS[kind]
     layers = layers_of(make())
@@ -255,8 +262,8 @@ def test_head_takes_the_map_and_the_images_own_tokens(
 
 @pytest.mark.slow
 def test_any_block_can_be_named() -> None:
-    layers = layers_of(seeded(TinyViT), ["blocks.2", "blocks.0"])
-    assert [layer.name for layer in layers] == ["blocks.0", "blocks.2"]
+    layers = layers_of(seeded(TinyViT), ["blocks.1", "blocks.0"])
+    assert [layer.name for layer in layers] == ["blocks.0", "blocks.1"]
     assert [layer.shape for layer in layers] == [(12, GRID, GRID)] * 2
     assert layers[0].rest_shape == (1, 12)
 
@@ -265,7 +272,7 @@ def test_any_block_can_be_named() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("blocks.4", "has no influence on the logits, which read other tokens of it; name a layer"),
+        ("blocks.2", "has no influence on the logits, which read other tokens of it; name a layer"),
         ("head", 'layer "head" gives no feature map [batch, channels, height, width], nor tokens'),
         ("blocks.9", 'layer "blocks.9" is not in the model; it has '),
     ],

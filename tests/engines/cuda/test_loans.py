@@ -20,7 +20,7 @@ def taken(loans: PinnedLoans) -> Floats:
 def test_no_more_are_lent_than_there_are() -> None:
     loans = PinnedLoans(HostDevice(), 16, 2)
     held = [taken(loans), taken(loans)]
-    assert not np.shares_memory(*held)
+    assert not np.shares_memory(held[0], held[1])
     assert loans.take() is None
     address = held.pop(0).ctypes.data
     assert taken(loans).ctypes.data == address
@@ -28,11 +28,11 @@ def test_no_more_are_lent_than_there_are() -> None:
 
 
 def test_a_view_of_a_view_keeps_what_it_shows() -> None:
-    """As split, reshaped, transposed and in a memoryview."""
+    """As reshaped, transposed and split."""
     loans = PinnedLoans(HostDevice(), 48, 1)
     whole = taken(loans)
     whole[:] = np.arange(12)
-    kept = [memoryview(np.split(whole.reshape(4, 3).T[1:], 2)[1])]
+    kept: list[Floats] = [np.split(whole.reshape(4, 3).T[1:], 2)[1]]
     del whole
     assert loans.take() is None
     assert kept.pop().tolist() == [[2, 5, 8, 11]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,8 @@ SAMPLE = (
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", SAMPLE)
 def test_a_sample_of_the_list_works(name: str) -> None:
-    pytest.importorskip("timm")
+    if find_spec("timm") is None:  # its import fails beside some builds of PyTorch; ours does not
+        pytest.skip("timm is not installed")
     listed = {each.name: each for each in bench.read_list(bench.LIST)}
     figures = bench.check(listed[name])
     assert len(figures["layers"]) > 1

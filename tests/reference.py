@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -17,17 +18,26 @@ from tests.helpers import ratio_by_definition
 def features_and_gradients(
     model: nn.Module, images: Tensor, names: Sequence[str], classes: Sequence[int]
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Logits, feature maps and gradients of the classes' logits, by hooks and autograd."""
+    """Logits, feature maps and gradients of the classes' logits, by hooks and autograd.
+
+    A name ends in :N where a module's Nth call is meant, and not its last.
+    """
     kept: dict[str, Tensor] = {}
     modules = dict(model.named_modules())
 
-    def keep(name: str) -> Any:
+    def keep(name: str, number: str) -> Any:
+        calls = count(1)
+
         def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            kept[name] = output
+            if number in ("", str(next(calls))):
+                kept[name] = output
 
         return hook
 
-    handles = [modules[name].register_forward_hook(keep(name)) for name in names]
+    handles = []
+    for name in names:
+        path, _, number = name.partition(":")
+        handles.append(modules[path].register_forward_hook(keep(name, number)))
     try:
         logits = model(images.requires_grad_())
     finally:

@@ -16,7 +16,7 @@ def assert_agrees(explainer: ccam.Explainer, model: nn.Module, images: Floats) -
     modules = dict(model.named_modules())
     manifest = explainer.bundle.manifest
     names = [layer.name for layer in manifest.layers]
-    hooked = [name for name in names if name in modules]
+    hooked = [name for name in names if name.partition(":")[0] in modules]
     assert len(hooked) >= 3
     activations = explainer.networks.backbone(images)
     classes = activations.logits.argmax(1)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import ccam_deploy as ccam
+from ccam_deploy.errors import SourceError
 from ccam_deploy.export.architecture import build_model
 from ccam_deploy.export.from_onnx.agreement import require_agreement
 from ccam_deploy.export.from_onnx.call import without_batch
@@ -187,7 +188,7 @@ TORCHVISION = (
     "regnet_y_400mf",
     "mnasnet0_5",
     "convnext_tiny",
-    "googlenet",
+    "googlenet(init_weights=False)",
 )
 
 
@@ -202,6 +203,11 @@ def test_architectures_are_the_same_in_their_files(
     torch.manual_seed(0)
     model = build_model(f"torchvision.models:{name}").eval()
     path = write_network(tmp_path / "model.onnx", model, (64, 64), dynamo, batch)
+    if (name, dynamo, batch) == ("convnext_tiny", True, 1):
+        # That exporter picks the means out of a flat row, by numbers that hold for one image.
+        with pytest.raises(SourceError, match="fixed batch"):
+            assert_same_network(path, model, (64, 64))
+        return
     program = assert_same_network(path, model, (64, 64))
     original = find_layers(build_program(trace_model(model, (3, 64, 64))))
     found = find_layers(program)

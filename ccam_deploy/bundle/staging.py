@@ -25,6 +25,11 @@ def require_replaceable(target: str | Path) -> None:
         raise BundleError(f"{target} exists and is not a bundle; choose another --output")
 
 
+def holds_bundle(place: Path) -> bool:
+    """Whether a folder holds a bundle, whole or damaged."""
+    return (place / MANIFEST).is_file()
+
+
 @contextmanager
 def staged_bundle(target: str | Path) -> Iterator[Path]:
     """Fill a folder for a bundle, which takes the target's place whole; see staged_folder.
@@ -49,4 +54,4 @@ def staged_bundle(target: str | Path) -> Iterator[Path]:
 def _is_replaceable(place: Path) -> bool:
     if not place.is_dir() or place.is_symlink():
         return False
-    return (place / MANIFEST).is_file() or not any(place.iterdir())
+    return holds_bundle(place) or not any(place.iterdir())

@@ -130,8 +130,8 @@ def export(options: ExportOptions) -> None:
     --timing-cache and --kernels go with --build. An older bundle at --output is replaced.
     """
     require_torch("export", "export", "cpu")
-    from ccam_deploy.bundle.folder import MANIFEST
     from ccam_deploy.bundle.signature import is_signed
+    from ccam_deploy.bundle.staging import holds_bundle
     from ccam_deploy.export import export as run
 
     validate_image_limit(options.limit, "an export")
@@ -147,7 +147,7 @@ def export(options: ExportOptions) -> None:
         planner.require_precision(precision)
     layers = prepared.target_layers(options.layers)
     signed = is_signed(output)
-    if (output / MANIFEST).is_file():
+    if holds_bundle(output):
         say(f"there is a bundle in {output}, which this export will replace", err=True)
     bundle = run(
         prepared.network, output, prepared.input_size, layers, precision, prepared.settings

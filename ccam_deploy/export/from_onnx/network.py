@@ -97,10 +97,12 @@ class OnnxNetwork(nn.Module):
             size: Height and width of the images where the file leaves them open.
 
         Raises:
-            SourceError: An operator cannot be traced; the message names its node.
+            SourceError: An operator cannot be traced; the message names its node. Or the file
+                gives logits for a fixed number of images.
         """
         channels, height, width = self.file.shape
         exported = trace_model(self, (channels, height or size[0], width or size[1]))
+        self._require_dynamic_batch(exported)
         for node in exported.graph.nodes:
             names = [str(name) for name, _ in (node.meta.get("nn_module_stack") or {}).values()]
             if names and names[-1].startswith(_NAME):
@@ -109,6 +111,15 @@ class OnnxNetwork(nn.Module):
                     scope: (scope, "torch.nn.Module") for scope in scopes
                 }
         return exported
+
+    def _require_dynamic_batch(self, exported: ExportedProgram) -> None:
+        (name,) = exported.graph_signature.user_outputs
+        (logits,) = (node.meta["val"] for node in exported.graph.nodes if node.name == name)
+        if logits.dim() and not is_symbolic(logits.shape[0]):
+            raise SourceError(
+                f"{self.file.path} gives logits {list(logits.shape)} for any number of images; "
+                "export the ONNX file with a dynamic batch"
+            )
 
     def _read(self, graph: onnx.GraphProto) -> list[_Node]:
         """Read the constants, and fold those that nodes make of them; the nodes that are left."""

@@ -21,6 +21,7 @@ from ccam_deploy.export.from_onnx.call import (
     as_size,
     as_tensor,
     is_symbolic,
+    size_at,
     without_batch,
 )
 
@@ -167,9 +168,42 @@ def _gather(call: Call) -> Value:
         length = data.shape[axis]
         if indices.ndim == 0:
             return data.select(axis, as_size(indices.item()))
+        if (each := _of_each_image(data, indices, call.batch)) is not None:
+            return each
+        if is_symbolic(length):
+            raise NotImplementedError(
+                "it picks from a batch by number, which cannot be made dynamic; "
+                "export the ONNX file with a dynamic batch"
+            )
         indices = torch.from_numpy(np.where(indices < 0, indices + length, indices))
     shape = [*data.shape[:axis], *indices.shape, *data.shape[axis + 1 :]]
     return data.index_select(axis, indices.reshape(-1).long()).reshape(shape)
+
+
+def _of_each_image(row: Tensor, indices: np.ndarray[Any, Any], batch: int) -> Tensor | None:
+    """Pick values of a flat row, for any batch, where numbers written for one pick so.
+
+    Exporters write a view with other strides as numbers into the flattened tensor.
+
+    Args:
+        row: [images * values of an image], or another tensor.
+        indices: Numbers into it.
+        batch: The batch that they were written for; 0 where none is fixed.
+
+    Returns:
+        [images, *indices.shape[1:]]; None where the numbers do not pick the same of each image.
+    """
+    if not batch or row.dim() != 1 or not is_symbolic(row.shape[0]):
+        return None
+    if len(indices) != batch or not indices.size:
+        return None
+    length = size_at(row.shape[0], 1)
+    starts = (length * np.arange(batch)).reshape(-1, *(1,) * (indices.ndim - 1))
+    places = indices - starts
+    if (places != places[0]).any() or not 0 <= places.min() <= places.max() < length:
+        return None
+    picked = row.reshape(-1, length).index_select(1, torch.from_numpy(places[0].reshape(-1)))
+    return picked.reshape(-1, *indices.shape[1:])
 
 
 def _expand(call: Call) -> Value:
@@ -339,6 +373,7 @@ KNOWN_INPUTS: dict[str, tuple[int, ...]] = {
     "Clip": (1, 2),
     "CumSum": (1,),
     "Expand": (1,),
+    "Gather": (1,),
     "Pad": (1, 2, 3),
     "Range": (0, 1, 2),
     "Reshape": (1,),

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
+from onnx import helper
 from torch import Tensor, nn
 
 import ccam_deploy as ccam
@@ -20,7 +22,7 @@ from ccam_deploy.export.program import Program, build_program, module_of, trace_
 from ccam_deploy.export.sources import load_model
 from ccam_deploy.latency import plain_pytorch
 from tests.command import failure, success
-from tests.export.onnx_files import network, write_network
+from tests.export.onnx_files import network, run, write_graph, write_network
 from tests.helpers import noise
 from tests.networks import tiny
 from tests.sweeps import nightly_but
@@ -68,6 +70,13 @@ class Attention(nn.Module):
         return self.head((tokens + out)[:, 0])  # type: ignore[no-any-return]
 
 
+class NormOfChannels(nn.LayerNorm):
+    """images [B, C, H, W], each place normalised over its channels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
 def assert_same_network(path: Path, model: nn.Module, size: tuple[int, int]) -> Program:
     """Its trace gives what the model gives for any batch, and agrees with its file."""
     loaded = network(path)
@@ -102,6 +111,59 @@ def test_views_and_tokens_of_a_fixed_batch(tmp_path: Path, dynamo: bool, batch: 
     model = Attention().eval()
     path = write_network(tmp_path / "attention.onnx", model, SIZE, dynamo, batch)
     assert_same_network(path, model, SIZE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_view_written_as_numbers(tmp_path: Path, batch: int) -> None:
+    """The newer exporter gathers pooled means out of a flat row that holds the whole batch."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, 2, 1),
+        nn.ReLU(),
+        NormOfChannels(8),
+        nn.AdaptiveAvgPool2d(1),
+        NormOfChannels(8),
+        nn.Flatten(1),
+        nn.Linear(8, 5),
+    ).eval()
+    path = write_network(tmp_path / "view.onnx", model, SIZE, True, batch)
+    assert "Gather" in [node.op_type for node in onnx.load(path).graph.node]
+    assert_same_network(path, model, SIZE)
+
+
+@pytest.mark.parametrize(
+    "places", [[[1, 0], [4, 3]], [[0, 1], [2, 3]], [[0, 3], [3, 6]]], ids=["same", "other", "past"]
+)
+def test_numbers_into_a_flat_row(tmp_path: Path, places: list[list[int]]) -> None:
+    """Those that pick the same of two images hold for any number of them."""
+    nodes = [
+        helper.make_node("ReduceMean", ["images"], ["means"], axes=[2, 3], keepdims=0),
+        helper.make_node("Reshape", ["means", "flat"], ["row"]),
+        helper.make_node("Gather", ["row", "places"], ["out"]),
+    ]
+    given = {"flat": np.array([-1]), "places": np.array(places)}
+    path = write_graph(tmp_path / "row.onnx", nodes, given, (2, 3, 8, 8), opset=13)
+    if places[0] != [1, 0]:
+        with pytest.raises(SourceError, match="Gather cannot be exported: it picks from a batch"):
+            network(path).trace((8, 8))
+        return
+    images = noise(2, 3, 8, 8)
+    means = network(path).trace((8, 8)).module()(torch.from_numpy(images))
+    np.testing.assert_allclose(means, run(path, images), atol=1e-6)
+    np.testing.assert_allclose(means, images.mean((2, 3))[:, [1, 0]], atol=1e-6)
+
+
+def test_a_file_that_mixes_its_images_is_refused(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("ReduceMean", ["images"], ["means"], axes=[0, 2, 3]),
+        helper.make_node("Flatten", ["means"], ["out"]),
+    ]
+    path = write_graph(tmp_path / "mean.onnx", nodes, {}, (2, 3, 8, 8), opset=13)
+    with pytest.raises(
+        SourceError, match=r"gives logits \[1, 3\] for any number of images; export"
+    ):
+        network(path).trace((8, 8))
 
 
 @pytest.mark.parametrize(
@@ -203,11 +265,6 @@ def test_architectures_are_the_same_in_their_files(
     torch.manual_seed(0)
     model = build_model(f"torchvision.models:{name}").eval()
     path = write_network(tmp_path / "model.onnx", model, (64, 64), dynamo, batch)
-    if (name, dynamo, batch) == ("convnext_tiny", True, 1):
-        # That exporter picks the means out of a flat row, by numbers that hold for one image.
-        with pytest.raises(SourceError, match="fixed batch"):
-            assert_same_network(path, model, (64, 64))
-        return
     program = assert_same_network(path, model, (64, 64))
     original = find_layers(build_program(trace_model(model, (3, 64, 64))))
     found = find_layers(program)

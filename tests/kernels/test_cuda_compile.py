@@ -95,26 +95,34 @@ def capability(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.slow
-def test_kernels_compile_without_spills(capability: tuple[int, int], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "others"),
+    [
+        pytest.param(types.float32, None, id="fp32"),
+        pytest.param(types.float16, types.float32, id="fp16", marks=pytest.mark.nightly),
+    ],
+)
+def test_kernels_compile_without_spills(
+    capability: tuple[int, int], dtype: types.Float, others: types.Float | None, tmp_path: Path
+) -> None:
+    """Those of half precision that are not also of `others`."""
     assembler = shutil.which("ptxas")
     threads = asdict(Threads())
-    done = set()
-    for dtype in (types.float32, types.float16):
-        for kernel, arguments in signatures(dtype).items():
-            if (kernel, arguments) in done:
-                continue
-            done.add((kernel, arguments))
-            ptx, _ = cuda.compile_ptx(kernel.py_func, types.void(*arguments), cc=capability)
-            name = f"{kernel.py_func.__name__} {dtype}"
-            assert ".entry" in ptx
-            if assembler is None:
-                continue
-            used = assemble(assembler, ptx, capability, tmp_path / "kernel.ptx")
-            print(f"{capability[0]}.{capability[1]} {name:28} {used}")
-            assert used["spills"] == 0, name
-            assert used["shared"] <= SHARED, name
-            # Registers are handed out to warps in steps of 8 per thread.
-            assert -(-used["registers"] // 8) * 8 * threads[THREADS[kernel]] <= REGISTERS, name
+    done = set(signatures(others).items()) if others else set()
+    for kernel, arguments in signatures(dtype).items():
+        if (kernel, arguments) in done:
+            continue
+        ptx, _ = cuda.compile_ptx(kernel.py_func, types.void(*arguments), cc=capability)
+        name = f"{kernel.py_func.__name__} {dtype}"
+        assert ".entry" in ptx
+        if assembler is None:
+            continue
+        used = assemble(assembler, ptx, capability, tmp_path / "kernel.ptx")
+        print(f"{capability[0]}.{capability[1]} {name:28} {used}")
+        assert used["spills"] == 0, name
+        assert used["shared"] <= SHARED, name
+        # Registers are handed out to warps in steps of 8 per thread.
+        assert -(-used["registers"] // 8) * 8 * threads[THREADS[kernel]] <= REGISTERS, name
 
 
 def assemble(assembler: str, ptx: str, capability: tuple[int, int], path: Path) -> dict[str, int]:

@@ -50,6 +50,20 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))  # type: ignore[no-any-return]
 
 
+class LinearPatches(nn.Module):
+    """Patches of images cut out by a change of shape, [B, WIDTH, h, w]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3 * PATCH * PATCH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, channels, height, width = x.shape
+        x = x.view(batch, channels, height // PATCH, PATCH, width // PATCH, PATCH)
+        x = self.linear(x.permute(0, 2, 4, 3, 5, 1).flatten(3))
+        return x.permute(0, 3, 1, 2)
+
+
 class TinyViT(nn.Module):
     """A vision transformer: class token, register tokens, or the mean of the patches.
 
@@ -58,6 +72,7 @@ class TinyViT(nn.Module):
         registers: How many tokens stand behind the class token.
         depth: The number of blocks.
         patches: The number of patches, where fixed weights take the place of attention.
+        linear: Whether patches are cut out by a change of shape, and not by a convolution.
     """
 
     def __init__(
@@ -66,11 +81,12 @@ class TinyViT(nn.Module):
         registers: int = 0,
         depth: int = 3,
         patches: int = 0,
+        linear: bool = False,
     ) -> None:
         super().__init__()
         self.pool = pool
         self.left_out = registers + (pool == "class")
-        self.patches = nn.Conv2d(3, WIDTH, PATCH, PATCH)
+        self.patches = LinearPatches() if linear else nn.Conv2d(3, WIDTH, PATCH, PATCH)
         self.extra = nn.Parameter(torch.randn(1, self.left_out, WIDTH))
         count = patches + self.left_out if patches else 0
         self.blocks = nn.Sequential(*(Block(count=count) for _ in range(depth)))
@@ -111,26 +127,51 @@ class WindowBlock(nn.Module):
 
 
 class Merge(nn.Module):
-    """Four neighbours of a map [B, h, w, C] become one of twice the channels."""
+    """Four neighbours of a map [B, h, w, C] become one of twice the channels.
 
-    def __init__(self, width: int) -> None:
+    Args:
+        width: The number of channels.
+        reshaped: Whether they are brought together by a change of shape, and not by slices.
+    """
+
+    def __init__(self, width: int, reshaped: bool) -> None:
         super().__init__()
+        self.reshaped = reshaped
         self.reduce = nn.Linear(4 * width, 2 * width)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.reshaped:
+            batch, height, width, channels = x.shape
+            x = x.reshape(batch, height // 2, 2, width // 2, 2, channels)
+            return self.reduce(x.permute(0, 1, 3, 4, 2, 5).flatten(3))  # type: ignore[no-any-return]
         parts = [x[:, row::2, column::2] for row in (0, 1) for column in (0, 1)]
         return self.reduce(torch.cat(parts, -1))  # type: ignore[no-any-return]
 
 
-class TinySwin(nn.Module):
-    """Shifted windows at two resolutions, with channels last throughout."""
+class TokenBlock(WindowBlock):
+    """Works on tokens, and gives its sum in the shape of a map."""
 
-    def __init__(self) -> None:
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x)
+        batch, height, width, channels = x.shape
+        x = x.reshape(batch, -1, channels)
+        return (x + self.norm(x)).reshape(batch, height, width, channels)  # type: ignore[no-any-return]
+
+
+class TinySwin(nn.Module):
+    """Shifted windows at two resolutions, with channels last throughout.
+
+    Args:
+        reshaped: Whether patches are merged, and blocks end, by a change of shape.
+    """
+
+    def __init__(self, reshaped: bool = False) -> None:
         super().__init__()
+        block = TokenBlock if reshaped else WindowBlock
         self.patches = nn.Conv2d(3, 8, 4, 4)
-        self.stage1 = nn.Sequential(WindowBlock(8, 4, 0), WindowBlock(8, 4, 2))
-        self.merge = Merge(8)
-        self.stage2 = nn.Sequential(WindowBlock(16, 2, 0), WindowBlock(16, 2, 1))
+        self.stage1 = nn.Sequential(WindowBlock(8, 4, 0), block(8, 4, 2))
+        self.merge = Merge(8, reshaped)
+        self.stage2 = nn.Sequential(WindowBlock(16, 2, 0), block(16, 2, 1))
         self.norm, self.head = nn.LayerNorm(16), nn.Linear(16, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ tensor whose arrangement is unknown; a residual sum takes it from the branch tha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -91,10 +92,11 @@ class Followed:
         return (source if same else None, *(None for _ in values[1:]))
 
     def _kept(self, node: fx.Node) -> Known:
-        """The arrangement of the first source of the same shape."""
+        """The arrangement of the first of the sources of the same shape with the finest map."""
         shape = node.meta["val"].shape
-        known = [n for n in node.all_input_nodes if self.of(n) is not None]
-        return next((self.of(n) for n in known if n.meta["val"].shape == shape), None)
+        sources = [n for n in node.all_input_nodes if self.of(n) and n.meta["val"].shape == shape]
+        known = [self._known[source] for source in sources]
+        return max(known, key=lambda each: math.prod(each.grid) if each else 0, default=None)
 
     def _piece(self, node: fx.Node) -> Known:
         source, index = node.args
@@ -195,9 +197,7 @@ class Followed:
 
     def _linear(self, node: fx.Node) -> Known:
         source = self.of(node.args[0])
-        if source is None or source.axes[-1].spatial:
-            return None
-        return source.with_axis(-1, channel_axis(node.meta["val"].shape[-1]))
+        return None if source is None else self._times_constant(source, node)
 
     def _multiplied(self, node: fx.Node) -> Known:
         """Rows of the first factor, columns of the second one."""
@@ -212,9 +212,7 @@ class Followed:
         return left.with_axis(-1, right.axes[-1]) if len(right.axes) == rank else None
 
     def _times_constant(self, left: Arrangement, node: fx.Node) -> Known:
-        if left.axes[-1].spatial:
-            return None
-        return left.with_axis(-1, channel_axis(node.meta["val"].shape[-1]))
+        return left.mixed(-1, channel_axis(node.meta["val"].shape[-1]))
 
     def _attended(self, node: fx.Node) -> Known:
         """Each value of the result lies where its query does."""

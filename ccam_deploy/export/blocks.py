@@ -17,6 +17,13 @@ SPREAD = 4
 
 _MIXING = ("scaled_dot_product_attention", "matmul", "bmm", "baddbmm", "mm")
 """Products whose results have the tokens of a factor, but depend on all of them."""
+_SHAPING = (
+    aten.reshape.default,
+    aten.view.default,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.clone.default,
+)
 
 
 class Blocks:
@@ -40,7 +47,7 @@ class Blocks:
             if sources:
                 depending.add(node)
             if node.target is aten.add.Tensor and len(sources) == 2 and self._map(node):
-                self._sums.append(node)
+                self._sums.append(self._given(node))
 
     def has_influence(self, node: fx.Node) -> bool:
         """Tell whether the map in a node's tensor, not only its other tokens, reaches the logits.
@@ -80,6 +87,15 @@ class Blocks:
             last.pop(grid, None)
             last[grid] = node
         return list(last.values())
+
+    def _given(self, node: fx.Node) -> fx.Node:
+        """What a module gives of a sum that it only brings to another shape; else the sum."""
+        value = node
+        while value not in self._outputs and len(value.users) == 1:
+            (value,) = value.users
+            if value.target not in _SHAPING or not self._map(value):
+                return node
+        return value if value in self._outputs else node
 
     def _ends(self, sums: Iterable[fx.Node]) -> list[fx.Node]:
         """Sums in another form than [B, C, h, w], those that end a module if any do."""

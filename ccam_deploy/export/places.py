@@ -9,7 +9,7 @@ tensor and put back by moving values alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -208,6 +208,31 @@ class Arrangement:
         axes[number] = axis
         return Arrangement(tuple(axes))
 
+    def mixed(self, number: int, axis: Axis) -> Arrangement | None:
+        """Follow an operator that makes each value of one axis of all that were on it.
+
+        Neighbours that are mixed become one place, so that the map is coarser: merged patches.
+
+        Args:
+            number: The axis.
+            axis: What it is afterwards.
+
+        Returns:
+            The arrangement of the result; None where other values than those of a channel or of
+            neighbours are mixed, or no place is left.
+        """
+        gone = self.axes[number]
+        merged = {dimension: _neighbours(gone, dimension) for dimension in ("row", "column")}
+        if gone.padded or not all(merged.values()) or _of_batch(gone):
+            return None
+        axes = [
+            replace(other, parts=tuple(_coarser(part, merged) for part in other.parts))
+            for other in self.axes
+        ]
+        axes[number] = axis
+        places = gone.spatial and not any(other.spatial for other in axes)
+        return None if places else Arrangement(tuple(axes))
+
     def without_axis(self, number: int) -> Arrangement:
         """Return the arrangement without one of its axes."""
         return Arrangement(self.axes[:number] + self.axes[number + 1 :])
@@ -293,6 +318,26 @@ def map_arrangement(channels: int, height: int, width: int) -> Arrangement:
 def channel_axis(size: int) -> Axis:
     """Return an axis of channels."""
     return Axis((Part("channel", size),) if size > 1 else ())
+
+
+def _of_batch(axis: Axis) -> bool:
+    return any(part.dimension == "batch" for part in axis.parts)
+
+
+def _neighbours(axis: Axis, dimension: str) -> int:
+    """How many rows or columns in a row an axis runs through; 0 where they are not neighbours."""
+    parts = [part for part in axis.parts if part.dimension == dimension]
+    reached = 1
+    for part in sorted(parts, key=lambda part: part.stride):
+        if part.stride != reached:
+            return 0
+        reached *= part.size
+    return reached
+
+
+def _coarser(part: Part, merged: Mapping[str, int]) -> Part:
+    """A part of what is left, where so many rows and columns became one."""
+    return replace(part, stride=part.stride // merged[part.dimension]) if part.spatial else part
 
 
 def _blocks(axes: Sequence[Axis]) -> Iterator[Part | Axis]:

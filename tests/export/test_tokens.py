@@ -105,6 +105,16 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], list[str], Transform]] = {
         ["stage1", "stage2"],
         of_channels_last,
     ),
+    "merged by a change of shape": (
+        lambda: seeded(TinySwin, reshaped=True),
+        ["stage1", "stage2"],
+        of_channels_last,
+    ),
+    "linear patches": (
+        lambda: seeded(TinyViT, linear=True),
+        ["blocks.0", "blocks.1"],
+        of_tokens(1),
+    ),
     "channels last": (
         lambda: seeded(ChannelsLast),
         ["block1", "block2"],
@@ -120,6 +130,14 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], list[str], Transform]] = {
 
 DAILY = ("class token", "channels last", "tokens in windows")
 """Networks of three arrangements: the others combine these, or export for longer."""
+CHOSEN = (
+    "five blocks",
+    "registers",
+    "shifted windows",
+    "merged by a change of shape",
+    "linear patches",
+)
+"""More networks whose layers are found daily, without an export."""
 EXPLAINED = ("class token", "shifted windows", "channels last", "mixer")
 
 
@@ -144,9 +162,7 @@ def by_hooks(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "kind", nightly_but((*DAILY, "five blocks", "registers", "shifted windows"), NETWORKS)
-)
+@pytest.mark.parametrize("kind", nightly_but((*DAILY, *CHOSEN), NETWORKS))
 def test_block_outputs_are_chosen(kind: str) -> None:
     make, names, _ = NETWORKS[kind]
     layers = layers_of(make())
@@ -346,6 +362,22 @@ def test_maps_go_out_and_back(arrangement: Arrangement) -> None:
     if rest is not None:
         torch.testing.assert_close(arrangement.rest(value), rest)
         assert value[1, 2 + 6 * 3 + 5, 4] == features[1, 4, 3, 5]
+
+
+def test_neighbours_on_a_mixed_axis_become_one_place() -> None:
+    """Patches of 2×3 in a map of 4×6, behind one another on the last axis with their channels."""
+    channels, batch = Axis((Part("channel", 7),)), Axis((Part("batch", 1),))
+    inner = (Part("row", 2), Part("column", 3), Part("channel", 5))
+    rows, columns = Axis((Part("row", 2, 2),)), Axis((Part("column", 2, 3),))
+    merged = Arrangement((batch, rows, columns, Axis(inner))).mixed(-1, channels)
+    assert merged is not None
+    assert merged.is_map
+    assert (merged.channels, *merged.grid) == (7, 2, 2)
+    assert window_axes().mixed(1, channels) is not None
+    assert window_axes().mixed(0, channels) is None, "windows are no neighbours"
+    assert map_arrangement(5, 4, 6).mixed(2, channels) is not None, "columns have places yet"
+    tokens = Arrangement((batch, Axis((Part("channel", 5),)), Axis((Part("row", 4),))))
+    assert tokens.mixed(-1, channels) is None, "no place is left"
 
 
 def test_windows_are_laid_out_in_rows() -> None:

@@ -149,7 +149,11 @@ def test_the_image_checks_itself_and_runs_the_server() -> None:
     command = re.search(r"^CMD (\[.*\])$", instructions, re.MULTILINE)
     assert health
     assert command
-    assert require_check(json.loads(health[2]))["url"] == "http://127.0.0.1:8000"
+    values = require_check(json.loads(health[2]))
+    assert values["url"] == "http://127.0.0.1:8000"
+    limit = re.search(r"--timeout=(\d+)s", health[1])
+    assert limit
+    assert int(limit[1]) > 2 * values["timeout"]
     options = server_options(json.loads(command[1]))
     assert set(options) <= SERVER_OPTIONS
     run = re.search(r"docker run .*?--stop-timeout (\d+)", (DEPLOY / "Dockerfile").read_text())

@@ -191,7 +191,8 @@ def _run(options: BatchOptions, job: Job, parts: Sequence[Sequence[Item]], outpu
         return tally
     try:
         with _joined(options) as layout, progress("explaining", total) as bar:
-            engine = dataclasses.replace(job.engine, threads=layout.threads)
+            backend = layout.backend(job.engine.backend)
+            engine = dataclasses.replace(job.engine, threads=layout.threads, backend=backend)
             placed = dataclasses.replace(job, engine=engine)
             for done in run(placed, parts, layout, output):
                 tally.add(done)
@@ -216,7 +217,13 @@ def _joined(options: BatchOptions) -> Iterator[Layout]:
     """Join a cluster, or make one, and divide it."""
     from ccam_deploy.scale import cluster
 
-    wishes = cluster.Wishes(options.num_gpus, options.processes, options.engine.threads)
+    backend = options.engine.backend
+    num_gpus = options.num_gpus
+    if backend == cluster.CPU:
+        if num_gpus:
+            raise OptionError(f"--num-gpus is {num_gpus}, but --backend {backend} uses none")
+        num_gpus = 0
+    wishes = cluster.Wishes(num_gpus, options.processes, options.engine.threads)
     with ExitStack() as stack:
         stack.enter_context(cluster.quiet_streams())
         with kept_handlers():
@@ -227,6 +234,7 @@ def _joined(options: BatchOptions) -> Iterator[Layout]:
                 cores = cluster.cores()
                 resources = stack.enter_context(cluster.local_cluster(wishes, cores))
                 layout = cluster.divide(resources, wishes, cores)
+        layout.backend(backend)
         yield layout
 
 

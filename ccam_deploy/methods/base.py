@@ -253,6 +253,14 @@ def not_finite(layer: str) -> BackendError:
     )
 
 
+def masked_not_finite() -> BackendError:
+    """Make the error for a classifier that is NaN or infinite under a mask."""
+    return BackendError(
+        "the classifier gives NaN or infinite logits for these images under masks; "
+        "a bundle in fp32 has the wider range"
+    )
+
+
 def require_finite_logits(logits: Floats) -> None:
     """Raise BackendError where logits are NaN or infinite."""
     if not np.isfinite(logits).all():

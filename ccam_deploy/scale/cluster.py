@@ -27,6 +27,7 @@ _LOOPBACK_ONLY = {
     # every address. It has to be there when Ray is imported.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
 }
+CPU = "onnxruntime-cpu"
 _DEEPEST = 20
 _ANSWER_S = 10.0
 """How long a cluster's head may take to accept a connection."""
@@ -61,7 +62,7 @@ class Wishes:
 
     def on_cores(self, cores: int) -> tuple[int, int]:
         """How many processes share a machine's cores, and the threads of each."""
-        count = self.processes or cores
+        count = self.processes or max(1, cores // max(1, self.threads))
         return count, self.threads or max(1, cores // count)
 
     def logical_cpus(self, cores: int) -> int:
@@ -91,6 +92,21 @@ class Layout:
     def cpus(self) -> int:
         """Logical CPUs that each process takes of the cluster."""
         return 1 if self.gpus else max(self.threads, 1)
+
+    def backend(self, wished: str) -> str:
+        """Tell what each process runs graphs with: one that has no GPU must not open any.
+
+        Args:
+            wished: The user's choice.
+
+        Raises:
+            OptionError: That needs a GPU, and the processes have none.
+        """
+        if self.gpus or wished == CPU:
+            return wished
+        if wished != "auto":
+            raise OptionError(f"--backend {wished} needs a GPU, and the processes get none")
+        return CPU
 
 
 def divide(resources: Resources, wishes: Wishes, cores: int | None = None) -> Layout:

@@ -275,14 +275,22 @@ class _Regions:
             self._release(tensor)
             if self._kind == "system":
                 handle = self._module.create_shared_memory_region(name, f"/{name}", size)
-                self._handles[tensor] = handle, size
-                self._client.register_system_shared_memory(name, f"/{name}", size)
             else:
                 handle = self._module.create_shared_memory_region(name, size, 0)
-                self._handles[tensor] = handle, size
-                shared = self._module.get_raw_handle(handle)
-                self._client.register_cuda_shared_memory(name, shared, 0, size)
+            self._handles[tensor] = handle, size
+            try:
+                self._register(name, handle, size)
+            except BaseException:
+                self._release(tensor)
+                raise
         return name
+
+    def _register(self, name: str, handle: Any, size: int) -> None:
+        if self._kind == "system":
+            self._client.register_system_shared_memory(name, f"/{name}", size)
+        else:
+            shared = self._module.get_raw_handle(handle)
+            self._client.register_cuda_shared_memory(name, shared, 0, size)
 
     def write(self, tensor: str, values: Array) -> None:
         self._module.set_shared_memory_region(self._handles[tensor][0], [values])

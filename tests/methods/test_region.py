@@ -286,6 +286,23 @@ def test_features_that_are_not_finite_are_refused() -> None:
         run(ScoreCAM(), classifier, classifier.batch([1], [0]))
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_collection_cam_refuses_scores_that_are_not_finite(
+    digits: ccam.Explainer, monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
+    """One of many is enough: it would make every weight NaN."""
+    classify = digits.networks.masked_logits
+
+    def broken(*given: Any) -> Any:
+        logits = classify(*given)
+        logits[-1, 3] = value
+        return logits
+
+    monkeypatch.setattr(digits.networks, "masked_logits", broken)
+    with pytest.raises(BackendError, match="NaN or infinite logits for these images under masks"):
+        digits.explain(noise(1, 3, *digits.bundle.manifest.input[1:]), 3)
+
+
 def test_scores_that_are_not_finite_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     classifier = Bright(noise(1, 3, 2, 3))
     monkeypatch.setattr(

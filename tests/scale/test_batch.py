@@ -355,6 +355,16 @@ def test_what_an_engine_refuses_is_one_line(
     assert not list((tmp_path / "out").glob("*.parquet"))
 
 
+def test_gpus_for_a_backend_that_uses_none(
+    images: Path, digits_bundle: Path, tmp_path: Path
+) -> None:
+    words = [digits_bundle, images, tmp_path / "out"]
+    line = failure(*words, "--num-gpus", "1", "--backend", "onnxruntime-cpu")
+    assert line == "error: --num-gpus is 1, but --backend onnxruntime-cpu uses none"
+    line = failure(*words, "--num-gpus", "0", "--backend", "onnxruntime-cuda")
+    assert line == "error: --backend onnxruntime-cuda needs a GPU, and the processes get none"
+
+
 def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))

@@ -29,6 +29,8 @@ from tests.helpers import ROOT
         (Wishes(processes=4), 2, 5, Layout(4, 0, 1)),
         (Wishes(processes=2, threads=3), 2, 7, Layout(2, 0, 3)),
         (Wishes(num_gpus=0), 1, 2, Layout(1, 0, 1)),
+        (Wishes(threads=8), 16, 20, Layout(2, 0, 8)),
+        (Wishes(threads=8), 4, 9, Layout(1, 0, 8)),
     ],
 )
 def test_a_machine_without_gpus(wishes: Wishes, cores: int, cpus: int, layout: Layout) -> None:
@@ -48,6 +50,15 @@ def test_a_machine_without_gpus(wishes: Wishes, cores: int, cpus: int, layout: L
 def test_a_machine_with_gpus(wishes: Wishes, layout: Layout) -> None:
     assert divide(Resources(wishes.logical_cpus(16), 4), wishes, 16) == layout
     assert layout.cpus == (1 if layout.gpus else layout.threads)
+
+
+def test_a_process_without_a_gpu_opens_none() -> None:
+    """Ray hides no GPU from a process that asked for none."""
+    alone, on_gpus = Layout(4, 0, 1), Layout(2, 1, 0)
+    assert [alone.backend(name) for name in ("auto", "onnxruntime-cpu")] == ["onnxruntime-cpu"] * 2
+    assert [on_gpus.backend(name) for name in ("auto", "tensorrt")] == ["auto", "tensorrt"]
+    with pytest.raises(OptionError, match="--backend onnxruntime-cuda needs a GPU"):
+        alone.backend("onnxruntime-cuda")
 
 
 @pytest.mark.parametrize(

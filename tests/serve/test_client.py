@@ -244,6 +244,29 @@ class _FakeTensor:
         self.size = size
 
 
+def test_a_region_that_the_server_refuses_is_registered_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fake = FakeTriton()
+    monkeypatch.setitem(sys.modules, "tritonclient", ModuleType("tritonclient"))
+    for name, module in fake.modules().items():
+        monkeypatch.setitem(sys.modules, name, module)
+    register = fake.register_cuda_shared_memory
+    refusals = iter([True])
+
+    def refuse(*words: Any) -> None:
+        if next(refusals, False):
+            raise OSError("the server is gone")
+        register(*words)
+
+    monkeypatch.setattr(fake, "register_cuda_shared_memory", refuse)
+    images = np.ones((1, 1, 4, 4), np.float32)
+    with Client("grpc://127.0.0.1:8001", memory="cuda") as client:
+        with pytest.raises(ccam.ServerError):
+            client.explain(images)
+        assert client.explain(images).saliency.shape == (1, 2, 2)
+
+
 def test_a_gpu_s_memory_is_registered_used_and_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """As documented by NVIDIA: the handle's bytes, device 0; a region for each tensor."""
     fake = FakeTriton()

@@ -13,7 +13,7 @@ from ccam_deploy.errors import BackendError
 
 RETRY_AFTER = 100
 """How often work is launched piece by piece after a failed capture, before the next attempt."""
-_MOST_GRAPHS = 64
+_MOST_GRAPHS = 256
 _MOST_REFUSALS = 3
 
 
@@ -61,8 +61,8 @@ class StreamRunner:
             replay: Whether to capture work at all.
             capturable: Whether the engines can be captured; called once all of them have run.
             note: Called with a line the first time that work cannot be captured.
-            engines_replay: Whether engines keep CUDA graphs of their own, which cannot be part of
-                another.
+            engines_replay: Whether engines are launched by themselves: they keep CUDA graphs of
+                their own, or cannot be captured.
         """
         self._device = device
         self._replay = replay
@@ -93,12 +93,14 @@ class StreamRunner:
             graphs: All graphs that the work launches.
             note: Called with a line the first time that work cannot be captured.
         """
+        # What is between the engines is captured even where one of these cannot be.
+        alone = any(graph.replays_itself or not graph.capturable for graph in graphs)
         return cls(
             device,
             replay,
-            lambda: all(graph.capturable or graph.replays_itself for graph in graphs),
+            lambda: alone or all(graph.capturable for graph in graphs),
             note,
-            any(graph.replays_itself for graph in graphs),
+            alone,
         )
 
     def run(self, key: Hashable, stage: str, work: Callable[[], None]) -> None:
@@ -139,6 +141,13 @@ class StreamRunner:
                 part.launch(self)
             else:
                 self.run((*key, index), part.stage, partial(part.launch, self))
+
+    def close(self) -> None:
+        """Drop the graphs, the work and the engines."""
+        self._capturable = lambda: False
+        self._graphs.clear()
+        self._parts.clear()
+        self._marks.clear()
 
     def forget(self) -> None:
         """Drop the marks that an interrupted run left."""
@@ -184,7 +193,10 @@ class StreamRunner:
             self._note_once(f"a CUDA graph was not captured: {error}")
             return None
         if len(self._graphs) >= _MOST_GRAPHS:
-            self._graphs.pop(next(iter(self._graphs)))
+            oldest = next(iter(self._graphs))
+            del self._graphs[oldest]
+            # It is captured again after a while: at each return, that would cost too much.
+            self._runs_before_capture[oldest] = RETRY_AFTER - 1
         self._graphs[key] = graph
         return graph
 

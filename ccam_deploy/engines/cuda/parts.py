@@ -75,7 +75,7 @@ class ImageParts:
             if isinstance(part.images, DeviceTensor):
                 device.copy(place.address, part.images.address, place.bytes)
             else:
-                device.upload(place.address, np.ascontiguousarray(part.images))
+                _upload(device, place.address, part.images)
             start += len(part)
 
     def fetch(self, device: Device) -> Floats:
@@ -106,8 +106,16 @@ class ImageParts:
                 source = maps.rows(len(part), start)
                 device.copy(part.maps.address, source.address, part.maps.bytes)
             else:
-                device.upload(part.maps.address, np.ascontiguousarray(maps[start:stop]))
+                _upload(device, part.maps.address, maps[start:stop])
             start = stop
+
+
+def _upload(device: Device, address: int, values: Floats) -> None:
+    """Put values into device memory on the stream; a copy of them stays until that is done."""
+    contiguous = np.ascontiguousarray(values)
+    device.upload(address, contiguous)
+    if contiguous is not values:
+        device.wait()
 
 
 SlotImages = Floats | ImageParts

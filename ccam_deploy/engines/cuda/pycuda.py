@@ -190,6 +190,7 @@ class CudaDevice:
                 _require_success(bindings.cuGraphDestroy(graph))
 
         replay = _Replay(executable, stream, self._held)
+        self._held = []
         self._graphs.append(weakref.finalize(replay, self._dropped_graphs.append, executable))
         return replay
 
@@ -231,14 +232,14 @@ def _backend_errors(action: str = "") -> Iterator[None]:
 
 
 def _is_driver_error(error: Exception) -> bool:
-    """Whether PyCUDA, Numba or NVIDIA's cuda packages raised an error.
+    """Whether PyCUDA, Numba, its compilers or NVIDIA's cuda packages raised an error.
 
     Numba launches kernels through cuda.core, whose CUDAError has no public name.
     """
-    from numba.cuda.cudadrv.error import CudaDriverError
+    from numba.cuda.cudadrv import error as numba_errors
 
     driver, _ = _primary_context()
-    if isinstance(error, (driver.Error, CudaDriverError)):
+    if isinstance(error, driver.Error) or type(error).__module__ == numba_errors.__name__:
         return True
     return any(base.__module__.startswith(_NVIDIA_PACKAGES) for base in type(error).__mro__)
 

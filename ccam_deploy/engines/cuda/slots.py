@@ -16,7 +16,8 @@ from ccam_deploy.errors import BackendError
 Use = Literal["latency", "throughput"]
 Graphs = Mapping[str, DeviceGraph]
 
-_MOST_KEPT = 4
+_MOST_KEPT = 8
+"""As many as there are methods that run on a GPU, each with what it has prepared."""
 
 
 class Closable(Protocol):
@@ -72,9 +73,21 @@ class Slot:
         if key not in self._kept:
             while len(self._kept) >= _MOST_KEPT:
                 self._kept.pop(next(iter(self._kept))).close()
-            self._kept[key] = make()
+            self._kept[key] = self._made(make)
         kept = self._kept[key] = self._kept.pop(key)
         return cast(Kept, kept)
+
+    def _made(self, make: Callable[[], Kept]) -> Kept:
+        """Make an object; where that fails, once more without the memory of all that is kept."""
+        try:
+            return make()
+        except BackendError:
+            if not self._kept:
+                raise
+        for kept in self._kept.values():
+            kept.close()
+        self._kept.clear()
+        return make()
 
     def run(self, work: Callable[[], Result]) -> Result:
         """Do some work with the device current, on the slot's thread if it has one.
@@ -112,6 +125,7 @@ class Slot:
                 for graph in graphs.values():
                     graph.close()
         finally:
+            self.graphs = {}  # what was kept may live on for a while
             self.device.close()
 
 
@@ -199,13 +213,18 @@ class Slots:
             idle, self._free = self._free, []
             # Count this call too: it is the last one where no slot is lent.
             self._lent += len(idle) + first
+        failures = []
         for slot in idle:
             try:
                 slot.close()
+            except BackendError as error:  # the others, and what they share, are closed too
+                failures.append(error)
             finally:
                 self._count_down()
         if first:
             self._count_down()
+        if failures:
+            raise failures[0]
 
     def _get(self) -> Slot:
         with self._lock:

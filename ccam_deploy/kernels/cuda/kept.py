@@ -108,10 +108,11 @@ class _KeptKernel:
         code = store().find(self.name(signature), capability)
         if code is None:
             return None
-        loaded = _rebuilt(code, signature, capability)
         try:
+            loaded = _rebuilt(code, signature, capability)
             loaded.bind()
-        # The driver refuses the code; whatever the reason is, compiling it here helps, or tells.
+        # The driver refuses the code, or another Numba puts it together in another way; whatever
+        # the reason is, compiling it here helps, or tells.
         except Exception:
             return None
         store().found += 1

@@ -17,7 +17,14 @@ from ccam_deploy.engines.base import row_chunks
 from ccam_deploy.engines.cuda.parts import SlotImages
 from ccam_deploy.engines.cuda.slots import Slot, Use
 from ccam_deploy.kernels.cuda.geometry import Geometry
-from ccam_deploy.methods.base import Batch, Context, Method, not_finite, require_finite_logits
+from ccam_deploy.methods.base import (
+    Batch,
+    Context,
+    Method,
+    masked_not_finite,
+    not_finite,
+    require_finite_logits,
+)
 from ccam_deploy.methods.collection_cam.cpu import CollectionCAM, draw_masks
 from ccam_deploy.methods.collection_cam.memory import Setup
 from ccam_deploy.methods.collection_cam.pipeline import PairResults, Pipeline
@@ -137,10 +144,12 @@ class DeviceCollectionCAM:
         others = replace(options, k_min=1, k_max=1)
         with self._k_max_lock:
             largest = max(self._largest_k_max.get(others, 0), options.k_max)
-            self._largest_k_max[others] = largest
         sized = replace(options, k_min=1, k_max=largest)
         key = self._place.batch_size, use, sized, self._place.cuda_graphs
-        return slot.keep(key, lambda: self._make(slot, use, sized))
+        pipeline = slot.keep(key, lambda: self._make(slot, use, sized))
+        with self._k_max_lock:  # only now: one that is too large would be asked for again
+            self._largest_k_max[others] = max(self._largest_k_max.get(others, 0), largest)
+        return pipeline
 
     def _make(self, slot: Slot, use: Use, options: CollectionCAM) -> Pipeline:
         setup = Setup(
@@ -165,6 +174,8 @@ class DeviceCollectionCAM:
         for index, name in enumerate(selected):
             if not counts[:, index].all():
                 raise not_finite(name)
+        if not np.isfinite(results.weights).all():
+            raise masked_not_finite()
         ends = np.cumsum([layer.channels for layer in geometry.layers])
         labels = np.split(results.labels, ends[:-1], axis=1)
         per_pair = np.cumsum(counts.sum(axis=1))[:-1]

@@ -189,7 +189,9 @@ class Pipeline:
         self._device.wait()
 
     def close(self) -> None:
-        """Free the memory."""
+        """Free the memory, and let go of the graphs, which hold their engines' sessions."""
+        self._launchers.clear()
+        self._runner.close()
         self._memory.close()
 
     def _backbone(self, images: int) -> Part:
@@ -405,6 +407,7 @@ class Pipeline:
         tensors = memory.buffers.by_name()
         buffers = Buffers.of({name: memory.view(tensor) for name, tensor in tensors.items()})
         write_constants(self.geometry, buffers, self._device.kernel_stream)
+        self._device.wait()  # until then, the arrays that are copied must not go
         head = Head(
             logits=memory.view(memory.graphs.logits),
             codes=memory.view(memory.pairs.codes),

@@ -91,6 +91,11 @@ class MaskedForwards(Passes):
         for _ in range(-(-rows // self.chunk_rows)):
             self.runner.put(("chunk",), "forwards", parts)
 
+    def close(self) -> None:
+        """Free the memory, once the stream's work is done, and let go of the graphs."""
+        self._classify = _closed
+        super().close()
+
     def _collect(self, work: ChunkWork) -> None:
         stream = self.device.kernel_stream
         self.kernels.scores(work.scoring, stream)
@@ -113,6 +118,10 @@ class MaskedForwards(Passes):
         self._classify = self.bind(graph, tensors)
         views: Chunk[Any] = Chunk.of(self.views(chunk))
         self.kernels = ForwardKernels(self.kernels.run, views)
+
+
+def _closed() -> None:
+    """What there is to launch after `close`."""
 
 
 def _even(rows: int, most: int) -> int:

@@ -302,8 +302,10 @@ class Passes:
         return Enlargement(Lines.of(lines), (self.size[0], width))
 
     def close(self) -> None:
-        """Free the memory, once the stream's work is done."""
+        """Free the memory, once the stream's work is done, and let go of the graphs."""
         self.device.wait()
+        self._launchers.clear()
+        self.runner.close()
         for region in self._regions:
             region.close()
         self._regions.clear()

@@ -21,7 +21,8 @@ class DeviceMemory:
     def __init__(self, device: Device) -> None:
         self._device = device
         self._free: dict[int, list[int]] = defaultdict(list)
-        self._lock = threading.Lock()
+        # The garbage collector may give memory back in the middle of another call of this thread.
+        self._lock = threading.RLock()
 
     def take(self, shape: tuple[int, ...]) -> DeviceTensor:
         """Lend memory for a tensor of float32.

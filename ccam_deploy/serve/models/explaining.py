@@ -198,7 +198,8 @@ def _open(args: dict[str, str], settings: ModelSettings, max_batch: int) -> Expl
         folder,
         backend="auto" if on_gpu else "onnxruntime-cpu",
         precision=settings.precision,
-        batch_size=max(DEFAULT_BATCH, max_batch),
+        # On a GPU, buffers and passes have the size of the batch, and Triton sends no larger one.
+        batch_size=max(1, max_batch) if on_gpu else max(DEFAULT_BATCH, max_batch),
         threads=settings.threads,
         require_signature=settings.require_signature or None,
     )

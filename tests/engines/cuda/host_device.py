@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from ccam_deploy.engines import Networks, load_networks
 from ccam_deploy.engines.cuda.device import ALIGNMENT, DeviceTensor
 from ccam_deploy.engines.cuda.slots import Slot, Slots
 from ccam_deploy.engines.onnxruntime import OnnxRuntimeGraph
-from ccam_deploy.errors import BackendError
+from ccam_deploy.errors import BackendError, CcamError
 from ccam_deploy.methods import CollectionCAM, Method
 
 Array = NDArray[Any]
@@ -243,11 +244,14 @@ def opened(job: Job) -> Iterator[tuple[ccam.Explainer, list[HostDevice], Record]
     paths = {name: bundle.path(file) for name, file in chosen.graphs.items()}
     devices: list[HostDevice] = []
     record = Record()
+    graphs: list[weakref.ref[Any]] = []
 
     def open_slot() -> Slot:
         devices.append(HostDevice(job.captures))
         limits = {"batch": 8, "masks": job.masks}
-        return slot_on(devices[-1], paths, limits, record, job.replays_itself)
+        slot = slot_on(devices[-1], paths, limits, record, job.replays_itself)
+        graphs.extend(weakref.ref(graph) for graph in slot.graphs["latency"].values())
+        return slot
 
     host = load_networks(paths, chosen.gradient_scale, "onnxruntime-cpu")
     networks = Networks(host.engines, chosen.gradient_scale, "host", Slots(open_slot, 1))
@@ -256,6 +260,8 @@ def opened(job: Job) -> Iterator[tuple[ccam.Explainer, list[HostDevice], Record]
     ) as explainer:
         yield explainer, devices, record
     assert not any(device.blocks for device in devices)
+    del host, networks, explainer
+    assert not any(graph() for graph in graphs), "graphs are freed with the explainer, not later"
 
 
 def pinned_results(job: Job, kept: bool) -> list[tuple[bool, int]]:
@@ -278,6 +284,19 @@ def pinned_results(job: Job, kept: bool) -> list[tuple[bool, int]]:
             if not kept:
                 results.clear()
                 del result
+    return told
+
+
+def k_max_refused(job: Job) -> list[str]:
+    """What is said of each call, "" where nothing is; in a process started by `simulator`."""
+    told = []
+    with opened(job) as (explainer, _, _):
+        for call in job.calls:
+            try:
+                explainer.explain(call.images, call.targets, method=call.method)
+                told.append("")
+            except CcamError as error:
+                told.append(str(error))
     return told
 
 

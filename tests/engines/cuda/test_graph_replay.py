@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import cast
 
 import pytest
 
-from ccam_deploy.engines.cuda.device import Device
-from ccam_deploy.engines.cuda.graph_replay import RETRY_AFTER, StreamRunner
+from ccam_deploy.engines.cuda import graph_replay
+from ccam_deploy.engines.cuda.device import Device, DeviceGraph
+from ccam_deploy.engines.cuda.graph_replay import RETRY_AFTER, Part, StreamRunner
 from ccam_deploy.errors import BackendError
 
 
@@ -147,18 +149,37 @@ def test_an_engine_that_becomes_capturable_is_captured() -> None:
     assert device.captures == 2
 
 
-def test_keeps_a_limited_number_of_graphs() -> None:
-    """What was not used for the longest is captured again when it comes back."""
+def test_keeps_a_limited_number_of_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was not used for the longest is launched piece by piece, and captured after a while."""
+    monkeypatch.setattr(graph_replay, "_MOST_GRAPHS", 3)
     device, done = Clock(), list[str]()
     runner = Log().runner(device)
     for _ in range(2):
-        for key in range(65):
+        for key in range(4):
             runner.run(key, "outer", work_of(runner, done))
-    assert device.captures == 65
-    runner.run(64, "outer", work_of(runner, done))
-    assert device.captures == 65
+    assert device.captures == 4
+    runner.run(3, "outer", work_of(runner, done))
+    for _ in range(RETRY_AFTER - 1):
+        runner.run(0, "outer", work_of(runner, done))
+    assert device.captures == 4
     runner.run(0, "outer", work_of(runner, done))
-    assert device.captures == 66
+    assert device.captures == 5
+
+
+def test_what_is_between_engines_is_captured_where_one_of_them_cannot_be() -> None:
+    device, done, log = Clock(), list[str](), Log()
+    fixed = cast(DeviceGraph, SimpleNamespace(replays_itself=False, capturable=False))
+    runner = StreamRunner.of_graphs(cast(Device, device), True, [fixed], log.lines.append)
+    parts = [
+        Part("classifier", lambda: done.append("engine"), is_engine=True),
+        Part("combine", lambda: done.append("kernel")),
+    ]
+    for _ in range(3):
+        runner.put(("key",), "outer", lambda: parts)
+    assert (device.captures, log.lines) == (1, [])
+    assert done.count("engine") == 3
+    runner.close()
+    assert not runner._graphs
 
 
 def test_stages_end_where_the_next_begins() -> None:

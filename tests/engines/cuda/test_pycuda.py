@@ -297,6 +297,16 @@ def test_failed_kernel_launches_are_backend_errors(
     assert driver.depth.value == 0
 
 
+@pytest.mark.parametrize("name", ["CudaDriverError", "NvvmError", "NvvmSupportError"])
+def test_errors_of_numba_and_its_compilers_are_backend_errors(
+    driver: FakeDriver, bindings: FakeBindings, name: str
+) -> None:
+    errors = pytest.importorskip("numba.cuda.cudadrv.error")
+    device = CudaDevice()
+    with pytest.raises(BackendError, match="the GPU failed: no such thing"), device.current():
+        raise getattr(errors, name)("no such thing")
+
+
 def test_errors_of_python_code_stay_what_they_are(
     driver: FakeDriver, bindings: FakeBindings
 ) -> None:

@@ -127,12 +127,45 @@ class Buffer:
 
 def test_what_is_kept_is_closed_when_it_is_pushed_out_and_with_the_slot() -> None:
     slot = Bench().open()
-    buffers = [slot.keep(key, Buffer) for key in range(4)]
+    buffers = [slot.keep(key, Buffer) for key in range(8)]
     assert slot.keep(0, Buffer) is buffers[0]
     slot.keep("new", Buffer)
-    assert [buffer.closed for buffer in buffers] == [0, 1, 0, 0]
+    assert [buffer.closed for buffer in buffers] == [0, 1, 0, 0, 0, 0, 0, 0]
     slot.close()
-    assert [buffer.closed for buffer in buffers] == [1, 1, 1, 1]
+    assert [buffer.closed for buffer in buffers] == [1] * 8
+
+
+def test_what_is_kept_makes_room_for_more() -> None:
+    slot = Bench().open()
+    first = slot.keep("first", Buffer)
+
+    def make() -> Buffer:
+        if not first.closed:
+            raise BackendError("out of memory")
+        return Buffer()
+
+    second = slot.keep("second", make)
+    assert (first.closed, second.closed) == (1, 0)
+    second.closed = first.closed = 0
+    with pytest.raises(BackendError, match="out of memory"):
+        slot.keep("third", make)
+    assert second.closed == 1
+
+
+def test_slots_close_though_one_of_them_fails() -> None:
+    bench, shared = Bench(), list[int]()
+    slots = Slots(bench.open, 3, lambda: shared.append(1))
+    with slots.take(), slots.take(), slots.take():
+        pass
+
+    def lost() -> None:
+        raise BackendError("context lost")
+
+    bench.devices[1].close = lost  # type: ignore[method-assign]
+    with pytest.raises(BackendError, match="context lost"):
+        slots.close()
+    assert [device.closed for device in bench.devices] == [1, 0, 1]
+    assert (slots.lent, shared) == (0, [1])
 
 
 def test_what_slots_share_is_closed_last_and_once() -> None:

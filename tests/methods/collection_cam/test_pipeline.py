@@ -22,7 +22,14 @@ from ccam_deploy.methods import CollectionCAM
 from ccam_deploy.methods.collection_cam.sizes import padded
 from ccam_deploy.targets import Top
 from tests.bundles import Bundles, activated
-from tests.engines.cuda.host_device import Call, Job, Report, pinned_results, run
+from tests.engines.cuda.host_device import (
+    Call,
+    Job,
+    Report,
+    k_max_refused,
+    pinned_results,
+    run,
+)
 from tests.helpers import noise
 from tests.kernels.simulated_device import simulator
 from tests.sweeps import nightly_but
@@ -180,6 +187,13 @@ def test_a_lower_k_max_needs_no_new_memory(bundle: Path, device: Run) -> None:
     assert report.replayed >= 4
     assert_same(report.results[2], device(Job(bundle, (calls[2],))).results[0], 1e-6)
     assert_same(report.results[3], report.results[0], 0)
+
+
+def test_a_k_max_that_is_refused_does_no_harm(bundle: Path, process: Executor) -> None:
+    images = noise(1, 3, 16, 24)
+    calls = tuple(Call(images, None, CollectionCAM(k_max=most)) for most in (2, 40, 2))
+    told = process.submit(k_max_refused, Job(bundle, calls)).result()
+    assert told == ["", "k_max is 40; the GPU kernels take at most 32", ""]
 
 
 def test_graphs_that_cannot_be_captured_are_noted_once(bundle: Path, device: Run) -> None:

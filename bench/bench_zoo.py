@@ -52,11 +52,12 @@ Results = dict[str, dict[str, Any]]
 _HEADER = ("network", "kind", "input", "target layers", "equal partitions", "s", "works")
 _PAGE = """# Networks that were tried
 
-Networks of timm and torchvision, each the smallest of its family, were exported with random weights
-and compared with PyTorch: logits, feature maps, gradients, partitions and maps.
-Its kind is decided by a run of it: transformers and hybrids multiply two tensors that both depend
-on the image, as attention does, or have no convolution behind the patches; others are
-convolutional. The last columns are seconds on one core, and the reason where it does not work.
+Networks of timm and torchvision, each the smallest of its family, were built with random weights,
+most of them for images of 64×64, exported, and compared with PyTorch: logits, feature maps,
+gradients, partitions and maps. A network's kind is decided by a run of it: transformers and hybrids
+multiply two tensors that both depend on the image, as attention does, or have no convolution behind
+the patches; others are convolutional. The last columns are seconds of processor time, and `yes` or
+the reason why not.
 
 """
 

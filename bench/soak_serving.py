@@ -142,19 +142,19 @@ def soak(server: Server, explainer: Explainer, seconds: float, period: float) ->
     }
 
 
-def growth(samples: Sequence[tuple[float, float]], warm_up: float) -> float:
-    """Compute how much memory grew, as a share, from the beginning to the end after a warm-up.
+def first_and_last(samples: Sequence[tuple[float, float]], warm_up: float) -> tuple[float, float]:
+    """Compute the memory at the beginning and at the end, after a warm-up.
 
     Args:
         samples: [seconds, MiB] of each sample.
         warm_up: Seconds of the samples to leave out.
 
     Returns:
-        The median of the last fifth against that of the first; negative where it shrank.
+        The medians of the first and of the last fifth, in MiB.
     """
     values = [memory for seconds, memory in samples if seconds >= warm_up]
     part = max(int(len(values) * _SHARE), 1)
-    return float(np.median(values[-part:]) / np.median(values[:part]) - 1)
+    return float(np.median(values[:part])), float(np.median(values[-part:]))
 
 
 def left_over() -> set[str]:
@@ -193,9 +193,9 @@ def main(
             served(bundle, Serving(), ModelSettings(threads=1)) as server,
         ):
             facts = soak(server, explainer, 60 * options.minutes, options.period)
-    measured = growth(facts["samples"], options.warm_up)
+    first, last = first_and_last(facts["samples"], options.warm_up)
+    growth = last / first - 1
     left = sorted(leftovers() - before)
-    warm = [memory for seconds, memory in facts["samples"] if seconds >= options.warm_up]
     words = {"minutes": options.minutes, "warm-up": options.warm_up, "output": options.output}
     result = {
         "command": harness.command_line("bench.soak_serving", words),
@@ -203,14 +203,14 @@ def main(
         "minutes": options.minutes,
         "results": {
             **facts,
-            "memory_mib": [warm[0], warm[-1]],
-            "growth": round(measured, 4),
+            "memory_mib": [round(first, 2), round(last, 2)],
+            "growth": round(growth, 4),
             "left": left,
             "load_average": [load, load_average()],
         },
     }
     harness.publish(options.output, result, markdown(result))
-    if left or abs(measured) > MOST_GROWTH:
+    if left or abs(growth) > MOST_GROWTH:
         sys.exit("the server did not stay as it was")
 
 

@@ -65,7 +65,9 @@ Gpus = Annotated[
 Address = Annotated[
     str | None,
     Option(
-        "--address", "Ray cluster to run on; auto for one of this machine.", metavar="HOST:PORT"
+        "--address",
+        "Ray cluster to run on; auto for the one that this machine belongs to.",
+        metavar="HOST:PORT",
     ),
 ]
 PartSize = Annotated[

@@ -32,8 +32,8 @@ def build(options: BuildOptions) -> None:
     """Build TensorRT plans and add them to BUNDLE, with the kernels that run between them.
 
     Plans that are up to date, for the same graphs, library, devices and batch, are kept, and so are
-    compiled kernels. Prints the file and size of each that is new. Neither needs a GPU with
-    TensorRT-RTX. A signature of the bundle is removed when it changes.
+    compiled kernels. Prints the file and size of each that is new. With TensorRT-RTX, neither needs
+    a GPU. A signature of the bundle is removed when it changes.
     """
     import msgspec
 

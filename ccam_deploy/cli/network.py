@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -152,4 +153,7 @@ def require_torch(purpose: str, *extras: Extra) -> None:
         import onnx_ir  # noqa: F401
         import torch  # noqa: F401
     except ImportError as error:
-        raise ExportError(f"{purpose} needs {error.name}: {install(*extras)}") from error
+        # Two packages of ONNX Runtime would overwrite each other's files.
+        has_runtime = importlib.util.find_spec("onnxruntime") is not None
+        missing = [extra for extra in extras if extra != "cpu" or not has_runtime]
+        raise ExportError(f"{purpose} needs {error.name}: {install(*missing)}") from error

@@ -116,16 +116,20 @@ def _choice(backend: str) -> Backend:
 def _open_best(bundle: Bundle, precision: str, threads: int, slots: int) -> Networks:
     """Open the first backend that works; its notes say why the better ones do not."""
     built_for = {plan.library for plan in bundle.manifest.plans}
+    unplanned: list[str] = []
     reasons: list[str] = []
     for backend in available():
         if backend in FLAVOURS and backend not in built_for:
+            unplanned.append(f"{backend}: the bundle has no plans; ccam-deploy build makes them")
             continue
         try:
             networks = _open(bundle, backend, precision, threads, slots)
         except BackendError as error:
             reasons.append(f"{backend}: {error}")
         else:
-            networks.notes = tuple(reasons)
+            # Where the GPU cannot be used either, plans would be of no use.
+            on_gpu = networks.slots is not None
+            networks.notes = (*unplanned, *reasons) if on_gpu else tuple(reasons)
             return networks
     raise BackendError("no backend works here: " + "; ".join(reasons))
 

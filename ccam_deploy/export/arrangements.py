@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ccam_deploy.export.graph_editing import operator_name
+from ccam_deploy.export.graph_editing import operator_name, same_shape
 from ccam_deploy.export.places import Arrangement, Axis, Part, channel_axis, map_arrangement
 from ccam_deploy.export.program import Program
 
@@ -88,14 +88,17 @@ class Followed:
                 pieces.append(_sliced(source, number, start, start + length, 1))
                 start += length
             return tuple(pieces)
-        same = values[0].shape == node.args[0].meta["val"].shape  # type: ignore[union-attr]
+        same = same_shape(values[0].shape, node.args[0].meta["val"].shape)  # type: ignore[union-attr]
         return (source if same else None, *(None for _ in values[1:]))
 
     def _kept(self, node: fx.Node) -> Known:
         """The arrangement of the first of the sources of the same shape with the finest map."""
         shape = node.meta["val"].shape
-        sources = [n for n in node.all_input_nodes if self.of(n) and n.meta["val"].shape == shape]
-        known = [self._known[source] for source in sources]
+        known = [
+            self._known[source]
+            for source in node.all_input_nodes
+            if self.of(source) and same_shape(source.meta["val"].shape, shape)
+        ]
         return max(known, key=lambda each: math.prod(each.grid) if each else 0, default=None)
 
     def _piece(self, node: fx.Node) -> Known:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
+from ccam_deploy.errors import LoweringError
 from ccam_deploy.export.graph_editing import Writer, aten, drop_unused
 from ccam_deploy.export.simplify import without_sizes
 
@@ -44,7 +45,12 @@ def _batch_first(
     Attention in windows has a row for each window of each image, and some put heads first.
     """
     shape = node.meta["val"].shape
-    axis = next(axis for axis, size in enumerate(shape) if isinstance(size, torch.SymInt))
+    axis = next((n for n, size in enumerate(shape) if isinstance(size, torch.SymInt)), None)
+    if axis is None:
+        raise LoweringError(
+            f"a gradient takes {list(shape)}, which an operator makes of all images of a batch, "
+            "as a normalisation without running statistics does; each image must be on its own"
+        )
     batch = image.meta["val"].shape[0].node.expr
     factor = int(shape[axis].node.expr / batch)
     if axis == 0 and factor == 1:

@@ -27,7 +27,7 @@ from ccam_deploy.bundle.manifest import (
 )
 from ccam_deploy.bundle.staging import require_replaceable, staged_bundle
 from ccam_deploy.engines import load_networks
-from ccam_deploy.errors import OptionError, SourceError, ToleranceError
+from ccam_deploy.errors import BackendError, OptionError, SourceError, ToleranceError
 from ccam_deploy.export import excitation
 from ccam_deploy.export.architecture import Model
 from ccam_deploy.export.doubts import doubts_about_layers, doubts_about_values
@@ -39,7 +39,7 @@ from ccam_deploy.export.reference import TorchClassifier
 from ccam_deploy.export.scores import warn_of_probabilities
 from ccam_deploy.export.settings import ExportSettings, labels_of
 from ccam_deploy.export.weight_file import WeightFile, write_graphs
-from ccam_deploy.fidelity.comparison import compare_observations
+from ccam_deploy.fidelity.comparison import compare_observations, relative_error
 from ccam_deploy.fidelity.observation import Observation, checked_views, observe, save_observation
 from ccam_deploy.fidelity.tolerance import RANDOM_TOLERANCE, TOLERANCE, broken_bounds
 from ccam_deploy.image_files import MIN_SIDE
@@ -55,6 +55,8 @@ _PRECISIONS: dict[str, tuple[GraphPrecision, ...]] = {
 """What each precision is exported with: those that it takes graphs from come first."""
 
 _REFERENCE = "reference.npz"
+_COMPANY = 1e-3
+"""How much an image's logits may differ, relatively, for the images beside it."""
 _LARGEST_SCALE = 2.0**15
 _SCALED_PEAK = 256.0
 _TOOLS = ("torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy")
@@ -112,7 +114,7 @@ def export(
     """
     precisions = _validated_precisions(precision, input_size)
     require_replaceable(output)
-    settings = settings or ExportSettings()
+    settings, output = settings or ExportSettings(), Path(output).absolute()
     prepared = prepare_model(model, input_size, layers, settings)
     converted = _convert(prepared, precisions, settings)
     reference = _reference(prepared, converted["fp32"], settings)
@@ -128,7 +130,7 @@ def export(
         }
         manifest = Manifest(
             format=FORMAT,
-            name=settings.name or Path(output).name,
+            name=settings.name or output.name,
             input=prepared.program.input_shape,
             preprocessing=prepared.preprocessing,
             classes=prepared.program.classes,
@@ -188,10 +190,20 @@ def _reference(prepared: PreparedModel, graphs: Graphs, settings: ExportSettings
     baseline, *logits = classifier.backbone(probe).logits
     if not np.isfinite([baseline, *logits]).all():
         raise SourceError("the model gives NaN or infinite logits on the calibration images")
+    (alone,) = classifier.backbone(images[:1]).logits
+    if relative_error(alone, logits[0]) > _COMPANY:
+        raise SourceError(
+            "the logits of an image depend on the other images of its batch, as with a "
+            "normalisation without running statistics; each image must be on its own"
+        )
     assumed = settings.activation is None and prepared.program.activation == "softmax"
     if assumed and (line := warn_of_probabilities(np.array(logits))):
         settings.progress(line)
-    observation = observe(classifier, images, prepared.layer_names, graphs=dict(graphs.items()))
+    try:
+        names = prepared.layer_names
+        observation = observe(classifier, images, names, graphs=dict(graphs.items()))
+    except BackendError as error:  # what PyTorch computes is not finite
+        raise SourceError(f"in PyTorch, {str(error).partition(';')[0]}") from error
     zero = tuple(float(value) for value in baseline)
     return Reference(observation, len(prepared.images), zero)
 

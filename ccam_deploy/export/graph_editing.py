@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,20 @@ def operator_name(target: Any) -> str:
     if isinstance(target, torch._ops.OpOverload):
         return str(target.overloadpacket.__name__).strip("_")
     return str(getattr(target, "__name__", target))
+
+
+def same_shape(first: Sequence[Any], second: Sequence[Any]) -> bool:
+    """Compare shapes without asking PyTorch whether symbols are equal, which would fix the batch.
+
+    Args:
+        first: Sizes, some of which may depend on the batch.
+        second: Others.
+    """
+    return [_plain(size) for size in first] == [_plain(size) for size in second]
+
+
+def _plain(size: Any) -> Any:
+    return size.node.expr if isinstance(size, torch.SymInt) else size
 
 
 def place_constant(root: nn.Module, graph: fx.Graph, value: torch.Tensor, name: str) -> fx.Node:

@@ -347,10 +347,19 @@ def _plain_global_pools(module: fx.GraphModule) -> None:
 
 
 def _reader(module: fx.GraphModule) -> Callable[[Any], torch.Tensor]:
+    def computed(node: fx.Node) -> Any:
+        if node.op == "get_attr":
+            return getattr(module, str(node.target))
+        if node.op != "call_function":
+            raise LoweringError("the parameters of a normalisation depend on the images")
+        args, kwargs = fx.map_arg((node.args, node.kwargs), computed)
+        assert callable(node.target)
+        return node.target(*args, **kwargs)
+
     def read(node: fx.Node) -> torch.Tensor:
-        value = getattr(module, str(node.target))
-        assert isinstance(value, torch.Tensor)
-        return value.double()
+        with torch.no_grad():
+            value: torch.Tensor = computed(node).double()
+        return value
 
     return read
 

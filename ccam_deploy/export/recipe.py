@@ -191,7 +191,10 @@ def recipe_model(recipe: Recipe, folder: Path) -> nn.Module:
     with _naming_extra(recipe):
         if recipe.weights:
             loaded = load_model(_weights_file(recipe.weights, folder), recipe.arch)
-            assert isinstance(loaded, nn.Module)
+            if not isinstance(loaded, nn.Module):
+                raise SourceError(
+                    f'weights "{recipe.weights}" are a whole program; export that by itself'
+                )
             return loaded
         if not recipe.pretrained:
             raise SourceError(
@@ -224,7 +227,11 @@ def _weights_file(weights: str, folder: Path) -> Path:
     package, colon, pattern = weights.partition(":")
     if not colon:
         return folder / weights
-    files = [file for root in _package_folders(package) for file in sorted(root.glob(pattern))]
+    folders = _package_folders(package)
+    try:
+        files = [file for root in folders for file in sorted(root.glob(pattern))]
+    except (ValueError, NotImplementedError) as error:
+        raise SourceError(f'weights "{weights}" name no files: {brief(error)}') from error
     if len(files) != 1:
         raise SourceError(
             f'weights "{weights}" name {len(files) or "no"} files of the package, not one'

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ccam_deploy.export.graph_editing import TO_THE_END, Writer, aten
+from ccam_deploy.export.graph_editing import TO_THE_END, Writer, aten, same_shape
 
 Rule = Callable[..., fx.Node | None]
 
@@ -294,7 +294,7 @@ def _copy(write: Writer, target: fx.Node, source: fx.Node, *_: Any) -> fx.Node |
     value, place = source.meta["val"], target.meta["val"]
     if value.dtype != place.dtype or value.dim() != place.dim():
         return None
-    if value.shape == place.shape:
+    if same_shape(value.shape, place.shape):
         return write.call(aten.alias.default, source)
     if isinstance(place.shape[0], torch.SymInt) and not isinstance(value.shape[0], torch.SymInt):
         return None

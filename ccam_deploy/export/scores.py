@@ -92,7 +92,7 @@ def final_activation(program: Program) -> str | None:
     if found in ("softmax", "log-softmax"):
         value, axis = end.meta["val"], end.args[1]
         over_classes = isinstance(axis, int) and axis % value.dim() == 1
-        return found if over_classes and value.shape[1] > 1 else None
+        return found if over_classes and value.shape[1] == program.classes > 1 else None
     return found
 
 

@@ -94,6 +94,15 @@ class ExportSettings:
             )
         if self.half not in get_args(Half):
             raise OptionError(f'half is "{self.half}"; it must be {" or ".join(get_args(Half))}')
+        for option, choices in (("resize", Resize), ("interpolation", Interpolation)):
+            if (word := getattr(self, option)) not in get_args(choices):
+                listed = ", ".join(get_args(choices))
+                raise OptionError(f'{option} is "{word}"; it must be one of {listed}')
+        if self.cover and not all(float(side).is_integer() for side in self.cover):
+            raise OptionError(f"cover is {self.cover}; height and width must be whole numbers")
+        labels: object = self.labels
+        if isinstance(labels, str):
+            raise OptionError(f'labels is "{labels}"; it must be a name for each class')
         if any(value <= 0 for value in self.std):
             raise OptionError(f"std is {self.std}; every value must be above 0")
         if not all(math.isfinite(value) for value in (*self.mean, *self.std)):

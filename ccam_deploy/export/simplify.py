@@ -16,6 +16,7 @@ from ccam_deploy.export.graph_editing import (
     drop_unused,
     fresh_constant,
     placeholders,
+    same_shape,
     take_place,
     without_symbols,
 )
@@ -63,9 +64,10 @@ def simplify(joint: fx.GraphModule) -> None:
 def _sizes_from_batch(joint: fx.GraphModule) -> None:
     """Write every size that is not known as a multiple of the first input's batch."""
     image = placeholders(joint)[0]
-    batch = image.meta["val"].shape[0].node.expr
-    if batch.is_Integer:
+    size = image.meta["val"].shape[0]
+    if not isinstance(size, torch.SymInt) or size.node.expr.is_Integer:
         raise LoweringError("an operator in the model fixes the batch, which must stay free")
+    batch = size.node.expr
     sizes = [node for node in joint.graph.nodes if isinstance(node.meta.get("val"), torch.SymInt)]
     with joint.graph.inserting_after(placeholders(joint)[-1]):
         whole = joint.graph.call_function(aten.sym_size.int, (image, 0))
@@ -184,8 +186,9 @@ def _only_broadcast(node: fx.Node) -> bool:
     """Whether all that reads an expanded value would expand it too."""
     for user in node.users:
         others = [source for source in user.all_input_nodes if source is not node]
-        shapes = [source.meta["val"].shape for source in others]
-        if user.target not in _BROADCASTING or node.meta["val"].shape not in shapes:
+        shape = node.meta["val"].shape
+        same = any(same_shape(source.meta["val"].shape, shape) for source in others)
+        if user.target not in _BROADCASTING or not same:
             return False
     return True
 

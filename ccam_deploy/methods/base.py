@@ -261,6 +261,12 @@ def masked_not_finite() -> BackendError:
     )
 
 
+def require_finite_masked(logits: Floats) -> None:
+    """Raise BackendError where logits under masks are NaN or infinite."""
+    if not np.isfinite(logits).all():
+        raise masked_not_finite()
+
+
 def require_finite_logits(logits: Floats) -> None:
     """Raise BackendError where logits are NaN or infinite."""
     if not np.isfinite(logits).all():

@@ -9,7 +9,7 @@ import numpy as np
 from ccam_deploy.engines import Classifier
 from ccam_deploy.engines.base import row_chunks
 from ccam_deploy.kernels import cpu
-from ccam_deploy.methods.base import Batch, Method, not_finite
+from ccam_deploy.methods.base import Batch, Method, not_finite, require_finite_masked
 from ccam_deploy.methods.results import MethodResult
 from ccam_deploy.methods.scores import Score, require_score, score_of
 from ccam_deploy.methods.stopwatch import Stopwatch
@@ -52,6 +52,7 @@ class ReciproCAM(Method):
                     others = None if rest is None else rest[np.full(len(places), image)]
                     maps_alone = alone.reshape(-1, channels, height, width)
                     logits = classifier.head_logits(maps_alone, others)
+                    require_finite_masked(logits)
                 with clock.stage("combine"):
                     for pair in pairs:
                         classes = np.full(len(places), batch.targets[pair])

@@ -16,7 +16,7 @@ from ccam_deploy.engines import Classifier
 from ccam_deploy.engines.base import row_chunks
 from ccam_deploy.errors import OptionError
 from ccam_deploy.kernels import cpu
-from ccam_deploy.methods.base import Batch, Method
+from ccam_deploy.methods.base import Batch, Method, require_finite_masked
 from ccam_deploy.methods.results import MethodResult
 from ccam_deploy.methods.scores import Score, require_score, score_of
 from ccam_deploy.methods.stopwatch import Stopwatch
@@ -75,6 +75,7 @@ class RISE(Method):
                 owner = np.zeros(len(masks), np.int64)
                 with clock.stage("classifier"):
                     logits = classifier.masked_logits(batch.images[image][None], masks, owner)
+                    require_finite_masked(logits)
                 with clock.stage("combine"):
                     for pair in pairs:
                         classes = np.full(len(masks), batch.targets[pair])

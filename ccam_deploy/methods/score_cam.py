@@ -14,7 +14,7 @@ from ccam_deploy.engines import Classifier
 from ccam_deploy.engines.base import row_chunks
 from ccam_deploy.errors import OptionError
 from ccam_deploy.kernels import cpu
-from ccam_deploy.methods.base import Batch, Method, not_finite
+from ccam_deploy.methods.base import Batch, Method, not_finite, require_finite_masked
 from ccam_deploy.methods.results import MethodResult
 from ccam_deploy.methods.scores import Score, score_of
 from ccam_deploy.methods.stopwatch import Stopwatch
@@ -129,6 +129,7 @@ class ScoreCAM(Method):
                 shown, owner = np.unique(image, return_inverse=True)
             with clock.stage("classifier"):
                 logits = classifier.masked_logits(batch.images[shown], masks, owner)
+                require_finite_masked(logits)
             with clock.stage("combine"):
                 for pair in np.flatnonzero(np.isin(batch.owner, shown)):
                     masked = image == batch.owner[pair]

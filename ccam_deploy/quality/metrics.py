@@ -18,6 +18,7 @@ from ccam_deploy.arrays import Classes, Doubles, Floats
 from ccam_deploy.bundle.manifest import Activation
 from ccam_deploy.engines.base import row_chunks
 from ccam_deploy.errors import OptionError
+from ccam_deploy.methods.base import require_finite_masked
 from ccam_deploy.methods.scores import probabilities
 
 CurveName = Literal["deletion", "insertion"]
@@ -173,6 +174,7 @@ def masked_logits(scorer: Scorer, images: Floats, masks: Floats, chunk: int) -> 
     for rows in row_chunks(len(images), chunk):
         owner = np.arange(rows.stop - rows.start, dtype=np.int64)
         parts.append(scorer.masked_logits(images[rows], masks[rows], owner))
+        require_finite_masked(parts[-1])
     return np.concatenate(parts)
 
 
@@ -256,6 +258,7 @@ def curves(
             mixed = np.where(changed[:, None], images[owner], start[owner])
             whole = np.ones(changed.shape, np.float32)
             logits = scorer.masked_logits(mixed, whole, np.arange(len(mixed), dtype=np.int64))
+        require_finite_masked(logits)
         values[rows] = class_probabilities(logits, classes[owner], activation)
     return values.reshape(count, points)
 

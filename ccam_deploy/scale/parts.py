@@ -156,13 +156,16 @@ class Output:
         if not path.exists():
             if folder.is_dir() and any(folder.iterdir()):
                 raise OutputError(f"{folder} has files of something else; give another OUTPUT")
-            text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
-            write_file(path, text.encode("utf-8", "backslashreplace"))
+            write_file(path, _as_file(settings))
         self._lock = _locked(path)
         try:
-            _require_same(folder, settings)
             self.remove_drafts()
             self.finished = _kept_keys(folder)
+            if self.finished:
+                _require_same(folder, settings)
+            else:  # of a run that ended before it had any rows
+                os.ftruncate(self._lock, 0)
+                os.pwrite(self._lock, _as_file(settings), 0)
         except BaseException:
             self.close()
             raise
@@ -189,6 +192,11 @@ class Output:
     def close(self) -> None:
         """Let another run write to the folder."""
         os.close(self._lock)
+
+
+def _as_file(settings: Mapping[str, Any]) -> bytes:
+    text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+    return text.encode("utf-8", "backslashreplace")
 
 
 def _locked(path: Path) -> int:

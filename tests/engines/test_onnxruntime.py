@@ -8,7 +8,7 @@ import sys
 import tomllib
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, cast
 from unittest.mock import MagicMock
 
 import numpy as np
@@ -20,7 +20,9 @@ from onnx import TensorProto, helper
 from ccam_deploy.bundle.folder import Bundle, read_bundle
 from ccam_deploy.engines import TensorSpec, available, load_networks, open_networks
 from ccam_deploy.engines import onnxruntime as engine_module
+from ccam_deploy.engines import open as open_module
 from ccam_deploy.engines.cuda import onnxruntime_slots
+from ccam_deploy.engines.cuda.slots import Slot, Slots
 from ccam_deploy.engines.onnxruntime import (
     OnnxRuntimeEngine,
     OnnxRuntimeGraph,
@@ -333,6 +335,19 @@ def test_auto_takes_the_cpu_here(tiny_bundle: Path) -> None:
     assert networks.backend == "onnxruntime-cpu"
     assert networks.notes == ()
     networks.close()
+
+
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_auto_says_that_plans_are_missing_where_they_would_serve(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, on_gpu: bool
+) -> None:
+    bundle = read_bundle(tiny_bundle)
+    opened = open_networks(bundle, "onnxruntime-cpu")
+    opened.slots = Slots(lambda: cast(Slot, None), 1) if on_gpu else None
+    monkeypatch.setattr(open_module, "available", lambda: ["tensorrt", "onnxruntime-cuda"])
+    monkeypatch.setattr(open_module, "_open", lambda *_: opened)
+    line = "tensorrt: the bundle has no plans; ccam-deploy build makes them"
+    assert open_networks(bundle).notes == ((line,) if on_gpu else ())
 
 
 def test_unknown_settings(tiny_bundle: Path) -> None:

@@ -179,6 +179,21 @@ class Uncopied(Net):
         raise RuntimeError("this holds a socket")
 
 
+def of_the_batch() -> nn.Module:
+    """The normalisation is by all images, before the first layer that `layers` names."""
+    return Net(lambda x: x - x.mean(0, keepdim=True))
+
+
+def by_the_batch_after_a_layer() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, 2),
+        nn.ReLU(),
+        nn.BatchNorm2d(4, track_running_stats=False),
+        nn.Flatten(),
+        nn.Linear(4 * 15 * 23, 5),
+    )
+
+
 def fixed_batch() -> Model:
     return torch.export.export(tiny(), (torch.zeros(2, 3, *SIZE),))
 
@@ -253,6 +268,16 @@ def in_double() -> Model:
             "export it with torch.export and pass the .pt2 file",
         ),
         pytest.param(
+            *(of_the_batch, None, SourceError),
+            "the logits of an image depend on the other images of its batch",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            *(by_the_batch_after_a_layer, ["1"], LoweringError),
+            "which an operator makes of all images of a batch",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
             lambda: Net(lambda x: x.median(3, keepdim=True)[0]),
             ["stem"],
             LoweringError,
@@ -289,6 +314,13 @@ def test_models_that_cannot_be_exported(
             'tolerance "tf32" is unknown; an export checks fp32, fp16',
         ),
         ({"labels": ("a", "b")}, "there are 2 labels for the model's 5 classes"),
+        ({"labels": "abcde"}, 'labels is "abcde"; it must be a name for each class'),
+        ({"resize": "fit"}, 'resize is "fit"; it must be one of crop, '),
+        (
+            {"interpolation": "linear"},
+            'interpolation is "linear"; it must be one of nearest, bilinear',
+        ),
+        ({"cover": (70.5, 70)}, "cover is (70.5, 70); height and width must be whole numbers"),
         ({"cover": (31, 48)}, "cover is (31, 48); it must not be smaller than the input (32, 48)"),
     ],
 )
@@ -364,6 +396,10 @@ def test_recipes_that_cannot_be_followed(tmp_path: Path) -> None:
     path.write_text('labels = "math:pi"\n' + RECIPE)
     with pytest.raises(OptionError, match=r'^labels "math:pi" do not exist$'):
         recipe_settings(read_recipe(path), tmp_path)
+    torch.export.save(trace_model(tiny(), (3, *SIZE)), tmp_path / "whole.pt2")
+    path.write_text('weights = "whole.pt2"\n' + RECIPE)
+    with pytest.raises(SourceError, match=r'^weights "whole\.pt2" are a whole program'):
+        recipe_model(read_recipe(path), tmp_path)
     path.write_text(RECIPE.replace(":tiny", ":tiny(channels=1)"))
     with pytest.raises(SourceError, match=r"does not run on images of \[3, 32, 48\]: Given groups"):
         random_model(read_recipe(path))

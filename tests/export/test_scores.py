@@ -52,6 +52,7 @@ ENDS: dict[str, tuple[Callable[[Tensor], Tensor], str | None]] = {
     "log-softmax over the batch": (lambda z: z.log_softmax(0), None),
     "over the batch": (lambda z: z.softmax(0), None),
     "over another axis": (lambda z: z[:, None].softmax(1).flatten(1), None),
+    "over groups": (lambda z: z.repeat(1, 2).view(-1, 5, 2).softmax(1).flatten(1), None),
     "read by others": (twice, None),
 }
 

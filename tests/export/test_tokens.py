@@ -326,6 +326,31 @@ def test_attention_inside_of_a_map_changes_no_choice() -> None:
     assert all(layer.arrangement is None for layer in layers)
 
 
+@pytest.mark.slow
+def test_branches_that_are_stacked_keep_a_free_batch() -> None:
+    """A shape [2, B, ..] beside one of [B, B, ..] does not make the batch 2."""
+
+    class Selective(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.wide = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 5, padding=2)
+            self.narrow, self.head = nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x).relu()
+            both = torch.stack([self.wide(x).relu(), self.narrow(x).relu()], 0)
+            shares = both.mean((3, 4), keepdim=True).softmax(0)
+            return self.head((both * shares).sum(0).mean((2, 3)))  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    program = build_program(trace_model(Selective().eval(), (3, 16, 16)))
+    layers = find_layers(program)
+    assert [layer.shape for layer in layers] == [(8, 8, 8)]
+    size = program.image.meta["val"].shape[0]
+    assert isinstance(size, torch.SymInt)
+    assert not size.node.expr.is_Integer
+
+
 def window_axes() -> Arrangement:
     """[B·windows, tokens, C] of windows of 2×3 in a map of 4×6."""
     batch = (Part("batch", 1), Part("row", 2, 2), Part("column", 2, 3))

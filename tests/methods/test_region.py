@@ -309,7 +309,7 @@ def test_scores_that_are_not_finite_are_refused(monkeypatch: pytest.MonkeyPatch)
         classifier, "masked_logits", lambda i, m, o: np.full((len(m), 2), np.nan, np.float32)
     )
     for method in (ScoreCAM(), RISE(masks=4, cells=2)):
-        with pytest.raises(BackendError, match="the maps have NaN or infinite values"):
+        with pytest.raises(BackendError, match="NaN or infinite logits for these images under"):
             run(method, classifier, classifier.batch([0], [0]))
 
 

@@ -10,7 +10,7 @@ import torch
 from scipy.ndimage import gaussian_filter
 
 from ccam_deploy.arrays import Doubles, Floats
-from ccam_deploy.errors import OptionError
+from ccam_deploy.errors import BackendError, OptionError
 from ccam_deploy.quality import metrics
 from ccam_deploy.quality.metrics import PROTOCOLS, CurveName
 from tests.helpers import noise
@@ -203,6 +203,15 @@ def test_drop_and_increase_by_hand() -> None:
     before, after = np.array([0.8, 0.5, 0.5, 0.0]), np.array([0.6, 0.0, 0.75, 0.0])
     np.testing.assert_allclose(metrics.average_drop(before, after), [25, 100, 0, 0])
     np.testing.assert_array_equal(metrics.average_increase(before, after), [0, 0, 100, 0])
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_logits_that_are_not_finite_are_no_result(value: float) -> None:
+    """An increase of NaN would count as none, and a drop of NaN as an image without boxes."""
+    scorer, images = random_scorer((3, 8, 8)), noise(2, 3, 8, 8)
+    images[1, 0, 0, 0] = value
+    with pytest.raises(BackendError, match="NaN or infinite logits"):
+        metrics.masked_logits(scorer, images, np.ones((2, 8, 8), np.float32), 2)
 
 
 def test_map_of_ones_changes_nothing() -> None:

@@ -84,7 +84,10 @@ class OnnxNetwork(nn.Module):
         values: dict[str, Value] = {file.input: images}
         for node in self.operators:
             assert isinstance(node, _Node)
-            inputs = [self._input(node, place, values) for place in range(len(node.inputs))]
+            computed = [values[name] for name in node.inputs if name in values]
+            of_sizes = bool(computed) and all(isinstance(one, np.ndarray) for one in computed)
+            places = range(len(node.inputs))
+            inputs = [self._input(node, place, values, of_sizes) for place in places]
             values.update(zip(node.outputs, node(*inputs), strict=False))
         if file.output not in values:
             raise SourceError(f"{file.path} gives a constant; it must give logits [batch, classes]")
@@ -192,13 +195,16 @@ class OnnxNetwork(nn.Module):
                     continue
                 self._tensors[name] = key
 
-    def _input(self, node: _Node, place: int, values: dict[str, Value]) -> Value | None:
+    def _input(
+        self, node: _Node, place: int, values: dict[str, Value], of_sizes: bool
+    ) -> Value | None:
+        """The value of an input; a constant beside sizes is an array for Python."""
         name = node.inputs[place]
         if not name:
             return None
         if name in values:
             return values[name]
-        if name in self._tensors and place not in node.known_inputs:
+        if name in self._tensors and place not in node.known_inputs and not of_sizes:
             return getattr(self, self._tensors[name])  # type: ignore[no-any-return]
         if name not in self._constants:
             raise SourceError(f'{self.file.path} has no value "{name}", which {node.label} reads')

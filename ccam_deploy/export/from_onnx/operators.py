@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ccam_deploy.export.from_onnx.call import Call, Result, Rule, Value
+from ccam_deploy.export.from_onnx.call import Call, Result, Rule, Value, as_tensor
 
 _HARD_SIGMOID = 1 / 6
+_SELU = (1.6732632423543772, 1.0507009873554805)
 
 
 def _batch_norm(call: Call) -> Tensor:
@@ -27,6 +28,9 @@ def _batch_norm(call: Call) -> Tensor:
 
 def _instance_norm(call: Call) -> Tensor:
     value, scale, bias = map(call.tensor, range(3))
+    if all(size == 1 for size in value.shape[2:]):  # PyTorch refuses these: nothing but the bias
+        shape = [-1, *[1] * (value.dim() - 2)]
+        return (value - value) * scale.reshape(shape) + bias.reshape(shape)
     return F.instance_norm(value, weight=scale, bias=bias, eps=call.get("epsilon", 1e-5))
 
 
@@ -84,7 +88,9 @@ def _clip(call: Call) -> Tensor:
 
 def _prelu(call: Call) -> Tensor:
     value, slope = call.tensor(0), call.tensor(1)
-    if slope.numel() in (1, value.shape[1]):
+    aligned = [1] * (value.dim() - slope.dim()) + list(slope.shape)
+    of_channels = [1, value.shape[1], *[1] * (value.dim() - 2)]
+    if slope.numel() == 1 or aligned == of_channels:
         return F.prelu(value, slope.reshape(-1))
     return value.relu() + slope * value.clamp(max=0)
 
@@ -102,11 +108,16 @@ def _reduction(call: Call) -> Value:
     value, kept = call.value(0), bool(call.get("keepdims", 1))
     assert value is not None
     if not axes:
-        if call.get("noop_with_empty_axes", 0):
-            return value
+        if call.get("noop_with_empty_axes", 0):  # what is not reduced is squared and the like
+            if call.kind in _PLAIN_REDUCTIONS:
+                return value
+            return _REDUCTIONS[call.kind](as_tensor(value).unsqueeze(-1), [-1], False)
         axes = list(range(len(value.shape)))
-    if isinstance(value, np.ndarray):
-        return np.asarray(_ARRAY_REDUCTIONS[call.kind](value, axis=tuple(axes), keepdims=kept))
+    if isinstance(value, np.ndarray) and call.kind in _ARRAY_REDUCTIONS:
+        reduced = _ARRAY_REDUCTIONS[call.kind](value, axis=tuple(axes), keepdims=kept)
+        whole = call.kind == "ReduceMean" and value.dtype.kind == "i"
+        return np.asarray(np.trunc(reduced).astype(value.dtype) if whole else reduced)
+    value = as_tensor(value)
     if call.kind == "ReduceProd":
         for axis in sorted((axis % value.dim() for axis in axes), reverse=True):
             value = value.prod(axis, kept)
@@ -121,9 +132,11 @@ _ARRAY_REDUCTIONS: dict[str, Callable[..., Any]] = {
     "ReduceProd": np.prod,
     "ReduceSum": np.sum,
 }
+_PLAIN_REDUCTIONS = tuple(_ARRAY_REDUCTIONS)
+"""Those of a single value are the value."""
 _REDUCTIONS: dict[str, Callable[[Tensor, list[int], bool], Tensor]] = {
     "ReduceL1": lambda x, axes, kept: x.abs().sum(axes, kept),
-    "ReduceL2": lambda x, axes, kept: x.square().sum(axes, kept).sqrt(),
+    "ReduceL2": lambda x, axes, kept: torch.linalg.vector_norm(x, 2, axes, kept),
     "ReduceLogSum": lambda x, axes, kept: x.sum(axes, kept).log(),
     "ReduceLogSumExp": lambda x, axes, kept: x.logsumexp(axes, kept),
     "ReduceMax": lambda x, axes, kept: x.amax(axes, kept),
@@ -160,7 +173,11 @@ def _with(run: Callable[..., Tensor], **defaults: Any) -> Rule:
 def _divide(left: Any, right: Any) -> Any:
     """Whole numbers give whole numbers."""
     if isinstance(left, np.ndarray):
-        return left / right if "f" in (left.dtype.kind, right.dtype.kind) else left // right
+        if "f" in (left.dtype.kind, right.dtype.kind):
+            return left / right
+        if "O" in (left.dtype.kind, right.dtype.kind):  # sizes, which are not negative
+            return left // right
+        return np.trunc(left / right).astype(left.dtype)
     if left.is_floating_point() or right.is_floating_point():
         return left / right
     return torch.div(left, right, rounding_mode="trunc")
@@ -200,9 +217,33 @@ def _einsum(call: Call) -> Tensor:
 
 
 def _top_k(call: Call) -> Result:
-    (count,) = call.sizes(1) or [1]
+    (count,) = call.sizes(1) or [int(call.get("k", 1))]
     found = call.tensor(0).topk(count, call.get("axis", -1), bool(call.get("largest", 1)))
     return [found.values, found.indices]
+
+
+def _modulo(call: Call) -> Value:
+    left, right = call.value(0), call.value(1)
+    arrays = isinstance(left, np.ndarray) and isinstance(right, np.ndarray)
+    if not call.get("fmod", 0):
+        return _elementwise(operator.mod)(call)  # type: ignore[return-value]
+    if arrays:
+        return np.asarray(np.fmod(left, right))  # type: ignore[arg-type]
+    return torch.fmod(call.tensor(0), call.tensor(1))
+
+
+def _selu(call: Call) -> Tensor:
+    value, alpha, gamma = call.tensor(0), call.get("alpha", _SELU[0]), call.get("gamma", _SELU[1])
+    if np.allclose((alpha, gamma), _SELU, rtol=1e-6):
+        return F.selu(value)
+    scaled: Tensor = gamma * F.elu(value, alpha)
+    return scaled
+
+
+def _swish(call: Call) -> Tensor:
+    value, alpha = call.tensor(0), call.get("alpha", 1.0)
+    scaled: Tensor = value * (alpha * value).sigmoid()
+    return F.silu(value) if alpha == 1 else scaled
 
 
 def _trilu(call: Call) -> Tensor:
@@ -268,7 +309,7 @@ RULES: dict[str, Rule] = {
     "Mean": _mean,
     "Min": _elementwise(_fold(_of_type(np.minimum, torch.minimum))),
     "Mish": _tensorwise(F.mish),
-    "Mod": _elementwise(operator.mod),
+    "Mod": _modulo,
     "Mul": _elementwise(operator.mul),
     "Neg": _elementwise(operator.neg),
     "Not": _elementwise(_of_type(np.logical_not, torch.logical_not)),
@@ -278,7 +319,7 @@ RULES: dict[str, Rule] = {
     "Reciprocal": _tensorwise(torch.reciprocal),
     "Relu": _tensorwise(F.relu),
     "Round": _elementwise(_of_type(np.round, torch.round)),
-    "Selu": _tensorwise(F.selu),
+    "Selu": _selu,
     "Sigmoid": _tensorwise(torch.sigmoid),
     "Sign": _elementwise(_of_type(np.sign, torch.sign)),
     "Sin": _tensorwise(torch.sin),
@@ -287,7 +328,7 @@ RULES: dict[str, Rule] = {
     "Sqrt": _elementwise(_of_type(np.sqrt, torch.sqrt)),
     "Sub": _elementwise(operator.sub),
     "Sum": _elementwise(_fold(operator.add)),
-    "Swish": lambda call: F.silu(call.tensor(0)),
+    "Swish": _swish,
     "Tanh": _tensorwise(torch.tanh),
     "ThresholdedRelu": lambda call: F.threshold(call.tensor(0), call.get("alpha", 1.0), 0.0),
     "TopK": _top_k,

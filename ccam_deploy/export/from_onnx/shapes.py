@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from onnx import TensorProto, helper
 from torch import Tensor
 
 from ccam_deploy.export.from_onnx.call import (
@@ -29,7 +30,20 @@ _LARGEST = 2**28
 """How many values a constant may have."""
 _FLOATS = (1, 10, 11, 16)
 """ONNX's numbers of float32, float16, float64 and bfloat16, all of which become float32."""
-_TYPES = {2: np.uint8, 3: np.int8, 6: np.int32, 7: np.int64, 9: np.bool_}
+_TYPES = {2: np.uint8, 3: np.int8, 5: np.int16, 6: np.int32, 7: np.int64, 9: np.bool_}
+_RESIZED_AS_USUAL: dict[str, Any] = {
+    "cubic_coeff_a": -0.75,
+    "exclude_outside": 0,
+    "keep_aspect_ratio_policy": "stretch",
+}
+"""Attributes of Resize that are taken over at these values alone."""
+_ROUNDED = "round_prefer_floor"
+_ROUNDINGS: dict[str, Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]] = {
+    _ROUNDED: lambda exact: np.ceil(exact - 0.5),
+    "round_prefer_ceil": lambda exact: np.floor(exact + 0.5),
+    "floor": np.floor,
+    "ceil": np.ceil,
+}
 _PADDINGS = {"constant": "constant", "reflect": "reflect", "edge": "replicate", "wrap": "circular"}
 
 
@@ -246,9 +260,13 @@ def _limit(sizes: Sequence[int]) -> None:
 
 
 def _range(call: Call) -> Value:
-    start, limit, step = (as_size(call.known(place).item()) for place in range(3))
+    values = [call.known(place) for place in range(3)]
+    if any(value.dtype.kind == "f" for value in values):
+        start, limit, step = (float(value.item()) for value in values)
+    else:
+        start, limit, step = (as_size(value.item()) for value in values)
     if not is_symbolic(limit):
-        _limit([abs(limit - start)])
+        _limit([math.ceil(abs(limit - start) / (abs(step) or 1))])
         return np.arange(start, limit, step)
     return torch.arange(start, limit, step)
 
@@ -259,18 +277,24 @@ def _cast(call: Call) -> Value:
     if call.kind == "CastLike":
         like = call.value(1)
         assert like is not None
-        floating = like.is_floating_point() if isinstance(like, Tensor) else like.dtype.kind == "f"
-        kind = 1 if floating else 7
+        kind = helper.np_dtype_to_tensor_dtype(_array_type(like))
     if kind in _FLOATS:
         if isinstance(value, np.ndarray):
             return value if value.dtype == object else value.astype(np.float32)
         return value.float()
     if kind not in _TYPES:
-        raise NotImplementedError(f"it casts to ONNX's type {kind}")
+        raise NotImplementedError(f"it casts to {TensorProto.DataType.Name(kind).lower()}")
     wanted = np.dtype(_TYPES[kind])
     if isinstance(value, np.ndarray):
         return value if value.dtype == object else value.astype(wanted)
     return value.to(torch.from_numpy(np.zeros(1, wanted)).dtype)
+
+
+def _array_type(value: Value) -> np.dtype[Any]:
+    """The type of a value as NumPy's; sizes that depend on the batch are int64."""
+    if isinstance(value, Tensor):
+        return torch.empty(0, dtype=value.dtype).numpy().dtype
+    return np.dtype(np.int64) if value.dtype == object else value.dtype
 
 
 def _pad(call: Call) -> Value:
@@ -296,13 +320,20 @@ def _pad(call: Call) -> Value:
 
 def _resize(call: Call) -> Value:
     value = call.tensor(0)
+    for name, usual in _RESIZED_AS_USUAL.items():
+        if call.get(name, usual) != usual:
+            raise NotImplementedError(f"it resizes with {name}")
     old = call.kind == "Upsample" or call.opset < 11  # with scales alone, as the second input
     scales, sizes = call.value(1 if old else 2), None if old else call.sizes(3)
     axes = call.get("axes") or list(range(value.dim()))
+    factors: list[float] = []
     if sizes:
         wanted = dict(zip((axis % value.dim() for axis in axes), sizes, strict=True))
     else:
         factors = call.known(1 if old else 2).reshape(-1).tolist() if scales is not None else []
+        for axis, factor in zip(axes, factors, strict=True):
+            if axis % value.dim() < 2 and factor != 1:
+                raise NotImplementedError("it resizes an axis that is neither height nor width")
         wanted = {
             axis % value.dim(): math.floor(int(value.shape[axis]) * factor)
             for axis, factor in zip(axes, factors, strict=True)
@@ -313,15 +344,66 @@ def _resize(call: Call) -> Value:
         return value
     mode, where = call.get("mode", "nearest"), call.get("coordinate_transformation_mode")
     where = where or ("asymmetric" if old else "half_pixel")
+    by_axis = {axis % value.dim(): factor for axis, factor in zip(axes, factors, strict=False)}
+    ratios = [
+        by_axis.get(2 + place, new / int(value.shape[2 + place])) for place, new in enumerate(size)
+    ]
     if mode == "nearest":
-        exact = where.endswith("half_pixel")
-        return F.interpolate(value, size, mode="nearest-exact" if exact else "nearest")
+        rounding = call.get("nearest_mode", "floor" if old else _ROUNDED)
+        return _nearest(value, size, ratios, where, rounding)
     if where not in ("half_pixel", "pytorch_half_pixel", "align_corners"):
         raise NotImplementedError(f"it resizes by {mode} interpolation at {where} places")
     corners = where == "align_corners"
     kind = {"linear": "bilinear", "cubic": "bicubic"}[mode]
-    smooth = bool(call.get("antialias", 0))
-    return F.interpolate(value, size, mode=kind, align_corners=corners, antialias=smooth)
+    if where == "pytorch_half_pixel" and 1 in size:
+        raise NotImplementedError(f"it resizes to a single pixel at {where} places")
+    sides = [int(side) for side in value.shape[2:]]
+    exact = all(side * ratio == new for side, ratio, new in zip(sides, ratios, size, strict=True))
+    if corners or exact:
+        smooth = bool(call.get("antialias", 0))
+        return F.interpolate(value, size, mode=kind, align_corners=corners, antialias=smooth)
+    # Where a factor does not give whole sizes, places are computed with the factor.
+    return F.interpolate(
+        value, scale_factor=ratios, mode=kind, align_corners=False, recompute_scale_factor=False
+    )
+
+
+def _nearest(
+    value: Tensor, size: Sequence[int], ratios: Sequence[float], where: str, rounding: str
+) -> Tensor:
+    """Resize to the nearest pixels, where PyTorch takes the same ones.
+
+    Args:
+        value: [B, C, H, W].
+        size: Height and width of the result.
+        ratios: Of each side's new length to the old one.
+        where: Which place of the old pixels the middle of a new one is at.
+        rounding: Which of two pixels is the nearest.
+    """
+    sides = [int(side) for side in value.shape[2:]]
+    taken = []
+    for side, new, ratio in zip(sides, size, ratios, strict=True):
+        places = np.arange(new)
+        exact: np.ndarray[Any, Any]
+        if where == "asymmetric":
+            exact = places / ratio
+        elif where == "align_corners":
+            exact = places * (side - 1) / max(new - 1, 1)
+        elif where in ("half_pixel", "pytorch_half_pixel"):
+            exact = (places + 0.5) / ratio - 0.5
+            exact = exact if new > 1 or where == "half_pixel" else np.zeros(1)
+        else:
+            raise NotImplementedError(f"it resizes to the nearest pixel at {where} places")
+        rounded = _ROUNDINGS[rounding](exact)
+        taken.append(rounded.clip(0, side - 1).astype(int).tolist())
+    for mode, shift in (("nearest", 0.0), ("nearest-exact", 0.5)):
+        theirs = [
+            np.floor((np.arange(new) + shift) * side / new).clip(0, side - 1).astype(int).tolist()
+            for side, new in zip(sides, size, strict=True)
+        ]
+        if theirs == taken:
+            return F.interpolate(value, list(size), mode=mode)
+    raise NotImplementedError(f"it resizes to the nearest pixel by {rounding} at {where} places")
 
 
 def _depth_to_space(call: Call) -> Value:

@@ -14,7 +14,7 @@ from ccam_deploy.engines import Classifier
 from ccam_deploy.engines.base import row_chunks
 from ccam_deploy.errors import OptionError
 from ccam_deploy.kernels import cpu
-from ccam_deploy.methods.base import Batch, Method, masked_not_finite, not_finite, places_of
+from ccam_deploy.methods.base import Batch, Method, not_finite, places_of, require_finite_masked
 from ccam_deploy.methods.results import LayerPartition, MaskSequence, MethodResult
 from ccam_deploy.methods.scores import Score, require_score, score_gradient, score_of
 from ccam_deploy.methods.stopwatch import Stopwatch
@@ -183,8 +183,7 @@ class CollectionCAM(Method):
                 masks = np.concatenate([piece.masks for piece in pieces])
                 pairs = np.repeat([p.pair for p in pieces], [len(p.masks) for p in pieces])
                 logits = classifier.masked_logits(batch.images, masks, batch.owner[pairs])
-            if not np.isfinite(logits).all():
-                raise masked_not_finite()
+                require_finite_masked(logits)
             with clock.stage("combine"):
                 chunk_scores = score_of(self.score, logits, batch.targets[pairs], batch.activation)
                 start = 0

@@ -10,6 +10,7 @@ import pytest
 import torch
 from onnx import helper
 
+from ccam_deploy.errors import SourceError
 from ccam_deploy.export.from_onnx.network import RULES
 from tests.export.onnx_files import network, run, write_graph
 from tests.helpers import noise
@@ -167,6 +168,12 @@ CASES: list[tuple[str, str, dict[str, Any], tuple[Any, ...], int]] = [
     ("Trilu", "Trilu", {"upper": 0}, (np.array(1, np.int64),), 18),
     ("Einsum", "Einsum", {"equation": "nchw,wk->nchk"}, (floats(8, 4),), 18),
     ("Pow", "Pow", {}, (scalar(2),), 18),
+    ("PRelu of columns", "PRelu", {}, (floats(8),), 18),
+    ("Mod of C", "Mod", {"fmod": 1}, (scalar(0.4),), 18),
+    ("Selu of one's own", "Selu", {"alpha": 1.5, "gamma": 2.0}, (), 18),
+    ("ReduceL1 of nothing", "ReduceL1", {"noop_with_empty_axes": 1}, (), 18),
+    ("ReduceSumSquare of nothing", "ReduceSumSquare", {"noop_with_empty_axes": 1}, (), 18),
+    ("ReduceL2 of zeros", "ReduceL2", {"axes": [1]}, (), 13),
 ]
 RESIZES: list[tuple[dict[str, Any], Any, Any]] = [
     (
@@ -182,6 +189,13 @@ RESIZES: list[tuple[dict[str, Any], Any, Any]] = [
     ({"mode": "linear", "coordinate_transformation_mode": "align_corners"}, None, (2, 3, 5, 12)),
     ({"mode": "cubic", "cubic_coeff_a": -0.75}, None, (2, 3, 12, 16)),
     ({"mode": "linear", "coordinate_transformation_mode": "pytorch_half_pixel"}, 0.5, None),
+    ({"mode": "linear"}, 1.45, None),
+    ({"mode": "linear"}, 0.4, None),
+    ({"mode": "cubic"}, 1.45, None),
+    ({"mode": "nearest", "nearest_mode": "round_prefer_ceil"}, 0.5, None),
+    ({"mode": "nearest", "nearest_mode": "round_prefer_ceil"}, 3, None),
+    ({"mode": "nearest"}, None, (2, 3, 24, 16)),
+    ({"mode": "nearest"}, 0.5, None),
 ]
 
 
@@ -218,6 +232,46 @@ def test_resizing_is_onnx_runtimes(tmp_path: Path, case: Any) -> None:
     if sizes:
         given, inputs = {"sizes": whole(*sizes)}, ["images", "", "", "sizes"]
     nodes = [helper.make_node("Resize", inputs, ["out"], **attributes)]
+    agree(write_graph(tmp_path / "one.onnx", nodes, given))
+
+
+@pytest.mark.parametrize(
+    ("attributes", "scales", "reason"),
+    [
+        ({"nearest_mode": "ceil"}, (1, 1, 2, 2), "to the nearest pixel by ceil at half_pixel"),
+        ({"nearest_mode": "floor"}, (1, 1, 3, 3), "to the nearest pixel by floor at half_pixel"),
+        ({}, (1, 2, 1, 1), "resizes an axis that is neither height nor width"),
+        ({"mode": "cubic", "cubic_coeff_a": -0.5}, (1, 1, 2, 2), "resizes with cubic_coeff_a"),
+    ],
+)
+def test_resizing_in_other_ways_is_refused(
+    tmp_path: Path, attributes: dict[str, Any], scales: tuple[float, ...], reason: str
+) -> None:
+    nodes = [helper.make_node("Resize", ["images", "", "scales"], ["out"], **attributes)]
+    path = write_graph(tmp_path / "one.onnx", nodes, {"scales": np.array(scales, np.float32)})
+    with pytest.raises(SourceError, match=reason):
+        network(path)(torch.zeros(1, 3, 8, 8))
+
+
+def test_a_size_that_is_computed_with_a_float(tmp_path: Path) -> None:
+    """As PyTorch writes interpolation by a factor, for images of any size."""
+    nodes = [
+        helper.make_node("Shape", ["images"], ["shape"]),
+        helper.make_node("Slice", ["shape", "two", "four"], ["sides"]),
+        helper.make_node("Cast", ["sides"], ["exact"], to=1),
+        helper.make_node("Mul", ["exact", "factor"], ["longer"]),
+        helper.make_node("Floor", ["longer"], ["whole"]),
+        helper.make_node("Cast", ["whole"], ["size"], to=7),
+        helper.make_node("Slice", ["shape", "zero", "two"], ["first"]),
+        helper.make_node("Concat", ["first", "size"], ["sizes"], axis=0),
+        helper.make_node("Resize", ["images", "", "", "sizes"], ["out"], mode="linear"),
+    ]
+    given = {
+        "zero": whole(0),
+        "two": whole(2),
+        "four": whole(4),
+        "factor": np.array([1.5], np.float32),
+    }
     agree(write_graph(tmp_path / "one.onnx", nodes, given))
 
 

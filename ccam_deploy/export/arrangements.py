@@ -185,8 +185,9 @@ class Followed:
         rank = len(source.axes)
         gone = {dim % rank for dim in ([dims] if isinstance(dims, int) else dims)}
         kept = node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False)
-        axes = [Axis() if n in gone else axis for n, axis in enumerate(source.axes)]
-        return Arrangement(tuple(a for n, a in enumerate(axes) if kept or n not in gone))
+        for number in gone:
+            source = source.mixed(number, Axis()) or source.with_axis(number, Axis())
+        return Arrangement(tuple(a for n, a in enumerate(source.axes) if kept or n not in gone))
 
     def _convolved(self, node: fx.Node) -> Known:
         value = node.meta["val"]

@@ -26,6 +26,7 @@ from tests.transformers import (
     InWindows,
     TinySwin,
     TinyViT,
+    Unrolled,
     WindowBlock,
     seeded,
 )
@@ -66,6 +67,19 @@ def of_windows(value: Tensor) -> Tensor:
         for token in range(16):
             row, column = 4 * (window // side) + token // 4, 4 * (window % side) + token % 4
             image[:, :, row, column] = value[:, window, token]
+    return image
+
+
+def of_neighbours(value: Tensor) -> Tensor:
+    """Tokens [B, 4, 16, C] with neighbours on an axis of their own, or [B, 16, C], by loops."""
+    count, channels = value.shape[0], value.shape[-1]
+    scale = 2 if value.dim() == 4 else 1
+    image = value.new_zeros(count, channels, 4 * scale, 4 * scale)
+    for row in range(4 * scale):
+        for column in range(4 * scale):
+            token = 4 * (row // scale) + column // scale
+            place = (2 * (row % 2) + column % 2, token) if scale == 2 else (token,)
+            image[:, :, row, column] = value[(slice(None), *place)]
     return image
 
 
@@ -115,6 +129,11 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], list[str], Transform]] = {
         ["blocks.0", "blocks.1"],
         of_tokens(1),
     ),
+    "largest of neighbours": (
+        lambda: seeded(Unrolled),
+        ["stage1", "stage2"],
+        of_neighbours,
+    ),
     "channels last": (
         lambda: seeded(ChannelsLast),
         ["block1", "block2"],
@@ -136,6 +155,7 @@ CHOSEN = (
     "shifted windows",
     "merged by a change of shape",
     "linear patches",
+    "largest of neighbours",
 )
 """More networks whose layers are found daily, without an export."""
 EXPLAINED = ("class token", "shifted windows", "channels last", "mixer")

@@ -96,7 +96,11 @@ class Pipeline:
         self._runner = StreamRunner.of_graphs(device, setup.cuda_graphs, graphs.values(), note)
         self._memory = DeviceMemory(device, graphs, setup)
         self.batch, self.geometry = self._memory.batch, self._memory.geometry
-        self._kernels, self._head = self._prepare_kernels()
+        try:
+            self._kernels, self._head = self._prepare_kernels()
+        except BaseException:
+            self._memory.close()
+            raise
         self._image_sizes = image_sizes(self.batch)
         self._mask_sizes = mask_sizes(self._memory.chunk, self.batch == 1)
         self._launchers: dict[tuple[str, int, bool], Callable[[], None]] = {}

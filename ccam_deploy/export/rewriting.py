@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ccam_deploy.errors import LoweringError
 from ccam_deploy.export.graph_editing import TO_THE_END, Writer, aten, same_shape
 
 Rule = Callable[..., fx.Node | None]
@@ -228,6 +229,28 @@ def _unfold(write: Writer, source: fx.Node, dimension: int, size: int, step: int
     return write.call(aten.permute.default, windows, [*order, axis + 1])
 
 
+def _avg_pool2d(
+    write: Writer,
+    source: fx.Node,
+    kernel: Sequence[int],
+    stride: Sequence[int] = (),
+    padding: Sequence[int] = (0, 0),
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor: int | None = None,
+) -> fx.Node | None:
+    """Sums by a divisor of the network's own, which ONNX does not have, as means by a factor."""
+    if divisor is None:
+        return None
+    if ceil_mode:
+        raise LoweringError("avg_pool2d with a divisor and ceil_mode has no form in ONNX")
+    height, width = (*kernel, *kernel)[:2]
+    mean = write.call(
+        aten.avg_pool2d.default, source, kernel, stride or kernel, padding, False, True
+    )
+    return write.call(aten.mul.Tensor, mean, height * width / divisor)
+
+
 def _adaptive_max_pool2d(
     write: Writer, source: fx.Node, output_size: Sequence[int]
 ) -> fx.Node | None:
@@ -376,6 +399,7 @@ _RULES: dict[Any, Rule] = {
     aten.col2im.default: _col2im,
     aten.unfold.default: _unfold,
     aten.adaptive_max_pool2d.default: _adaptive_max_pool2d,
+    aten.avg_pool2d.default: _avg_pool2d,
     aten.pad.default: _pad,
     aten.reflection_pad2d.default: lambda *args: _pad(*args, "reflect"),
     aten.replication_pad2d.default: lambda *args: _pad(*args, "replicate"),

@@ -152,6 +152,7 @@ BODIES: dict[str, nn.Module] = {
     "sums-of-windows": nn.Sequential(
         nn.Unfold(3, padding=1, stride=2), nn.Sigmoid(), nn.Fold((8, 8), 3, padding=1, stride=2)
     ),
+    "sums-by-a-divisor": nn.AvgPool2d(3, 2, 1, divisor_override=5),
     "largest-of-pairs": nn.Sequential(nn.ReLU(), nn.AdaptiveMaxPool2d((8, 4))),
     "largest": nn.Sequential(nn.ReLU(), nn.AdaptiveMaxPool2d((4, 1))),
     "largest-of-overlapping": nn.Sequential(nn.ReLU(), nn.AdaptiveMaxPool2d((3, 2))),

@@ -102,23 +102,25 @@ def test_a_model_that_is_killed_recovers(repository: Path) -> None:
     assert not left_behind()
 
 
+_ON_ITS_WAY_S = 0.1
+"""How long a request may take to the server, on a busy machine."""
+
+
 def test_sigterm_under_load_loses_no_request(repository: Path) -> None:
     """What was sent before the signal is answered; clients that keep their connections open and go
     on to ask do not hold the end up."""
     with serving(repository) as running:
-        signalled = threading.Event()
-        answers: list[tuple[bool, float, float]] = []
-        failures: list[Exception] = []
+        answers: list[tuple[float, float]] = []
+        failures: list[tuple[float, Exception]] = []
 
         def load(seconds: float) -> None:
             client, module = client_of(running.grpc if seconds > 0.5 else running.http)
             try:
                 while True:
-                    before = not signalled.is_set()
-                    answers.append((before, ask(client, module, seconds), seconds))
+                    sent = time.monotonic()
+                    answers.append((ask(client, module, seconds), seconds))
             except Exception as error:
-                if before:
-                    failures.append(error)
+                failures.append((sent, error))
             finally:
                 client.close()
 
@@ -126,13 +128,14 @@ def test_sigterm_under_load_loses_no_request(repository: Path) -> None:
         for thread in threads:
             thread.start()
         until(lambda: len(answers) >= 8, "some answers")
-        signalled.set()
+        signalled = time.monotonic()
         running.process.terminate()
         for thread in threads:
             thread.join(60)
         assert running.end() == 143
-        assert failures == []
-        assert all(answer == 2 * seconds for _, answer, seconds in answers)
+        # What was sent in the last moment may have come after the signal.
+        assert [error for sent, error in failures if sent < signalled - _ON_ITS_WAY_S] == []
+        assert all(answer == 2 * seconds for answer, seconds in answers)
         until(lambda: running.said, "the last line")
         assert running.said[0].startswith("stopped after ")
         assert running.said[0].endswith(", all requests answered")

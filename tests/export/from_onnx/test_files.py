@@ -120,7 +120,9 @@ def test_an_absolute_path_of_weights_is_refused(file: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_weights_beside_the_file_and_in_half_precision(file: Path, tmp_path: Path) -> None:
+def test_weights_beside_the_file_and_in_half_precision(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = onnx.load(file)
     onnx.save(model, tmp_path / "far.onnx", save_as_external_data=True, size_threshold=0)
     images = noise(2, 3, *SIZE)
@@ -128,6 +130,17 @@ def test_weights_beside_the_file_and_in_half_precision(file: Path, tmp_path: Pat
         expected = tiny()(torch.from_numpy(images)).numpy()
         got = network(tmp_path / "far.onnx")(torch.from_numpy(images)).numpy()
     np.testing.assert_allclose(got, expected, atol=1e-6)
+    checked: list[int] = []
+    check = onnx.checker.check_model
+
+    def recorded(model: onnx.ModelProto) -> None:
+        checked.append(model.ByteSize())
+        check(model)
+
+    monkeypatch.setattr(onnx.checker, "check_model", recorded)
+    load_model(tmp_path / "far.onnx")
+    far = (tmp_path / "far.onnx").stat().st_size
+    assert checked[0] < far + 500, "of more than 2 GB the checker would say that it is damaged"
     half = changed(file, tmp_path / "half.onnx", in_half)
     loaded = network(half)
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}

@@ -30,6 +30,7 @@ def scalar(value: float) -> Any:
     return np.array(value, np.float32)
 
 
+GROUP = (floats(1), floats(1))
 POOL = {"kernel_shape": [3, 2], "strides": [2, 1]}
 WINDOWS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -126,6 +127,7 @@ CASES: list[tuple[str, str, dict[str, Any], tuple[Any, ...], int]] = [
     ),
     ("InstanceNormalization", "InstanceNormalization", {}, (floats(3), floats(3)), 18),
     ("GroupNormalization", "GroupNormalization", {"num_groups": 3}, (floats(3), floats(3)), 21),
+    ("GroupNormalization of old", "GroupNormalization", {"num_groups": 1}, GROUP, 18),
     ("LayerNormalization", "LayerNormalization", {}, (floats(8), floats(8)), 18),
     ("LayerNormalization of two", "LayerNormalization", {"axis": -2}, (floats(8, 8),), 18),
     ("LRN", "LRN", {"size": 3, "alpha": 0.1}, (), 18),

@@ -8,8 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout, suppress
-from functools import cache, partial
-from itertools import chain, repeat
+from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
@@ -51,7 +50,8 @@ class OnnxRuntimeGraph:
     """An ONNX graph on tensors in a GPU's memory or, for tests, the host's; see DeviceGraph.
 
     On a GPU, ONNX Runtime captures the run of each set of tensors that is bound, and replays it:
-    what is captured is not planned again when the number of rows changes.
+    what is captured is not planned again when the number of rows changes. While it captures, CUDA
+    lets no thread of the process allocate memory, so that this needs a moment without others.
 
     Attributes:
         inputs: See DeviceGraph.
@@ -63,7 +63,14 @@ class OnnxRuntimeGraph:
 
     capturable = False
 
-    def __init__(self, path: Path, device: Device, stream: int, tf32: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        device: Device,
+        stream: int,
+        tf32: bool = False,
+        alone: Callable[[], bool] = lambda: True,
+    ) -> None:
         """Load the graph.
 
         Args:
@@ -71,11 +78,13 @@ class OnnxRuntimeGraph:
             device: Where the tensors lie.
             stream: The handle of the CUDA stream to work on; 0 on the CPU.
             tf32: Whether a GPU may round the factors of float32 products to 10 bits of mantissa.
+            alone: Whether no other thread uses the GPU now; without that nothing is captured.
 
         Raises:
             BackendError: The graph cannot be loaded on the device.
         """
         self._path = path
+        self._alone = alone
         self._device = device
         self._session, self._captures = _open_graph(path, device, stream, tf32)
         self.replays_itself = self._captures
@@ -86,14 +95,25 @@ class OnnxRuntimeGraph:
         self._captured = 0
 
     def bind(self, tensors: Mapping[str, DeviceTensor]) -> Callable[[], None]:
-        """See DeviceGraph. The second run is captured, and replayed from then on."""
+        """See DeviceGraph. The second run or a later one is captured, and replayed from then on."""
         binding = self._binding(tensors)
-        if not self._captures or self._captured >= _MOST_CAPTURED:
-            return partial(self._run, binding, self._uncaptured)
+        options, runs = self._uncaptured, 0
+
+        def run() -> None:
+            nonlocal options, runs
+            if runs and options is self._uncaptured:
+                options = self._next_captured()
+            self._run(binding, options)
+            runs += 1
+
+        return run
+
+    def _next_captured(self) -> Any:
+        """The options of a run that is captured; of any other where that cannot be."""
+        if not self._captures or self._captured >= _MOST_CAPTURED or not self._alone():
+            return self._uncaptured
         self._captured += 1
-        captured = self._options(self._captured)
-        options = chain([self._uncaptured], repeat(captured))
-        return lambda: self._run(binding, next(options))
+        return self._options(self._captured)
 
     def launch(self, tensors: Mapping[str, DeviceTensor]) -> None:
         """Put a run on the stream; see DeviceGraph."""

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, cast
@@ -204,11 +205,15 @@ def test_tf32_is_asked_of_the_cuda_provider(
 def test_tf32_reaches_the_graphs_of_a_slot(
     tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, precision: str, tf32: bool
 ) -> None:
-    """They are those of fp32."""
+    """They are those of fp32. The only slot is alone on the GPU."""
     opened: list[tuple[str, bool]] = []
+    asked: list[Callable[[], bool]] = []
 
-    def graph(path: Path, device: str, stream: int, tf32: bool = False) -> OnnxRuntimeGraph:
+    def graph(
+        path: Path, device: str, stream: int, tf32: bool, alone: Callable[[], bool]
+    ) -> OnnxRuntimeGraph:
         opened.append((path.name, tf32))
+        asked.append(alone)
         return OnnxRuntimeGraph(path, "cpu", 0)
 
     monkeypatch.setattr(onnxruntime_slots, "CudaDevice", HostDevice)
@@ -216,6 +221,7 @@ def test_tf32_reaches_the_graphs_of_a_slot(
     monkeypatch.setattr(onnxruntime_slots, "require_provider", lambda device: None)
     monkeypatch.setattr(onnxruntime_slots, "present_device", lambda: "8.0")
     networks = open_networks(read_bundle(tiny_bundle), "onnxruntime-cuda", precision)
+    assert all(alone() for alone in asked)
     networks.close()
     graphs = ("backbone", "gradient", "classifier")
     assert opened == [(f"{name}.onnx", tf32) for name in graphs]

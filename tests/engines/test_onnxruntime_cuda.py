@@ -136,6 +136,18 @@ def test_each_binding_is_captured_once_it_is_run_again(monkeypatch: pytest.Monke
     assert bindings[1] is bindings[3]
 
 
+def test_nothing_is_captured_beside_other_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slots that several callers share are prepared for that one after the other."""
+    runtime = Runtime()
+    monkeypatch.setattr(engine_module, "_import", lambda: runtime)
+    moments = iter([False, True])
+    graph = OnnxRuntimeGraph(Path("net.onnx"), "cuda", 77, alone=lambda: next(moments))
+    run = graph.bind(tensors(2))
+    for _ in range(4):
+        run()
+    assert [graph_id for _, graph_id in runtime.runs] == ["-1", "-1", "1", "1"]
+
+
 def test_what_is_captured_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     """ONNX Runtime frees nothing that it captured before the session is closed."""
     monkeypatch.setattr(engine_module, "_MOST_CAPTURED", 2)

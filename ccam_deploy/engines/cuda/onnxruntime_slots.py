@@ -31,12 +31,15 @@ def onnxruntime_slots(paths: Mapping[str, Path], most: int, tf32: bool = False) 
     if tf32 and (reason := why_without(present_device(), "tf32")):
         raise BackendError(reason)
 
+    def alone() -> bool:
+        return slots.alone
+
     def open_slot() -> Slot:
         device = CudaDevice()
         try:
             with device.current():
                 graphs = {
-                    name: OnnxRuntimeGraph(path, "cuda", device.stream, tf32)
+                    name: OnnxRuntimeGraph(path, "cuda", device.stream, tf32, alone)
                     for name, path in paths.items()
                 }
         except BaseException:
@@ -46,4 +49,5 @@ def onnxruntime_slots(paths: Mapping[str, Path], most: int, tf32: bool = False) 
         worker = ThreadPoolExecutor(1, "ccam-deploy-gpu")
         return Slot(device, {"latency": graphs, "throughput": graphs}, worker)
 
-    return Slots(open_slot, most)
+    slots = Slots(open_slot, most)
+    return slots

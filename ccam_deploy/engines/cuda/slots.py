@@ -160,6 +160,7 @@ class Slots:
         self._permits = threading.Semaphore(most)
         self._lock = threading.Lock()
         self._sole = threading.Lock()
+        self._on_each = False
         self._closed = False
 
     @property
@@ -167,6 +168,11 @@ class Slots:
         """How many slots are being opened, used or closed."""
         with self._lock:
             return self._lent
+
+    @property
+    def alone(self) -> bool:
+        """Whether the slot that asks is the only one at work: the only one, or in `run_on_each`."""
+        return self.most == 1 or self._on_each
 
     @contextmanager
     def take(self) -> Iterator[Slot]:
@@ -203,8 +209,13 @@ class Slots:
         """
         # Two callers that each hold some of the slots would wait for each other.
         with self._sole, ExitStack() as held:
-            for slot in [held.enter_context(self.take()) for _ in range(self.most)]:
-                slot.run(partial(work, slot))
+            slots = [held.enter_context(self.take()) for _ in range(self.most)]
+            self._on_each = True
+            try:
+                for slot in slots:
+                    slot.run(partial(work, slot))
+            finally:
+                self._on_each = False
 
     def close(self) -> None:
         """Close all slots; those that are lent close when they come back."""

@@ -152,6 +152,14 @@ def test_what_is_kept_makes_room_for_more() -> None:
     assert second.closed == 1
 
 
+def test_a_slot_is_alone_where_there_is_one_or_all_are_held() -> None:
+    assert Slots(Bench().open, 1).alone
+    slots, told = Slots(Bench().open, 2), list[bool]()
+    slots.run_on_each(lambda slot: told.append(slots.alone))
+    assert told == [True, True]
+    assert not slots.alone
+
+
 def test_slots_close_though_one_of_them_fails() -> None:
     bench, shared = Bench(), list[int]()
     slots = Slots(bench.open, 3, lambda: shared.append(1))

@@ -159,10 +159,11 @@ class Output:
             write_file(path, _as_file(settings))
         self._lock = _locked(path)
         try:
+            known = _known_settings(path)
             self.remove_drafts()
             self.finished = _kept_keys(folder)
             if self.finished:
-                _require_same(folder, settings)
+                _require_same(folder, known, settings)
             else:  # of a run that ended before it had any rows
                 os.ftruncate(self._lock, 0)
                 os.pwrite(self._lock, _as_file(settings), 0)
@@ -218,15 +219,19 @@ def _locked(path: Path) -> int:
     return handle
 
 
-def _require_same(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Raise OptionError for the first setting that differs from the folder's."""
-    path = folder / SETTINGS
+def _known_settings(path: Path) -> dict[str, Any]:
+    """The settings of a folder's rows; raises OutputError where the file holds something else."""
     try:
         known = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise OutputError(f"{path} cannot be read: {brief(error)}") from error
     if not isinstance(known, dict):
         raise OutputError(f"{path} has no settings; give another OUTPUT")
+    return known
+
+
+def _require_same(folder: Path, known: dict[str, Any], settings: Mapping[str, Any]) -> None:
+    """Raise OptionError for the first setting that differs from the folder's."""
     wanted = json.loads(json.dumps(settings))
     for name in {**known, **wanted}:
         if known.get(name) != wanted.get(name):

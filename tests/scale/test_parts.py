@@ -97,10 +97,20 @@ def test_one_writer_at_a_time(tmp_path: Path) -> None:
     ],
 )
 def test_other_settings_are_refused(tmp_path: Path, other: dict[str, Any], difference: str) -> None:
-    Output(tmp_path, SETTING).close()
+    output = Output(tmp_path, SETTING)
+    keep(output, "a")
+    output.close()
     with pytest.raises(OptionError, match=difference):
         Output(tmp_path, {**SETTING, **other})
     Output(tmp_path, {**SETTING}).close()
+
+
+def test_settings_of_a_run_without_rows_do_not_bind(tmp_path: Path) -> None:
+    """It ended before it had any, because its options did not fit, for one."""
+    Output(tmp_path, {**SETTING, "more": "x" * 100}).close()
+    Output(tmp_path, SETTING).close()
+    assert json.loads((tmp_path / SETTINGS).read_text()) == SETTING
+    Output(tmp_path, SETTING).close()
 
 
 def test_folders_of_something_else(tmp_path: Path) -> None:

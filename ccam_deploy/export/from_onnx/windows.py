@@ -76,6 +76,21 @@ class _Window:
             return value, self.begin
         return F.pad(value, self.amounts(), value=filling), [0] * self.rank
 
+    def begun(self, result: Tensor, value: Tensor) -> Tensor:
+        """A pool's result without the windows that begin in the padding at the end.
+
+        `ceil_mode` makes them where the padding is part of what PyTorch's pool takes.
+
+        Args:
+            result: What the pool gives for the padded value.
+            value: The value before its padding.
+        """
+        for axis, (stride, begin) in enumerate(zip(self.strides, self.begin, strict=True), 2):
+            count = -(-(int(value.shape[axis]) + begin) // stride)
+            if int(result.shape[axis]) > count:
+                result = result.narrow(axis, 0, count)
+        return result
+
     def amounts(self) -> list[int]:
         """The padding as F.pad takes it, of the last axis first."""
         pairs = list(zip(self.begin, self.end, strict=True))
@@ -96,7 +111,7 @@ def _max_pool(call: Call) -> Tensor:
     value = call.tensor(0)
     window = _Window(call, value, call.get("kernel_shape"))
     padded, padding = window.padded(value, -math.inf, halves=True)
-    return _MAX_POOLS[window.rank](
+    largest = _MAX_POOLS[window.rank](
         padded,
         window.kernel,
         window.strides,
@@ -104,6 +119,7 @@ def _max_pool(call: Call) -> Tensor:
         window.dilations,
         bool(call.get("ceil_mode")),
     )
+    return window.begun(largest, value)
 
 
 def _average_pool(call: Call) -> Tensor:
@@ -115,10 +131,12 @@ def _average_pool(call: Call) -> Tensor:
     counted = bool(call.get("count_include_pad"))
     padded, padding = window.padded(value, 0.0, halves=True)
     if counted or padded is value:
-        return pool(padded, window.kernel, window.strides, padding, ceil, counted)
+        means = pool(padded, window.kernel, window.strides, padding, ceil, counted)
+        return window.begun(means, value)
     sums = pool(padded, window.kernel, window.strides, 0, ceil)
     ones = torch.ones((1, 1, *map(int, value.shape[2:])), dtype=value.dtype)
-    return sums / pool(F.pad(ones, window.amounts()), window.kernel, window.strides, 0, ceil)
+    shares = pool(F.pad(ones, window.amounts()), window.kernel, window.strides, 0, ceil)
+    return window.begun(sums, value) / window.begun(shares, value)
 
 
 def _global_pool(call: Call) -> Tensor:

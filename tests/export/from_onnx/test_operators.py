@@ -31,6 +31,7 @@ def scalar(value: float) -> Any:
 
 
 GROUP = (floats(1), floats(1))
+WIDE = {"kernel_shape": [3, 3], "strides": [2, 2], "pads": [2, 1, 2, 2]}
 POOL = {"kernel_shape": [3, 2], "strides": [2, 1]}
 WINDOWS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -105,6 +106,8 @@ CASES: list[tuple[str, str, dict[str, Any], tuple[Any, ...], int]] = [
     ),
     ("MaxPool one side", "MaxPool", {"kernel_shape": [3, 3], "pads": [0, 1, 2, 1]}, (), 18),
     ("MaxPool ceil", "MaxPool", POOL | {"ceil_mode": 1}, (), 18),
+    ("MaxPool ceil in pads", "MaxPool", WIDE | {"ceil_mode": 1}, (), 18),
+    ("AveragePool ceil in pads", "AveragePool", WIDE | {"ceil_mode": 1}, (), 19),
     *(
         (f"AveragePool {name}", "AveragePool", POOL | how, (), 18)
         for name, how in WINDOWS.items()

@@ -114,7 +114,9 @@ def export(
     """
     precisions = _validated_precisions(precision, input_size)
     require_replaceable(output)
-    settings, output = settings or ExportSettings(), Path(output).absolute()
+    settings, output = settings or ExportSettings(), Path(output)
+    if output.name in ("", ".."):  # which no bundle can be called
+        output = output.resolve()
     prepared = prepare_model(model, input_size, layers, settings)
     converted = _convert(prepared, precisions, settings)
     reference = _reference(prepared, converted["fp32"], settings)

@@ -70,6 +70,16 @@ def test_the_model_is_left_as_it_was(tiny_bundle: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_current_folder_becomes_a_bundle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path / "mine")
+    bundle = export(tiny(), ".", SIZE)
+    assert (bundle.manifest.name, bundle.folder) == ("mine", tmp_path / "mine")
+
+
+@pytest.mark.slow
 def test_a_convolution_before_its_normalisation(tmp_path: Path) -> None:
     """It is folded away by default; named as a layer, it keeps its own output."""
     bundle = export(tiny(), tmp_path / "tiny", SIZE, ["relu2", "conv1"])

@@ -280,6 +280,28 @@ def test_a_size_that_is_computed_with_a_float(tmp_path: Path) -> None:
     agree(write_graph(tmp_path / "one.onnx", nodes, given))
 
 
+def test_constants_are_computed_as_onnx_runtime_computes_them(tmp_path: Path) -> None:
+    """A range of floats; whole numbers that are divided towards zero, and whose mean is one."""
+    nodes = [
+        helper.make_node("Range", ["start", "limit", "step"], ["factors"]),
+        helper.make_node("Div", ["minus", "two"], ["quotient"]),
+        helper.make_node("ReduceMean", ["pair"], ["mean"], axes=[0], keepdims=1),
+        helper.make_node("Add", ["quotient", "mean"], ["whole"]),
+        helper.make_node("CastLike", ["whole", "images"], ["shift"]),
+        helper.make_node("Mul", ["images", "factors"], ["scaled"]),
+        helper.make_node("Add", ["scaled", "shift"], ["out"]),
+    ]
+    given = {
+        "start": scalar(0.5),
+        "limit": scalar(2.5),
+        "step": scalar(0.25),
+        "minus": whole(-7),
+        "two": whole(2),
+        "pair": whole(3, 4),
+    }
+    agree(write_graph(tmp_path / "one.onnx", nodes, given, opset=15))
+
+
 def test_positive_values_alone(tmp_path: Path) -> None:
     nodes = [
         helper.make_node("Abs", ["images"], ["a"]),

@@ -37,7 +37,11 @@ _ASSERTIONS = {
     aten._assert_scalar.default,
     aten._assert_async.msg,
 }
-_LOUD = {"torch.onnx": logging.ERROR, "torch._subclasses.fake_tensor": logging.CRITICAL}
+_LOUD = {
+    "torch.onnx": logging.ERROR,
+    "onnxscript": logging.ERROR,
+    "torch._subclasses.fake_tensor": logging.CRITICAL,
+}
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ class Program:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence PyTorch's notes about its own progress, deprecations and caught errors."""
+    """Silence the converter's notes about its progress, deprecations and caught errors."""
     loggers = {logging.getLogger(name): level for name, level in _LOUD.items()}
     levels = {logger: logger.level for logger in loggers}
     for logger, level in loggers.items():

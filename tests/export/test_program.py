@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from ccam_deploy.export.program import build_program, trace_model
+from ccam_deploy.export.program import build_program, quiet, trace_model
 
 
 class Viewed(nn.Module):
@@ -18,6 +20,16 @@ class Viewed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(self.conv(x).relu().view(-1, 4 * 6 * 6))  # type: ignore[no-any-return]
+
+
+def test_notes_of_the_converter_reach_nobody(caplog: pytest.LogCaptureFixture) -> None:
+    """What it folds, for one, which users have no use for."""
+    folding = logging.getLogger("onnxscript.optimizer._constant_folding")
+    with quiet():
+        folding.warning("skipping")
+        folding.error("failed")
+    folding.warning("afterwards")
+    assert [record.message for record in caplog.records] == ["failed", "afterwards"]
 
 
 @pytest.mark.slow

@@ -27,7 +27,7 @@ from ccam_deploy.export.graph_editing import (
     placeholders,
     without_symbols,
 )
-from ccam_deploy.export.rewriting import rewrite_operators
+from ccam_deploy.export.rewriting import rewrite_copies, rewrite_operators
 
 _NO_MODULE = "_empty_nn_module_stack_from_metadata_hook"
 """PyTorch's word for the module of a node that has none."""
@@ -212,6 +212,7 @@ def program_from(
     _drop_assertions(graph)
     _plain_convolutions(graph)
     _plain_views(graph)
+    rewrite_copies(graph)
     if fold:
         rewrite_operators(graph)
         _fold_batch_norms(graph, keep)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,8 +26,21 @@ def rewrite_operators(module: fx.GraphModule) -> None:
     Args:
         module: The classifier's graph, whose nodes have fake tensors.
     """
+    _rewrite(module, _RULES)
+
+
+def rewrite_copies(module: fx.GraphModule) -> None:
+    """Replace what is written over a tensor, for PyTorch has no gradient of that, in place.
+
+    Args:
+        module: The classifier's graph, whose nodes have fake tensors.
+    """
+    _rewrite(module, {aten.copy.default: _copy})
+
+
+def _rewrite(module: fx.GraphModule, rules: Mapping[Any, Rule]) -> None:
     for node in list(module.graph.nodes):
-        rule = _RULES.get(node.target)
+        rule = rules.get(node.target)
         if rule is None:
             continue
         with module.graph.inserting_before(node):

@@ -417,7 +417,6 @@ _RULES: dict[Any, Rule] = {
     aten.reflection_pad2d.default: lambda *args: _pad(*args, "reflect"),
     aten.replication_pad2d.default: lambda *args: _pad(*args, "replicate"),
     aten.scaled_dot_product_attention.default: _attention,
-    aten.copy.default: _copy,
     aten.slice_scatter.default: _slice_scatter,
     aten.select_scatter.default: _select_scatter,
 }

@@ -253,18 +253,13 @@ def not_finite(layer: str) -> BackendError:
     )
 
 
-def masked_not_finite() -> BackendError:
-    """Make the error for a classifier that is NaN or infinite under a mask."""
-    return BackendError(
-        "the classifier gives NaN or infinite logits for these images under masks; "
-        "a bundle in fp32 has the wider range"
-    )
-
-
-def require_finite_masked(logits: Floats) -> None:
-    """Raise BackendError where logits under masks are NaN or infinite."""
-    if not np.isfinite(logits).all():
-        raise masked_not_finite()
+def require_finite_masked(values: Floats) -> None:
+    """Raise BackendError where logits under masks, or what is made of them, are not finite."""
+    if not np.isfinite(values).all():
+        raise BackendError(
+            "the classifier gives NaN or infinite logits for these images under masks; "
+            "a bundle in fp32 has the wider range"
+        )
 
 
 def require_finite_logits(logits: Floats) -> None:

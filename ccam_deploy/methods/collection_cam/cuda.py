@@ -21,9 +21,9 @@ from ccam_deploy.methods.base import (
     Batch,
     Context,
     Method,
-    masked_not_finite,
     not_finite,
     require_finite_logits,
+    require_finite_masked,
 )
 from ccam_deploy.methods.collection_cam.cpu import CollectionCAM, draw_masks
 from ccam_deploy.methods.collection_cam.memory import Setup
@@ -174,8 +174,7 @@ class DeviceCollectionCAM:
         for index, name in enumerate(selected):
             if not counts[:, index].all():
                 raise not_finite(name)
-        if not np.isfinite(results.weights).all():
-            raise masked_not_finite()
+        require_finite_masked(results.weights)
         ends = np.cumsum([layer.channels for layer in geometry.layers])
         labels = np.split(results.labels, ends[:-1], axis=1)
         per_pair = np.cumsum(counts.sum(axis=1))[:-1]

@@ -25,8 +25,19 @@ def test_committed_result_has_the_form_of_the_report() -> None:
     assert again == content
 
 
-def test_text_of_the_committed_result() -> None:
-    report = msgspec.json.decode(COMMITTED.read_bytes(), type=LatencyReport)
+def test_text_shows_the_figures_rounded() -> None:
+    content = json.loads(COMMITTED.read_text(encoding="utf-8"))
+    figures, start = content["batches"][0], content["cold_start"][0]
+    figures["latency_ms"] |= {"median": 313.42, "maximum": 333.51, "mean": 314.2, "minimum": 304.9}
+    figures["latency_ms"] |= {"p90": 320.4, "p95": 321.3, "p99": 329.6, "calls": 48}
+    figures |= {"explanations_per_second": 3.1894, "masked_forwards_per_second": 51.03}
+    for name, median in {"from_images": 312.8, "from_array": 313.9, "floor": 295.7}.items():
+        figures[f"{name}_ms"]["median"] = median
+    figures |= {"overhead": 1.0597, "masks": [16], "host_share": 0.0018}
+    content["batches"][1]["host_share"] = 0.0011
+    start |= {"total_ms": 1029.6, "imports_ms": 257.9, "load_ms": 282.1, "first_ms": 366.8}
+    start |= {"second_ms": 352.4, "peak_memory_mib": 427.2}
+    report = msgspec.convert(content, LatencyReport)
     lines = [line.split("  ") for line in report_text(report).splitlines()]
     rows = [[cell.strip() for cell in line if cell] for line in lines]
     assert ["bundle", "resnet18, 224x224, random weights"] in rows

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from ccam_deploy.errors import CcamError, SourceError, brief
-from ccam_deploy.export.from_onnx import operators, shapes, windows
+from ccam_deploy.export.from_onnx import operators, resizing, shapes, windows
 from ccam_deploy.export.from_onnx.call import Array, Call, Result, Value, as_tensor, is_symbolic
 from ccam_deploy.export.from_onnx.names import node_scopes
 from ccam_deploy.export.from_onnx.onnx_file import OnnxFile, read_onnx_file
 from ccam_deploy.export.program import trace_model
 
-RULES = operators.RULES | shapes.RULES | windows.RULES
+RULES = operators.RULES | resizing.RULES | shapes.RULES | windows.RULES
 _SMALL = 64
 """Whole numbers up to so many are sizes, which Python computes with; more are a tensor."""
 _LARGEST = 2**28

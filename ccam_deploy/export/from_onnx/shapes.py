@@ -1,10 +1,10 @@
-"""ONNX operators that compute with sizes or move values: shapes, indices, padding, resizing."""
+"""ONNX operators that compute with sizes or move values: shapes, indices, padding."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -31,19 +31,6 @@ _LARGEST = 2**28
 _FLOATS = (1, 10, 11, 16)
 """ONNX's numbers of float32, float16, float64 and bfloat16, all of which become float32."""
 _TYPES = {2: np.uint8, 3: np.int8, 5: np.int16, 6: np.int32, 7: np.int64, 9: np.bool_}
-_RESIZED_AS_USUAL: dict[str, Any] = {
-    "cubic_coeff_a": -0.75,
-    "exclude_outside": 0,
-    "keep_aspect_ratio_policy": "stretch",
-}
-"""Attributes of Resize that are taken over at these values alone."""
-_ROUNDED = "round_prefer_floor"
-_ROUNDINGS: dict[str, Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]] = {
-    _ROUNDED: lambda exact: np.ceil(exact - 0.5),
-    "round_prefer_ceil": lambda exact: np.floor(exact + 0.5),
-    "floor": np.floor,
-    "ceil": np.ceil,
-}
 _PADDINGS = {"constant": "constant", "reflect": "reflect", "edge": "replicate", "wrap": "circular"}
 
 
@@ -318,94 +305,6 @@ def _pad(call: Call) -> Value:
     return F.pad(value, amounts, mode, call.number(2, "value", 0.0) or 0.0)
 
 
-def _resize(call: Call) -> Value:
-    value = call.tensor(0)
-    for name, usual in _RESIZED_AS_USUAL.items():
-        if call.get(name, usual) != usual:
-            raise NotImplementedError(f"it resizes with {name}")
-    old = call.kind == "Upsample" or call.opset < 11  # with scales alone, as the second input
-    scales, sizes = call.value(1 if old else 2), None if old else call.sizes(3)
-    axes = call.get("axes") or list(range(value.dim()))
-    factors: list[float] = []
-    if sizes:
-        wanted = dict(zip((axis % value.dim() for axis in axes), sizes, strict=True))
-    else:
-        factors = call.known(1 if old else 2).reshape(-1).tolist() if scales is not None else []
-        for axis, factor in zip(axes, factors, strict=True):
-            if axis % value.dim() < 2 and factor != 1:
-                raise NotImplementedError("it resizes an axis that is neither height nor width")
-        wanted = {
-            axis % value.dim(): math.floor(int(value.shape[axis]) * factor)
-            for axis, factor in zip(axes, factors, strict=True)
-            if axis % value.dim() > 1
-        }
-    size = [int(wanted.get(axis, value.shape[axis])) for axis in range(2, value.dim())]
-    if size == [int(length) for length in value.shape[2:]]:
-        return value
-    mode, where = call.get("mode", "nearest"), call.get("coordinate_transformation_mode")
-    where = where or ("asymmetric" if old else "half_pixel")
-    by_axis = {axis % value.dim(): factor for axis, factor in zip(axes, factors, strict=False)}
-    ratios = [
-        by_axis.get(2 + place, new / int(value.shape[2 + place])) for place, new in enumerate(size)
-    ]
-    if mode == "nearest":
-        rounding = call.get("nearest_mode", "floor" if old else _ROUNDED)
-        return _nearest(value, size, ratios, where, rounding)
-    if where not in ("half_pixel", "pytorch_half_pixel", "align_corners"):
-        raise NotImplementedError(f"it resizes by {mode} interpolation at {where} places")
-    corners = where == "align_corners"
-    kind = {"linear": "bilinear", "cubic": "bicubic"}[mode]
-    if where == "pytorch_half_pixel" and 1 in size:
-        raise NotImplementedError(f"it resizes to a single pixel at {where} places")
-    sides = [int(side) for side in value.shape[2:]]
-    exact = all(side * ratio == new for side, ratio, new in zip(sides, ratios, size, strict=True))
-    if corners or exact:
-        smooth = bool(call.get("antialias", 0))
-        return F.interpolate(value, size, mode=kind, align_corners=corners, antialias=smooth)
-    # Where a factor does not give whole sizes, places are computed with the factor.
-    return F.interpolate(
-        value, scale_factor=ratios, mode=kind, align_corners=False, recompute_scale_factor=False
-    )
-
-
-def _nearest(
-    value: Tensor, size: Sequence[int], ratios: Sequence[float], where: str, rounding: str
-) -> Tensor:
-    """Resize to the nearest pixels, where PyTorch takes the same ones.
-
-    Args:
-        value: [B, C, H, W].
-        size: Height and width of the result.
-        ratios: Of each side's new length to the old one.
-        where: Which place of the old pixels the middle of a new one is at.
-        rounding: Which of two pixels is the nearest.
-    """
-    sides = [int(side) for side in value.shape[2:]]
-    taken = []
-    for side, new, ratio in zip(sides, size, ratios, strict=True):
-        places = np.arange(new)
-        exact: np.ndarray[Any, Any]
-        if where == "asymmetric":
-            exact = places / ratio
-        elif where == "align_corners":
-            exact = places * (side - 1) / max(new - 1, 1)
-        elif where in ("half_pixel", "pytorch_half_pixel"):
-            exact = (places + 0.5) / ratio - 0.5
-            exact = exact if new > 1 or where == "half_pixel" else np.zeros(1)
-        else:
-            raise NotImplementedError(f"it resizes to the nearest pixel at {where} places")
-        rounded = _ROUNDINGS[rounding](exact)
-        taken.append(rounded.clip(0, side - 1).astype(int).tolist())
-    for mode, shift in (("nearest", 0.0), ("nearest-exact", 0.5)):
-        theirs = [
-            np.floor((np.arange(new) + shift) * side / new).clip(0, side - 1).astype(int).tolist()
-            for side, new in zip(sides, size, strict=True)
-        ]
-        if theirs == taken:
-            return F.interpolate(value, list(size), mode=mode)
-    raise NotImplementedError(f"it resizes to the nearest pixel by {rounding} at {where} places")
-
-
 def _depth_to_space(call: Call) -> Value:
     value, block = call.tensor(0), call.get("blocksize")
     count, channels, height, width = value.shape
@@ -436,7 +335,6 @@ RULES: dict[str, Rule] = {
     "Pad": _pad,
     "Range": _range,
     "Reshape": _reshape,
-    "Resize": _resize,
     "Shape": _shape,
     "Size": _size,
     "Slice": _slice,
@@ -446,7 +344,6 @@ RULES: dict[str, Rule] = {
     "Tile": _tile,
     "Transpose": _transpose,
     "Unsqueeze": _unsqueeze,
-    "Upsample": _resize,
 }
 """What each operator computes."""
 

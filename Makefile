@@ -11,10 +11,11 @@ PAGE := .venv-page/bin
 PAGE_PIP := $(PAGE)/pip install --quiet --disable-pip-version-check \
 	--constraint constraints-page.txt
 SCALE := .venv-scale/bin
+OLDEST := .venv-oldest/bin
 HERE := not serve and not page and not scale
 
-.PHONY: demo pictures test test-quick test-all test-serve test-page test-scale browser coverage
-.PHONY: lint types format docs notebook bench clean
+.PHONY: demo pictures test test-quick test-all test-serve test-page test-scale test-oldest browser
+.PHONY: coverage lint types format docs notebook bench clean
 
 demo: .venv/.cpu
 	$(BIN)/ccam-deploy export --recipe export/efficientnet_lite0.toml
@@ -46,6 +47,9 @@ test-page: .venv-page/.all .venv-page/bundles/digits browser
 test-scale: .venv-scale/.all .venv-scale/bundles/digits
 	OMP_NUM_THREADS=1 $(SCALE)/python -m pytest -m scale --bundles .venv-scale/bundles \
 		tests/scale tests/bench/test_batch.py
+
+test-oldest: .venv-oldest/.all
+	OMP_NUM_THREADS=1 $(OLDEST)/python -m pytest -n 2 --dist worksteal -m "not nightly" tests/export
 
 browser:
 	@{ command -v chromium || command -v google-chrome; } > /dev/null \
@@ -82,9 +86,10 @@ bench: .venv/.all
 	$(BIN)/python -m bench.bench_export --output bench/results/export-cpu.json
 
 clean:
-	rm -rf .venv .venv-serve .venv-page .venv-scale demo site engines/efficientnet_lite0 .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf .venv .venv-serve .venv-page .venv-scale .venv-oldest demo site engines/efficientnet_lite0 .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
 
-.venv/bin/python .venv-serve/bin/python .venv-page/bin/python .venv-scale/bin/python:
+.venv/bin/python .venv-serve/bin/python .venv-page/bin/python .venv-scale/bin/python \
+		.venv-oldest/bin/python:
 	$(PYTHON) -m venv $(@:/bin/python=)
 
 .venv/.cpu: pyproject.toml constraints.txt | .venv/bin/python
@@ -106,6 +111,15 @@ clean:
 .venv-scale/.all: pyproject.toml constraints.txt | .venv-scale/bin/python
 	$(SCALE)/pip install --quiet --disable-pip-version-check --constraint constraints.txt \
 		--editable '.[cpu,scale]' hypothesis psutil pytest
+	touch $@
+
+# Without CUDA's Python packages: that PyTorch asks for older ones.
+.venv-oldest/.all: pyproject.toml constraints.txt | .venv-oldest/bin/python
+	grep -v -E '^(torch|torchvision|numba-cuda|cuda-[a-z]*)==' constraints.txt \
+		> .venv-oldest/constraints.txt
+	$(OLDEST)/pip install --quiet --disable-pip-version-check \
+		--constraint .venv-oldest/constraints.txt 'torch==2.10.*' 'torchvision==0.25.*' \
+		--editable '.[export,cpu,rtx,plot,scenes,imagenet,zoo,test]'
 	touch $@
 
 .venv-serve/bundles/tiny: tests/networks.py

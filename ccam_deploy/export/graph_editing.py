@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._dispatch.python import enable_python_dispatcher
 
 aten: Any = torch.ops.aten
 TO_THE_END = 2**62
@@ -76,7 +77,7 @@ class Writer:
         """Write a call of an operator."""
         node = self._module.graph.call_function(target, args)
         values = fx.map_arg(args, lambda source: source.meta["val"])
-        with self._mode():
+        with self._mode(), enable_python_dispatcher():
             node.meta["val"] = target(*values)
         node.meta["nn_module_stack"] = self._node.meta.get("nn_module_stack")
         return node

@@ -93,10 +93,12 @@ def to_onnx(
 def _convert(
     program: ExportedProgram, inputs: Mapping[str, GraphInput], outputs: Sequence[str]
 ) -> ir.Model:
-    converted = torch.onnx.export(
-        program, dynamo=True, verbose=False, input_names=list(inputs), output_names=list(outputs)
-    )
+    converted = torch.onnx.export(program, dynamo=True, verbose=False)
     assert converted is not None
+    graph = converted.model.graph
+    # PyTorch 2.10 would name a value that is given twice before it makes two of it.
+    for value, name in zip((*graph.inputs, *graph.outputs), (*inputs, *outputs), strict=True):
+        value.name = name
     return converted.model
 
 

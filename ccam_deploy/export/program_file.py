@@ -15,6 +15,7 @@ import torch
 
 from ccam_deploy.errors import SourceError, brief
 from ccam_deploy.export.architecture import Model, current_folder_importable
+from ccam_deploy.export.program import quiet
 
 SAFER_FORMATS = "save model.state_dict() or an exported program, or trust it with --allow-pickle"
 _TENSORS = re.compile(r".*\.pt|(.*/)?serialized_(state_dict|constants)\.json")
@@ -52,7 +53,7 @@ def read_program(path: Path, allow_pickle: bool, warn: Callable[[str], None]) ->
     except Exception as error:
         raise SourceError(f"{path} cannot be read: {brief(error)}") from error
     try:
-        with current_folder_importable():
+        with current_folder_importable(), quiet():
             return torch.export.load(path)
     except Exception as error:
         raise SourceError(f"{path} cannot be read: {brief(error)}") from error

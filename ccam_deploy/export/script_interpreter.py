@@ -214,8 +214,10 @@ _STRUCTURAL: dict[str, Callable[..., Any]] = {
     "aten::len": len,
     "aten::list": list,
     "aten::warn": lambda *_: None,
+    # Without one library's settings, with which PyTorch 2.10 cannot trace a free batch.
+    "aten::_convolution": lambda *values: torch.ops.aten.convolution.default(*values[:9]),
 }
-"""Operators on lists, sizes and types."""
+"""Operators on lists, sizes and types, and those that are called in a form of their own."""
 
 _SCALAR: dict[str, Callable[..., Any]] = {
     "aten::add": lambda a, b, _=1: a + b,

@@ -13,6 +13,9 @@ from pathlib import Path
 
 from ccam_deploy.errors import OutputError
 
+_STEM_BYTES = 120
+"""Of 255 that file systems allow: a class, a format and a number come after it."""
+
 
 def write_file(path: Path, content: bytes) -> None:
     """Write a file so that it appears whole or not at all, and make its folder if need be.
@@ -137,6 +140,23 @@ def _refuse_devices(path: Path) -> None:
     """Raise OutputError for a pipe or a device: root could replace /dev/null by a file."""
     if path.exists() and not path.is_file() and not path.is_dir():
         raise OutputError(f"cannot write {path}: it is a device or a pipe, not an ordinary file")
+
+
+def is_utf8(path: Path) -> bool:
+    """Tell whether a path can be given to libraries that take paths as UTF-8 alone."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def short_stem(path: str | Path) -> str:
+    """Take a file's name without its suffix, cut where names made of it could be too long."""
+    stem = Path(path).stem
+    while len(os.fsencode(stem)) > _STEM_BYTES:
+        stem = stem[:-1]
+    return stem
 
 
 def unused(name: str, taken: Counter[str]) -> str:

@@ -177,17 +177,25 @@ def read_picture(source: Path | bytes, manifest: Manifest, name: str) -> Image.I
 def to_grey_or_rgb(picture: Image.Image, channels: int) -> Image.Image:
     """Convert an image of any mode to 8-bit grey or RGB; transparency is dropped.
 
-    16-bit pixels are scaled by their full range, floating-point pixels are taken as [0, 1].
+    16-bit pixels are scaled by their full range, as are 32-bit ones that look like them;
+    floating-point pixels are taken as [0, 1].
 
     Args:
         picture: The image.
         channels: 1 for grey, 3 for RGB.
 
     Raises:
-        ImageError: Floating-point pixels are not finite or outside [0, 1].
+        ImageError: Floating-point pixels are not finite or outside [0, 1], or 32-bit ones are
+            those of 8 bits, negative or above 16 bits.
     """
     if picture.mode.startswith("I"):
-        wide = np.clip(np.asarray(picture, dtype=np.int64), 0, 65535)
+        wide = np.asarray(picture, dtype=np.int64)
+        low, high = int(wide.min()), int(wide.max())
+        if picture.mode == "I" and not (low >= 0 and 255 < high <= 65535):
+            raise ImageError(
+                f"the image has 32-bit pixels of {low} to {high}, which are taken as 16 bits; "
+                "save it with 8 or 16 bits"
+            )
         picture = Image.fromarray((wide // 257).astype(np.uint8))
     elif picture.mode == "F":
         values = np.asarray(picture)

@@ -78,7 +78,6 @@ def transparent_palette() -> Image.Image:
         (Image.new("CMYK", (9, 8), (0, 255, 255, 0)), (255, 0, 0)),
         (Image.fromarray(np.full((8, 9), 128 * 257, np.uint16)), (128, 128, 128)),
         (Image.fromarray(np.full((8, 9), 65535, np.int32)), (255, 255, 255)),
-        (Image.fromarray(np.full((8, 9), -5, np.int32)), (0, 0, 0)),
         (Image.fromarray(np.full((8, 9), 0.5, np.float32)), (128, 128, 128)),
         (Image.new("LAB", (9, 8), (0, 128, 128)), (0, 0, 0)),
         (Image.new("La", (9, 8), (77, 255)), (77, 77, 77)),
@@ -122,6 +121,16 @@ def test_unusable_floating_point_pixels(value: float, message: str) -> None:
     pixels[3, 4] = value
     picture = load_image(encoded(Image.fromarray(pixels), "TIFF"))
     with pytest.raises(ImageError, match=message):
+        prepare_images([picture], (8, 8), how("stretch"))
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 255), (-1, 65535), (0, 65536)])
+def test_wide_pixels_of_another_range(low: int, high: int) -> None:
+    pixels = np.linspace(low, high, 64).reshape(8, 8).astype(np.int32)
+    picture = load_image(encoded(Image.fromarray(pixels), "TIFF"))
+    with pytest.raises(
+        ImageError, match=f"32-bit pixels of {low} to {high}, which are taken as 16"
+    ):
         prepare_images([picture], (8, 8), how("stretch"))
 
 

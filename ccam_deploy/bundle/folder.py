@@ -111,7 +111,7 @@ def read_bundle(folder: str | Path, require_signature: str | Path | None = None)
         manifest = _without(manifest, lost)
         _verify_files(root, manifest)
     except OSError as error:
-        raise BundleError(f"{root} cannot be read: {error.strerror}") from error
+        raise BundleError(f"{error.filename or root} cannot be read: {error.strerror}") from error
     return Bundle(root, manifest)
 
 
@@ -266,7 +266,9 @@ def _decode(path: Path, content: bytes) -> Manifest:
             )
         return msgspec.json.decode(content, type=Manifest)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise ManifestError(f"{path} is not a valid manifest: {error}") from error
+        raise ManifestError(
+            f"{path} is not a valid manifest: {error}; export the bundle again"
+        ) from error
 
 
 def _without(manifest: Manifest, built: set[str]) -> Manifest:

@@ -65,12 +65,12 @@ def compare(options: CompareOptions) -> None:
     """
     from ccam_deploy import render
     from ccam_deploy.cli import choices
-    from ccam_deploy.files import require_writable, write_file
+    from ccam_deploy.files import require_writable, short_stem, write_file
     from ccam_deploy.quality.variants import Variant, require_runnable
 
     methods = choices.make_methods(options.methods, options.pairs)
     look = options.look.look(options.color_bar)
-    output = options.output or Path("explanations") / f"{options.image.stem}-compare.png"
+    output = options.output or Path("explanations") / f"{short_stem(options.image)}-compare.png"
     if output.suffix.lower() != ".png":
         raise OptionError(f"--output {output} must end in .png")
     require_writable(output)

@@ -75,7 +75,8 @@ def explain(options: ExplainOptions) -> None:
 
     Prints for each image and class: file, class, probability, masks of each layer, and milliseconds
     (its even share of the batch); then the files that were written to the folder --output. Images
-    that cannot be read are skipped; the exit code is 2 then.
+    that cannot be read are skipped; the exit code is 2 then. A path that does not exist is an error
+    before the first one.
 
     With --budget-ms, images are explained one by one, after a measurement of what that costs on
     this machine, and the k_max of each is printed too.

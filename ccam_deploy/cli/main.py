@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import sys
 from collections.abc import Sequence
@@ -30,6 +31,8 @@ from ccam_deploy.cli.triton import triton
 from ccam_deploy.cli.verify import verify
 from ccam_deploy.errors import CcamError
 from ccam_deploy.termination import Terminated
+
+_OUTPUT_FAILURES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 class _Group(click.Group):
@@ -79,6 +82,8 @@ def _message(error: Exception) -> str:
         return f"{text}{'' if text.endswith(('.', '?', '?)')) else '.'} See {command} --help"
     if isinstance(error, click.ClickException):
         return error.format_message()
+    if isinstance(error, OSError) and error.errno in _OUTPUT_FAILURES and not error.filename:
+        return f"the output cannot be written: {error.strerror}"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     return str(error)

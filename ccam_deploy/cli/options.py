@@ -50,7 +50,9 @@ def output_to(place: str) -> Option:
 
 
 BundleFolder = Annotated[Path, Argument(PATH)]
-ImageFiles = Annotated[tuple[Path, ...], Argument(PATH, many=True)]
+ImageFiles = Annotated[
+    tuple[Path, ...], Argument(click.Path(path_type=Path, readable=False), many=True)
+]
 ModelFile = Annotated[Path | None, Argument(PATH)]
 
 LOOPBACK = "127.0.0.1"

@@ -208,7 +208,7 @@ def _on_images(proposer: _Proposer, files: Sequence[Path]) -> dict[str, Any]:
     """Propose boxes for the files that can be read, and draw them; report each other file."""
     from ccam_deploy import render
     from ccam_deploy.cli import choices
-    from ccam_deploy.files import unused, write_file
+    from ccam_deploy.files import short_stem, unused, write_file
 
     manifest = proposer.explainer.bundle.manifest
     targets = choices.parse_targets(proposer.options.targets, manifest)
@@ -224,7 +224,7 @@ def _on_images(proposer: _Proposer, files: Sequence[Path]) -> dict[str, Any]:
                 continue
             proposal = proposer.propose(picture, targets)
             tiles = [("map", proposal.overlay), *_tiles(picture, proposal, proposer.method.name)]
-            path = proposer.options.output / f"{unused(file.stem, stems)}-proposals.png"
+            path = proposer.options.output / f"{unused(short_stem(file), stems)}-proposals.png"
             write_file(path, render.png(render.panel(tiles)))
             content.append(
                 {

@@ -19,6 +19,7 @@ from ccam_deploy.engines.base import Array, Engine, TensorSpec
 from ccam_deploy.engines.cuda.device import DeviceTensor
 from ccam_deploy.errors import BackendError, brief
 from ccam_deploy.extras import REPLACE_ONNXRUNTIME, install
+from ccam_deploy.files import is_utf8
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -220,6 +221,8 @@ def open_session(
         BackendError: The model cannot be loaded, or ONNX Runtime put it on another device.
     """
     runtime = _import()
+    if isinstance(model, Path) and not is_utf8(model):
+        raise BackendError(f"ONNX Runtime cannot open {model}: its path is not UTF-8; rename it")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = _FATAL  # errors come as exceptions

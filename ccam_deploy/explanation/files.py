@@ -14,7 +14,7 @@ import numpy as np
 from ccam_deploy import render
 from ccam_deploy.errors import OptionError
 from ccam_deploy.explanation.drawing import Drawing, panel_of
-from ccam_deploy.files import unused, write_file
+from ccam_deploy.files import short_stem, unused, write_file
 from ccam_deploy.render import Look, Tile
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class ExplanationWriter:
             raise OptionError(f"there are {len(files)} names for {len(explanation.logits)} images")
         if "masks" in self._formats:
             explanation.require_masks()
-        stems = [unused(Path(file).stem, self._stems) for file in files]
+        stems = [unused(short_stem(file), self._stems) for file in files]
         written = []
         tiles: list[Tile] = []
         for pair, image in enumerate(map(int, explanation.image_index)):

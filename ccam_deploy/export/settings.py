@@ -90,7 +90,8 @@ class ExportSettings:
     def __post_init__(self) -> None:
         if len(self.mean) not in (1, 3) or len(self.mean) != len(self.std):
             raise OptionError(
-                f"mean has {len(self.mean)} values and std {len(self.std)}; both need 1 or 3"
+                f"mean and std have {len(self.mean)} and {len(self.std)} values; "
+                "both need 1, or both 3"
             )
         if self.half not in get_args(Half):
             raise OptionError(f'half is "{self.half}"; it must be {" or ".join(get_args(Half))}')

@@ -16,6 +16,7 @@ from ccam_deploy.export.architecture import Model, build_model, current_folder_i
 from ccam_deploy.export.from_onnx.network import read_onnx
 from ccam_deploy.export.program_file import SAFER_FORMATS, read_program
 from ccam_deploy.export.torchscript import read_script
+from ccam_deploy.files import is_utf8
 
 _ONNX_START = b"\x08"
 """The tag of the version, which every library writes first."""
@@ -43,6 +44,8 @@ def load_model(
     Raises:
         SourceError: The file is missing, damaged, of an unknown type, or for another network.
     """
+    if not is_utf8(path):
+        raise SourceError(f"{path} cannot be read: its path is not UTF-8; rename it")
     file_type = model_file_type(path)
     if file_type == "program":
         return read_program(path, allow_pickle, warn)

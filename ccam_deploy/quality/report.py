@@ -249,12 +249,13 @@ def _title(metric: str) -> str:
 def _caption(summary: Summary) -> str:
     settings = summary.settings
     left = len(summary.unread)
-    without = f" without {left} that could not be read" if left else ""
+    read = settings["images"] - left
+    without = f", without {left} more that could not be read" if left else ""
     explained = "the classifier's best class" if settings["target"] == "predicted" else "the label"
     resampled = "" if summary.over == EACH_IMAGE.name else f", resampled by {summary.over}"
     bundle = one_line(settings["bundle"])
     return (
-        f"Mean and 95 % bootstrap interval over {settings['images']} images of "
+        f"Mean and 95 % bootstrap interval over {read} images of "
         f"{one_line(settings['dataset'])}{without}{resampled}; bundle {bundle}, "
         f"{settings['precision']} on {settings['backend']}; protocol "
         f"{settings['protocol']}, seed {settings['seed']}; explained: {explained}."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -257,3 +258,56 @@ def test_explain_takes_at_most_the_limit(tiny_bundle: Path, here: Path) -> None:
     words = ("explain", tiny_bundle, "c.png", "a.png", "b.png", "--save", "none", "--limit", 2)
     reports = json.loads(success(*words, "--json").stdout)
     assert [report["file"] for report in reports] == ["c.png", "a.png"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-"])
+def test_closed_streams_change_nothing(tiny_bundle: Path, here: Path, closed: str) -> None:
+    picture(here / "one.png")
+    words = [str(SCRIPT), "explain", str(tiny_bundle), "one.png"]
+    done = subprocess.run(
+        ["sh", "-c", f'exec "$@" {closed}', "sh", *words], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("one.png: class ") or (closed, done.stdout) == (">&-", "")
+    assert len(list((here / "explanations").iterdir())) == 1
+
+
+@pytest.mark.slow
+def test_long_names_are_cut_and_told_apart(tiny_bundle: Path, here: Path) -> None:
+    names = [f"{'n' * 240}.png", f"{'n' * 239}m.png", f"{'猫' * 80}.png"]
+    for name in names:
+        picture(here / name)
+    success("explain", tiny_bundle, *names, "--target", 3, "--save", "json")
+    written = sorted(path.name for path in (here / "explanations").iterdir())
+    ends = [f"{'n' * 120}-dog-3.json", f"{'n' * 120}-2-dog-3.json", f"{'猫' * 40}-dog-3.json"]
+    assert written == sorted(ends)
+
+
+@pytest.mark.slow
+def test_a_named_file_that_may_not_be_read_is_passed_over(
+    tiny_bundle: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture(here / "one.png")
+    locked = picture(here / "two.png")
+    read = Path.read_bytes
+
+    def refuse(path: Path) -> bytes:
+        if path.name == locked.name:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != locked.name)
+    done = run("explain", tiny_bundle, "two.png", "one.png", "--save", "none")
+    assert refusal(done) == "two.png cannot be read: Permission denied"
+    assert done.stdout.startswith("one.png: class ")
+
+
+@pytest.mark.slow
+def test_a_bundle_whose_path_is_no_text(tiny_bundle: Path, here: Path) -> None:
+    folder = Path(os.fsdecode(b"b\xe9"))
+    shutil.copytree(tiny_bundle, folder)
+    picture(here / "one.png")
+    message = failure("explain", folder, "one.png")
+    assert message.endswith(r"cannot open b\udce9/backbone.onnx: its path is not UTF-8; rename it")

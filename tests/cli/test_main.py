@@ -28,6 +28,14 @@ def test_the_installed_command_lists_all_commands() -> None:
     assert names == sorted(main.commands)
 
 
+def test_a_full_disk_behind_the_output(tiny_bundle: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        command = [str(SCRIPT), "info", str(tiny_bundle), "--json"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "error: the output cannot be written: No space left on device\n"
+
+
 def test_help_is_quick() -> None:
     """It imports few modules: a count, for a time would be the machine's too."""
     code = (

@@ -97,7 +97,7 @@ def test_a_single_logit_is_checked_by_its_sigmoid(
         (["--method", "magic"], "'magic' is not one of 'collection-cam'"),
         (["--option", "depth=1"], 'option "depth" is unknown; collection-cam has theta'),
         (["--colormap", "rainbow"], 'color map "rainbow" is unknown'),
-        (["--mean", "0.5"], "mean has 1 values and std 3; both need 1 or 3"),
+        (["--mean", "0.5"], "mean and std have 1 and 3 values; both need 1, or both 3"),
         (["--resize", "stretch", "--cover", "64"], "--cover goes with --resize crop"),
     ],
 )

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from ccam_deploy.bundle.folder import read_bundle
 from ccam_deploy.cli.main import main
-from tests.command import failure, success
+from tests.command import failure, refusal, success
 from tests.helpers import example_files
 from tests.keys import KeyPair, make_keys, openssl
 
@@ -61,7 +61,10 @@ def test_a_password_is_asked_for(bundle: Path, keys: KeyPair) -> None:
     result = CliRunner().invoke(main, words, input="wrong\n")
     assert result.exit_code == 2
     assert "error: locked.pem cannot be decrypted: " in result.stderr
+    message = refusal(CliRunner().invoke(main, words, input=""))
+    assert message == "the key locked.pem has a password; sign at a terminal, or give it on stdin"
     result = CliRunner().invoke(main, words, input="sesame\n")
+    assert result.stderr == ""
     assert result.stdout == "tiny/model.sig: all files are signed with locked.pem\n"
     assert "sesame" not in result.output
     read_bundle(bundle, keys.public)

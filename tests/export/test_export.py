@@ -313,8 +313,11 @@ def test_models_that_cannot_be_exported(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"mean": (0.5,)}, "mean has 1 values and std 3; both need 1 or 3"),
-        ({"mean": (0.5,) * 2, "std": (0.5,) * 2}, "mean has 2 values and std 2; both need 1 or 3"),
+        ({"mean": (0.5,)}, "mean and std have 1 and 3 values; both need 1, or both 3"),
+        (
+            {"mean": (0.5,) * 2, "std": (0.5,) * 2},
+            "mean and std have 2 and 2 values; both need 1, or both 3",
+        ),
         ({"std": (1, 0, 1)}, "std is (1, 0, 1); every value must be above 0"),
         ({"std": (1, math.nan, 1)}, "they must be finite"),
         ({"mean": (0, math.inf, 1)}, "they must be finite"),

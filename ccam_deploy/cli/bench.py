@@ -105,7 +105,7 @@ class BenchOptions:
 @click.command()
 @with_options(BenchOptions)
 def bench(options: BenchOptions) -> None:
-    """Measure how long an explanation of IMAGES takes.
+    """Measure how long an explanation of IMAGES by Collection-CAM takes.
 
     Measures the latency from images in memory to the result, its stages, the overhead over the
     classifier's passes alone (the floor), the cold start and the memory. Without IMAGES, a

@@ -99,21 +99,21 @@ def rank(values: Floats, regions: NDArray[np.bool_], least: int) -> Floats:
     Returns:
         [H, W] float32; pixels of no region have their mean attribution.
     """
-    areas = regions.reshape(len(regions), -1).astype(np.float32)
-    flat = values.ravel()
+    areas = regions.reshape(len(regions), -1)
+    flat = values.ravel().astype(np.float64)
     free = np.ones(flat.shape, np.bool_)
-    ranked = np.empty_like(flat)
-    while len(areas):
-        added = areas @ free.astype(np.float32)
-        left = added >= least
-        areas, added = areas[left], added[left]
-        if not len(areas):
-            break
-        gains = (areas @ np.where(free, flat, np.float32(0))) / added
+    ranked = np.empty(flat.shape, np.float32)
+    added = np.count_nonzero(areas, axis=1)
+    sums = np.array([flat[area].sum() for area in areas])
+    while (left := added >= least).any():
+        gains = np.divide(sums, added, out=np.full(len(sums), -np.inf), where=left)
         best = int(gains.argmax())
-        new = free & (areas[best] > 0)
+        new = np.flatnonzero(areas[best] & free)
         ranked[new] = gains[best]
-        free &= ~new
+        free[new] = False
+        taken = areas[:, new]
+        added -= np.count_nonzero(taken, axis=1)
+        sums -= taken @ flat[new]
     if free.any():
         ranked[free] = flat[free].mean()
     return ranked.reshape(values.shape)
@@ -139,7 +139,12 @@ def _widened(region: NDArray[np.bool_], dilation: int) -> NDArray[np.bool_]:
 
     if dilation == 0:
         return region
-    near: NDArray[np.bool_] = distance_transform_edt(~region) <= dilation
+    around = tuple(
+        slice(max(int(lines[0]) - dilation, 0), int(lines[-1]) + dilation + 1)
+        for lines in (np.flatnonzero(region.any(axis=axis)) for axis in (1, 0))
+    )
+    near = np.zeros_like(region)
+    near[around] = distance_transform_edt(~region[around]) <= dilation
     return near
 
 

@@ -70,9 +70,10 @@ def test_public_names_have_an_entry(name: str) -> None:
     assert directives & {f"ccam_deploy.{name}", home}
 
 
-def test_quality_is_the_measured_one() -> None:
-    measured = json.loads((RESULTS / "quality-digits.json").read_text())
-    table = between(DOCS / "evaluation.md", "quality").splitlines()
+@pytest.mark.parametrize("network", ["digits", "efficientnet_lite0"])
+def test_quality_is_the_measured_one(network: str) -> None:
+    measured = json.loads((RESULTS / f"quality-{network}.json").read_text())
+    table = between(DOCS / "evaluation.md", f"quality of {network}").splitlines()
     metrics = [word.strip(" ,%↓↑") for word in table[0].split("|")[2:-2]]
     rows = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in table[2:]}
     assert set(rows) == set(measured["results"]["Methods"])

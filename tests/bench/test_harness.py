@@ -104,9 +104,9 @@ def test_committed_tables_are_of_the_committed_figures(bench: object, name: str)
 def test_committed_tables_of_quality_are_of_its_figures(network: str) -> None:
     file = RESULTS / f"quality-{network}.json"
     result = json.loads(file.read_text(encoding="utf-8"))
-    text = file.with_suffix(".md").read_text(encoding="utf-8")
+    text = file.with_suffix(".md").read_text(encoding="utf-8") + "\n"
     assert f"\n\n{bench_quality.times_table(result['ms'])}\n\n" in text
-    assert f"\n\n{bench_quality.origins_table(result['origins'])}\n" in text
+    assert f"\n\n{bench_quality.origins_table(result['origins'])}\n\n" in text
     assert f"Made by `{result['command']}`" in text
 
 

@@ -24,6 +24,12 @@ from ccam_deploy.export.layers import TargetLayer
 from ccam_deploy.export.onnx_conversion import GraphInput, to_onnx
 from ccam_deploy.export.program import Program
 from ccam_deploy.export.simplify import leave_batch_open, without_sizes
+from ccam_deploy.export.tensor_cores import (
+    add_channels,
+    pad_images,
+    pool_before_bias,
+    widen_images,
+)
 
 _BATCH, _MASKS = 2, 3
 """Lengths of the dynamic axes in examples."""
@@ -95,6 +101,9 @@ def convert_graphs(
     require_expressible(program)
     parts = differentiate(program, layers, dtype, with_head)
     require_expressible_gradient(parts.backbone, parts.gradient)
+    if dtype == torch.float16:
+        pad_images(parts.backbone)
+        pool_before_bias(parts.backbone)
     images = _images(program, dtype)
     scores = _scores(program, dtype)
     residuals = {
@@ -117,7 +126,7 @@ def convert_graphs(
         "masks": GraphInput((_MASKS, 1, *program.input_shape[1:]), "masks", dtype),
         "owner": GraphInput((_MASKS,), "masks", torch.int64),
     }
-    classifier = convert(_masked_classifier(program, dtype), masked_inputs, "logits")
+    classifier = convert(masked_classifier(program, dtype), masked_inputs, "logits")
     head = plain = guided = excitation = None
     if with_head:
         maps = {"features": GraphInput((_MASKS, *layers[-1].shape), "masks", dtype)}
@@ -166,19 +175,55 @@ def _head(parts: Differentiated, layers: Sequence[TargetLayer]) -> fx.GraphModul
     return parts.head
 
 
-def _masked_classifier(program: Program, dtype: torch.dtype) -> fx.GraphModule:
-    """The logits of masked images: images, masks and the row of each mask's image -> logits."""
+def masked_classifier(program: Program, dtype: torch.dtype) -> fx.GraphModule:
+    """Make the graph of masked images' logits.
+
+    Args:
+        program: The classifier.
+        dtype: What the graph computes in; in float16 it has the form that suits tensor cores.
+
+    Returns:
+        The graph (images [B, C, H, W], masks [N, 1, H, W], owner [N] int64, the row of each mask's
+        image) -> (logits [N, classes],).
+    """
+    forward, extra = _forward(program), 0
+    if dtype == torch.float16:
+        extra = widen_images(forward)
+        pool_before_bias(forward)
     graph = fx.Graph()
     images, masks, owner = map(graph.placeholder, ("images", "masks", "owner"))
-    owned = graph.call_function(aten.index_select.default, (images, 0, owner))
-    masked = graph.call_function(aten.mul.Tensor, (owned, masks))
-    forward = _forward(program)
+    masked = _masked(graph, (images, masks, owner), program.input_shape, extra)
     copies = {placeholders(forward)[0]: masked}
     graph.output(graph.graph_copy(forward.graph, copies))
     constants = nn.Module()
     for name, value in forward.named_buffers():
         constants.register_buffer(name, cast(value, dtype))
     return fx.GraphModule(constants, graph)
+
+
+def _masked(
+    graph: fx.Graph, inputs: Sequence[fx.Node], shape: tuple[int, int, int], extra: int
+) -> fx.Node:
+    """The images [N, C + extra, H, W] under their masks.
+
+    With further channels the images are masked with the channels last, so that no engine turns
+    them round once for each mask.
+
+    Args:
+        graph: Where to write.
+        inputs: Images, masks and the row of each mask's image.
+        shape: C, H, W.
+        extra: How many channels of zeros come after the images' own.
+    """
+    images, masks, owner = inputs
+    call = graph.call_function
+    if extra:
+        _, height, width = shape
+        images = call(aten.permute.default, (add_channels(graph, images, extra), [0, 2, 3, 1]))
+        masks = call(aten.reshape.default, (masks, [-1, height, width, 1]))
+    owned = call(aten.index_select.default, (images, 0, owner))
+    masked = call(aten.mul.Tensor, (owned, masks))
+    return call(aten.permute.default, (masked, [0, 3, 1, 2])) if extra else masked
 
 
 def _forward(program: Program) -> fx.GraphModule:

@@ -1,4 +1,4 @@
-"""Everything about an NVIDIA GPU in under three minutes, beside PyTorch on the same card.
+"""Everything about an NVIDIA GPU in about four minutes, beside PyTorch on the same card.
 
     python -m bench.bench_gpu --output bench/results
 
@@ -44,11 +44,11 @@ from ccam_deploy.bundle.folder import MANIFEST
 from ccam_deploy.engines import Backend
 from ccam_deploy.errors import BackendError
 
-LIMIT = 170.0
+LIMIT = 240.0
 EXPORT_LIMIT = 100.0
 """Seconds from the start after which no export is waited for."""
 
-PART_LIMITS = {"kernels": 45.0, "explain": 45.0, "floor": 25.0}
+PART_LIMITS = {"kernels": 45.0, "explain": 60.0, "floor": 60.0}
 PART_LIMITS |= {"score-cam": 20.0, "score-floor": 20.0, "torchcam": 15.0}
 """Seconds of a part, by the kind of its first piece that is missing."""
 _LEAST = 5.0

@@ -17,6 +17,7 @@ from ccam_deploy.arrays import Floats
 from ccam_deploy.bundle.folder import Bundle, read_bundle
 from ccam_deploy.engines import Networks, open_networks
 from ccam_deploy.engines.base import row_chunks
+from ccam_deploy.engines.cuda.graph_replay import CudaGraphs
 from ccam_deploy.engines.cuda.parts import ImageParts
 from ccam_deploy.errors import OptionError
 from ccam_deploy.explanation import Explanation
@@ -49,7 +50,8 @@ class Explainer:
         networks: Its engines.
         precision: The engines' precision.
         batch_size: The most images, and the most masked images, that run at a time.
-        cuda_graphs: Capture a GPU's work, and replay it for calls of the same sizes.
+        cuda_graphs: Capture a GPU's work, and replay it for calls of the same sizes; or what
+            engines capture by themselves alone.
         now: Seconds on a clock that only goes forward.
     """
 
@@ -59,7 +61,7 @@ class Explainer:
         networks: Networks,
         precision: str,
         batch_size: int = DEFAULT_BATCH,
-        cuda_graphs: bool = True,
+        cuda_graphs: CudaGraphs = True,
         now: Callable[[], float] = time.perf_counter,
     ) -> None:
         _validate_batch_size(batch_size)

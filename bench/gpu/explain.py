@@ -22,7 +22,7 @@ from ccam_deploy.latency.stages import (
     host_share,
     measure_stages,
     median_stages,
-    without_cuda_graphs,
+    stage_by_stage,
 )
 from ccam_deploy.latency.timing import summarise
 from ccam_deploy.methods import ScoreCAM
@@ -57,7 +57,7 @@ def count_masks(result: ccam.Explanation) -> int:
 def measure(
     explainer: ccam.Explainer, batch: int, now: Callable[[], float] = time.perf_counter
 ) -> Figures:
-    """Time explanations of a batch, replayed as under load and launched stage by stage.
+    """Time explanations of a batch, replayed as under load.
 
     Args:
         explainer: What is measured.
@@ -65,8 +65,8 @@ def measure(
         now: A clock in seconds.
 
     Returns:
-        Milliseconds of a call, of the first, on the device and beside it; the stages, the host's
-        share, and the median number of masked images.
+        Milliseconds of a call, of the first, on the device and beside it; the host's share, and
+        the median number of masked images.
     """
     on_gpu = explainer.networks.backend != CPU
     calls = inputs(explainer, batch)
@@ -75,8 +75,6 @@ def measure(
     first = now() - begun
     masks = [count_masks(explainer.explain(images)) for images in calls]
     replayed = measure_stages(explainer, calls, _DURATION, now, now() + _LIMIT)
-    plain = without_cuda_graphs(explainer)
-    launched = measure_stages(plain, calls, _DURATION / 4, now, now() + _LIMIT / 2)
     return {
         "masks": round(median(masks)),
         "ms": asdict(summarise([call.total for call in replayed])),
@@ -84,8 +82,16 @@ def measure(
         "device_ms": round(1000 * median(call.device for call in replayed), 3),
         "host_ms": round(1000 * median(call.total - call.device for call in replayed), 3),
         "host_share": host_share(replayed, on_gpu),
-        "stages_ms": median_stages(launched),
     }
+
+
+def stages_of_one(
+    explainer: ccam.Explainer, now: Callable[[], float] = time.perf_counter
+) -> dict[str, float]:
+    """Time the stages of a single image, launched one by one: milliseconds by name."""
+    plain = stage_by_stage(explainer)
+    calls = inputs(explainer, 1)
+    return median_stages(measure_stages(plain, calls, _DURATION / 4, now, now() + _LIMIT))
 
 
 def measure_score_cam(
@@ -107,7 +113,7 @@ def measure_score_cam(
     timed = measure_stages(explainer, calls, _DURATION, now, now() + _LIMIT, method)
     launched = timed
     if not all(_FORWARDS in call.seconds for call in timed):  # they are inside of a CUDA graph
-        plain = without_cuda_graphs(explainer)
+        plain = stage_by_stage(explainer)
         launched = measure_stages(plain, calls, _DURATION, now, now() + _LIMIT, method)
     total = summarise([call.total for call in timed])
     forwards = 1000 * median(call.seconds[_FORWARDS] for call in launched)
@@ -146,9 +152,12 @@ class Explainers:
             return measure_score_cam(explainer)
         warm_up = self._warm_up(explainer, piece.batch)
         figures = measure(explainer, piece.batch)
-        grown = memory_since(self._before)
-        backend = explainer.networks.backend
-        return {**figures, "warm_up_ms": warm_up, "memory_mib": grown, "backend": backend}
+        figures["warm_up_ms"] = warm_up
+        figures["memory_mib"] = memory_since(self._before)
+        figures["backend"] = explainer.networks.backend
+        if piece.batch == 1:
+            figures["stages_ms"] = stages_of_one(explainer)
+        return figures
 
     def _warm_up(self, explainer: ccam.Explainer, batch: int) -> float:
         """Prepare for a single image alone, or for every batch: the milliseconds that it took."""

@@ -30,7 +30,7 @@ from ccam_deploy.latency.stages import (
     measure_stages,
     median_stages,
     seconds_by_stage,
-    without_cuda_graphs,
+    stage_by_stage,
 )
 from ccam_deploy.latency.tables import digits
 from ccam_deploy.latency.timing import (
@@ -176,7 +176,7 @@ class _Measuring:
         """Time the stages of calls on pictures; on a GPU those of replayed calls on arrays too."""
         self.say("stages")
         duration = self.settings.duration * STAGES_SHARE
-        plain = without_cuda_graphs(self.explainer)
+        plain = stage_by_stage(self.explainer)
         pictures = [case.pictures for case in self.cases]
         launched = measure_stages(plain, pictures, duration, self.now, self.deadlines.stages)
         if not self.explainer.networks.slots:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from ccam_deploy.arrays import Floats
 from ccam_deploy.bundle.manifest import Manifest
 from ccam_deploy.engines import Networks
+from ccam_deploy.engines.cuda.graph_replay import CudaGraphs
 from ccam_deploy.methods.base import Context, Method
 from ccam_deploy.methods.collection_cam.cpu import CollectionCAM
 from ccam_deploy.methods.collection_cam.cuda import CudaCollectionCAM, DeviceCollectionCAM
@@ -49,7 +50,7 @@ class MethodFactory:
         baseline: Floats,
         gradient_scale: float,
         batch_size: int,
-        cuda_graphs: bool,
+        cuda_graphs: CudaGraphs,
     ) -> None:
         self._networks = networks
         self.context = Context(

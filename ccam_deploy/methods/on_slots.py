@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ccam_deploy.bundle.manifest import Manifest
+from ccam_deploy.engines.cuda.graph_replay import CudaGraphs
 from ccam_deploy.engines.cuda.slots import Slots
 
 
@@ -27,7 +28,7 @@ class OnSlots:
         manifest: Manifest,
         gradient_scale: float,
         batch_size: int,
-        cuda_graphs: bool = True,
+        cuda_graphs: CudaGraphs = True,
     ) -> None:
         self.slots = slots
         self.manifest = manifest

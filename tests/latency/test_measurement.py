@@ -206,7 +206,7 @@ def test_on_a_gpu_stages_come_from_a_run_without_graphs(monkeypatch: pytest.Monk
     replaying, plain = FakeExplainer(clock), FakeExplainer(clock)
     replaying.slots = cast(Slots, object())
     replaying.backend = "tensorrt"
-    monkeypatch.setattr(measurement, "without_cuda_graphs", lambda explainer: plain)
+    monkeypatch.setattr(measurement, "stage_by_stage", lambda explainer: plain)
     floors: list[Any] = []
 
     def passes(images: Any, options: object) -> Callable[[], None]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from ccam_deploy.engines.cuda.device import Device, DeviceGraph
 from ccam_deploy.errors import BackendError
@@ -15,6 +15,10 @@ RETRY_AFTER = 100
 """How often work is launched piece by piece after a failed capture, before the next attempt."""
 _MOST_GRAPHS = 256
 _MOST_REFUSALS = 3
+
+CudaGraphs = bool | Literal["engines"]
+"""Whether work is replayed as CUDA graphs; "engines" for what engines capture by themselves alone,
+which leaves the stages between them to be timed one by one."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ class StreamRunner:
     def of_graphs(
         cls,
         device: Device,
-        replay: bool,
+        replay: CudaGraphs,
         graphs: Collection[DeviceGraph],
         note: Callable[[str], None],
     ) -> Self:
@@ -89,7 +93,7 @@ class StreamRunner:
 
         Args:
             device: Whose stream to use.
-            replay: Whether to capture work at all.
+            replay: Whether to capture work.
             graphs: All graphs that the work launches.
             note: Called with a line the first time that work cannot be captured.
         """
@@ -97,7 +101,7 @@ class StreamRunner:
         alone = any(graph.replays_itself or not graph.capturable for graph in graphs)
         return cls(
             device,
-            replay,
+            replay is True,
             lambda: alone or all(graph.capturable for graph in graphs),
             note,
             alone,

@@ -14,6 +14,7 @@ from ccam_deploy.arrays import Floats
 from ccam_deploy.bundle.manifest import Layer
 from ccam_deploy.engines.base import TensorSpec
 from ccam_deploy.engines.cuda.device import Device, DeviceGraph, DeviceTensor, Region
+from ccam_deploy.engines.cuda.graph_replay import CudaGraphs
 from ccam_deploy.engines.cuda.loans import PinnedLoans
 from ccam_deploy.engines.cuda.slots import Graphs
 from ccam_deploy.kernels.cuda.buffers import (
@@ -61,7 +62,7 @@ class Setup:
     gradient_scale: float
     options: CollectionCAM
     scoring: Scoring = "logit"
-    cuda_graphs: bool = True
+    cuda_graphs: CudaGraphs = True
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from ccam_deploy.arrays import Classes, Floats
 from ccam_deploy.bundle.manifest import Activation
 from ccam_deploy.engines.base import TensorSpec
 from ccam_deploy.engines.cuda.device import DeviceGraph, DeviceTensor, Region
-from ccam_deploy.engines.cuda.graph_replay import Part, StreamRunner
+from ccam_deploy.engines.cuda.graph_replay import CudaGraphs, Part, StreamRunner
 from ccam_deploy.engines.cuda.parts import ImageParts, SlotImages
 from ccam_deploy.engines.cuda.slots import Slot
 from ccam_deploy.errors import BackendError
@@ -45,7 +45,7 @@ class Setup:
 
     input: tuple[int, int, int]
     batch: int
-    cuda_graphs: bool
+    cuda_graphs: CudaGraphs
     note: Callable[[str], None]
     activation: Activation
 
@@ -112,7 +112,7 @@ class Passes:
         self.size = setup.input[1:]
         self.activation = setup.activation
         self._slot = slot
-        self._replays = setup.cuda_graphs
+        self._replays = bool(setup.cuda_graphs)
         names = "backbone", *graphs
         used = [self.graph(name) for name in names]
         self.batch = min(setup.batch, *(g.limits.get("batch", setup.batch) for g in used))

@@ -18,6 +18,7 @@ import ccam_deploy as ccam
 from ccam_deploy.bundle.folder import read_bundle
 from ccam_deploy.engines import Networks, load_networks
 from ccam_deploy.engines.cuda.device import ALIGNMENT, DeviceTensor
+from ccam_deploy.engines.cuda.graph_replay import CudaGraphs
 from ccam_deploy.engines.cuda.slots import Slot, Slots
 from ccam_deploy.engines.onnxruntime import OnnxRuntimeGraph
 from ccam_deploy.errors import BackendError, CcamError
@@ -204,7 +205,7 @@ class Job:
     precision: str = "fp32"
     batch_size: int = 4
     masks: int = 64
-    cuda_graphs: bool = True
+    cuda_graphs: CudaGraphs = True
     captures: bool = True
     passes: int = 0
     replays_itself: bool = False

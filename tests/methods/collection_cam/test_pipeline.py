@@ -174,6 +174,17 @@ def test_cuda_graphs_give_the_same_bits(bundle: Path, device: Run) -> None:
     assert {"explain", "classifier", "combine"} <= set(report.results[2].timings)
 
 
+def test_stages_can_be_timed_while_engines_replay(bundle: Path, device: Run) -> None:
+    """Engines that plan anew in other runs are bound once, as they are under load."""
+    call = Call(noise(2, 3, 16, 24), None, CollectionCAM(k_max=2))
+    job = Job(bundle, (call, call, call), replays_itself=True)
+    report, staged = device(job), device(replace(job, cuda_graphs="engines"))
+    assert report.captured and not staged.captured
+    assert staged.bound == report.bound
+    assert {"partition", "masks", "classifier"} <= set(staged.results[2].timings)
+    assert_same(staged.results[2], report.results[2], 0)
+
+
 def test_a_lower_k_max_needs_no_new_memory(bundle: Path, device: Run) -> None:
     """A budget lowers it; results are those of a pipeline that was made for it.
 

@@ -106,8 +106,10 @@ def first_occurrences(owner: Classes, targets: Classes) -> NDArray[np.intp]:
         owner: [P] int64, the image of each pair.
         targets: [P] int64, the class of each pair.
     """
-    _, first = np.unique(np.stack([owner, targets]), axis=1, return_index=True)
-    return np.sort(first)
+    first: dict[tuple[int, int], int] = {}
+    for row, pair in enumerate(zip(owner.tolist(), targets.tolist(), strict=True)):
+        first.setdefault(pair, row)
+    return np.array(list(first.values()), np.intp)
 
 
 def _is_list(targets: Any) -> TypeGuard[Sequence[Any]]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -171,40 +172,51 @@ class DeviceCollectionCAM:
         names = [layer.name for layer in self._place.manifest.layers]
         selected = [names[index] for index in options.selected_layers(names)]
         counts = results.counts
-        for index, name in enumerate(selected):
-            if not counts[:, index].all():
-                raise not_finite(name)
+        if not counts.all():
+            raise not_finite(selected[int(counts.all(axis=0).argmin())])
         require_finite_masked(results.weights)
-        ends = np.cumsum([layer.channels for layer in geometry.layers])
-        labels = np.split(results.labels, ends[:-1], axis=1)
-        per_pair = np.cumsum(counts.sum(axis=1))[:-1]
-        scores = np.split(results.scores, per_pair)
-        weights = np.split(results.weights, per_pair)
-        flat = np.split(results.flat, per_pair)
-        rows = np.broadcast_to(self._baseline, (len(counts), len(self._baseline)))
-        base = score_of(options.score, rows, results.targets, self._place.manifest.probabilities_by)
+        channels = _consecutive([layer.channels for layer in geometry.layers])
         tried = options.k_max - options.k_min + 1
+        masks = counts.sum(axis=1)
+        of_pair = _consecutive(masks.tolist())
+        inputs = np.broadcast_to(self._baseline, (len(counts), len(self._baseline)))
+        activation = self._place.manifest.probabilities_by
+        base = score_of(options.score, inputs, results.targets, activation)
+        increases = results.scores - np.repeat(base, masks)
+        mic = np.where(results.flat == 0, increases, np.float32(0))
         return MethodResult(
             results.raw.reshape(-1, *geometry.size),
             results.saliency.reshape(-1, *geometry.size),
             tuple(
                 LayerPartition(
-                    name, layer_labels, counts[:, index], results.quality[:, index, :tried]
+                    name,
+                    results.labels[:, of_layer],
+                    counts[:, index],
+                    results.quality[:, index, :tried],
                 )
-                for index, (name, layer_labels) in enumerate(zip(selected, labels, strict=True))
+                for index, (name, of_layer) in enumerate(zip(selected, channels, strict=True))
             ),
             MaskSequence(
                 [
-                    partial(draw_masks, maps, geometry.size, options.theta)
-                    for maps in map(geometry.split_sums, results.sums, counts)
+                    partial(_draw_masks, geometry, sums, of_layers, options.theta)
+                    for sums, of_layers in zip(results.sums, counts, strict=True)
                 ]
             ),
-            tuple(weights),
-            tuple(
-                np.where(is_flat == 0, score - zero, np.float32(0))
-                for score, is_flat, zero in zip(scores, flat, base, strict=True)
-            ),
+            tuple(results.weights[rows] for rows in of_pair),
+            tuple(mic[rows] for rows in of_pair),
         )
+
+
+def _consecutive(counts: Sequence[int]) -> list[slice]:
+    """The slices of so many rows each that follow one another."""
+    return [slice(end - count, end) for count, end in zip(counts, accumulate(counts), strict=True)]
+
+
+def _draw_masks(
+    geometry: Geometry, sums: Floats, counts: NDArray[np.int32], theta: float
+) -> Floats:
+    """Draw all masks of a pair from its collection sums; see Geometry.split_sums."""
+    return draw_masks(geometry.split_sums(sums, counts), geometry.size, theta)
 
 
 def _sizes(pipeline: Pipeline, images: Floats, options: CollectionCAM) -> list[tuple[int, int]]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ccam_deploy.engines.cuda.pycuda import CudaDevice
+from ccam_deploy.engines.cuda.slot_thread import SlotThread
 from ccam_deploy.engines.cuda.slots import Slot, Slots
 from ccam_deploy.engines.onnxruntime import OnnxRuntimeGraph, require_provider
 from ccam_deploy.engines.tensorrt.library import present_device, why_without
@@ -46,7 +46,7 @@ def onnxruntime_slots(paths: Mapping[str, Path], most: int, tf32: bool = False) 
             device.close()
             raise
         # What ONNX Runtime captures in one thread, it does not replay in another.
-        worker = ThreadPoolExecutor(1, "ccam-deploy-gpu")
+        worker = SlotThread("ccam-deploy-gpu")
         return Slot(device, {"latency": graphs, "throughput": graphs}, worker)
 
     slots = Slots(open_slot, most)

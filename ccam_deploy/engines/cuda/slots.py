@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal, Protocol, TypeVar, cast
 
 from ccam_deploy.engines.cuda.device import Device, DeviceGraph
+from ccam_deploy.engines.cuda.slot_thread import SlotThread
 from ccam_deploy.errors import BackendError
 
 Use = Literal["latency", "throughput"]
@@ -39,20 +39,15 @@ class Slot:
     Attributes:
         device: The stream and its memory.
         graphs: The graphs by name, tuned for a single image or for a batch.
-        worker: A pool of one thread, where engines keep what they captured by thread: `run` does
-            all work there. None where engines do not care.
+        worker: Where engines keep what they captured by thread: `run` does all work there. None
+            where engines do not care.
     """
 
     device: Device
     graphs: Mapping[Use, Graphs]
-    worker: ThreadPoolExecutor | None = None
+    worker: SlotThread | None = None
     _kept: dict[Hashable, Closable] = field(default_factory=dict)
     _scratch: dict[str, tuple[int, int]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        """Start the thread now: an interrupt while it starts could bring a second one."""
-        if self.worker is not None:
-            self.worker.submit(lambda: None).result()
 
     def scratch(self, name: str, size: int) -> int:
         """Return the address of `size` bytes for one purpose.
@@ -100,11 +95,7 @@ class Slot:
         """
         if self.worker is None:
             return work()
-        try:
-            return self.worker.submit(self._with_device, work).result()
-        except BaseException:
-            self.worker.submit(lambda: None).result()  # after whatever was submitted before
-            raise
+        return self.worker.run(partial(self._with_device, work))
 
     def _with_device(self, work: Callable[[], Result]) -> Result:
         with self.device.current():
@@ -113,7 +104,7 @@ class Slot:
     def close(self) -> None:
         """Wait for the stream, then free what is kept, the graphs and the device's memory."""
         if self.worker is not None:
-            self.worker.shutdown()
+            self.worker.close()
         graphs = {id(g): g for gs in self.graphs.values() for g in gs.values()}
         try:
             with self.device.current():

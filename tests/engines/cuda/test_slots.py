@@ -14,6 +14,7 @@ from typing import Any, cast
 import pytest
 
 from ccam_deploy.engines.cuda.device import Device
+from ccam_deploy.engines.cuda.slot_thread import SlotThread
 from ccam_deploy.engines.cuda.slots import Slot, Slots
 from ccam_deploy.errors import BackendError, OptionError
 
@@ -256,7 +257,7 @@ def test_what_slots_share_is_closed_where_the_last_slot_does_not_open() -> None:
 def test_a_slot_with_a_thread_does_all_work_there() -> None:
     """Whichever thread borrows it; the device is current there, and errors come back."""
     device = FakeDevice()
-    slot = Slot(cast(Device, device), {}, ThreadPoolExecutor(1))
+    slot = Slot(cast(Device, device), {}, SlotThread("slot"))
     slots = Slots(lambda: slot, 1)
     current: list[tuple[int, int]] = []
 
@@ -286,7 +287,7 @@ def fail() -> None:
 
 def test_an_interrupted_borrower_waits_for_the_work() -> None:
     """The next borrower must not meet it."""
-    slot = Slot(cast(Device, FakeDevice()), {}, ThreadPoolExecutor(1))
+    slot = Slot(cast(Device, FakeDevice()), {}, SlotThread("slot"))
     started, arrived, go_on = threading.Event(), threading.Event(), threading.Event()
     done = list[str]()
 

@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -47,7 +48,10 @@ class _Mark:
 
     def __init__(self, event: Any, spare: list[Any]) -> None:
         self.event = event
-        weakref.finalize(self, spare.append, event)
+        self._spare = spare
+
+    def __del__(self) -> None:
+        self._spare.append(self.event)
 
 
 class _Replay:
@@ -92,7 +96,7 @@ class CudaDevice:
         Raises:
             BackendError: The driver or a kernel's launch failed.
         """
-        with _backend_errors():
+        with _BackendErrors():
             self._context.push()
             try:
                 yield
@@ -101,20 +105,20 @@ class CudaDevice:
 
     def allocate(self, size: int) -> int:
         """See Device."""
-        with _backend_errors(f" to allocate {size} bytes"):
+        with _BackendErrors(f" to allocate {size} bytes"):
             block = self._driver.mem_alloc(max(size, 1))
         self._memory[int(block)] = block
         return int(block)
 
     def free(self, address: int) -> None:
         """See Device."""
-        with _backend_errors():
+        with _BackendErrors():
             self._stream.synchronize()
             self._memory.pop(address).free()
 
     def view(self, address: int, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
         """See Device."""
-        with _backend_errors():
+        with _BackendErrors():
             return _numba().as_cuda_array(_Memory(address, shape, np.dtype(dtype)), sync=False)
 
     def pinned(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
@@ -122,41 +126,41 @@ class CudaDevice:
         _DROPPED_PINNED.clear()
         if not math.prod(shape):
             return np.empty(shape, dtype)
-        with _backend_errors():
+        with _BackendErrors():
             array: NDArray[Any] = self._driver.pagelocked_empty(shape, np.dtype(dtype))
         weakref.finalize(array, _DROPPED_PINNED.append, array.base)
         return array
 
     def upload(self, address: int, values: Array) -> None:
         """See Device."""
-        with _backend_errors():
+        with _BackendErrors():
             self._driver.memcpy_htod_async(address, values, self._stream)
 
     def download(self, values: Array, address: int) -> None:
         """See Device."""
-        with _backend_errors():
+        with _BackendErrors():
             self._driver.memcpy_dtoh_async(values, address, self._stream)
 
     def copy(self, target: int, source: int, size: int) -> None:
         """See Device."""
-        with _backend_errors():
+        with _BackendErrors():
             self._driver.memcpy_dtod_async(target, source, size, self._stream)
 
     def wait(self, mark: Any = None) -> None:
         """See Device."""
-        with _backend_errors():
+        with _BackendErrors():
             (self._stream if mark is None else mark.event).synchronize()
 
     def mark(self) -> Any:
         """See Device."""
-        with _backend_errors():
+        with _BackendErrors():
             event = self._spare_events.pop() if self._spare_events else self._driver.Event()
             event.record(self._stream)
         return _Mark(event, self._spare_events)
 
     def seconds(self, start: Any, end: Any) -> float:
         """See Device."""
-        with _backend_errors():
+        with _BackendErrors():
             return float(end.event.time_since(start.event)) / 1e3
 
     def hold(self, thing: object) -> None:
@@ -171,7 +175,7 @@ class CudaDevice:
         mode = bindings.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
         self._destroy_dropped_graphs()
         # Memory that Numba would free meanwhile cannot be freed during a capture.
-        with _backend_errors(), _numba().defer_cleanup():
+        with _BackendErrors(), _numba().defer_cleanup():
             _require_success(bindings.cuStreamBeginCapture(stream, mode))
             self._capturing, self._held = True, []
             try:
@@ -219,16 +223,32 @@ class CudaDevice:
             _bindings().cuGraphExecDestroy(self._dropped_graphs.pop())
 
 
-@contextmanager
-def _backend_errors(action: str = "") -> Iterator[None]:
-    """Turn errors of the driver and of kernel launches into BackendError."""
-    try:
-        yield
-    except Exception as error:
-        if not _is_driver_error(error):
-            raise
-        reason = brief(error)
-        raise BackendError(f"the GPU failed{action}: {reason}{_advice(reason)}") from error
+class _BackendErrors:
+    """Turns errors of the driver and of kernel launches into BackendError.
+
+    A call enters it dozens of times, and a generator would take three times as long.
+
+    Args:
+        action: What was attempted, for the message.
+    """
+
+    def __init__(self, action: str = "") -> None:
+        self._action = action
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self,
+        error_type: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if isinstance(error, Exception) and _is_driver_error(error):
+            reason = brief(error)
+            raise BackendError(
+                f"the GPU failed{self._action}: {reason}{_advice(reason)}"
+            ) from error
 
 
 def _is_driver_error(error: Exception) -> bool:

@@ -316,7 +316,9 @@ class Explainer:
     def _settings(self, method: Method, budget: Budget | None) -> dict[str, Any]:
         return {
             "method": method.name,
-            "options": dataclasses.asdict(method),
+            "options": {
+                field.name: getattr(method, field.name) for field in dataclasses.fields(method)
+            },
             "bundle": self.bundle.manifest.name,
             "backend": self.networks.backend,
             "precision": self.precision,

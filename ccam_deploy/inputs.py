@@ -17,6 +17,7 @@ from ccam_deploy.errors import ImageError, TargetError
 from ccam_deploy.methods import Stopwatch
 from ccam_deploy.prefetch import prepared_ahead
 from ccam_deploy.preprocess import Geometry, prepare_images
+from ccam_deploy.row_threads import over_rows
 from ccam_deploy.targets import pairs_of
 
 Images = Floats | Sequence[Image.Image] | Image.Image
@@ -115,7 +116,7 @@ class Inputs:
                 f"images are {images.dtype}{list(images.shape)}; "
                 f"the bundle takes float32[B, {', '.join(map(str, size))}]"
             )
-        if not np.isfinite(images).all():
+        if not all(over_rows(self._decoders, lambda rows: _all_finite(images[rows]), images)):
             raise ImageError("the images have NaN or infinite pixels")
         return images, ()
 
@@ -124,6 +125,12 @@ class Inputs:
         decoders, self._decoders = self._decoders, None
         if decoders is not None:
             decoders.shutdown()
+
+
+def _all_finite(images: Floats) -> bool:
+    """Whether no pixel is NaN or infinite."""
+    # An image at a time: what is found of each stays in the cache.
+    return all(np.isfinite(image).all() for image in images)
 
 
 def sequence_of(images: Images) -> Pictures:

@@ -23,7 +23,7 @@ HEAVY = ("torch", "onnx", "onnxruntime", "numba", "tensorrt", "numpy", "scipy", 
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 FLOORS: tuple[frozenset[str], ...] = (
-    frozenset({"arrays", "errors", "extras", "prefetch", "termination", "text"}),
+    frozenset({"arrays", "errors", "extras", "prefetch", "row_threads", "termination", "text"}),
     frozenset({"array_files", "files", "image_files", "plotting", "render"}),
     frozenset({"bundle", "examples"}),
     frozenset({"engines", "kernels", "preprocess", "targets"}),

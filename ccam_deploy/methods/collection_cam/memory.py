@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,6 +30,7 @@ from ccam_deploy.kernels.cuda.buffers import (
 from ccam_deploy.kernels.cuda.geometry import Geometry, LayerPlace
 from ccam_deploy.methods.collection_cam.cpu import CollectionCAM
 from ccam_deploy.methods.scores import Scoring
+from ccam_deploy.row_threads import MOST_PARTS, over_rows
 
 _LARGEST_CHUNK = 64
 _LOANS = 2
@@ -204,6 +206,7 @@ class DeviceMemory:
         self.batch = min(
             setup.batch, *(graph.limits.get("batch", setup.batch) for graph in graphs.values())
         )
+        self._threads = ThreadPoolExecutor(MOST_PARTS - 1, "ccam-deploy-copies")
         self._regions: list[Region] = []
         self._gathered: dict[str, DeviceTensor] = {}
         try:
@@ -214,6 +217,7 @@ class DeviceMemory:
 
     def close(self) -> None:
         """Free the memory, once the stream's work is done."""
+        self._threads.shutdown()
         self._device.wait()
         for region in self._regions:
             region.close()
@@ -225,6 +229,11 @@ class DeviceMemory:
             residuals = [spec for spec in specs if spec.name != "output_gradient"]
             self._gathered = self._region(_arrays(residuals, self.batch)).tensors
         return self._gathered
+
+    def stage_images(self, images: Floats) -> None:
+        """Copy images to where `upload_images` takes them from."""
+        staged = self.host.images[: len(images)]
+        over_rows(self._threads, lambda rows: np.copyto(staged[rows], images[rows]), images)
 
     def upload_images(self, count: int) -> None:
         """Put a copy of the first images to the device on the stream."""

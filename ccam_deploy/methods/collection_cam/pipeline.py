@@ -138,7 +138,7 @@ class Pipeline:
             parts = images
             parts.put(self._device, self._memory.graphs.images)
         else:
-            host.images[: len(images)] = images
+            self._memory.stage_images(images)
         results = []
         for part in row_chunks(len(owner), self.batch):
             pairs = part.stop - part.start

@@ -244,12 +244,10 @@ class Region:
 
     def arrays(self, memory: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
         """The arrays by name, as views of `size` bytes of host memory that mirror them."""
-        views = {}
-        for name, tensor in self.tensors.items():
-            place = tensor.address - self.address
-            part = memory[place : place + tensor.bytes]
-            views[name] = part.view(tensor.dtype).reshape(tensor.shape)
-        return views
+        return {
+            name: np.ndarray(tensor.shape, tensor.dtype, memory, tensor.address - self.address)
+            for name, tensor in self.tensors.items()
+        }
 
     def view(self, name: str) -> Any:
         """One of the arrays for Numba's kernels."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from itertools import accumulate
 from weakref import WeakKeyDictionary
 
@@ -142,10 +142,10 @@ class DeviceCollectionCAM:
         It has room for the largest k_max so far: a budget lowers k_max within its call, where
         allocating memory and capturing graphs for each value would take too long.
         """
-        others = replace(options, k_min=1, k_max=1)
+        others = _with_k_max(options, 1)
         with self._k_max_lock:
             largest = max(self._largest_k_max.get(others, 0), options.k_max)
-        sized = replace(options, k_min=1, k_max=largest)
+        sized = _with_k_max(options, largest)
         key = self._place.batch_size, use, sized, self._place.cuda_graphs
         pipeline = slot.keep(key, lambda: self._make(slot, use, sized))
         with self._k_max_lock:  # only now: one that is too large would be asked for again
@@ -205,6 +205,11 @@ class DeviceCollectionCAM:
             tuple(results.weights[rows] for rows in of_pair),
             tuple(mic[rows] for rows in of_pair),
         )
+
+
+@lru_cache
+def _with_k_max(options: CollectionCAM, k_max: int) -> CollectionCAM:
+    return replace(options, k_min=1, k_max=k_max)
 
 
 def _consecutive(counts: Sequence[int]) -> list[slice]:

@@ -209,7 +209,7 @@ class Pipeline:
         self, images: int, pairs: int, first: bool, parts: ImageParts | None
     ) -> PairResults:
         runner, host = self._runner, self._memory.host
-        direct = np.array_equal(host.pairs.owner[:pairs], np.arange(images))
+        direct = host.pairs.owner[:pairs].tolist() == list(range(images))
         self._runner.put(
             ("explain", images, pairs, direct, first, parts is None),
             "explain",

@@ -111,7 +111,9 @@ class Workspace(ArrayGroup[T]):
         coarse: [COARSE_ROWS, P · C] float32; see `hierarchy`.
         links: [LINK_ROWS, P · C] int32; see `hierarchy`.
         scales: [P, L] float64, by which the coarse centroids are multiplied.
-        merges: [P, L, n] int32, the merges of each round that uses the whole grid.
+        alive: [P, L, n + 1] int32, the clusters before the n rounds of merging that use the whole
+            grid, and after each; 0 after rounds that were not needed.
+        stale: [P, L, n + 1] int32, how many of those had a nearest that was out of date.
         rounds: [P, L] int32, the rounds of merging.
         unscaled: [P, k_max · pixels] float64, the collection sums before they are scaled.
         finished: [P, L, k_max] int32, the tiles of a collection sum that are done.
@@ -128,7 +130,8 @@ class Workspace(ArrayGroup[T]):
     coarse: T
     links: T
     scales: T
-    merges: T
+    alive: T
+    stale: T
     rounds: T
     unscaled: T
     finished: T

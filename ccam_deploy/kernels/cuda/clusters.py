@@ -24,11 +24,40 @@ UNDERFLOW = np.float32(2**-120)
 CENTROID_ERROR = np.float32(2**-22)
 INFINITY = np.float32(np.inf)
 
+CoarseCluster = tuple[Number, Number, Number, Number, Number, Number]
+"""A cluster of `Coarse` in registers, each float32: four coordinates, the size, and the error."""
+
+Found = tuple[Number, Number, Number, Number]
+"""Float32 bounds and an int32: the two least lower bounds of distances, the least upper bound, and
+the cluster of the first."""
+
 
 @cuda.jit(device=True)
-def out_of_date(links: Links, cluster: int, turn: int) -> bool:
-    """Whether a round merged the cluster or its nearest."""
-    return bool(links.changed[cluster] == turn or links.changed[links.nearest[cluster]] == turn)
+def merge_or_keep(
+    exact: Exact,
+    coarse: Coarse,
+    links: Links,
+    history: History,
+    scale: float,
+    cluster: int,
+    turn: int,
+) -> tuple[bool, bool]:
+    """Merge a cluster with its nearest where each is the other's, and the cluster comes first.
+
+    In a round, some thread calls this for each cluster; `nearest` must not change meanwhile.
+
+    Returns:
+        Whether the cluster is left after the round; and whether its nearest is out of date then,
+        because the round merged one of the two.
+    """
+    other = links.nearest[cluster]
+    back = links.nearest[other]
+    if back == cluster:
+        first = links.slot[cluster] < links.slot[other]
+        if first:
+            join(exact, coarse, links, history, scale, cluster, other, turn)
+        return first, first
+    return True, links.nearest[back] == other
 
 
 @cuda.jit(device=True)
@@ -52,15 +81,10 @@ def join(
     keep(exact, history, other, other_slot)
     size = exact.size[cluster] + exact.size[other]
     share = exact.size[other] / size
-    largest = 0.0
     for axis in range(4):
         value = exact.centroid[axis, cluster]
-        value += share * (exact.centroid[axis, other] - value)
-        exact.centroid[axis, cluster] = value
-        value *= scale
-        coarse.centroid[axis, cluster] = value
-        coarse.centroid[axis, other] = INFINITY
-        largest = max(largest, abs(value))
+        exact.centroid[axis, cluster] = value + share * (exact.centroid[axis, other] - value)
+    largest = write_scaled(exact, coarse, scale, cluster)
     exact.size[cluster] = size
     exact.spread[cluster] += exact.spread[other] + cost
     # Rounding may put a merge below another that it contains; their order must not change.
@@ -71,8 +95,20 @@ def join(
     coarse.error[cluster] = largest * CENTROID_ERROR
     history.parent[other_slot] = slot
     history.order[other_slot] = turn * SLOTS + other_slot
-    links.changed[cluster] = turn
-    links.changed[other] = turn
+
+
+@cuda.jit(device=True)
+def write_scaled(exact: Exact, coarse: Coarse, scale: float, cluster: int) -> Number:
+    """Write a cluster's scaled centroid in float32, and return its largest coordinate."""
+    first = exact.centroid[0, cluster] * scale
+    second = exact.centroid[1, cluster] * scale
+    third = exact.centroid[2, cluster] * scale
+    fourth = exact.centroid[3, cluster] * scale
+    coarse.centroid[0][cluster] = first
+    coarse.centroid[1][cluster] = second
+    coarse.centroid[2][cluster] = third
+    coarse.centroid[3][cluster] = fourth
+    return max(max(abs(first), abs(second)), max(abs(third), abs(fourth)))
 
 
 @cuda.jit(device=True)
@@ -96,21 +132,54 @@ def distance(exact: Exact, slot: int, other: int) -> Number:
 
 
 @cuda.jit(device=True)
-def bounds(coarse: Coarse, slot: int, other: int) -> tuple[Number, Number]:
+def coarse_cluster(coarse: Coarse, cluster: int) -> CoarseCluster:
+    """A cluster in float32: the coordinates of its scaled centroid, its size and error."""
+    place = np.uint32(cluster)
+    return (
+        coarse.centroid[0][place],
+        coarse.centroid[1][place],
+        coarse.centroid[2][place],
+        coarse.centroid[3][place],
+        coarse.size[place],
+        coarse.error[place],
+    )
+
+
+@cuda.jit(device=True, fastmath=True)
+def quotient(dividend: Number, divisor: Number) -> Number:
+    """A quotient of float32, from 1 to 2^26, to within 2 units in the last place."""
+    return dividend / divisor
+
+
+@cuda.jit(device=True)
+def bounds(one: CoarseCluster, other: CoarseCluster) -> tuple[Number, Number]:
     """The least and the greatest that the scaled distance can be, from float32 alone.
 
     With b computed for ‖Δ‖ and e the error of the centroids,
     b²·(1 − 1/t) − e²·(t − 1) <= ‖Δ‖² <= b²·(1 + 1/t) + e²·(t + 1); t = 2^10, both terms doubled.
     """
-    gap = np.float32(0)
-    for axis in range(4):
-        difference = coarse.centroid[axis, slot] - coarse.centroid[axis, other]
-        gap += difference * difference
-    error = coarse.error[slot] + coarse.error[other]
+    first, second = one[0] - other[0], one[1] - other[1]
+    third, fourth = one[2] - other[2], one[3] - other[3]
+    gap = first * first + second * second + third * third + fourth * fourth
+    error = one[5] + other[5]
     slack = error * error * CROSS_TERM + UNDERFLOW
-    size, other_size = coarse.size[slot], coarse.size[other]
-    weight = size * other_size / (size + other_size)
+    weight = quotient(one[4] * other[4], one[4] + other[4])
     return weight * (gap * BELOW - slack), weight * (gap * ABOVE + slack)
+
+
+@cuda.jit(device=True)
+def look_at(coarse: Coarse, one: CoarseCluster, cluster: int, other: int, found: Found) -> Found:
+    """What a thread has found out after one more candidate, without a branch.
+
+    A loop of these has the loads of several candidates under way.
+    """
+    least, second, ceiling, closest = found
+    low, high = bounds(one, coarse_cluster(coarse, other))
+    low = INFINITY if other == cluster else low
+    high = INFINITY if other == cluster else high
+    closest = other if low < least else closest
+    second = min(second, max(least, low))
+    return min(least, low), second, min(ceiling, high), closest
 
 
 @cuda.jit(device=True)
@@ -118,30 +187,29 @@ def nearest(
     exact: Exact, coarse: Coarse, links: Links, among: Array, count: int, cluster: int
 ) -> int:
     """The cluster nearest to another among the first `count` of some, found by a warp's threads."""
-    lane = cuda.laneid
-    least, second, ceiling = INFINITY, INFINITY, INFINITY
-    closest = -1
-    for place in range(lane, count, WARP):
-        other = among[place]
-        if other != cluster:
-            low, high = bounds(coarse, cluster, other)
-            ceiling = min(ceiling, high)
-            if low < least:
-                least, second, closest = low, least, other
-            else:
-                second = min(second, low)
+    one = coarse_cluster(coarse, cluster)
+    lane, end = np.int32(cuda.laneid), np.int32(count)
+    found = INFINITY, INFINITY, INFINITY, np.int32(-1)
+    place = lane
+    while place + WARP < end:
+        other, another = among[np.uint32(place)], among[np.uint32(place + WARP)]
+        found = look_at(coarse, one, cluster, other, found)
+        found = look_at(coarse, one, cluster, another, found)
+        place = np.int32(place + 2 * WARP)
+    if place < end:
+        found = look_at(coarse, one, cluster, among[np.uint32(place)], found)
+    least, second, ceiling, closest = found
     ceiling = warp_min(ceiling)
     candidates = cuda.ballot_sync(ALL_LANES, least <= ceiling)
     doubtful = cuda.ballot_sync(ALL_LANES, second <= ceiling)
     if doubtful == 0 and cuda.popc(candidates) == 1:
         return int(cuda.shfl_sync(ALL_LANES, closest, cuda.ffs(candidates) - 1))
 
-    best = math.inf
-    closest, least_tie = -1, SLOTS
+    best, least_tie = math.inf, SLOTS
     slot = links.slot[cluster]
-    for place in range(lane, count, WARP):
-        other = among[place]
-        if other != cluster and bounds(coarse, cluster, other)[0] <= ceiling:
+    for again in range(lane, end, WARP):
+        other = among[again]
+        if other != cluster and bounds(one, coarse_cluster(coarse, other))[0] <= ceiling:
             cost = distance(exact, cluster, other)
             tie = slot ^ links.slot[other]
             if cost < best or (cost == best and tie < least_tie):

@@ -10,6 +10,7 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from numba import cuda
 
 WARP = 32
@@ -80,3 +81,24 @@ def block_sum_before(value: int, scratch: Array) -> int:
     for other in range(warp):
         before += scratch[other]
     return before
+
+
+@cuda.jit(device=True)
+def append(chosen: bool, value: int, target: Array, sizes: Array, which: int) -> None:
+    """Put the values of a warp's chosen lanes behind those that a list has, in any order of warps.
+
+    Args:
+        chosen: Whether this lane's value is put there.
+        value: The lane's value.
+        target: The list, int32.
+        sizes: int32; the element `which`, the length of the list, grows.
+        which: See `sizes`.
+    """
+    lane = cuda.laneid
+    votes = cuda.ballot_sync(ALL_LANES, chosen)
+    end = np.int32(0)
+    if lane == 0 and votes != 0:
+        end = cuda.atomic.add(sizes, which, np.int32(cuda.popc(votes)))
+    end = cuda.shfl_sync(ALL_LANES, end, 0)
+    if chosen:
+        target[end + cuda.popc(votes & ((1 << lane) - 1))] = value

@@ -47,8 +47,7 @@ def partition(
     all_coarse: Array,
     all_links: Array,
     scales: Array,
-    merges: Array,
-    most: int,
+    alive: Array,
     k_range: Array,
     labels: Array,
     counts: Array,
@@ -63,8 +62,7 @@ def partition(
         all_coarse: [COARSE_ROWS, P · channels] float32, from the same.
         all_links: [LINK_ROWS, P · channels] int32, from the same.
         scales: [P, L] float64, from the same.
-        merges: [P, L, rounds] int32, from the rounds of `ward.merge` and `ward.relink`.
-        most: As in those.
+        alive: [P, L, rounds + 1] int32, from the rounds of `ward.merge` and `ward.relink`.
         k_range: [2] int32, k_min and k_max, the numbers of collections to try.
         labels: [P, channels] int32, written: collections, numbered by their first channel.
         counts: [P, L] int32, 0 where a statistic is not finite; elsewhere the number of
@@ -91,7 +89,7 @@ def partition(
         all_exact, all_coarse, all_links, start, start + channels
     )
     scale = scales[pair, layer]
-    turns = finish(exact, coarse, links, history, scale, merges[pair, layer], most)
+    turns = finish(exact, coarse, links, history, scale, alive[pair, layer])
     largest = min(k_max, distinct(history))
     highest_merges(history, largest - 1, top)
     count = best_count(history, top, k_min, largest, quality[pair, layer])

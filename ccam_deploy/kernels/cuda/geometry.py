@@ -13,7 +13,7 @@ from numpy.typing import DTypeLike, NDArray
 from ccam_deploy.errors import OptionError
 from ccam_deploy.kernels.cuda.buffers import Buffers, Spec
 
-EXACT_ROWS, COARSE_ROWS, LINK_ROWS = 14, 6, 8
+EXACT_ROWS, COARSE_ROWS, LINK_ROWS = 14, 6, 7
 """Rows of the arrays that hold Ward's hierarchy, see `hierarchy`."""
 
 TILE = 32
@@ -206,7 +206,8 @@ class Geometry:
             coarse=Spec((COARSE_ROWS, slots), np.float32),
             links=Spec((LINK_ROWS, slots), np.int32),
             scales=Spec((pairs, layers), np.float64),
-            merges=Spec((pairs, layers, max(self.grid_rounds, 1)), np.int32),
+            alive=Spec((pairs, layers, self.grid_rounds + 1), np.int32),
+            stale=Spec((pairs, layers, self.grid_rounds + 1), np.int32),
             rounds=Spec((pairs, layers), np.int32),
             unscaled=Spec((pairs, sums), np.float64),
             finished=Spec((pairs, layers, self.k_max), np.int32, zeroed=True),

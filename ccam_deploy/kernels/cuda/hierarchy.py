@@ -35,14 +35,15 @@ class Exact(NamedTuple):
 class Coarse(NamedTuple):
     """The clusters in float32, scaled so that the layer's largest statistic is about 1.
 
+    Each array is [C] and contiguous, so that a candidate's address is cheap to compute.
+
     Attributes:
-        centroid: [4, C], scaled; infinite for a cluster that was merged into another, so that it
-            is nobody's nearest.
-        size: [C], the number of channels.
-        error: [C], a bound on the distance from the scaled centroid to the true one.
+        centroid: Four arrays, the scaled centroid's coordinates.
+        size: The number of channels.
+        error: A bound on the distance from the scaled centroid to the true one.
     """
 
-    centroid: Array
+    centroid: tuple[Array, Array, Array, Array]
     size: Array
     error: Array
 
@@ -52,15 +53,14 @@ class Links(NamedTuple):
 
     Attributes:
         nearest: The nearest cluster.
-        changed: The last round that merged the cluster.
-        live: Clusters that were not merged into another, in the first elements.
-        other_live: The same for every second round.
-        stale: The clusters whose nearest is out of date.
+        live: Clusters that were not merged into another, in the first elements and in any order:
+            those that an odd round begins with.
+        other_live: The same of even rounds.
+        stale: The clusters whose nearest is out of date after a round, in the first elements.
         slot: Each cluster's slot.
     """
 
     nearest: Array
-    changed: Array
     live: Array
     other_live: Array
     stale: Array
@@ -108,25 +108,33 @@ def exact_of(rows: Array, start: int, end: int) -> Exact:
 @cuda.jit(device=True)
 def coarse_of(rows: Array, start: int, end: int) -> Coarse:
     """The slots from `start` to `end` of [6, n] float32."""
-    return Coarse(rows[0:4, start:end], rows[4, start:end], rows[5, start:end])
+    centroid = rows[0, start:end], rows[1, start:end], rows[2, start:end], rows[3, start:end]
+    return Coarse(centroid, rows[4, start:end], rows[5, start:end])
 
 
 @cuda.jit(device=True)
 def links_of(rows: Array, start: int, end: int) -> Links:
-    """The slots from `start` to `end` of [8, n] int32."""
+    """The slots from `start` to `end` of [7, n] int32."""
     return Links(
         rows[0, start:end],
         rows[1, start:end],
         rows[2, start:end],
         rows[3, start:end],
         rows[4, start:end],
-        rows[5, start:end],
     )
 
 
 @cuda.jit(device=True)
+def lists_of(links: Links, turn: int) -> tuple[Array, Array]:
+    """The clusters that a round begins with, and the list for those that it leaves."""
+    if turn % 2 == 1:
+        return links.live, links.other_live
+    return links.other_live, links.live
+
+
+@cuda.jit(device=True)
 def history_of(exact_rows: Array, link_rows: Array, start: int, end: int) -> History:
-    """The slots from `start` to `end` of [14, n] float64 and [8, n] int32."""
+    """The slots from `start` to `end` of [14, n] float64 and [7, n] int32."""
     return History(
         exact_rows[0:4, start:end],
         exact_rows[4, start:end],
@@ -135,8 +143,8 @@ def history_of(exact_rows: Array, link_rows: Array, start: int, end: int) -> His
         exact_rows[11, start:end],
         exact_rows[12, start:end],
         exact_rows[13, start:end],
+        link_rows[5, start:end],
         link_rows[6, start:end],
-        link_rows[7, start:end],
     )
 
 

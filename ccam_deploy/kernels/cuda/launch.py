@@ -156,25 +156,22 @@ class CollectionKernels:
         hierarchy = b.exact, b.coarse, b.links
         threads, most = self.threads.search, self.geometry.block_clusters
         ward.begin[(layers, pairs), threads, stream](
-            b.table, psi, *hierarchy, b.scales, b.counts, b.merges
+            b.table, psi, *hierarchy, b.scales, b.counts, b.alive, b.stale
         )
         largest = max(layer.channels for layer in self.geometry.layers)
         by_thread = -(-largest // threads), layers, pairs
         by_warp = -(-largest // (threads // WARP)), layers, pairs
-        ward.search[by_warp, threads, stream](b.table, *hierarchy, b.counts)
+        ward.search[by_warp, threads, stream](b.table, *hierarchy, b.alive)
         for turn in range(1, self.geometry.grid_rounds + 1):
             ward.merge[by_thread, threads, stream](
-                b.table, *hierarchy, b.scales, b.counts, b.merges, turn, most
+                b.table, *hierarchy, b.scales, b.alive, b.stale, turn, most
             )
-            ward.relink[by_warp, threads, stream](
-                b.table, *hierarchy, b.counts, b.merges, turn, most
-            )
+            ward.relink[by_warp, threads, stream](b.table, *hierarchy, b.alive, b.stale, turn)
         cut.partition[(layers, pairs), self.threads.partition, stream](
             b.table,
             *hierarchy,
             b.scales,
-            b.merges,
-            most,
+            b.alive,
             inputs.k_range,
             b.labels,
             b.counts,

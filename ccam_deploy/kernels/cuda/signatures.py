@@ -34,7 +34,7 @@ _TABLE, _OWNER, _STARTS = _i8[:, ::1], _i4[::1], _i4[::1]
 _HIERARCHY = _f8[:, ::1], _f4[:, ::1], _i4[:, ::1]
 _PSI, _LABELS, _COUNTS = _f4[:, :, ::1], _i4[:, ::1], _i4[:, ::1]
 _MAPS, _RANKS = (_i4[:, ::1], _f4[:, ::1], _f4[:, ::1]), types.Tuple((_i8, _i8, _f4))
-_FLAGS, _MERGES = types.uint8[::1], _i4[:, :, ::1]
+_FLAGS, _ROUNDS = types.uint8[::1], _i4[:, :, ::1]
 
 
 def signatures(dtype: Any) -> Signatures:
@@ -51,16 +51,15 @@ def signatures(dtype: Any) -> Signatures:
         | {
             statistics.channel_statistics: (*inputs, _f8, _PSI),
             statistics.standardise: (_TABLE, _PSI, _PSI),
-            ward.begin: (_TABLE, _PSI, *_HIERARCHY, _f8[:, ::1], _COUNTS, _MERGES),
-            ward.search: (_TABLE, *_HIERARCHY, _COUNTS),
-            ward.merge: (_TABLE, *_HIERARCHY, _f8[:, ::1], _COUNTS, _MERGES, _i8, _i8),
-            ward.relink: (_TABLE, *_HIERARCHY, _COUNTS, _MERGES, _i8, _i8),
+            ward.begin: (_TABLE, _PSI, *_HIERARCHY, _f8[:, ::1], _COUNTS, _ROUNDS, _ROUNDS),
+            ward.search: (_TABLE, *_HIERARCHY, _ROUNDS),
+            ward.merge: (_TABLE, *_HIERARCHY, _f8[:, ::1], _ROUNDS, _ROUNDS, _i8, _i8),
+            ward.relink: (_TABLE, *_HIERARCHY, _ROUNDS, _ROUNDS, _i8),
             cut.partition: (
                 _TABLE,
                 *_HIERARCHY,
                 _f8[:, ::1],
-                _MERGES,
-                _i8,
+                _ROUNDS,
                 _i4[::1],
                 _LABELS,
                 _COUNTS,

@@ -5,10 +5,12 @@ reducible, so the tree is that of merging one pair at a time. Only clusters that
 those whose nearest was, look for a new one. A cluster lives in the slot of its first channel.
 
 The first rounds of a layer of many channels use the whole grid, two launches each: `merge` and
-`relink`. The last clusters are merged by one block, see `ward_block`. The number of launches does
-not depend on the data, so that they can be captured: a layer that has few clusters already passes
-the rounds that are left, and one that still has many is merged by its block in global memory until
-they fit. How the rounds are shared out changes no bit of the result.
+`relink`. Each round goes through a list of the clusters that are left and writes the next; the
+order of a list, which is never the same, changes nothing. The last clusters are merged by one
+block, see `ward_block`. The number of launches does not depend on the data, so that they can be
+captured: a layer that has few clusters already passes the rounds that are left, and one that still
+has many is merged by its block in global memory until they fit. How the rounds are shared out
+changes no bit of the result.
 
 Ties are broken by i XOR j: identical channels pair up, and log2(C) rounds make a single cluster of
 them. A tie with a new cluster may leave no two clusters that are each other's nearest; in the next
@@ -23,9 +25,9 @@ import math
 import numpy as np
 from numba import cuda
 
-from ccam_deploy.kernels.cuda.clusters import join, nearest, out_of_date
-from ccam_deploy.kernels.cuda.collectives import MOST_WARPS, WARP, Array, block_max, warp_sum
-from ccam_deploy.kernels.cuda.hierarchy import clusters_of
+from ccam_deploy.kernels.cuda.clusters import merge_or_keep, nearest, write_scaled
+from ccam_deploy.kernels.cuda.collectives import MOST_WARPS, WARP, Array, append, block_max
+from ccam_deploy.kernels.cuda.hierarchy import Coarse, Exact, Links, clusters_of, lists_of
 from ccam_deploy.kernels.cuda.kept import kernel
 from ccam_deploy.kernels.cuda.layer_table import layer_row
 
@@ -39,7 +41,8 @@ def begin(
     all_links: Array,
     scales: Array,
     counts: Array,
-    merges: Array,
+    alive: Array,
+    stale: Array,
 ) -> None:
     """Make each channel a cluster. One block per layer and pair: grid (L, P).
 
@@ -52,7 +55,9 @@ def begin(
         scales: [P, L] float64, written: the power of two that brings a layer's largest statistic
             to between 1/2 and 1.
         counts: [P, L] int32, written: 0 where a statistic is not finite, else 1.
-        merges: [P, L, rounds] int32, set to zeros: the merges of each round of the grid.
+        alive: [P, L, rounds + 1] int32, written: the clusters that each round of the grid begins
+            with: at first the channels, or 0 where a statistic is not finite; then 0.
+        stale: [P, L, rounds + 1] int32, set to zeros: of how many the nearest is out of date.
     """
     scratch = cuda.shared.array(MOST_WARPS, np.float64)
     layer, pair = cuda.blockIdx.x, cuda.blockIdx.y
@@ -79,20 +84,20 @@ def begin(
     if cuda.threadIdx.x == 0:
         scales[pair, layer] = scale
         counts[pair, layer] = 1 if finite != 0 else 0
-    for turn in range(cuda.threadIdx.x, merges.shape[2], cuda.blockDim.x):
-        merges[pair, layer, turn] = 0
+    for turn in range(cuda.threadIdx.x, alive.shape[2], cuda.blockDim.x):
+        alive[pair, layer, turn] = channels if turn == 0 and finite != 0 else 0
+        stale[pair, layer, turn] = 0
 
     for channel in range(cuda.threadIdx.x, channels, cuda.blockDim.x):
         for axis in range(4):
-            value = np.float64(psi[pair, first + channel, axis])
-            exact.centroid[axis, channel] = value
-            coarse.centroid[axis, channel] = value * scale
+            exact.centroid[axis, channel] = np.float64(psi[pair, first + channel, axis])
+        write_scaled(exact, coarse, scale, channel)
         exact.size[channel] = 1
         exact.spread[channel] = 0
         exact.height[channel] = 0
         coarse.size[channel] = 1
         coarse.error[channel] = 0
-        links.changed[channel] = 0
+        links.live[channel] = channel
         links.slot[channel] = channel
         history.parent[channel] = -1
 
@@ -103,7 +108,7 @@ def search(
     all_exact: Array,
     all_coarse: Array,
     all_links: Array,
-    counts: Array,
+    alive: Array,
 ) -> None:
     """Find each channel's nearest. A warp takes channels in turn: grid (any, L, P).
 
@@ -112,21 +117,38 @@ def search(
         all_exact: [EXACT_ROWS, P · channels] float64, from `begin`.
         all_coarse: [COARSE_ROWS, P · channels] float32, from `begin`.
         all_links: [LINK_ROWS, P · channels] int32, from `begin`; `nearest` is written.
-        counts: [P, L] int32, from `begin`.
+        alive: [P, L, rounds + 1] int32, from `begin`.
     """
     layer, pair = cuda.blockIdx.y, cuda.blockIdx.z
-    if counts[pair, layer] == 0:
+    channels = alive[pair, layer, 0]
+    if channels == 0:
         return
-    row = layer_row(table, layer)
-    channels = row.channels
-    start = pair * (all_links.shape[1] // counts.shape[0]) + row.first_channel
+    start = pair * (all_links.shape[1] // alive.shape[0]) + layer_row(table, layer).first_channel
     exact, coarse, links, _ = clusters_of(all_exact, all_coarse, all_links, start, start + channels)
+    find_nearest(exact, coarse, links, links.live, channels, links.live, channels)
+
+
+@cuda.jit(device=True)
+def find_nearest(
+    exact: Exact,
+    coarse: Coarse,
+    links: Links,
+    looking: Array,
+    looking_count: int,
+    among: Array,
+    count: int,
+) -> None:
+    """Find the nearest of the first clusters of a list, among the first of another.
+
+    The warps of the grid's first axis take clusters in turn.
+    """
     warps = cuda.blockDim.x // WARP
     warp = cuda.blockIdx.x * warps + cuda.threadIdx.x // WARP
-    for slot in range(warp, channels, cuda.gridDim.x * warps):
-        other = nearest(exact, coarse, links, links.slot, channels, slot)
+    for place in range(warp, looking_count, cuda.gridDim.x * warps):
+        cluster = looking[place]
+        other = nearest(exact, coarse, links, among, count, cluster)
         if cuda.laneid == 0:
-            links.nearest[slot] = other
+            links.nearest[cluster] = other
 
 
 @kernel
@@ -136,8 +158,8 @@ def merge(
     all_coarse: Array,
     all_links: Array,
     scales: Array,
-    counts: Array,
-    merges: Array,
+    alive: Array,
+    stale: Array,
     turn: int,
     most: int,
 ) -> None:
@@ -147,32 +169,37 @@ def merge(
         table: [L, 8] int64.
         all_exact: [EXACT_ROWS, P · channels] float64, from `begin` and earlier rounds.
         all_coarse: [COARSE_ROWS, P · channels] float32, from the same.
-        all_links: [LINK_ROWS, P · channels] int32, from the same and `search`.
+        all_links: [LINK_ROWS, P · channels] int32, from the same and `search`; the lists of
+            clusters that are left and of those whose nearest is out of date are written.
         scales: [P, L] float64, from `begin`.
-        counts: [P, L] int32, from `begin`.
-        merges: [P, L, rounds] int32, the merges of each round; this round's are added.
+        alive: [P, L, rounds + 1] int32, the clusters that are left: before the first round, then
+            after each; this round's are counted.
+        stale: [P, L, rounds + 1] int32, how many of those have a nearest that is out of date; this
+            round's are counted.
         turn: The round, from 1.
-        most: A layer of no more clusters than that is left as it is.
+        most: A layer of no more clusters than that, 1 or more, is left as it is.
     """
     layer, pair = cuda.blockIdx.y, cuda.blockIdx.z
-    row = layer_row(table, layer)
-    channels = row.channels
-    alive = clusters_before(merges[pair, layer], channels, turn)
-    if counts[pair, layer] == 0 or alive <= most:
+    before = alive[pair, layer, turn - 1]
+    if before <= most:
         return
-    start = pair * (all_links.shape[1] // counts.shape[0]) + row.first_channel
+    row = layer_row(table, layer)
+    start = pair * (all_links.shape[1] // alive.shape[0]) + row.first_channel
     exact, coarse, links, history = clusters_of(
-        all_exact, all_coarse, all_links, start, start + channels
+        all_exact, all_coarse, all_links, start, start + row.channels
     )
-    merged = np.int32(0)
-    for slot in range(cuda.grid(1), channels, cuda.gridDim.x * cuda.blockDim.x):
-        other = links.nearest[slot]
-        if history.parent[slot] < 0 and slot < other and links.nearest[other] == slot:
-            join(exact, coarse, links, history, scales[pair, layer], slot, other, turn)
-            merged += np.int32(1)
-    merged = warp_sum(merged)
-    if cuda.laneid == 0 and merged > 0:
-        cuda.atomic.add(merges, (pair, layer, turn - 1), merged)
+    source, target = lists_of(links, turn)
+    # A warp's lanes go on together, because `append` is for all of them.
+    for first in range(cuda.grid(1) // WARP * WARP, before, cuda.gridDim.x * cuda.blockDim.x):
+        place = first + cuda.laneid
+        cluster, left, out_of_date = 0, False, False
+        if place < before:
+            cluster = source[place]
+            left, out_of_date = merge_or_keep(
+                exact, coarse, links, history, scales[pair, layer], cluster, turn
+            )
+        append(left, cluster, target, alive[pair, layer], turn)
+        append(out_of_date, cluster, links.stale, stale[pair, layer], turn)
 
 
 @kernel
@@ -181,49 +208,34 @@ def relink(
     all_exact: Array,
     all_coarse: Array,
     all_links: Array,
-    counts: Array,
-    merges: Array,
+    alive: Array,
+    stale: Array,
     turn: int,
-    most: int,
 ) -> None:
     """Find the nearest of clusters whose nearest is out of date: grid (any, L, P).
 
-    A warp takes slots in turn.
+    A warp takes clusters in turn. After a round without a merge, all look again.
 
     Args:
         table: [L, 8] int64.
         all_exact: [EXACT_ROWS, P · channels] float64, from the round's `merge`.
         all_coarse: [COARSE_ROWS, P · channels] float32, from the same.
         all_links: [LINK_ROWS, P · channels] int32, from the same; `nearest` is written.
-        counts: [P, L] int32, from `begin`.
-        merges: [P, L, rounds] int32, from the same.
+        alive: [P, L, rounds + 1] int32, from the same; 0 where a layer had no round.
+        stale: [P, L, rounds + 1] int32, from the same.
         turn: The round, from 1.
-        most: See `merge`.
     """
     layer, pair = cuda.blockIdx.y, cuda.blockIdx.z
-    row = layer_row(table, layer)
-    channels = row.channels
-    alive = clusters_before(merges[pair, layer], channels, turn)
-    merged = merges[pair, layer, turn - 1]
-    if counts[pair, layer] == 0 or alive <= most or alive - merged <= 1:
+    left = alive[pair, layer, turn]
+    if left <= 1:
         return
-    start = pair * (all_links.shape[1] // counts.shape[0]) + row.first_channel
-    exact, coarse, links, history = clusters_of(
-        all_exact, all_coarse, all_links, start, start + channels
+    row = layer_row(table, layer)
+    start = pair * (all_links.shape[1] // alive.shape[0]) + row.first_channel
+    exact, coarse, links, _ = clusters_of(
+        all_exact, all_coarse, all_links, start, start + row.channels
     )
-    warps = cuda.blockDim.x // WARP
-    warp = cuda.blockIdx.x * warps + cuda.threadIdx.x // WARP
-    for slot in range(warp, channels, cuda.gridDim.x * warps):
-        if history.parent[slot] < 0 and (merged == 0 or out_of_date(links, slot, turn)):
-            other = nearest(exact, coarse, links, links.slot, channels, slot)
-            if cuda.laneid == 0:
-                links.nearest[slot] = other
-
-
-@cuda.jit(device=True)
-def clusters_before(merges: Array, channels: int, turn: int) -> int:
-    """How many clusters a layer has before a round, from its merges [rounds] so far."""
-    alive = channels
-    for earlier in range(turn - 1):
-        alive -= merges[earlier]
-    return alive
+    among = lists_of(links, turn + 1)[0]
+    looking, count = links.stale, stale[pair, layer, turn]
+    if left == alive[pair, layer, turn - 1]:
+        looking, count = among, left
+    find_nearest(exact, coarse, links, looking, count, among, left)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 from numba import cuda
 
-from ccam_deploy.kernels.cuda.clusters import join, keep, nearest, out_of_date
-from ccam_deploy.kernels.cuda.collectives import WARP, Array
+from ccam_deploy.kernels.cuda.clusters import keep, merge_or_keep, nearest
+from ccam_deploy.kernels.cuda.collectives import WARP, Array, append
 from ccam_deploy.kernels.cuda.geometry import BLOCK_CLUSTERS
-from ccam_deploy.kernels.cuda.hierarchy import Coarse, Exact, History, Links
+from ccam_deploy.kernels.cuda.hierarchy import Coarse, Exact, History, Links, lists_of
 
 
 @cuda.jit(device=True)
@@ -18,8 +18,7 @@ def finish(
     links: Links,
     history: History,
     scale: float,
-    merges: Array,
-    most: int,
+    left: Array,
 ) -> int:
     """Merge a layer's clusters into a single one, with all threads of a block.
 
@@ -29,9 +28,8 @@ def finish(
         links: The same.
         history: The same.
         scale: The layer's element of `scales`.
-        merges: [rounds] int32, the layer's merges in each round of the grid.
-        most: The clusters that the grid left, or more; at most BLOCK_CLUSTERS are merged in shared
-            memory.
+        left: [rounds + 1] int32, the layer's clusters before the grid's first round and after each;
+            0 after rounds that were not needed. At most BLOCK_CLUSTERS are merged in shared memory.
 
     Returns:
         The number of rounds, those of the grid included.
@@ -41,31 +39,32 @@ def finish(
     size = cuda.shared.array(BLOCK_CLUSTERS, np.float64)
     spread = cuda.shared.array(BLOCK_CLUSTERS, np.float64)
     height = cuda.shared.array(BLOCK_CLUSTERS, np.float64)
-    coarse_centroid = cuda.shared.array((4, BLOCK_CLUSTERS), np.float32)
+    first = cuda.shared.array(BLOCK_CLUSTERS, np.float32)
+    second = cuda.shared.array(BLOCK_CLUSTERS, np.float32)
+    third = cuda.shared.array(BLOCK_CLUSTERS, np.float32)
+    fourth = cuda.shared.array(BLOCK_CLUSTERS, np.float32)
     coarse_size = cuda.shared.array(BLOCK_CLUSTERS, np.float32)
     coarse_error = cuda.shared.array(BLOCK_CLUSTERS, np.float32)
     nearest_cluster = cuda.shared.array(BLOCK_CLUSTERS, np.int32)
-    changed = cuda.shared.array(BLOCK_CLUSTERS, np.int32)
     live = cuda.shared.array(BLOCK_CLUSTERS, np.int32)
     other_live = cuda.shared.array(BLOCK_CLUSTERS, np.int32)
     stale = cuda.shared.array(BLOCK_CLUSTERS, np.int32)
     slots = cuda.shared.array(BLOCK_CLUSTERS, np.int32)
-    turn, alive = 0, links.slot.shape[0]
-    while turn < merges.shape[0] and alive > most:
-        alive -= merges[turn]
+    turn = 0
+    while turn + 1 < left.shape[0] and left[turn + 1] > 0:
         turn += 1
+    alive = left[turn]
     if alive > BLOCK_CLUSTERS:
-        gather_live(history.parent, links.live, counters)
-        turn = merge_until(
+        alive, turn = merge_until(
             exact, coarse, links, history, scale, counters, alive, BLOCK_CLUSTERS, turn
         )
-    alive = gather_live(history.parent, links.live, counters)
 
     last = Exact(centroid, size, spread, height)
-    last_coarse = Coarse(coarse_centroid, coarse_size, coarse_error)
-    last_links = Links(nearest_cluster, changed, live, other_live, stale, slots)
-    copy_live(exact, coarse, links, alive, last, last_coarse, last_links)
-    turn = merge_until(last, last_coarse, last_links, history, scale, counters, alive, 1, turn)
+    last_coarse = Coarse((first, second, third, fourth), coarse_size, coarse_error)
+    last_links = Links(nearest_cluster, live, other_live, stale, slots)
+    live_slots = lists_of(links, turn + 1)[0]
+    copy_live(exact, coarse, links, live_slots, alive, last, last_coarse, last_links)
+    _, turn = merge_until(last, last_coarse, last_links, history, scale, counters, alive, 1, turn)
     for place in range(cuda.threadIdx.x, alive, cuda.blockDim.x):
         if slots[place] == 0:
             keep(last, history, place, 0)
@@ -78,50 +77,40 @@ def copy_live(
     exact: Exact,
     coarse: Coarse,
     links: Links,
+    live: Array,
     alive: int,
     last: Exact,
     last_coarse: Coarse,
     last_links: Links,
 ) -> None:
-    """Copy the clusters in the first `alive` elements of `links.live` to other arrays, in order.
+    """Copy the clusters in the first `alive` elements of `live` to other arrays, in order.
 
     `links.stale` is overwritten.
     """
     thread, threads = cuda.threadIdx.x, cuda.blockDim.x
     for place in range(thread, alive, threads):
-        slot = links.live[place]
+        slot = live[place]
         links.stale[slot] = place
         last_links.slot[place] = slot
         last_links.live[place] = place
-        last_links.changed[place] = 0
+        last_links.other_live[place] = place
         last.size[place] = exact.size[slot]
         last.spread[place] = exact.spread[slot]
         last.height[place] = exact.height[slot]
+        last_coarse.centroid[0][place] = coarse.centroid[0][slot]
+        last_coarse.centroid[1][place] = coarse.centroid[1][slot]
+        last_coarse.centroid[2][place] = coarse.centroid[2][slot]
+        last_coarse.centroid[3][place] = coarse.centroid[3][slot]
         last_coarse.size[place] = coarse.size[slot]
         last_coarse.error[place] = coarse.error[slot]
         for axis in range(4):
             last.centroid[axis, place] = exact.centroid[axis, slot]
-            last_coarse.centroid[axis, place] = coarse.centroid[axis, slot]
     cuda.syncthreads()
     if alive > 1:
         for place in range(thread, alive, threads):
             nearest_slot = links.nearest[last_links.slot[place]]
             last_links.nearest[place] = links.stale[nearest_slot]
     cuda.syncthreads()
-
-
-@cuda.jit(device=True)
-def gather_live(parent: Array, live: Array, counters: Array) -> int:
-    """Write the slots that hold a cluster, in any order, and return how many there are."""
-    cuda.syncthreads()
-    if cuda.threadIdx.x == 0:
-        counters[0] = 0
-    cuda.syncthreads()
-    for slot in range(cuda.threadIdx.x, parent.shape[0], cuda.blockDim.x):
-        if parent[slot] < 0:
-            live[cuda.atomic.add(counters, 0, 1)] = slot
-    cuda.syncthreads()
-    return int(counters[0])
 
 
 @cuda.jit(device=True)
@@ -135,13 +124,13 @@ def merge_until(
     alive: int,
     few: int,
     turn: int,
-) -> int:
+) -> tuple[int, int]:
     """Merge clusters, a round at a time, until few are left.
 
     Args:
         exact: The clusters.
         coarse: The same.
-        links: The same; the first `alive` elements of `live` are those that are left.
+        links: The same; the next round's list holds those that are left.
         history: Of the layer.
         scale: The layer's element of `scales`.
         counters: [2] int32, scratch in shared memory.
@@ -150,36 +139,34 @@ def merge_until(
         turn: How many rounds there were before.
 
     Returns:
-        The number of rounds.
+        How many clusters are left, and the number of rounds.
     """
     thread, threads = cuda.threadIdx.x, cuda.blockDim.x
-    source, target = links.live, links.other_live
     while alive > few:
         turn += 1
-        if thread == 0:
-            counters[0] = 0
-            counters[1] = 0
-        merged = 0
-        for place in range(thread, alive, threads):
-            cluster = source[place]
-            other = links.nearest[cluster]
-            if links.slot[cluster] < links.slot[other] and links.nearest[other] == cluster:
-                join(exact, coarse, links, history, scale, cluster, other, turn)
-                merged = 1
-        all_look = cuda.syncthreads_or(merged) == 0
-        for place in range(thread, alive, threads):
-            cluster = source[place]
-            if history.parent[links.slot[cluster]] < 0:
-                target[cuda.atomic.add(counters, 0, 1)] = cluster
-                if all_look or out_of_date(links, cluster, turn):
-                    links.stale[cuda.atomic.add(counters, 1, 1)] = cluster
+        source, target = lists_of(links, turn)
+        if thread < 2:
+            counters[thread] = 0
         cuda.syncthreads()
-        alive, stale = counters[0], counters[1]
-        for place in range(thread // WARP, stale, threads // WARP):
-            cluster = links.stale[place]
+        for first in range(thread // WARP * WARP, alive, threads):
+            place = first + cuda.laneid
+            cluster, left, out_of_date = 0, False, False
+            if place < alive:
+                cluster = source[place]
+                left, out_of_date = merge_or_keep(
+                    exact, coarse, links, history, scale, cluster, turn
+                )
+            append(left, cluster, target, counters, 0)
+            append(out_of_date, cluster, links.stale, counters, 1)
+        cuda.syncthreads()
+        looking, count = links.stale, counters[1]
+        if counters[0] == alive:
+            looking, count = target, counters[0]
+        alive = counters[0]
+        for place in range(thread // WARP, count, threads // WARP):
+            cluster = looking[place]
             other = nearest(exact, coarse, links, target, alive, cluster)
             if cuda.laneid == 0:
                 links.nearest[cluster] = other
-        source, target = target, source
         cuda.syncthreads()
-    return int(turn)
+    return alive, turn

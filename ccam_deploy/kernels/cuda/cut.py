@@ -17,27 +17,27 @@ from ccam_deploy.kernels.cuda.collectives import (
     Number,
     block_sum,
 )
-from ccam_deploy.kernels.cuda.geometry import LARGEST_K
+from ccam_deploy.kernels.cuda.geometry import LARGEST_K, LARGEST_LAYER
 from ccam_deploy.kernels.cuda.hierarchy import History, clusters_of
 from ccam_deploy.kernels.cuda.kept import kernel
 from ccam_deploy.kernels.cuda.layer_table import layer_row
 from ccam_deploy.kernels.cuda.ward_block import finish
 
 WORST_QUALITY = -1.0
+FINALISTS = MOST_WARPS * LARGEST_K
+CUTS = LARGEST_K + 1
 
 
-class Cut(NamedTuple):
-    """The clusters that are left after the last merges were undone, in shared memory.
+class Top(NamedTuple):
+    """The last merges of a layer, the last one first, in shared memory; each array [LARGEST_K].
 
     Attributes:
-        centroid: [4, LARGEST_K] float64.
-        size: [LARGEST_K] float64, the number of channels.
-        spread: [LARGEST_K] float64, the sum of squared distances to the centroid.
+        slot: int32, the slot that each merge took away.
+        parent: int32, the slot of the cluster that it was merged into.
     """
 
-    centroid: Array
-    size: Array
-    spread: Array
+    slot: Array
+    parent: Array
 
 
 @kernel
@@ -71,7 +71,9 @@ def partition(
             ratio of each number of collections from k_min on, -1 where there is none.
         rounds: [P, L] int32, written: the rounds of merging.
     """
-    top = cuda.shared.array(LARGEST_K, np.int32)
+    slots = cuda.shared.array(LARGEST_K, np.int32)
+    parents = cuda.shared.array(LARGEST_K, np.int32)
+    top = Top(slots, parents)
     layer, pair = cuda.blockIdx.x, cuda.blockIdx.y
     row = layer_row(table, layer)
     first, channels = row.first_channel, row.channels
@@ -93,7 +95,7 @@ def partition(
     largest = min(k_max, distinct(history))
     highest_merges(history, largest - 1, top)
     count = best_count(history, top, k_min, largest, quality[pair, layer])
-    write_labels(history, links.stale, top, count, labels[pair, first : first + channels])
+    write_labels(history, top, count, labels[pair, first : first + channels])
     if cuda.threadIdx.x == 0:
         counts[pair, layer] = count
         rounds[pair, layer] = turns
@@ -111,40 +113,63 @@ def distinct(history: History) -> int:
 
 
 @cuda.jit(device=True)
-def highest_merges(history: History, count: int, top: Array) -> None:
-    """Write the slots that the last `count` merges took away, the last merge first."""
-    heights = cuda.shared.array(MOST_WARPS, np.float64)
-    orders = cuda.shared.array(MOST_WARPS, np.int32)
-    warp, warps = cuda.threadIdx.x // WARP, cuda.blockDim.x // WARP
-    before_height, before_order = math.inf, np.int32(0)
+def highest_merges(history: History, count: int, top: Top) -> None:
+    """Find the last `count` merges, 0 to LARGEST_K - 1.
+
+    Each warp finds as many among the slots that its threads take; then each of those is placed by
+    the number of others that come after it.
+    """
+    heights = cuda.shared.array(FINALISTS, np.float64)
+    orders = cuda.shared.array(FINALISTS, np.int32)
+    thread, threads = cuda.threadIdx.x, cuda.blockDim.x
+    first = thread // WARP * count
+    height, order = highest_below(history, math.inf, np.int32(0))
     for place in range(count):
-        height, order = -1.0, np.int32(0)
-        for slot in range(cuda.threadIdx.x, history.parent.shape[0], cuda.blockDim.x):
-            if history.parent[slot] >= 0:
-                that_height, that_order = history.merge_height[slot], history.order[slot]
-                if later(before_height, before_order, that_height, that_order) and later(
-                    that_height, that_order, height, order
-                ):
-                    height, order = that_height, that_order
+        warp_height, warp_order = height, order
         step = WARP >> 1
         while step > 0:
-            that_height = cuda.shfl_xor_sync(ALL_LANES, height, step)
-            that_order = cuda.shfl_xor_sync(ALL_LANES, order, step)
-            if later(that_height, that_order, height, order):
-                height, order = that_height, that_order
+            that_height = cuda.shfl_xor_sync(ALL_LANES, warp_height, step)
+            that_order = cuda.shfl_xor_sync(ALL_LANES, warp_order, step)
+            if later(that_height, that_order, warp_height, warp_order):
+                warp_height, warp_order = that_height, that_order
             step >>= 1
-        cuda.syncthreads()
         if cuda.laneid == 0:
-            heights[warp] = height
-            orders[warp] = order
-        cuda.syncthreads()
-        for other in range(warps):
-            if later(heights[other], orders[other], height, order):
-                height, order = heights[other], orders[other]
-        before_height, before_order = height, order
-        if cuda.threadIdx.x == 0:
-            top[place] = order % SLOTS
+            heights[first + place] = warp_height
+            orders[first + place] = warp_order
+        if order == warp_order and height >= 0:
+            height, order = highest_below(history, height, order)
     cuda.syncthreads()
+    found = threads // WARP * count
+    for place in range(thread, found, threads):
+        height, order = heights[place], orders[place]
+        rank = 0
+        for other in range(found):
+            if later(heights[other], orders[other], height, order):
+                rank += 1
+        if height >= 0 and rank < count:
+            slot = order % SLOTS
+            top.slot[rank] = slot
+            top.parent[rank] = history.parent[slot]
+    cuda.syncthreads()
+
+
+@cuda.jit(device=True)
+def highest_below(history: History, height: float, order: int) -> tuple[Number, Number]:
+    """The height and order of the last merge before another, among the slots of a thread.
+
+    Returns:
+        A height of -1 where there is none.
+    """
+    best_height, best_order = -1.0, np.int32(0)
+    for slot in range(cuda.threadIdx.x, history.parent.shape[0], cuda.blockDim.x):
+        that_height, that_order = history.merge_height[slot], history.order[slot]
+        if (
+            history.parent[slot] >= 0
+            and later(height, order, that_height, that_order)
+            and later(that_height, that_order, best_height, best_order)
+        ):
+            best_height, best_order = that_height, that_order
+    return best_height, best_order
 
 
 @cuda.jit(device=True)
@@ -154,12 +179,14 @@ def later(height: float, order: int, other_height: float, other_order: int) -> b
 
 
 @cuda.jit(device=True)
-def best_count(history: History, top: Array, k_min: int, largest: int, quality: Array) -> int:
-    """Undo the last merges one by one, and find the number of collections with the best ratio.
+def best_count(history: History, top: Top, k_min: int, largest: int, quality: Array) -> int:
+    """Undo the last merges, and find the number of collections with the best ratio.
+
+    A warp takes a number of collections, and each of its lanes one of them.
 
     Args:
         history: The hierarchy.
-        top: The slots that the last merges took away, the last merge first.
+        top: The last merges.
         k_min: The smallest number of collections to try.
         largest: The largest.
         quality: [n] float32, written: the mean ratio of each number from k_min on.
@@ -167,110 +194,94 @@ def best_count(history: History, top: Array, k_min: int, largest: int, quality: 
     Returns:
         The number of collections; the smallest of equally good ones.
     """
-    centroid = cuda.shared.array((4, LARGEST_K), np.float64)
-    size = cuda.shared.array(LARGEST_K, np.float64)
-    spread = cuda.shared.array(LARGEST_K, np.float64)
-    clusters = Cut(centroid, size, spread)
-    slots = cuda.shared.array(LARGEST_K, np.int32)
-    ratios = cuda.shared.array(LARGEST_K, np.float64)
-    thread = cuda.threadIdx.x
-    best, best_size = -math.inf, 1
-    for count in range(1, largest + 1):
-        if count == 1:
-            if thread == 0:
-                slots[0] = 0
-                write_cluster(clusters, 0, history.centroid, history.size, history.spread, 0)
-        else:
-            added = top[count - 2]
-            if thread < count - 1 and slots[thread] == history.parent[added]:
-                write_cluster(
-                    clusters,
-                    thread,
-                    history.old_centroid,
-                    history.old_size,
-                    history.old_spread,
-                    added,
-                )
-            if thread == count - 1:
-                slots[thread] = added
-                write_cluster(
-                    clusters, thread, history.centroid, history.size, history.spread, added
-                )
-        cuda.syncthreads()
-        if count > 1 and thread < count:
-            ratios[thread] = ratio(clusters, thread, count)
-        cuda.syncthreads()
-        if count >= min(k_min, largest):
-            mean = WORST_QUALITY
-            if count > 1:
-                mean = 0.0
-                for cluster in range(count):
-                    mean += ratios[cluster]
-                mean /= count
-            if mean > best:
-                best, best_size = mean, count
-            if thread == 0 and count >= k_min:
+    means = cuda.shared.array(CUTS, np.float64)
+    smallest = min(k_min, largest)
+    warp, warps = cuda.threadIdx.x // WARP, cuda.blockDim.x // WARP
+    for count in range(smallest + warp, largest + 1, warps):
+        mean = mean_ratio(history, top, count) if count > 1 else WORST_QUALITY
+        if cuda.laneid == 0:
+            means[count] = mean
+            if count >= k_min:
                 quality[count - k_min] = mean
+    cuda.syncthreads()
+    best, best_size = -math.inf, 1
+    for count in range(smallest, largest + 1):
+        if means[count] > best:
+            best, best_size = means[count], count
     return best_size
 
 
 @cuda.jit(device=True)
-def write_cluster(
-    clusters: Cut, place: int, centroid: Array, size: Array, spread: Array, slot: int
-) -> None:
-    """Write a slot's cluster to a place of the cut."""
-    for axis in range(4):
-        clusters.centroid[axis, place] = centroid[axis, slot]
-    clusters.size[place] = size[slot]
-    clusters.spread[place] = spread[slot]
+def mean_ratio(history: History, top: Top, count: int) -> Number:
+    """The mean dispersion-separation ratio of the cut into `count` clusters (eq. 12-15).
 
-
-@cuda.jit(device=True)
-def ratio(clusters: Cut, place: int, count: int) -> Number:
-    """The dispersion-separation ratio of a cluster among `count` (eq. 12-14)."""
+    All lanes of a warp compute it together. The clusters are that of slot 0, then those that the
+    last merges took away, the last one first. Each is as it was before the first of the merges into
+    it that are undone.
+    """
+    lane = cuda.laneid
+    slot, last = 0, -1
+    if 0 < lane < count:
+        slot = top.slot[lane - 1]
+    for undone in range(count - 1):
+        if top.parent[undone] == slot:
+            last = top.slot[undone]
+    centroid, sizes, spreads = history.centroid, history.size, history.spread
+    if last >= 0:
+        centroid, sizes, spreads = history.old_centroid, history.old_size, history.old_spread
+        slot = last
+    first, second = centroid[0, slot], centroid[1, slot]
+    third, fourth = centroid[2, slot], centroid[3, slot]
     separation = math.inf
     for other in range(count):
-        if other != place:
-            gap = 0.0
-            for axis in range(4):
-                difference = clusters.centroid[axis, place] - clusters.centroid[axis, other]
-                gap += difference * difference
-            separation = min(separation, gap)
-    dispersion = clusters.spread[place] / clusters.size[place]
+        gap = 0.0
+        gap += square(first - cuda.shfl_sync(ALL_LANES, first, other))
+        gap += square(second - cuda.shfl_sync(ALL_LANES, second, other))
+        gap += square(third - cuda.shfl_sync(ALL_LANES, third, other))
+        gap += square(fourth - cuda.shfl_sync(ALL_LANES, fourth, other))
+        separation = min(separation, gap if other != lane else math.inf)
+    dispersion = spreads[slot] / sizes[slot]
     total = separation + dispersion
+    ratio = 0.0
     if total > 0:
-        return (separation - dispersion) / total
-    return 0.0
+        ratio = (separation - dispersion) / total
+    mean = 0.0
+    for cluster in range(count):
+        mean += cuda.shfl_sync(ALL_LANES, ratio, cluster)
+    return mean / count
 
 
 @cuda.jit(device=True)
-def write_labels(
-    history: History, label_of_slot: Array, top: Array, count: int, labels: Array
-) -> None:
+def square(value: Number) -> Number:
+    """A number times itself."""
+    return value * value
+
+
+@cuda.jit(device=True)
+def write_labels(history: History, top: Top, count: int, labels: Array) -> None:
     """Label each channel by the rank of its cluster's slot, which is its first channel.
 
     Args:
         history: The hierarchy.
-        label_of_slot: [C] int32, scratch.
-        top: The slots that the last merges took away.
+        top: The last merges.
         count: The number of collections.
         labels: [C] int32, written.
     """
+    # The slot that each was merged into; -1 - label where a cluster of the cut lives.
+    parent_or_label = cuda.shared.array(LARGEST_LAYER, np.int16)
     thread, threads = cuda.threadIdx.x, cuda.blockDim.x
-    for slot in range(thread, label_of_slot.shape[0], threads):
-        label_of_slot[slot] = -1
+    for slot in range(thread, labels.shape[0], threads):
+        parent_or_label[slot] = history.parent[slot]
     cuda.syncthreads()
-    if thread == 0:
-        label_of_slot[0] = 0
     if thread < count - 1:
         before = 1
         for other in range(count - 1):
-            if top[other] < top[thread]:
+            if top.slot[other] < top.slot[thread]:
                 before += 1
-        label_of_slot[top[thread]] = before
+        parent_or_label[top.slot[thread]] = -1 - before
     cuda.syncthreads()
     for channel in range(thread, labels.shape[0], threads):
-        slot = channel
-        while label_of_slot[slot] < 0:
-            slot = history.parent[slot]
-        labels[channel] = label_of_slot[slot]
+        found = parent_or_label[channel]
+        while found >= 0:
+            found = parent_or_label[found]
+        labels[channel] = -1 - found

@@ -147,25 +147,30 @@ def test_masks_match_cpu(
     assert_masks_match(out["masks"][:4], out["flat"][:4], maps, run, 1e-5)
 
 
-def test_masks_are_weighted_by_their_scores(device: Device) -> None:
+@pytest.mark.parametrize(("size", "threads"), [((3, 4), 64), ((9, 15), 32)])
+def test_masks_are_weighted_by_their_scores(
+    device: Device, size: tuple[int, int], threads: int
+) -> None:
     """Flat masks take no weight, scores may be large, and a pair without a mask is empty."""
     stream = np.random.default_rng(5)
-    masks = stream.random((6, 12), dtype=np.float32)
+    masks = stream.random((6, size[0] * size[1]), dtype=np.float32)
     flat = np.array([0, 0, 1, 0, 1, 1], np.uint8)
     masks[flat == 1] = 0
     scores = np.array([300, 301.5, 900, 299, 5, 6], np.float32)
     given: Arrays = {"masks": masks, "flat": flat, "starts": np.array([0, 3, 4, 5, 6])}
     given["scores"] = scores
-    run = Run(((4, 1, 1),) * 2, ("combine",), (0, 0), given=given, size=(3, 4))
+    run = Run(((4, 1, 1),) * 2, ("combine",), (0, 0), given=given, size=size, threads=threads)
     out = device(run)
-    weighted = cpu.SoftmaxSum(2, (3, 4))
+    weighted = cpu.SoftmaxSum(2, size)
     counted = flat[:4] == 0
-    weighted.add(0, scores[:4][counted], masks[:4][counted].reshape(-1, 3, 4))
+    weighted.add(0, scores[:4][counted], masks[:4][counted].reshape(-1, *size))
     wanted = weighted.result()
     np.testing.assert_allclose(out["weights"][:4], cpu.softmax(scores[:4], counted), rtol=1e-5)
     assert not out["weights"][4:6].any()
-    np.testing.assert_allclose(out["raw"][:2].reshape(2, 3, 4), wanted, atol=1e-5)
-    np.testing.assert_allclose(out["saliency"][:2].reshape(2, 3, 4), cpu.min_max(wanted), atol=1e-5)
+    np.testing.assert_allclose(out["raw"][:2].reshape(2, *size), wanted, atol=1e-5)
+    np.testing.assert_allclose(
+        out["saliency"][:2].reshape(2, *size), cpu.min_max(wanted), atol=1e-5
+    )
 
 
 def classes_by_logit(logits: NDArray[np.generic]) -> NDArray[np.int64]:

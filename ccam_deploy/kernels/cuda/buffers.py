@@ -119,6 +119,7 @@ class Workspace(ArrayGroup[T]):
         finished: [P, L, k_max] int32, the tiles of a collection sum that are done.
         masks: [n, H · W] float32 or float16, in [0, 1].
         owner_of_mask: [n] int64, the image that each mask is for.
+        extremes: [P, MAP_PARTS, 2] float32, the least and the greatest value of a part of each map.
     """
 
     table: T
@@ -137,6 +138,7 @@ class Workspace(ArrayGroup[T]):
     finished: T
     masks: T
     owner_of_mask: T
+    extremes: T
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,8 @@ EXACT_ROWS, COARSE_ROWS, LINK_ROWS = 14, 6, 7
 TILE = 32
 LARGEST_K = 32
 LARGEST_LAYER = 4096
+MAP_PARTS = 256
+"""The most blocks among which a map of the input's size is shared out."""
 
 BLOCK_CLUSTERS = 256
 """The most clusters of a layer that one block merges in shared memory."""
@@ -217,6 +219,7 @@ class Geometry:
             labels=Spec((pairs, self.channels), np.int32),
             quality=Spec((pairs, layers, self.k_max), np.float32),
             sums=Spec((pairs, sums), np.float32),
+            extremes=Spec((pairs, MAP_PARTS, 2), np.float32),
             raw=Spec((pairs, image), np.float32),
             saliency=Spec((pairs, image), np.float32),
             flat=Spec((self.masks,), np.uint8),
@@ -225,6 +228,11 @@ class Geometry:
             counts=Spec((pairs, layers), np.int32),
             starts=Spec((pairs * layers + 1,), np.int32),
         )
+
+
+def map_parts(pixels: int, threads: int) -> int:
+    """How many blocks share a map out."""
+    return min(-(-pixels // threads), MAP_PARTS)
 
 
 def _tiles(layer: LayerPlace) -> int:

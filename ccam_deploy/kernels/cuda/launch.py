@@ -15,7 +15,7 @@ import numpy as np
 from ccam_deploy.kernels.cuda import combine, cut, masks, scores, statistics, sums, ward
 from ccam_deploy.kernels.cuda.buffers import Buffers
 from ccam_deploy.kernels.cuda.collectives import WARP, Array
-from ccam_deploy.kernels.cuda.geometry import Geometry
+from ccam_deploy.kernels.cuda.geometry import Geometry, map_parts
 
 
 def write_constants(geometry: Geometry, buffers: Buffers[Array], stream: Any) -> None:
@@ -236,8 +236,8 @@ class CollectionKernels:
         b, layers, pairs = self.buffers, len(self.geometry.layers), inputs.pairs
         combine.softmax_weights[pairs, WARP, stream](b.starts, b.scores, b.flat, layers, b.weights)
         pixels = self.geometry.size[0] * self.geometry.size[1]
-        grid = -(-pixels // self.threads.combine), pairs
+        grid = map_parts(pixels, self.threads.combine), pairs
         combine.weighted_sum[grid, self.threads.combine, stream](
-            b.starts, b.weights, b.masks, layers, b.raw
+            b.starts, b.weights, b.masks, layers, b.raw, b.extremes
         )
-        combine.min_max[pairs, self.threads.scaling, stream](b.raw, b.saliency)
+        combine.min_max[grid, self.threads.combine, stream](b.raw, b.extremes, b.saliency)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ccam_deploy.kernels.cuda.buffers import ArrayGroup, Spec, T
-from ccam_deploy.kernels.cuda.geometry import neighbours
+from ccam_deploy.kernels.cuda.geometry import MAP_PARTS, neighbours
 
 NEXT, ROWS, PAIRS, SHOWN = range(4)
 """Elements of `progress`: the first row of the next chunk, and the numbers of rows, of pairs and of
@@ -61,10 +61,12 @@ class Maps(ArrayGroup[T]):
     Attributes:
         raw: [P, H · W] float32, the saliency before it is scaled.
         saliency: [P, H · W] float32, in [0, 1].
+        extremes: [P, MAP_PARTS, 2] float32, the least and the greatest value of a part of each map.
     """
 
     raw: T
     saliency: T
+    extremes: T
 
 
 @dataclass(frozen=True)
@@ -189,7 +191,11 @@ def chunk_specs(rows: int, pairs: int, masks: Spec, logits: Spec) -> Chunk[Spec]
 def map_specs(pairs: int, height: int, width: int) -> Maps[Spec]:
     """The results of runs of at most `pairs` pairs."""
     pixels = height * width
-    return Maps(raw=Spec((pairs, pixels), np.float32), saliency=Spec((pairs, pixels), np.float32))
+    return Maps(
+        raw=Spec((pairs, pixels), np.float32),
+        saliency=Spec((pairs, pixels), np.float32),
+        extremes=Spec((pairs, MAP_PARTS, 2), np.float32),
+    )
 
 
 def spread_specs(batch: int, channels: int) -> Spread[Spec]:

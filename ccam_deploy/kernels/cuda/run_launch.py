@@ -11,6 +11,7 @@ from typing import Any
 
 from ccam_deploy.kernels.cuda import combine, layer_maps, scores
 from ccam_deploy.kernels.cuda.collectives import WARP, Array
+from ccam_deploy.kernels.cuda.geometry import map_parts
 from ccam_deploy.kernels.cuda.launch import Threads
 from ccam_deploy.kernels.cuda.row_buffers import Lines, Maps, RunInputs
 
@@ -78,4 +79,7 @@ class RunKernels:
 
     def scale(self, maps: Maps[Array], stream: Any) -> None:
         """The maps scaled to [0, 1]."""
-        combine.min_max[self.pairs, self.threads.scaling, stream](maps.raw, maps.saliency)
+        threads = self.threads.combine
+        grid = map_parts(maps.raw.shape[1], threads), self.pairs
+        combine.find_extremes[grid, threads, stream](maps.raw, maps.extremes)
+        combine.min_max[grid, threads, stream](maps.raw, maps.extremes, maps.saliency)

@@ -81,8 +81,11 @@ def signatures(dtype: Any) -> Signatures:
                 *(dtype[:, ::1], _FLAGS, _i8[::1]),
             ),
             combine.softmax_weights: (_STARTS, _f4[::1], _FLAGS, _i8, _f4[::1]),
-            combine.weighted_sum: (_STARTS, _f4[::1], dtype[:, ::1], _i8, _f4[:, ::1]),
-            combine.min_max: (_f4[:, ::1], _f4[:, ::1]),
+            combine.weighted_sum: (
+                *(_STARTS, _f4[::1], dtype[:, ::1], _i8, _f4[:, ::1], _f4[:, :, ::1]),
+            ),
+            combine.find_extremes: (_f4[:, ::1], _f4[:, :, ::1]),
+            combine.min_max: (_f4[:, ::1], _f4[:, :, ::1], _f4[:, ::1]),
         }
     )
 

@@ -47,7 +47,7 @@ class Run:
     logits: [images, classes], or [rows, classes] of masked images.   codes: [pairs].
     room_for_k: the most collections that the buffers have room for; 0 for k_max.
     given: contents of buffers before the first stage.   threads: per block, for every kernel.
-    block_clusters: see Geometry.
+    block_clusters, block_pixels: see Geometry.
     """
 
     shapes: tuple[tuple[int, int, int], ...]
@@ -68,6 +68,7 @@ class Run:
     mask_dtype: str = "float32"
     standardise: bool = False
     block_clusters: int = BLOCK_CLUSTERS
+    block_pixels: int = 1 << 13
     threads: int = 64
 
     def geometry(self) -> Geometry:
@@ -84,6 +85,7 @@ class Run:
             self.theta,
             self.mask_dtype,
             self.block_clusters,
+            self.block_pixels,
         )
 
 

@@ -124,6 +124,7 @@ def test_flat_sums_become_zeros(device: Device) -> None:
     st.tuples(st.integers(1, 14), st.integers(1, 70)),
     st.sampled_from([0.0, 0.1, 0.37, 0.9, 0.999]),
     st.sampled_from([32, 64]),
+    st.sampled_from([1 << 13, 100]),
     SEEDS,
 )
 def test_masks_match_cpu(
@@ -132,6 +133,7 @@ def test_masks_match_cpu(
     size: tuple[int, int],
     theta: float,
     threads: int,
+    block_pixels: int,
     seed: int,
 ) -> None:
     """Up and down, with zeros, equal values, very small values and a map of zeros."""
@@ -142,9 +144,22 @@ def test_masks_match_cpu(
     maps[3] = 0
     given: Arrays = {"sums": maps.reshape(1, -1), "counts": np.array([[4]])}
     run = Run(((4, *source),), ("masks",), given=given, size=size, theta=theta, threads=threads)
-    out = device(run)
+    out = device(replace(run, block_pixels=block_pixels))
     assert out["starts"][:2].tolist() == [0, 4]
     assert_masks_match(out["masks"][:4], out["flat"][:4], maps, run, 1e-5)
+
+
+def test_masks_do_not_depend_on_how_they_are_shared_out(device: Device) -> None:
+    """Nor on a batch before, of other masks."""
+    sums = np.random.default_rng(8).random((4, 5, 6), dtype=np.float32)
+    sums[1] *= sums[1] > 0.7
+    given: Arrays = {"sums": sums.reshape(1, -1), "counts": np.array([[4]])}
+    run = Run(((4, 5, 6),), ("masks",), given=given, size=(21, 50), theta=0.37, threads=32)
+    expected = device(run)
+    for change in ({"block_pixels": 150, "threads": 64}, {"stages": ("masks", "masks")}):
+        out = device(replace(run, **change))
+        for name in ("masks", "flat", "owner_of_mask"):
+            np.testing.assert_array_equal(out[name][:4], expected[name][:4])
 
 
 @pytest.mark.parametrize(("size", "threads"), [((3, 4), 64), ((9, 15), 32)])

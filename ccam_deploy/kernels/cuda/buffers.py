@@ -117,6 +117,8 @@ class Workspace(ArrayGroup[T]):
         rounds: [P, L] int32, the rounds of merging.
         unscaled: [P, k_max · pixels] float64, the collection sums before they are scaled.
         finished: [P, L, k_max] int32, the tiles of a collection sum that are done.
+        histograms: [n, DIGITS, BINS] int32, of the digits of each mask's values.
+        selected: [n, DIGITS, 2] int32; see `masks.count_values`.
         masks: [n, H · W] float32 or float16, in [0, 1].
         owner_of_mask: [n] int64, the image that each mask is for.
         extremes: [P, MAP_PARTS, 2] float32, the least and the greatest value of a part of each map.
@@ -136,6 +138,8 @@ class Workspace(ArrayGroup[T]):
     rounds: T
     unscaled: T
     finished: T
+    histograms: T
+    selected: T
     masks: T
     owner_of_mask: T
     extremes: T

@@ -19,6 +19,8 @@ EXACT_ROWS, COARSE_ROWS, LINK_ROWS = 14, 6, 7
 TILE = 32
 LARGEST_K = 32
 LARGEST_LAYER = 4096
+DIGITS, BINS = 3, 1 << 10
+"""A quantile is found by so many digits of a value's bits, each of so many values."""
 MAP_PARTS = 256
 """The most blocks among which a map of the input's size is shared out."""
 
@@ -85,6 +87,8 @@ class Geometry:
         mask_dtype: The type in which the classifier takes its masks, float32 or float16.
         block_clusters: Down to how many clusters the whole grid merges those of a layer, before
             one block goes on; 1 to BLOCK_CLUSTERS. Results do not depend on it.
+        block_pixels: How many pixels of a mask a block renders, or fewer. Results do not depend on
+            it.
 
     Raises:
         OptionError: A size exceeds what the kernels take.
@@ -97,6 +101,7 @@ class Geometry:
     theta: float = 0.1
     mask_dtype: DTypeLike = np.float32
     block_clusters: int = BLOCK_CLUSTERS
+    block_pixels: int = 1 << 13
 
     def __post_init__(self) -> None:
         if self.k_max > LARGEST_K:
@@ -133,6 +138,11 @@ class Geometry:
     def masks(self) -> int:
         """The most masks of one batch."""
         return self.pairs * len(self.layers) * self.k_max
+
+    @property
+    def mask_parts(self) -> int:
+        """How many blocks share a mask out."""
+        return -(-self.size[0] * self.size[1] // self.block_pixels)
 
     @property
     def quantile(self) -> tuple[int, int, np.float32]:
@@ -213,6 +223,8 @@ class Geometry:
             rounds=Spec((pairs, layers), np.int32),
             unscaled=Spec((pairs, sums), np.float64),
             finished=Spec((pairs, layers, self.k_max), np.int32, zeroed=True),
+            histograms=Spec((self.masks, DIGITS, BINS), np.int32, zeroed=True),
+            selected=Spec((self.masks, DIGITS, 2), np.int32),
             masks=Spec((self.masks, image), self.mask_dtype),
             owner_of_mask=Spec((self.masks,), np.int64),
             targets=Spec((pairs,), np.int64),

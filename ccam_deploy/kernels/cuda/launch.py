@@ -15,7 +15,7 @@ import numpy as np
 from ccam_deploy.kernels.cuda import combine, cut, masks, scores, statistics, sums, ward
 from ccam_deploy.kernels.cuda.buffers import Buffers
 from ccam_deploy.kernels.cuda.collectives import WARP, Array
-from ccam_deploy.kernels.cuda.geometry import Geometry, map_parts
+from ccam_deploy.kernels.cuda.geometry import DIGITS, Geometry, map_parts
 
 
 def write_constants(geometry: Geometry, buffers: Buffers[Array], stream: Any) -> None:
@@ -87,6 +87,7 @@ class Threads:
     partition: int = 512
     sums: int = 256
     masks: int = 512
+    mask_parts: int = 256
     scores: int = 128
     combine: int = 256
     scaling: int = 512
@@ -202,21 +203,16 @@ class CollectionKernels:
         masks.index_masks[1, self.threads.combine, stream](
             b.counts, inputs.pairs, b.starts, b.flat, b.owner_of_mask
         )
-        grid = inputs.pairs * len(geometry.layers) * geometry.k_max
-        masks.render_masks[grid, self.threads.masks, stream](
-            b.table,
-            b.low,
-            b.share,
-            b.sums,
-            b.starts,
-            inputs.owner,
-            inputs.pairs,
-            geometry.k_max,
-            geometry.size[0],
-            geometry.quantile,
-            b.masks,
-            b.flat,
-            b.owner_of_mask,
+        grid = inputs.pairs * len(geometry.layers) * geometry.k_max, geometry.mask_parts
+        maps = b.table, b.low, b.share, b.sums, b.starts
+        sizes = inputs.pairs, geometry.k_max, geometry.size[0], geometry.quantile
+        for digit in range(DIGITS):
+            masks.count_values[grid, self.threads.mask_parts, stream](
+                *maps, *sizes, digit, b.histograms, b.selected
+            )
+        masks.write_masks[grid, self.threads.mask_parts, stream](
+            *(*maps, inputs.owner, *sizes),
+            *(b.histograms, b.selected, b.masks, b.flat, b.owner_of_mask),
         )
 
     def scores(self, inputs: Inputs, logits: Array, scoring: str, stream: Any) -> None:

@@ -76,9 +76,13 @@ def signatures(dtype: Any) -> Signatures:
                 _f4[:, ::1],
             ),
             masks.index_masks: (_COUNTS, _i8, _STARTS, _FLAGS, _i8[::1]),
-            masks.render_masks: (
+            masks.count_values: (
+                *(_TABLE, *_MAPS, _STARTS, _i8, _i8, _i8, _RANKS, _i8),
+                *(_i4[:, :, ::1], _i4[:, :, ::1]),
+            ),
+            masks.write_masks: (
                 *(_TABLE, *_MAPS, _STARTS, _OWNER, _i8, _i8, _i8, _RANKS),
-                *(dtype[:, ::1], _FLAGS, _i8[::1]),
+                *(_i4[:, :, ::1], _i4[:, :, ::1], dtype[:, ::1], _FLAGS, _i8[::1]),
             ),
             combine.softmax_weights: (_STARTS, _f4[::1], _FLAGS, _i8, _f4[::1]),
             combine.weighted_sum: (

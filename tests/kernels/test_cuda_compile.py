@@ -114,7 +114,8 @@ def test_kernels_compile_without_spills(
     for kernel, arguments in signatures(dtype).items():
         if (kernel, arguments) in done:
             continue
-        ptx, _ = cuda.compile_ptx(kernel.py_func, types.void(*arguments), cc=capability)
+        signature, bounds = types.void(*arguments), kernel.targetoptions["launch_bounds"]
+        ptx, _ = cuda.compile_ptx(kernel.py_func, signature, cc=capability, launch_bounds=bounds)
         name = f"{kernel.py_func.__name__} {dtype}"
         assert ".entry" in ptx
         if assembler is None:

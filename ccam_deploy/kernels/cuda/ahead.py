@@ -57,7 +57,7 @@ def compile_kernels(
     for name, (kernel, argument_types) in work.items():
         progress(len(codes) / len(work), kernel.py_func.__name__)
         try:
-            codes[name] = _compiled(kernel.py_func, argument_types, architecture)
+            codes[name] = _compiled(kernel, argument_types, architecture)
         # Numba, NVVM and nvJitLink have errors of their own, most of them without public names.
         except Exception as error:
             raise BackendError(
@@ -69,7 +69,7 @@ def compile_kernels(
 
 
 def _compiled(
-    function: Any, argument_types: tuple[Any, ...], architecture: tuple[int, int, str]
+    kernel: Any, argument_types: tuple[Any, ...], architecture: tuple[int, int, str]
 ) -> Code:
     """Compile and link, as Numba's dispatcher does where nvJitLink is installed."""
     from cuda.core import Linker, LinkerOptions, ObjectCode
@@ -78,7 +78,13 @@ def _compiled(
     signature = types.void(*argument_types)
     with _device(architecture[:2]):
         linkable, _ = cuda.compile(
-            function, signature, device=False, cc=architecture, output="ltoir", abi="numba"
+            kernel.py_func,
+            signature,
+            device=False,
+            cc=architecture,
+            output="ltoir",
+            abi="numba",
+            launch_bounds=kernel.targetoptions["launch_bounds"],
         )
     options = LinkerOptions(arch="sm_{}{}{}".format(*architecture), link_time_optimization=True)
     cubin = bytes(Linker(ObjectCode.from_ltoir(linkable), options=options).link("cubin").code)

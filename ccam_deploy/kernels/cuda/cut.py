@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -40,7 +41,7 @@ class Top(NamedTuple):
     parent: Array
 
 
-@kernel
+@partial(kernel, most_threads=512)
 def partition(
     table: Array,
     all_exact: Array,
@@ -54,7 +55,9 @@ def partition(
     quality: Array,
     rounds: Array,
 ) -> None:
-    """Build the hierarchy and cut it. One block per layer and pair: grid (L, P).
+    """Build the hierarchy and cut it. One block, of 512 threads or fewer, per layer and pair.
+
+    The grid is (L, P).
 
     Args:
         table: [L, 8] int64.

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from numba import cuda
+from numba.cuda.core import config
 
 from ccam_deploy.kernels.cuda.kernel_files import (
     Code,
@@ -76,18 +77,19 @@ class KernelStore:
 @cache
 def store() -> KernelStore:
     """The store of this process, which all of its kernels share."""
-    from numba.cuda.core import config
-
     return KernelStore(CodeFolder(user_folder(config.CACHE_DIR, source_digest())))
 
 
-def kernel(function: Callable[..., None]) -> Any:
+def kernel(function: Callable[..., None], most_threads: int = 0) -> Any:
     """Declare a kernel, as `numba.cuda.jit` does, whose compiled code is kept.
 
     Args:
         function: The kernel, in the Python that Numba compiles.
+        most_threads: The most threads of a block, so many that the compiler must be told to leave
+            each of them enough registers; 0 where it need not.
     """
-    declared = cuda.jit(function)
+    bounds = {"launch_bounds": most_threads} if most_threads and not config.ENABLE_CUDASIM else {}
+    declared = cuda.jit(**bounds)(function)
     if hasattr(declared, "_cache"):  # Numba's simulator compiles nothing
         declared._cache = _KeptKernel(function, declared.targetoptions)
     return declared

@@ -49,7 +49,7 @@ THREADS = {
     scores.mask_scores: "scores",
     statistics.channel_statistics: "statistics",
     statistics.standardise: "search",
-    ward.begin: "search",
+    ward.begin: "partition",
     ward.search: "search",
     ward.merge: "search",
     ward.relink: "search",

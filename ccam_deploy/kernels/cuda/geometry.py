@@ -26,8 +26,8 @@ MAP_PARTS = 256
 
 BLOCK_CLUSTERS = 256
 """The most clusters of a layer that one block merges in shared memory."""
-_LEFT_BY_A_ROUND = 0.75
-"""The share of a layer's clusters that a round of merging leaves, or less, in most layers."""
+_LEFT_BY_A_ROUND = 0.8
+"""About the share of a layer's clusters that a round of merging leaves."""
 
 
 class LayerRow(NamedTuple):

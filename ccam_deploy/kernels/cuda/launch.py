@@ -156,7 +156,7 @@ class CollectionKernels:
             statistics.standardise[grid, self.threads.search, stream](b.table, b.psi, psi)
         hierarchy = b.exact, b.coarse, b.links
         threads, most = self.threads.search, self.geometry.block_clusters
-        ward.begin[(layers, pairs), threads, stream](
+        ward.begin[(layers, pairs), self.threads.partition, stream](
             b.table, psi, *hierarchy, b.scales, b.counts, b.alive, b.stale
         )
         largest = max(layer.channels for layer in self.geometry.layers)

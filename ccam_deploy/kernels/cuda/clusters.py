@@ -73,42 +73,66 @@ def join(
 ) -> None:
     """Merge the other cluster into one whose slot comes before it."""
     slot, other_slot = links.slot[cluster], links.slot[other]
+    size, other_size = exact.size[cluster], exact.size[other]
+    spread, other_spread = exact.spread[cluster], exact.spread[other]
+    before = max(exact.height[cluster], exact.height[other])
     cost = distance(exact, cluster, other)
-    for axis in range(4):
-        history.old_centroid[axis, other_slot] = exact.centroid[axis, cluster]
-    history.old_size[other_slot] = exact.size[cluster]
-    history.old_spread[other_slot] = exact.spread[cluster]
-    keep(exact, history, other, other_slot)
-    size = exact.size[cluster] + exact.size[other]
-    share = exact.size[other] / size
-    for axis in range(4):
-        value = exact.centroid[axis, cluster]
-        exact.centroid[axis, cluster] = value + share * (exact.centroid[axis, other] - value)
-    largest = write_scaled(exact, coarse, scale, cluster)
-    exact.size[cluster] = size
-    exact.spread[cluster] += exact.spread[other] + cost
+    whole = size + other_size
+    share = other_size / whole
     # Rounding may put a merge below another that it contains; their order must not change.
-    height = max(cost, max(exact.height[cluster], exact.height[other]))
+    height = max(cost, before)
+    exact.size[cluster] = whole
+    exact.spread[cluster] = spread + (other_spread + cost)
     exact.height[cluster] = height
+    coarse.size[cluster] = whole
+    history.old_size[other_slot] = size
+    history.old_spread[other_slot] = spread
+    history.size[other_slot] = other_size
+    history.spread[other_slot] = other_spread
     history.merge_height[other_slot] = height
-    coarse.size[cluster] = size
-    coarse.error[cluster] = largest * CENTROID_ERROR
     history.parent[other_slot] = slot
     history.order[other_slot] = turn * SLOTS + other_slot
+    pair = cluster, other, other_slot
+    first = scale * join_axis(exact, history, 0, share, pair)
+    second = scale * join_axis(exact, history, 1, share, pair)
+    third = scale * join_axis(exact, history, 2, share, pair)
+    fourth = scale * join_axis(exact, history, 3, share, pair)
+    write_scaled(coarse, cluster, first, second, third, fourth)
+    largest = max(max(abs(first), abs(second)), max(abs(third), abs(fourth)))
+    coarse.error[cluster] = largest * CENTROID_ERROR
 
 
 @cuda.jit(device=True)
-def write_scaled(exact: Exact, coarse: Coarse, scale: float, cluster: int) -> Number:
-    """Write a cluster's scaled centroid in float32, and return its largest coordinate."""
-    first = exact.centroid[0, cluster] * scale
-    second = exact.centroid[1, cluster] * scale
-    third = exact.centroid[2, cluster] * scale
-    fourth = exact.centroid[3, cluster] * scale
+def join_axis(
+    exact: Exact, history: History, axis: int, share: float, places: tuple[int, int, int]
+) -> Number:
+    """Merge a coordinate of two clusters, and return that of the new one.
+
+    Args:
+        exact: The clusters.
+        history: Where both coordinates are kept.
+        axis: Which coordinate.
+        share: How far the one moves towards the other.
+        places: The two clusters, and the other's slot.
+    """
+    cluster, other, other_slot = places
+    value, other_value = exact.centroid[axis, cluster], exact.centroid[axis, other]
+    joined = value + share * (other_value - value)
+    exact.centroid[axis, cluster] = joined
+    history.old_centroid[axis, other_slot] = value
+    history.centroid[axis, other_slot] = other_value
+    return joined
+
+
+@cuda.jit(device=True)
+def write_scaled(
+    coarse: Coarse, cluster: int, first: float, second: float, third: float, fourth: float
+) -> None:
+    """Write a cluster's scaled centroid in float32."""
     coarse.centroid[0][cluster] = first
     coarse.centroid[1][cluster] = second
     coarse.centroid[2][cluster] = third
     coarse.centroid[3][cluster] = fourth
-    return max(max(abs(first), abs(second)), max(abs(third), abs(fourth)))
 
 
 @cuda.jit(device=True)

@@ -91,7 +91,14 @@ def begin(
     for channel in range(cuda.threadIdx.x, channels, cuda.blockDim.x):
         for axis in range(4):
             exact.centroid[axis, channel] = np.float64(psi[pair, first + channel, axis])
-        write_scaled(exact, coarse, scale, channel)
+        write_scaled(
+            coarse,
+            channel,
+            exact.centroid[0, channel] * scale,
+            exact.centroid[1, channel] * scale,
+            exact.centroid[2, channel] * scale,
+            exact.centroid[3, channel] * scale,
+        )
         exact.size[channel] = 1
         exact.spread[channel] = 0
         exact.height[channel] = 0

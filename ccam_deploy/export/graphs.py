@@ -25,10 +25,11 @@ from ccam_deploy.export.onnx_conversion import GraphInput, to_onnx
 from ccam_deploy.export.program import Program
 from ccam_deploy.export.simplify import leave_batch_open, without_sizes
 from ccam_deploy.export.tensor_cores import (
-    add_channels,
-    pad_images,
+    Blocks,
+    add_biases_apart,
+    cut_into_blocks,
     pool_before_bias,
-    widen_images,
+    read_blocks,
 )
 
 _BATCH, _MASKS = 2, 3
@@ -102,8 +103,9 @@ def convert_graphs(
     parts = differentiate(program, layers, dtype, with_head)
     require_expressible_gradient(parts.backbone, parts.gradient)
     if dtype == torch.float16:
-        pad_images(parts.backbone)
+        read_blocks(parts.backbone, program.input_shape)
         pool_before_bias(parts.backbone)
+        add_biases_apart(parts.backbone)
     images = _images(program, dtype)
     scores = _scores(program, dtype)
     residuals = {
@@ -186,44 +188,36 @@ def masked_classifier(program: Program, dtype: torch.dtype) -> fx.GraphModule:
         The graph (images [B, C, H, W], masks [N, 1, H, W], owner [N] int64, the row of each mask's
         image) -> (logits [N, classes],).
     """
-    forward, extra = _forward(program), 0
+    forward, blocks = _forward(program), None
     if dtype == torch.float16:
-        extra = widen_images(forward)
+        blocks = cut_into_blocks(forward, program.input_shape)
         pool_before_bias(forward)
-    graph = fx.Graph()
-    images, masks, owner = map(graph.placeholder, ("images", "masks", "owner"))
-    masked = _masked(graph, (images, masks, owner), program.input_shape, extra)
-    copies = {placeholders(forward)[0]: masked}
-    graph.output(graph.graph_copy(forward.graph, copies))
-    constants = nn.Module()
+        add_biases_apart(forward)
+    graph = fx.GraphModule(nn.Module(), fx.Graph())
     for name, value in forward.named_buffers():
-        constants.register_buffer(name, cast(value, dtype))
-    return fx.GraphModule(constants, graph)
+        graph.register_buffer(name, value)
+    images, masks, owner = map(graph.graph.placeholder, ("images", "masks", "owner"))
+    copies = {placeholders(forward)[0]: _masked(graph, images, masks, owner, blocks)}
+    graph.graph.output(graph.graph.graph_copy(forward.graph, copies))
+    for name, value in list(graph.named_buffers()):
+        graph.register_buffer(name, cast(value, dtype))
+    graph.recompile()
+    return graph
 
 
 def _masked(
-    graph: fx.Graph, inputs: Sequence[fx.Node], shape: tuple[int, int, int], extra: int
+    graph: fx.GraphModule, images: fx.Node, masks: fx.Node, owner: fx.Node, blocks: Blocks | None
 ) -> fx.Node:
-    """The images [N, C + extra, H, W] under their masks.
+    """Write the images under their masks: [N, C, H, W], or in blocks as a convolution takes them.
 
-    With further channels the images are masked with the channels last, so that no engine turns
-    them round once for each mask.
-
-    Args:
-        graph: Where to write.
-        inputs: Images, masks and the row of each mask's image.
-        shape: C, H, W.
-        extra: How many channels of zeros come after the images' own.
+    Blocks have their channels last when they are masked: no engine turns them round for each mask.
     """
-    images, masks, owner = inputs
-    call = graph.call_function
-    if extra:
-        _, height, width = shape
-        images = call(aten.permute.default, (add_channels(graph, images, extra), [0, 2, 3, 1]))
-        masks = call(aten.reshape.default, (masks, [-1, height, width, 1]))
+    call = graph.graph.call_function
+    if blocks is not None:
+        images, masks = blocks.of_images(graph, images), blocks.of_masks(graph.graph, masks)
     owned = call(aten.index_select.default, (images, 0, owner))
     masked = call(aten.mul.Tensor, (owned, masks))
-    return call(aten.permute.default, (masked, [0, 3, 1, 2])) if extra else masked
+    return masked if blocks is None else blocks.as_input(graph.graph, masked)
 
 
 def _forward(program: Program) -> fx.GraphModule:

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from ccam_deploy.engines.base import Array
 from ccam_deploy.errors import BackendError, LoweringError
+from ccam_deploy.export.tensor_cores import WIDER
 from ccam_deploy.extras import install
 from ccam_deploy.fidelity.observation import Observation
 from ccam_deploy.kernels import cpu
@@ -33,7 +34,6 @@ EightBitType = Literal["int8", "fp8"]
 EIGHT_BIT_TYPES: tuple[EightBitType, ...] = get_args(EightBitType)
 
 _PRODUCTS = ("Conv", "Gemm", "MatMul")
-_LEFT_IN_HALF = (0, -1)
 _LARGEST: dict[EightBitType, float] = {"int8": 127.0, "fp8": 448.0}
 _SMALLEST_SCALE = float(np.finfo(np.float16).smallest_subnormal)
 _SKIP_PREPARATION = {"onnx.quant.pre_process": "onnxruntime.quant"}
@@ -95,7 +95,8 @@ def quantise(
         BackendError: ONNX Runtime is not installed.
     """
     products = [node for node in classifier.graph if _is_product(node)]
-    if len(products) <= len(_LEFT_IN_HALF):
+    inner = products[1:-1]
+    if not inner:
         raise LoweringError(
             f"the model has {len(products)} convolutions and matrix products; the first and the "
             f"last stay in half precision, which leaves none for {eight_bit_type}"
@@ -124,7 +125,7 @@ def quantise(
             weight_type=quantization.QuantType.QInt8,
             per_channel=True,
             op_types_to_quantize=list(_PRODUCTS),
-            nodes_to_exclude=[products[place].name for place in _LEFT_IN_HALF],
+            nodes_to_exclude=[node.name for node in classifier.graph if node not in inner],
             use_external_data_format=True,
             extra_options={
                 "ActivationSymmetric": True,
@@ -150,7 +151,7 @@ def _is_product(node: ir.Node) -> bool:
     if node.op_type not in _PRODUCTS:
         return False
     weights = node.inputs[1]
-    return weights is not None and weights.const_value is not None
+    return weights is not None and weights.const_value is not None and weights.name != WIDER
 
 
 class _Reader:

@@ -188,6 +188,7 @@ class Bench:
             else:
                 words = (str(bundles / network), self.backend)
                 self._part(explanations, part_command("explain", *words))
+        for network in PRECISIONS:
             self._part(self._floors(network), part_command("floor"))
 
     def _floors(self, network: str) -> list[Piece]:

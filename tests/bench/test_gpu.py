@@ -142,12 +142,12 @@ def test_a_floor_has_the_masks_of_the_explanation() -> None:
 
 
 def test_everything_is_measured(tmp_path: Path) -> None:
-    """Kernels first, while networks are exported; a network's floor after its explanations."""
+    """Kernels first, while networks are exported; floors after all explanations."""
     found, parts = run_bench(tmp_path, 0.5)
     assert set(found.figures) == {piece.key for piece in every_piece()}
     assert not found.left_out
     kinds = [(pieces[0].kind, pieces[0].network) for pieces, _ in parts.runs]
-    pairs = [(kind, name) for name in PRECISIONS for kind in ("explain", "floor")]
+    pairs = [(kind, name) for kind in ("explain", "floor") for name in PRECISIONS]
     assert kinds == [("kernels", "resnet18"), *pairs]
     assert found.figures["floor/resnet101/fp16/32"]["masks"] == 20 * 32
     assert found.figures["score-floor/resnet18/fp32/1"]["masks"] == 510

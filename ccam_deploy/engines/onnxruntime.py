@@ -153,15 +153,23 @@ def _open_graph(
     """Open a session in the fastest way that a graph allows, and say whether it captures runs.
 
     ONNX Runtime refuses to capture a graph of which it leaves a node to the CPU. Which nodes it
-    leaves depends on the layout: not every operator has a kernel for channels last.
+    leaves depends on the layout: not every operator has a kernel for channels last. These pay where
+    tensor cores multiply; a graph's types are known once it is open.
     """
     if device == "cpu":
         return open_session(path, device, 1, stream), False
     products = {"use_tf32": str(int(tf32))}
-    for options in (_CHANNELS_LAST | _CAPTURE, _CAPTURE):
+    for options in (_CHANNELS_LAST | _CAPTURE, _CAPTURE, _CHANNELS_LAST):
         with suppress(_CaptureRefusedError):
-            return open_session(path, device, 1, stream, products | options), True
-    return open_session(path, device, 1, stream, products | _CHANNELS_LAST), False
+            session = open_session(path, device, 1, stream, products | options)
+            if options is _CAPTURE or tf32 or _is_half(session):
+                return session, options is not _CHANNELS_LAST
+            del session  # its memory goes before another is opened
+    return open_session(path, device, 1, stream, products), False
+
+
+def _is_half(session: onnxruntime.InferenceSession) -> bool:
+    return any(value.type == "tensor(float16)" for value in session.get_inputs())
 
 
 class OnnxRuntimeEngine(Engine):

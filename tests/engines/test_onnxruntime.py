@@ -174,7 +174,7 @@ def test_tf32_is_asked_of_the_cuda_provider(
 
     class Session:
         def __init__(
-            self, model: Path, options: object, providers: list[Any], enable_fallback: int
+            self, model: Path, options: object, providers: list[Any], **options_beside: object
         ) -> None:
             given.extend(providers)
 
@@ -195,7 +195,7 @@ def test_tf32_is_asked_of_the_cuda_provider(
     runtime.set_default_logger_severity = lambda severity: None
     monkeypatch.setattr(engine_module, "_import", lambda: runtime)
     OnnxRuntimeGraph(graph, "cuda", 7, tf32)
-    (name, options), _ = given
+    *_, (name, options), _ = given
     assert name == "CUDAExecutionProvider"
     assert options["use_tf32"] == ("1" if tf32 else "0")
     assert options["user_compute_stream"] == "7"
@@ -271,7 +271,7 @@ class FakeRuntime(ModuleType):
 
     def InferenceSession(self, *arguments: Any, **keywords: Any) -> Any:  # noqa: N802
         self.keywords.append(keywords)
-        return SimpleNamespace(get_providers=lambda: [self.used])
+        return SimpleNamespace(get_providers=lambda: [self.used], get_inputs=list)
 
 
 def test_the_default_logger_is_silenced_once_cuda_has_loaded(

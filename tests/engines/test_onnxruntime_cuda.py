@@ -18,7 +18,6 @@ REFUSAL = (
     "This session cannot use the graph capture feature as requested by the user as all compute "
     "graph nodes have not been partitioned to the CUDAExecutionProvider"
 )
-X = SimpleNamespace(name="x", type="tensor(float)", shape=["n", 2])
 Y = SimpleNamespace(name="y", type="tensor(float)", shape=["n", 2])
 
 
@@ -33,35 +32,49 @@ class RunOptions:
 class Runtime:
     """Sessions that refuse some options, and note with what they were opened and run.
 
-    refuses: provider options that a session is not opened with.   opened: each session's provider
-    options.   runs: each run's binding and CUDA graph.
+    refuses: provider options that a session is not opened with.   type: of its inputs.   opened:
+    each session's provider options.   left_out: the optimisers that it goes without.   runs: each
+    run's binding and CUDA graph.
     """
 
     RunOptions = RunOptions
 
-    def __init__(self, refuses: tuple[dict[str, str], ...] = (), error: str = REFUSAL) -> None:
+    def __init__(
+        self,
+        refuses: tuple[dict[str, str], ...] = (),
+        error: str = REFUSAL,
+        type: str = "tensor(float16)",  # noqa: A002
+    ) -> None:
         self.refuses = refuses
         self.error = error
+        self.type = type
         self.opened: list[dict[str, str]] = []
+        self.left_out: list[set[str]] = []
         self.runs: list[tuple[Any, str | None]] = []
 
     def SessionOptions(self) -> Any:  # noqa: N802
         return SimpleNamespace(add_session_config_entry=lambda key, value: None)
 
     def InferenceSession(  # noqa: N802
-        self, model: Path, options: Any, providers: Any, enable_fallback: int
+        self,
+        model: Path,
+        options: Any,
+        providers: Any,
+        enable_fallback: int,
+        disabled_optimizers: set[str],
     ) -> Any:
         (_, settings), _ = providers
         if any(refused.items() <= settings.items() for refused in self.refuses):
             raise RuntimeError(self.error)
         self.opened.append(settings)
+        self.left_out.append(disabled_optimizers)
 
         def run(binding: Any, options: RunOptions) -> None:
             self.runs.append((binding, options.entries.get("gpu_graph_id")))
 
         return SimpleNamespace(
             get_providers=lambda: ["CUDAExecutionProvider"],
-            get_inputs=lambda: [X],
+            get_inputs=lambda: [SimpleNamespace(name="x", type=self.type, shape=["n", 2])],
             get_outputs=lambda: [Y],
             io_binding=lambda: SimpleNamespace(
                 bind_input=lambda *words: None, bind_output=lambda *words: None
@@ -111,8 +124,23 @@ def test_the_fastest_way_that_a_graph_allows(
     assert not graph.capturable
     assert settings["user_compute_stream"] == "77"
     assert settings["use_tf32"] == "0"
+    assert runtime.left_out == [{"ConvAddFusion"}]
     graph.bind(tensors(2))()
     assert [graph_id for _, graph_id in runtime.runs] == ["-1" if captures else None]
+
+
+@pytest.mark.parametrize("captures", [True, False])
+def test_channels_last_are_for_tensor_cores(
+    monkeypatch: pytest.MonkeyPatch, captures: bool
+) -> None:
+    """Exact products of float32 do not run on them; those in TF32 do."""
+    refuses = () if captures else ({"enable_cuda_graph": "1"},)
+    for tf32, layout in ((False, None), (True, "1")):
+        runtime = Runtime(refuses, type="tensor(float)")
+        monkeypatch.setattr(engine_module, "_import", lambda opens=runtime: opens)
+        graph = OnnxRuntimeGraph(Path("net.onnx"), "cuda", 77, tf32)
+        assert runtime.opened[-1].get("prefer_nhwc") == layout
+        assert graph.replays_itself is captures
 
 
 def test_other_errors_are_not_taken_for_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -376,7 +376,7 @@ def load(
         slots: How many calls run on a GPU at a time, each on its stream with its buffers; further
             calls wait. On a CPU all calls share the engines.
         cuda_graphs: Capture a GPU's work, and replay it for calls of the same sizes. Without it,
-            results are the same to the bit, and the stages of `timings` are finer.
+            the same calls give the same bits, and the stages of `timings` are finer.
         require_signature: A public key in a PEM file. Before anything of the bundle is parsed, all
             of its folder must be as it was signed with that key; a bundle that was read is read
             again then.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Executor, Future, wait
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from numpy.typing import NDArray
@@ -36,8 +37,11 @@ def over_rows(
         return [work(first)]
     helpers: list[Future[Result]] = []
     try:
-        helpers.extend(threads.submit(work, part) for part in others)
-        return [work(first), *(helper.result() for helper in helpers)]
+        with suppress(RuntimeError):  # the threads were ended meanwhile
+            helpers.extend(threads.submit(work, part) for part in others)
+        mine = [work(first)]
+        rest = [work(part) for part in others[len(helpers) :]]
+        return mine + [helper.result() for helper in helpers] + rest
     except BaseException:
         wait(helpers)
         raise

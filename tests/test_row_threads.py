@@ -56,3 +56,10 @@ def test_nothing_goes_on_once_it_failed(fails: int, threads: ThreadPoolExecutor)
     with pytest.raises(KeyboardInterrupt):
         over_rows(threads, work, LARGE[:2])
     assert ended == [1 - fails]
+
+
+def test_the_caller_does_what_threads_refuse() -> None:
+    """They were ended by another thread, between the look at them and the work."""
+    ended = ThreadPoolExecutor(MOST_PARTS - 1)
+    ended.shutdown()
+    assert rows_of(over_rows(ended, lambda part: part, LARGE)) == list(range(len(LARGE)))

@@ -1,9 +1,8 @@
-"""Half-precision graphs in the form that suits a GPU's tensor cores; the values are the same.
+"""Half-precision graphs in the form that suits a GPU's tensor cores: the same but for rounding.
 
 Engines such as ONNX Runtime run a graph as it is written. Convolutions of three channels are left
 to slower units, images are turned round once for each mask, and a bias and a ReLU in front of a
-pooling read and write several times as many values as behind it: together they took half of a
-ResNet-18's forward pass on an H100.
+pooling read and write several times as many values as behind it.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ class Blocks:
 
     Attributes:
         shape: C, H, W.
-        side: Pixels along a block's side; 1 leaves the pixels where they are.
+        side: Pixels along a block's side.
         channels: Of each pixel, those of the images and then zeros.
         dtype: Of the graph.
     """
@@ -75,10 +74,9 @@ class Blocks:
         rows, columns = self.grid
         sizes = [-1, rows, self.side, columns, self.side]
         cut = graph.call_function(aten.reshape.default, (masks, sizes))
-        if self.side > 1:
-            cut = graph.call_function(aten.permute.default, (cut, [0, 1, 3, 2, 4]))
+        turned = graph.call_function(aten.permute.default, (cut, [0, 1, 3, 2, 4]))
         sizes = [-1, rows, columns, self.side**2, 1]
-        return graph.call_function(aten.reshape.default, (cut, sizes))
+        return graph.call_function(aten.reshape.default, (turned, sizes))
 
     def as_input(self, graph: fx.Graph, blocks: fx.Node) -> fx.Node:
         """Write the blocks of images as [B, channels of a block, rows, columns]."""

@@ -20,7 +20,7 @@ def fake_runtime(provider: str, answer: list[float], available: str = "CUDA") ->
 
     class Session:
         def __init__(
-            self, graph: bytes, options: object, providers: list[Any], enable_fallback: int
+            self, graph: bytes, options: object, providers: list[Any], **options_beside: object
         ) -> None:
             assert preloaded == [True]
             assert graph == probe_graph.tiny_graph()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from queue import SimpleQueue
 from typing import Any, Generic, TypeVar
 
@@ -20,10 +21,11 @@ class SlotThread:
 
     def __init__(self, name: str) -> None:
         self._calls: SimpleQueue[_Call[Any] | None] = SimpleQueue()
+        self._lock = threading.Lock()
         # Python joins other threads before it runs what is to run at its end.
         thread = threading.Thread(target=_serve, args=(self._calls,), name=name, daemon=True)
         thread.start()
-        self._end = weakref.finalize(self, _end, self._calls, thread)
+        self._end = weakref.finalize(self, _end, self._calls, self._lock, thread)
 
     def run(self, work: Callable[[], Result]) -> Result:
         """Do some work in the thread, and wait.
@@ -38,11 +40,9 @@ class SlotThread:
             RuntimeError: The thread has ended.
             BaseException: What `work` raises.
         """
-        if not self._end.alive:
-            raise RuntimeError("the slot's thread has ended")
         call = _Call(work)
         try:
-            self._calls.put(call)
+            self._put(call)
             return call.outcome()
         except BaseException:
             self._finish()
@@ -55,8 +55,15 @@ class SlotThread:
     def _finish(self) -> None:
         """Wait for whatever was to be done before."""
         last = _Call(lambda: None)
-        self._calls.put(last)
-        last.outcome()
+        with suppress(RuntimeError):
+            self._put(last)
+            last.outcome()
+
+    def _put(self, call: _Call[Any]) -> None:
+        with self._lock:  # nothing may come behind the end, where it would wait for ever
+            if not self._end.alive:
+                raise RuntimeError("the slot's thread has ended")
+            self._calls.put(call)
 
 
 class _Call(Generic[Result]):
@@ -96,7 +103,10 @@ def _serve(calls: SimpleQueue[_Call[Any] | None]) -> None:
         del call  # while the thread waits, results belong to whoever asked for them
 
 
-def _end(calls: SimpleQueue[_Call[Any] | None], thread: threading.Thread) -> None:
-    calls.put(None)
+def _end(
+    calls: SimpleQueue[_Call[Any] | None], lock: threading.Lock, thread: threading.Thread
+) -> None:
+    with lock:
+        calls.put(None)
     if thread is not threading.current_thread():
         thread.join()

@@ -18,7 +18,7 @@ from ccam_deploy.kernels.cuda.collectives import (
     Number,
     block_sum,
 )
-from ccam_deploy.kernels.cuda.geometry import LARGEST_K, LARGEST_LAYER
+from ccam_deploy.kernels.cuda.geometry import LARGEST_K, LARGEST_LAYER, PARTITION_THREADS
 from ccam_deploy.kernels.cuda.hierarchy import History, clusters_of
 from ccam_deploy.kernels.cuda.kept import kernel
 from ccam_deploy.kernels.cuda.layer_table import layer_row
@@ -41,7 +41,7 @@ class Top(NamedTuple):
     parent: Array
 
 
-@partial(kernel, most_threads=512)
+@partial(kernel, most_threads=PARTITION_THREADS)
 def partition(
     table: Array,
     all_exact: Array,
@@ -55,7 +55,7 @@ def partition(
     quality: Array,
     rounds: Array,
 ) -> None:
-    """Build the hierarchy and cut it. One block, of 512 threads or fewer, per layer and pair.
+    """Build the hierarchy and cut it. One block, of PARTITION_THREADS or fewer, per layer and pair.
 
     The grid is (L, P).
 

@@ -24,6 +24,9 @@ DIGITS, BINS = 3, 1 << 10
 MAP_PARTS = 256
 """The most blocks among which a map of the input's size is shared out."""
 
+PARTITION_THREADS = 512
+"""The most threads of the block that cuts a layer's hierarchy."""
+
 BLOCK_CLUSTERS = 256
 """The most clusters of a layer that one block merges in shared memory."""
 _LEFT_BY_A_ROUND = 0.8

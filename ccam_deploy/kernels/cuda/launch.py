@@ -15,7 +15,7 @@ import numpy as np
 from ccam_deploy.kernels.cuda import combine, cut, masks, scores, statistics, sums, ward
 from ccam_deploy.kernels.cuda.buffers import Buffers
 from ccam_deploy.kernels.cuda.collectives import WARP, Array
-from ccam_deploy.kernels.cuda.geometry import DIGITS, Geometry, map_parts
+from ccam_deploy.kernels.cuda.geometry import DIGITS, PARTITION_THREADS, Geometry, map_parts
 
 
 def write_constants(geometry: Geometry, buffers: Buffers[Array], stream: Any) -> None:
@@ -84,7 +84,7 @@ class Threads:
 
     statistics: int = 128
     search: int = 256
-    partition: int = 512
+    partition: int = PARTITION_THREADS
     sums: int = 256
     masks: int = 512
     mask_parts: int = 256

@@ -98,6 +98,7 @@ class Pipeline:
         self.batch, self.geometry = self._memory.batch, self._memory.geometry
         try:
             self._kernels, self._head = self._prepare_kernels()
+            self._write_constants()
         except BaseException:
             self._memory.close()
             raise
@@ -105,6 +106,7 @@ class Pipeline:
         self._mask_sizes = mask_sizes(self._memory.chunk, self.batch == 1)
         self._launchers: dict[tuple[str, int, bool], Callable[[], None]] = {}
         self._last_masks: dict[int, int] = {}
+        self._interrupted = False
 
     def run(
         self,
@@ -133,6 +135,9 @@ class Pipeline:
         host = self._memory.host
         host.pairs.k_range[:] = k_range
         self._runner.forget()
+        if self._interrupted:  # kernels leave zeros for the next ones, but only the last of them
+            self._write_constants()
+        self._interrupted = True
         parts = None
         if isinstance(images, ImageParts):
             parts = images
@@ -146,6 +151,7 @@ class Pipeline:
             host.pairs.codes[:pairs] = codes[part]
             results.append(self._run_pairs(len(images), pairs, part.start == 0, parts))
             clock.add(self._runner.stages())
+        self._interrupted = False
         return results[0].logits[: len(images)], results
 
     def passes(self, images: int, masks: int) -> None:
@@ -405,16 +411,20 @@ class Pipeline:
         )
 
     def _prepare_kernels(self) -> tuple[Any, Any]:
-        from ccam_deploy.kernels.cuda.launch import CollectionKernels, Head, write_constants
+        from ccam_deploy.kernels.cuda.launch import CollectionKernels, Head
 
         memory = self._memory
         tensors = memory.buffers.by_name()
         buffers = Buffers.of({name: memory.view(tensor) for name, tensor in tensors.items()})
-        write_constants(self.geometry, buffers, self._device.kernel_stream)
-        self._device.wait()  # until then, the arrays that are copied must not go
         head = Head(
             logits=memory.view(memory.graphs.logits),
             codes=memory.view(memory.pairs.codes),
             gradient=memory.view(memory.graphs.output_gradient),
         )
         return CollectionKernels(self.geometry, buffers), head
+
+    def _write_constants(self) -> None:
+        from ccam_deploy.kernels.cuda.launch import write_constants
+
+        write_constants(self.geometry, self._kernels.buffers, self._device.kernel_stream)
+        self._device.wait()  # until then, the arrays that are copied must not go

@@ -288,6 +288,34 @@ def pinned_results(job: Job, kept: bool) -> list[tuple[bool, int]]:
     return told
 
 
+def after_an_interrupt(job: Job) -> list[ccam.Explanation]:
+    """The first call's result, before and after one that is interrupted between two kernels.
+
+    In a process started by `simulator`. What kernels leave for those after them stays there.
+    """
+    from ccam_deploy.kernels.cuda.launch import CollectionKernels
+
+    whole, call = CollectionKernels.masks, job.calls[0]
+
+    def interrupted(kernels: CollectionKernels, inputs: Any, stream: Any) -> None:
+        whole(kernels, inputs, stream)
+        for left in (kernels.buffers.histograms, kernels.buffers.finished):
+            left.copy_to_device(np.full(left.shape, 3, left.dtype), stream)
+        raise KeyboardInterrupt
+
+    with opened(job) as (explainer, _, _):
+        before = explainer.explain(call.images, call.targets, method=call.method)
+        CollectionKernels.masks = interrupted  # type: ignore[assignment, method-assign]
+        try:
+            explainer.explain(call.images, call.targets, method=call.method)
+            raise AssertionError("the call was not interrupted")
+        except KeyboardInterrupt:
+            pass
+        finally:
+            CollectionKernels.masks = whole  # type: ignore[method-assign]
+        return [before, explainer.explain(call.images, call.targets, method=call.method)]
+
+
 def k_max_refused(job: Job) -> list[str]:
     """What is said of each call, "" where nothing is; in a process started by `simulator`."""
     told = []

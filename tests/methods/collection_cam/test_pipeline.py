@@ -26,6 +26,7 @@ from tests.engines.cuda.host_device import (
     Call,
     Job,
     Report,
+    after_an_interrupt,
     k_max_refused,
     pinned_results,
     run,
@@ -183,6 +184,13 @@ def test_stages_can_be_timed_while_engines_replay(bundle: Path, device: Run) -> 
     assert staged.bound == report.bound
     assert {"partition", "masks", "classifier"} <= set(staged.results[2].timings)
     assert_same(staged.results[2], report.results[2], 0)
+
+
+def test_an_interrupt_leaves_nothing_to_the_next_call(bundle: Path, process: Executor) -> None:
+    call = Call(noise(2, 3, 16, 24), None, CollectionCAM(k_max=2, theta=0.8))
+    job = Job(bundle, (call,), cuda_graphs=False)
+    before, after = process.submit(after_an_interrupt, job).result()
+    assert_same(after, before, 0)
 
 
 def test_a_lower_k_max_needs_no_new_memory(bundle: Path, device: Run) -> None:

@@ -101,10 +101,10 @@ def test_tables() -> None:
 
 
 def test_memory_is_that_of_the_process() -> None:
-    """As psutil adds it up."""
+    """As psutil adds it up. Others that share its libraries take some megabytes off, or add them."""
     before = memory_of(os.getpid())
-    kept = np.ones(2**23)  # 64 MiB
-    assert memory_of(os.getpid()) - before == pytest.approx(64, abs=4)
+    kept = np.ones(2**25)  # 256 MiB
+    assert memory_of(os.getpid()) - before == pytest.approx(256, abs=24)
     expected = psutil.Process().memory_full_info().pss / 2**20
     assert memory_of(os.getpid()) == pytest.approx(expected, rel=0.02)
     assert kept.size

@@ -101,7 +101,7 @@ def test_tables() -> None:
 
 
 def test_memory_is_that_of_the_process() -> None:
-    """As psutil adds it up. Others that share its libraries take some megabytes off, or add them."""
+    """As psutil adds it up. Who else has its libraries takes some megabytes off, or adds them."""
     before = memory_of(os.getpid())
     kept = np.ones(2**25)  # 256 MiB
     assert memory_of(os.getpid()) - before == pytest.approx(256, abs=24)

@@ -247,3 +247,37 @@ def nearest(
             best, closest, least_tie = cost, other, tie
         step >>= 1
     return int(closest)
+
+
+@cuda.jit(device=True)
+def find_nearest(
+    exact: Exact,
+    coarse: Coarse,
+    links: Links,
+    looking: Array,
+    looking_count: int,
+    among: Array,
+    count: int,
+    thread: int,
+    threads: int,
+) -> None:
+    """Find the nearest of the first clusters of a list, among the first of another.
+
+    Warps take clusters in turn.
+
+    Args:
+        exact: The clusters.
+        coarse: The same.
+        links: The same; `nearest` is written.
+        looking: Clusters, int32.
+        looking_count: How many of them look for another.
+        among: Clusters, int32.
+        count: How many of them may be found.
+        thread: The thread's number among those that share the work.
+        threads: How many these are, in whole warps.
+    """
+    for place in range(thread // WARP, looking_count, threads // WARP):
+        cluster = looking[place]
+        other = nearest(exact, coarse, links, among, count, cluster)
+        if cuda.laneid == 0:
+            links.nearest[cluster] = other

@@ -73,10 +73,8 @@ def weighted_sum(
     for pixel in range(cuda.grid(1), masks.shape[1], cuda.gridDim.x * cuda.blockDim.x):
         total, mask = np.float32(0), start
         while mask + 3 < end:  # so that four are loaded at a time
-            one, two = (
-                factors(weights, masks, mask, pixel),
-                factors(weights, masks, mask + 1, pixel),
-            )
+            one = factors(weights, masks, mask, pixel)
+            two = factors(weights, masks, mask + 1, pixel)
             three = factors(weights, masks, mask + 2, pixel)
             four = factors(weights, masks, mask + 3, pixel)
             total += one[0] * one[1]

@@ -25,9 +25,9 @@ import math
 import numpy as np
 from numba import cuda
 
-from ccam_deploy.kernels.cuda.clusters import merge_or_keep, nearest, write_scaled
+from ccam_deploy.kernels.cuda.clusters import find_nearest, merge_or_keep, write_scaled
 from ccam_deploy.kernels.cuda.collectives import MOST_WARPS, WARP, Array, append, block_max
-from ccam_deploy.kernels.cuda.hierarchy import Coarse, Exact, Links, clusters_of, lists_of
+from ccam_deploy.kernels.cuda.hierarchy import clusters_of, lists_of
 from ccam_deploy.kernels.cuda.kept import kernel
 from ccam_deploy.kernels.cuda.layer_table import layer_row
 
@@ -132,30 +132,17 @@ def search(
         return
     start = pair * (all_links.shape[1] // alive.shape[0]) + layer_row(table, layer).first_channel
     exact, coarse, links, _ = clusters_of(all_exact, all_coarse, all_links, start, start + channels)
-    find_nearest(exact, coarse, links, links.live, channels, links.live, channels)
-
-
-@cuda.jit(device=True)
-def find_nearest(
-    exact: Exact,
-    coarse: Coarse,
-    links: Links,
-    looking: Array,
-    looking_count: int,
-    among: Array,
-    count: int,
-) -> None:
-    """Find the nearest of the first clusters of a list, among the first of another.
-
-    The warps of the grid's first axis take clusters in turn.
-    """
-    warps = cuda.blockDim.x // WARP
-    warp = cuda.blockIdx.x * warps + cuda.threadIdx.x // WARP
-    for place in range(warp, looking_count, cuda.gridDim.x * warps):
-        cluster = looking[place]
-        other = nearest(exact, coarse, links, among, count, cluster)
-        if cuda.laneid == 0:
-            links.nearest[cluster] = other
+    find_nearest(
+        exact,
+        coarse,
+        links,
+        links.live,
+        channels,
+        links.live,
+        channels,
+        cuda.grid(1),
+        cuda.gridsize(1),
+    )
 
 
 @kernel
@@ -245,4 +232,4 @@ def relink(
     looking, count = links.stale, stale[pair, layer, turn]
     if left == alive[pair, layer, turn - 1]:
         looking, count = among, left
-    find_nearest(exact, coarse, links, looking, count, among, left)
+    find_nearest(exact, coarse, links, looking, count, among, left, cuda.grid(1), cuda.gridsize(1))

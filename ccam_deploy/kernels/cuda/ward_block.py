@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numba import cuda
 
-from ccam_deploy.kernels.cuda.clusters import keep, merge_or_keep, nearest
+from ccam_deploy.kernels.cuda.clusters import find_nearest, keep, merge_or_keep
 from ccam_deploy.kernels.cuda.collectives import WARP, Array, append
 from ccam_deploy.kernels.cuda.geometry import BLOCK_CLUSTERS
 from ccam_deploy.kernels.cuda.hierarchy import Coarse, Exact, History, Links, lists_of
@@ -163,10 +163,6 @@ def merge_until(
         if counters[0] == alive:
             looking, count = target, counters[0]
         alive = counters[0]
-        for place in range(thread // WARP, count, threads // WARP):
-            cluster = looking[place]
-            other = nearest(exact, coarse, links, target, alive, cluster)
-            if cuda.laneid == 0:
-                links.nearest[cluster] = other
+        find_nearest(exact, coarse, links, looking, count, target, alive, thread, threads)
         cuda.syncthreads()
     return alive, turn

@@ -85,6 +85,11 @@ def calls(graph: fx.GraphModule) -> Counter[str]:
     return Counter(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
 
 
+def assert_same_logits(changed: fx.GraphModule, plain: fx.GraphModule, channels: int = 3) -> None:
+    images = images_of(channels)
+    torch.testing.assert_close(changed(images)[0], plain(images)[0], rtol=1e-5, atol=1e-6)
+
+
 def code(graph: fx.GraphModule) -> str:
     return str(graph.graph.python_code("self").src)
 
@@ -107,8 +112,7 @@ def test_blocks_give_the_same_logits(stem: dict[str, Any], channels: int) -> Non
     plain, cut = program.graph, copy.deepcopy(program.graph)
     shape = channels, *SHAPE[1:]
     read_blocks(cut, shape)
-    images = images_of(channels)
-    torch.testing.assert_close(cut(images)[0], plain(images)[0], rtol=1e-5, atol=1e-6)
+    assert_same_logits(cut, plain, channels)
     first = next(node for node in cut.graph.nodes if node.target is aten.conv2d.default)
     weight = getattr(cut, str(first.args[1].target))
     assert weight.shape[1] % ALIGNMENT == 0
@@ -155,8 +159,7 @@ def test_pooling_comes_before_bias_and_relu() -> None:
     program = program_of()
     plain, moved = program.graph, copy.deepcopy(program.graph)
     pool_before_bias(moved)
-    images = images_of()
-    torch.testing.assert_close(moved(images)[0], plain(images)[0], rtol=1e-5, atol=1e-6)
+    assert_same_logits(moved, plain)
     (pool,) = (node for node in moved.graph.nodes if node.target is aten.max_pool2d.default)
     convolution = pool.args[0]
     assert convolution.target is aten.conv2d.default
@@ -189,8 +192,7 @@ def test_biases_are_added_apart() -> None:
     program = program_of()
     plain, apart = program.graph, copy.deepcopy(program.graph)
     add_biases_apart(apart)
-    images = images_of()
-    torch.testing.assert_close(apart(images)[0], plain(images)[0], rtol=1e-5, atol=1e-6)
+    assert_same_logits(apart, plain)
     convolutions = [node for node in apart.graph.nodes if node.target is aten.conv2d.default]
     assert [node.args[2] for node in convolutions] == [None, None]
     assert calls(apart) - calls(plain) == {"aten.add.Tensor": 2}

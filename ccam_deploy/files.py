@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shutil
 import tempfile
@@ -15,6 +16,7 @@ from ccam_deploy.errors import OutputError
 
 _STEM_BYTES = 120
 """Of 255 that file systems allow: a class, a format and a number come after it."""
+_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -152,8 +154,12 @@ def is_utf8(path: Path) -> bool:
 
 
 def short_stem(path: str | Path) -> str:
-    """Take a file's name without its suffix, cut where names made of it could be too long."""
-    stem = Path(path).stem
+    """Take a file's name without its suffix for a name that is made of it.
+
+    Characters that would break a terminal's line become hyphens, and it is cut where names made of
+    it could be too long.
+    """
+    stem = _CONTROLS.sub("-", Path(path).stem)
     while len(os.fsencode(stem)) > _STEM_BYTES:
         stem = stem[:-1]
     return stem

@@ -121,13 +121,16 @@ def find_inputs(images: Sequence[Path], output: Path) -> list[Path]:
 
     Raises:
         ImageError: A path does not exist, or a folder holds no images.
-        OptionError: A folder of images is the folder for results too.
+        OptionError: A path is a bundle, or a folder of images is the folder for results too.
     """
+    from ccam_deploy.bundle.staging import holds_bundle
     from ccam_deploy.image_files import find_images
 
     place = output.resolve()
     files = []
     for path in images:
+        if path.is_dir() and holds_bundle(path):
+            raise OptionError(f"{path} is a bundle; give the bundle first, then the images")
         pictures = find_images([path])
         if path.is_dir():
             if path.resolve() == place:

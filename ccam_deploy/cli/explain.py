@@ -23,7 +23,7 @@ from ccam_deploy.cli.options import (
     OutputFolder,
     TargetClasses,
 )
-from ccam_deploy.cli.parameters import Option, Words, unset, with_options
+from ccam_deploy.cli.parameters import Number, Option, Words, unset, with_options
 from ccam_deploy.cli.printing import print_json, progress, say
 from ccam_deploy.errors import ImageError, OptionError
 
@@ -41,7 +41,7 @@ Budget = Annotated[
     Option(
         "--budget-ms",
         "Most milliseconds for an image with all its classes; lowers collection-cam's k_max.",
-        click.FloatRange(min=0, min_open=True),
+        Number(min=0, min_open=True),
     ),
 ]
 Save = Annotated[

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import click
 
-from ccam_deploy.cli.parameters import Argument, Numbers, Option, Size, Words, unset
+from ccam_deploy.cli.parameters import Argument, Number, Numbers, Option, Size, Words, unset
 from ccam_deploy.errors import OptionError
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ Opacity = Annotated[
     Option(
         "--opacity",
         "Opacity of a map over its image; 0 shows the image alone.",
-        click.FloatRange(0, 1),
+        Number(0, 1),
     ),
 ]
 ColorBar = Annotated[bool, Option("--color-bar", "Draw a color bar beside the maps.")]

@@ -19,6 +19,7 @@ field that is itself such a dataclass is a group of options that several command
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -77,6 +78,17 @@ class Size(click.ParamType[tuple[int, int]]):
             self.fail(f'"{value}" is not a size such as 224x224', param, ctx)
         height, width = match.groups()
         return int(height), int(width or height)
+
+
+class Number(click.FloatRange):
+    """A finite number, within bounds where there are any."""
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float:
+        """Parse "0.5"."""
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{number} is not a finite number", param, ctx)
+        return number
 
 
 class Numbers(click.ParamType[tuple[float, ...]]):

@@ -24,7 +24,7 @@ from ccam_deploy.cli.options import (
     Seed,
     TargetClasses,
 )
-from ccam_deploy.cli.parameters import Option, unset, with_options
+from ccam_deploy.cli.parameters import Number, Option, unset, with_options
 from ccam_deploy.cli.printing import print_json, progress, say, write_json
 from ccam_deploy.errors import ImageError, OptionError
 from ccam_deploy.text import text_table
@@ -56,7 +56,7 @@ PeakThreshold = Annotated[
     Option(
         "--peak-threshold",
         "Smallest height of a peak, as a share of the map's maximum.",
-        click.FloatRange(0, 1, min_open=True),
+        Number(0, 1, min_open=True),
     ),
 ]
 SearchMode = Annotated[

@@ -9,7 +9,7 @@ from typing import Annotated
 import click
 
 from ccam_deploy.cli.options import AsJson
-from ccam_deploy.cli.parameters import Argument, Option, with_options
+from ccam_deploy.cli.parameters import Argument, Number, Option, with_options
 from ccam_deploy.cli.printing import print_json, say
 
 
@@ -24,9 +24,7 @@ class CheckOptions:
     ] = ()
     timeout: Annotated[
         float,
-        Option(
-            "--timeout", "Seconds that each answer may take.", click.FloatRange(0, min_open=True)
-        ),
+        Option("--timeout", "Seconds that each answer may take.", Number(0, min_open=True)),
     ] = 10.0
     as_json: AsJson = False
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import click
 
 from ccam_deploy.cli.options import LOOPBACK, PATH, Host, RequireSignature
-from ccam_deploy.cli.parameters import Argument, Option, unset, with_options
+from ccam_deploy.cli.parameters import Argument, Number, Option, unset, with_options
 from ccam_deploy.cli.printing import say
 from ccam_deploy.termination import Terminated
 
@@ -50,7 +50,7 @@ class ServeOptions:
         Option(
             "--check-seconds",
             "Seconds between two looks at the models.",
-            click.FloatRange(0, min_open=True),
+            Number(0, min_open=True),
         ),
     ] = 2.0
     require_signature: RequireSignature = unset("what the models were exported with")

@@ -81,6 +81,10 @@ DIGITS = RECIPES / "digits.toml"
         ),
         (["explain", "tiny", "one.png", "--target", "dog"], 'the name "dog" stands for 3 "dog", 4'),
         (["explain", "tiny", "none.png"], "none.png does not exist"),
+        (["explain", "one.png", "tiny"], "tiny is a bundle; give the bundle first"),
+        (["explain", "tiny", "one.png", "--opacity", "nan"], "nan is not a finite number"),
+        (["explain", "tiny", "one.png", "--budget-ms", "inf"], "inf is not a finite number. See"),
+        (["propose", "tiny", "one.png", "--peak-threshold", "nan"], "nan is not a finite number"),
         (["explain", "tiny", "empty"], "empty holds no images (.jpg, "),
         (["explain", "tiny", "short.png"], "short.png cannot be decoded: "),
         (

@@ -274,14 +274,14 @@ def test_closed_streams_change_nothing(tiny_bundle: Path, here: Path, closed: st
 
 
 @pytest.mark.slow
-def test_long_names_are_cut_and_told_apart(tiny_bundle: Path, here: Path) -> None:
-    names = [f"{'n' * 240}.png", f"{'n' * 239}m.png", f"{'猫' * 80}.png"]
+def test_long_and_broken_names_are_mended_and_told_apart(tiny_bundle: Path, here: Path) -> None:
+    names = [f"{'n' * 240}.png", f"{'n' * 239}m.png", f"{'猫' * 80}.png", "a\nb\x1b[31m.png"]
     for name in names:
         picture(here / name)
     success("explain", tiny_bundle, *names, "--target", 3, "--save", "json")
     written = sorted(path.name for path in (here / "explanations").iterdir())
-    ends = [f"{'n' * 120}-dog-3.json", f"{'n' * 120}-2-dog-3.json", f"{'猫' * 40}-dog-3.json"]
-    assert written == sorted(ends)
+    stems = ["n" * 120, f"{'n' * 120}-2", "猫" * 40, "a-b-[31m"]
+    assert written == sorted(f"{stem}-dog-3.json" for stem in stems)
 
 
 @pytest.mark.slow

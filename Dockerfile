@@ -41,7 +41,8 @@ RUN apt-get update \
 COPY --from=build /opt/ccam-deploy /opt/ccam-deploy
 ENV PATH=/opt/ccam-deploy/bin:$PATH \
     PYTHONUNBUFFERED=1
-USER ccam
+# A number, so that Kubernetes can tell that it is not root
+USER 10001
 WORKDIR /data
 ENTRYPOINT ["ccam-deploy"]
 CMD ["--help"]

@@ -12,6 +12,7 @@ PAGE_PIP := $(PAGE)/pip install --quiet --disable-pip-version-check \
 	--constraint constraints-page.txt
 SCALE := .venv-scale/bin
 OLDEST := .venv-oldest/bin
+SCHEMA := $(BIN)/check-jsonschema --quiet --builtin-schema
 HERE := not serve and not page and not scale
 
 .PHONY: demo pictures test test-quick test-all test-serve test-page test-scale test-oldest browser
@@ -62,6 +63,9 @@ browser:
 lint: .venv/.all docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(SCHEMA) vendor.github-workflows .github/workflows/ci.yml
+	$(SCHEMA) vendor.compose-spec deploy/compose.yaml
+	$(SCHEMA) vendor.citation-file-format --default-filetype yaml CITATION.cff
 
 types: .venv/.all
 	$(BIN)/mypy

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import re
+import threading
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 
 from ccam_deploy.errors import ImageError, brief
 
@@ -17,6 +19,10 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".g
 MAX_BYTES = 256 * 2**20
 MAX_PIXELS = 100_000_000
 MIN_SIDE = 8
+MAX_SCANS = 100
+"""Of a progressive JPEG, which is decoded once more for each; encoders write 6 to 18."""
+
+_SCAN = b"\xff\xda"
 
 
 def load_image(
@@ -30,17 +36,18 @@ def load_image(
         formats: Names of formats that it may have, among IMAGE_FORMATS.
 
     Raises:
-        ImageError: It is no image, truncated, too large or too small, or of another format.
+        ImageError: It is no image, truncated, too large or too small, a JPEG that would take far
+            longer than others of its size, or of another format.
     """
     name = name or ("image" if isinstance(source, bytes) else str(source))
     content = source if isinstance(source, bytes) else _read(Path(source))
     if len(content) > MAX_BYTES:
         raise ImageError(f"{name} has {len(content)} bytes, more than {MAX_BYTES}")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with _without_pillows_warnings:
             picture = Image.open(io.BytesIO(content), formats=formats)
             require_usable_size(picture, name)
+            _require_few_scans(picture, content, name)
             turned = as_shown(picture)
     except UnidentifiedImageError as error:
         known = ", ".join(formats)
@@ -56,6 +63,36 @@ def load_image(
     except Exception as error:
         raise ImageError(f"{name} cannot be decoded: {brief(error)}") from error
     return turned
+
+
+class _PillowsWarnings:
+    """Ignores Pillow's warnings while any thread reads an image.
+
+    Python's filters are the whole process's: a thread that put back what it found would put back
+    what another had set for a while.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._readers = 0
+        self._filters = warnings.catch_warnings()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._readers:
+                self._filters = warnings.catch_warnings()
+                self._filters.__enter__()
+                warnings.filterwarnings("ignore", module=r"PIL\.")
+            self._readers += 1
+
+    def __exit__(self, *exception: object) -> None:
+        with self._lock:
+            self._readers -= 1
+            if not self._readers:
+                self._filters.__exit__(None, None, None)
+
+
+_without_pillows_warnings = _PillowsWarnings()
 
 
 def as_shown(picture: Image.Image) -> Image.Image:
@@ -74,6 +111,12 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise ImageError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _require_few_scans(picture: Image.Image, content: bytes, name: str) -> None:
+    """Refuse a JPEG of a few kilobytes that would take minutes."""
+    if isinstance(picture, JpegImageFile) and content.count(_SCAN) > MAX_SCANS:
+        raise ImageError(f"{name} is a JPEG of more than {MAX_SCANS} scans; save it again")
 
 
 def require_usable_size(picture: Image.Image, name: str) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import struct
+import threading
+import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -193,6 +195,53 @@ BAD_CONTENT = {
     "hollow": (png_header(100, 100), "image cannot be decoded: "),
     "flat": (encoded(photograph(90, 7)), "image is 90x7; both sides must be at least 8"),
 }
+
+
+def with_scans(content: bytes, count: int) -> bytes:
+    """A progressive JPEG whose last scan is repeated."""
+    start = content.rindex(b"\xff\xda")
+    return content[:start] + content[start:-2] * count + content[-2:]
+
+
+def test_a_jpeg_of_many_scans_is_refused() -> None:
+    """It would take minutes: each scan of a few bytes is a pass over the whole picture."""
+    file = io.BytesIO()
+    photograph(64, 64).save(file, "JPEG", progressive=True)
+    plain = load_image(file.getvalue())
+    assert plain.tobytes() == load_image(with_scans(file.getvalue(), 80)).tobytes()
+    with pytest.raises(
+        ImageError, match=r"^image is a JPEG of more than 100 scans; save it again$"
+    ):
+        load_image(with_scans(file.getvalue(), 120))
+
+
+def test_threads_that_read_images_leave_warnings_as_they_were(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The first to begin ends before the second."""
+    content = encoded(photograph(20, 20))
+    begun, go_on = threading.Event(), threading.Event()
+    other = threading.Thread(target=load_image, args=[content])
+    shown = image_files.as_shown
+
+    def one_in_the_other(picture: Image.Image) -> Image.Image:
+        if threading.current_thread() is other:
+            begun.set()
+            assert go_on.wait(10)
+        else:
+            other.start()
+            assert begun.wait(10)
+            warnings.warn_explicit("a tag", UserWarning, "Image.py", 1, "PIL.Image")
+            with pytest.raises(UserWarning, match="another's"):
+                warnings.warn_explicit("another's", UserWarning, "other.py", 1, "other")
+        return shown(picture)
+
+    monkeypatch.setattr(image_files, "as_shown", one_in_the_other)
+    before = list(warnings.filters)
+    load_image(content)
+    go_on.set()
+    other.join()
+    assert list(warnings.filters) == before
 
 
 @pytest.mark.parametrize(("content", "message"), BAD_CONTENT.values(), ids=BAD_CONTENT)

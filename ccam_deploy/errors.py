@@ -18,6 +18,7 @@ CcamError                the root of all; the command line prints it as one line
 │   └── ToleranceError   a graph that does not agree with PyTorch
 ├── ServerError          an inference server that does not start, or does not do what was asked
 └── BackendError         an engine that is missing, or that cannot do what was asked
+    └── NotFiniteError   values of some images that are NaN or infinite
 """
 
 from __future__ import annotations
@@ -101,6 +102,10 @@ class ServerError(CcamError):
 
 class BackendError(CcamError):
     """An engine is missing, or cannot do what was asked."""
+
+
+class NotFiniteError(BackendError):
+    """An engine gives NaN or infinite values for some images; it works for others."""
 
 
 def brief(error: BaseException, limit: int = 200) -> str:

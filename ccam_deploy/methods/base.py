@@ -13,7 +13,7 @@ from ccam_deploy.arrays import Classes, Floats
 from ccam_deploy.bundle.manifest import Activation
 from ccam_deploy.engines import Activations, Classifier
 from ccam_deploy.engines.base import row_chunks
-from ccam_deploy.errors import BackendError, OptionError
+from ccam_deploy.errors import NotFiniteError, OptionError
 from ccam_deploy.methods.results import BatchResult, MethodResult
 from ccam_deploy.methods.stopwatch import Stopwatch
 from ccam_deploy.targets import classes_of, first_occurrences
@@ -161,7 +161,7 @@ class Method(ABC):
 
         Raises:
             OptionError: The bundle cannot meet the method's options.
-            BackendError: Logits, features, gradients or maps are not finite.
+            NotFiniteError: Logits, features, gradients or maps are not finite.
         """
         with clock.stage("backbone"):
             activations = context.classifier.backbone(images)
@@ -186,7 +186,7 @@ class Method(ABC):
 
         Raises:
             OptionError: The bundle cannot meet the method's options.
-            BackendError: Features, gradients or maps are not finite.
+            NotFiniteError: Features, gradients or maps are not finite.
         """
 
     def warm_up(self, images: int, context: Context, progress: Callable[[str], None]) -> None:
@@ -245,24 +245,24 @@ def places_of(layers: Sequence[str], names: Sequence[str]) -> list[int]:
     return [place for place, name in enumerate(names) if name in layers]
 
 
-def not_finite(layer: str) -> BackendError:
+def not_finite(layer: str) -> NotFiniteError:
     """Make the error for a layer whose features or gradients are NaN or infinite."""
-    return BackendError(
+    return NotFiniteError(
         f'layer "{layer}" has NaN or infinite features or gradients for these images; '
         "a bundle in fp32 has the wider range"
     )
 
 
 def require_finite_masked(values: Floats) -> None:
-    """Raise BackendError where logits under masks, or what is made of them, are not finite."""
+    """Raise NotFiniteError where logits under masks, or what is made of them, are not finite."""
     if not np.isfinite(values).all():
-        raise BackendError(
+        raise NotFiniteError(
             "the classifier gives NaN or infinite logits for these images under masks; "
             "a bundle in fp32 has the wider range"
         )
 
 
 def require_finite_logits(logits: Floats) -> None:
-    """Raise BackendError where logits are NaN or infinite."""
+    """Raise NotFiniteError where logits are NaN or infinite."""
     if not np.isfinite(logits).all():
-        raise BackendError("the classifier gives NaN or infinite logits for these images")
+        raise NotFiniteError("the classifier gives NaN or infinite logits for these images")

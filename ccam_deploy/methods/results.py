@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ccam_deploy.arrays import Classes, Floats
-from ccam_deploy.errors import BackendError
+from ccam_deploy.errors import NotFiniteError
 from ccam_deploy.kernels import cpu
 
 
@@ -106,10 +106,10 @@ class MethodResult:
             saliency: [P, H, W] float32, the maps scaled to [0, 1], where that is done.
 
         Raises:
-            BackendError: A map is not finite.
+            NotFiniteError: A map is not finite.
         """
         if not np.isfinite(raw).all():
-            raise BackendError(
+            raise NotFiniteError(
                 "the maps have NaN or infinite values for these images; "
                 "a bundle in fp32 has the wider range"
             )

@@ -284,7 +284,7 @@ def _require_listener(address: str) -> None:
         raise OptionError(f"--address {address} is not HOST:PORT")
     try:
         socket.create_connection((host.strip("[]"), int(port)), _ANSWER_S).close()
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, UnicodeError) as error:
         raise BackendError(f"there is no Ray cluster at {address}: {brief(error)}") from error
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ccam_deploy.errors import OptionError, OutputError, brief
-from ccam_deploy.files import require_writable_folder, write_file
+from ccam_deploy.files import require_writable_folder
 from ccam_deploy.text import one_line
 
 SETTINGS = "_settings.json"
@@ -153,10 +153,8 @@ class Output:
         self.token = secrets.token_hex(4)
         require_writable_folder(folder)
         path = folder / SETTINGS
-        if not path.exists():
-            if folder.is_dir() and any(folder.iterdir()):
-                raise OutputError(f"{folder} has files of something else; give another OUTPUT")
-            write_file(path, _as_file(settings))
+        if not path.exists() and folder.is_dir() and set(folder.iterdir()) - {path}:
+            raise OutputError(f"{folder} has files of something else; give another OUTPUT")
         self._lock = _locked(path)
         try:
             known = _known_settings(path)
@@ -164,9 +162,8 @@ class Output:
             self.finished = _kept_keys(folder)
             if self.finished:
                 _require_same(folder, known, settings)
-            else:  # of a run that ended before it had any rows
-                os.ftruncate(self._lock, 0)
-                os.pwrite(self._lock, _as_file(settings), 0)
+            else:  # a new folder, or of a run that ended before it had any rows
+                self._write_settings(settings)
         except BaseException:
             self.close()
             raise
@@ -190,6 +187,13 @@ class Output:
         for draft in self.folder.glob(f"{_DRAFT}*"):
             draft.unlink(missing_ok=True)
 
+    def _write_settings(self, settings: Mapping[str, Any]) -> None:
+        try:
+            os.ftruncate(self._lock, 0)
+            os.pwrite(self._lock, _as_file(settings), 0)
+        except OSError as error:
+            raise OutputError(f"cannot write to {self.folder}: {error.strerror}") from error
+
     def close(self) -> None:
         """Let another run write to the folder."""
         os.close(self._lock)
@@ -201,9 +205,13 @@ def _as_file(settings: Mapping[str, Any]) -> bytes:
 
 
 def _locked(path: Path) -> int:
-    """Lock a file for this process, however it ends."""
+    """Lock a file for this process, however it ends; one that is not there is made, empty.
+
+    It keeps its place on the disk, so that of runs which begin together only one gets the lock.
+    """
     try:
-        handle = os.open(path, os.O_RDWR)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
         raise OutputError(f"{path} cannot be opened: {error.strerror}") from error
     try:
@@ -220,9 +228,9 @@ def _locked(path: Path) -> int:
 
 
 def _known_settings(path: Path) -> dict[str, Any]:
-    """The settings of a folder's rows; raises OutputError where the file holds something else."""
+    """The settings of a folder's rows, none of a new one's; OutputError for something else."""
     try:
-        known = json.loads(path.read_bytes())
+        known = json.loads(path.read_bytes() or b"{}")
     except (OSError, ValueError) as error:
         raise OutputError(f"{path} cannot be read: {brief(error)}") from error
     if not isinstance(known, dict):

@@ -13,7 +13,7 @@ import numpy as np
 from ccam_deploy.arrays import Floats
 from ccam_deploy.bundle.manifest import Manifest
 from ccam_deploy.engines.base import row_chunks
-from ccam_deploy.errors import CcamError, ImageError
+from ccam_deploy.errors import CcamError, ImageError, NotFiniteError
 from ccam_deploy.explainer import Explainer, load
 from ccam_deploy.explanation import Explanation
 from ccam_deploy.image_files import load_image
@@ -159,7 +159,7 @@ class PartExplainer:
             draft=draft,
             images=len(part.contents),
             rows=len(rows),
-            failed=sum(bool(content.problem) for content in part.contents),
+            failed=sum(row.error is not None for row in rows),
             backend=self._explainer.networks.backend,
             notes=_notes(self._explainer),
             ready=self._ready,
@@ -171,10 +171,7 @@ class PartExplainer:
         usable = [content for content in part.contents if not content.problem]
         explained: dict[str, list[Row]] = {}
         for chunk in row_chunks(len(usable), explainer.batch_size):
-            images = part.inputs[chunk]
-            targets = [self._job.targets] * len(images)
-            result = explainer.explain(images, targets, method=self._job.method)
-            _add_rows(explained, usable[chunk], result)
+            explained |= self._explain(explainer, usable[chunk], part.inputs[chunk])
         rows: list[Row] = []
         for content in part.contents:
             if content.problem:
@@ -182,6 +179,23 @@ class PartExplainer:
             else:
                 rows += explained[content.item.key]
         return rows
+
+    def _explain(
+        self, explainer: Explainer, contents: Sequence[Content], images: Floats
+    ) -> dict[str, list[Row]]:
+        """The rows of some images by their keys; a row with the error for one that has no map."""
+        targets = [self._job.targets] * len(images)
+        try:
+            result = explainer.explain(images, targets, method=self._job.method)
+        except NotFiniteError as error:
+            if len(contents) == 1:
+                (content,) = contents
+                return {content.item.key: [Row(content.path, content.item.key, error=str(error))]}
+            explained: dict[str, list[Row]] = {}
+            for place, content in enumerate(contents):
+                explained |= self._explain(explainer, [content], images[place : place + 1])
+            return explained
+        return _rows_by_key(contents, result)
 
 
 def _notes(explainer: Explainer) -> tuple[str, ...]:
@@ -192,11 +206,10 @@ def _notes(explainer: Explainer) -> tuple[str, ...]:
     )
 
 
-def _add_rows(
-    explained: dict[str, list[Row]], contents: Sequence[Content], result: Explanation
-) -> None:
-    """Add the rows of some images, by their keys."""
+def _rows_by_key(contents: Sequence[Content], result: Explanation) -> dict[str, list[Row]]:
+    """The rows of an explanation's images, by their keys."""
     settings = json.dumps(result.settings, sort_keys=True)
+    explained: dict[str, list[Row]] = {}
     for pair, target in enumerate(result.targets.tolist()):
         content = contents[int(result.image_index[pair])]
         row = Row(
@@ -209,3 +222,4 @@ def _add_rows(
             settings=settings,
         )
         explained.setdefault(content.item.key, []).append(row)
+    return explained

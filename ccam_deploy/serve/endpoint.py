@@ -189,7 +189,7 @@ class HttpEndpoint:
             return response.status, response.read()
         except TimeoutError as error:
             raise TimeoutError(f"no answer in {timeout or self._timeout:g} s") from error
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, UnicodeError, http.client.HTTPException) as error:
             reason = getattr(error, "strerror", None) or brief(error)
             raise ServerError(f"{self.url} cannot be reached: {reason}") from error
         finally:

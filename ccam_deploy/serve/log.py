@@ -6,6 +6,7 @@ import re
 import threading
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from typing import IO, Literal
 
 from ccam_deploy.text import one_line
@@ -68,7 +69,8 @@ class ServerLog:
                 line = raw.rstrip()
                 self._recent.append(line)
                 if self._show == "all" or (self._started and _serious(line)):
-                    self._say(line)
+                    with suppress(OSError, ValueError):  # nobody hears it; the server goes on
+                        self._say(line)
 
 
 def _serious(line: str) -> bool:

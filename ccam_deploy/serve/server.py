@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ccam_deploy.bundle.signature import require_signed
-from ccam_deploy.errors import OptionError, ServerError
+from ccam_deploy.errors import OptionError, ServerError, brief
 from ccam_deploy.serve.endpoint import HttpEndpoint
 from ccam_deploy.serve.installation import find_installation
 from ccam_deploy.serve.log import ServerLog
@@ -330,9 +330,10 @@ def _bound(host: str, port: int, flag: str) -> socket.socket:
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server((host, port), family=found[0])
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or brief(error)
         raise OptionError(
-            f"cannot listen on port {port} of {host}: {error.strerror}; "
+            f"cannot listen on port {port} of {host}: {reason}; "
             f"{flag} takes another one, and 0 for any that is free"
         ) from error
 

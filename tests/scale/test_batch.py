@@ -413,4 +413,5 @@ def test_no_cluster(images: Path, digits_bundle: Path, tmp_path: Path) -> None:
     words = [digits_bundle, images, tmp_path / "out", "--address"]
     line = failure(*words, f"127.0.0.1:{free_port()}")
     assert line.startswith("error: there is no Ray cluster at 127.0.0.1:")
+    assert "there is no Ray cluster at a..b:6379: " in failure(*words, "a..b:6379")
     assert "is not HOST:PORT; to use a cluster from outside" in failure(*words, "ray://host:10001")

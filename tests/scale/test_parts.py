@@ -88,6 +88,26 @@ def test_one_writer_at_a_time(tmp_path: Path) -> None:
     Output(tmp_path, SETTING).close()
 
 
+def test_of_runs_that_begin_together_one_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both saw that there was nothing yet."""
+    folder = tmp_path / "out"
+    first = Output(folder, SETTING)
+    exists = Path.exists
+    monkeypatch.setattr(Path, "exists", lambda path: path.name != SETTINGS and exists(path))
+    with pytest.raises(OptionError, match="another run writes to"):
+        Output(folder, {**SETTING, "method": "rise"})
+    assert json.loads((folder / SETTINGS).read_text()) == SETTING
+    first.close()
+
+
+def test_a_run_that_was_killed_before_its_settings_stood(tmp_path: Path) -> None:
+    (tmp_path / SETTINGS).touch()
+    Output(tmp_path, SETTING).close()
+    assert json.loads((tmp_path / SETTINGS).read_text()) == SETTING
+
+
 @pytest.mark.parametrize(
     ("other", "difference"),
     [

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
+import time
 
 import pytest
 
@@ -53,6 +55,23 @@ def test_only_news_is_shown() -> None:
     """Not what is no error on a machine without a GPU, nor tables."""
     _, said = read(STARTING + SERVING, len(STARTING))
     assert said == [SERVING[1].strip(), "printed by a model"]
+
+
+def test_a_log_is_read_on_where_nobody_hears_it() -> None:
+    """A full disk behind stderr, for one: the server would get SIGPIPE at its next line."""
+
+    def say(line: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    output, end = os.pipe()
+    log = ServerLog(os.fdopen(output), say, "all")
+    with os.fdopen(end, "w", buffering=1) as server:
+        for line in FAILING:
+            server.write(line)
+            while len(log._recent) <= FAILING.index(line):
+                time.sleep(0.01)
+    log.wait(10)
+    assert log.failure() == 'model "bad" cannot be loaded: no bundle here'
 
 
 def test_all_is_shown_on_request() -> None:

@@ -136,6 +136,7 @@ def test_a_busy_model_is_alive(triton: FakeTriton) -> None:
 def test_a_server_that_is_not_there() -> None:
     url = free_address()
     assert str(check(url)) == f"{url} is not well: {url} cannot be reached: Connection refused"
+    assert "http://a..b:80 cannot be reached: " in str(check("http://a..b:80"))
 
 
 def test_something_else_than_triton(triton: FakeTriton) -> None:

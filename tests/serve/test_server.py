@@ -102,6 +102,8 @@ def test_free_ports_are_found_and_taken_ones_refused() -> None:
             OptionError, match=f"cannot listen on port {port} of 127.0.0.1: .*--grpc-port"
         ):
             with_free_ports(ServerOptions(http_port=0, grpc_port=port, metrics_port=0))
+    with pytest.raises(OptionError, match=r"cannot listen on port 0 of 127\.0\.\.1: .*label"):
+        with_free_ports(ServerOptions(host="127.0..1", http_port=0))
 
 
 def test_a_folder_without_models(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from ccam_deploy.engines.cuda.device import DeviceGraph, DeviceTensor, Region
 from ccam_deploy.engines.cuda.graph_replay import CudaGraphs, Part, StreamRunner
 from ccam_deploy.engines.cuda.parts import ImageParts, SlotImages
 from ccam_deploy.engines.cuda.slots import Slot
-from ccam_deploy.errors import BackendError
+from ccam_deploy.errors import NotFiniteError
 from ccam_deploy.kernels.cuda.buffers import Spec
 from ccam_deploy.kernels.cuda.row_buffers import RunInputs, enlarged, run_specs
 from ccam_deploy.methods.base import not_finite
@@ -72,11 +72,11 @@ class PairMaps:
         """Make the method's result.
 
         Raises:
-            BackendError: A map is not finite.
+            NotFiniteError: A map is not finite.
         """
         try:
             return MethodResult.of_maps(self.raw, self.weights, self.mic, self.saliency)
-        except BackendError as error:
+        except NotFiniteError as error:
             if self.layer:
                 raise not_finite(self.layer) from error
             raise

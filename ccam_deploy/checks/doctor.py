@@ -129,7 +129,9 @@ def in_fresh_process(name: str) -> Finding:
     command = [sys.executable, "-m", __name__, name]
     again = f"reinstall it: pip install --force-reinstall {_package(name)}"
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE)
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=_PATIENCE
+        )
     except subprocess.TimeoutExpired:
         return Finding(name, False, f"it did not answer in {_PATIENCE} s", again)
     if done.returncode < 0:

@@ -182,7 +182,7 @@ def _ask(fields: Sequence[str]) -> list[str]:
     ]
     try:
         done = subprocess.run(query, capture_output=True, text=True, timeout=_PATIENCE, check=True)
-    except (OSError, subprocess.SubprocessError):
+    except (OSError, UnicodeError, subprocess.SubprocessError):
         return []
     lines = done.stdout.strip().splitlines()
     words = [word.strip() for word in lines[0].split(",")] if lines else []

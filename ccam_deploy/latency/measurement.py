@@ -153,24 +153,29 @@ class _Measuring:
         """Measure the steady load of all threads, and a GPU's clock meanwhile, in MHz."""
         settings, count, deadlines = self.settings, len(self.cases), self.deadlines
         self.say(f"warming up for {settings.warmup:g} s")
-        calls = [
-            self._each_in_turn(lambda case: self.explainer.explain(case.pictures))
-            for _ in range(settings.concurrency)
-        ]
         half = midway(self.now(), deadlines.load)
-        measure_load(calls, settings.warmup, WARM_CALLS * count, self.now, half)
+        measure_load(self._threads(), settings.warmup, WARM_CALLS * count, self.now, half)
         plural = "s" if settings.concurrency > 1 else ""
         self.say(f"{settings.concurrency} thread{plural} for {settings.duration:g} s")
         no_clocks: list[float] = []
         fewest = FEWEST_CALLS * count
         with gpu_clocks() if self.on_gpu else nullcontext(no_clocks) as clocks:
-            load = measure_load(calls, settings.duration, fewest, self.now, deadlines.load)
+            load = measure_load(
+                self._threads(), settings.duration, fewest, self.now, deadlines.load
+            )
         timing = summarise(load.seconds)
         self.say(
             f"latency {digits(timing.median)} ms, slowest of {timing.calls} calls "
             f"{digits(timing.maximum)} ms"
         )
         return load, clocks
+
+    def _threads(self) -> list[Call]:
+        """The call of each thread; all begin with the first case."""
+        return [
+            self._each_in_turn(lambda case: self.explainer.explain(case.pictures))
+            for _ in range(self.settings.concurrency)
+        ]
 
     def _stages(self) -> tuple[list[StageTimes], list[StageTimes]]:
         """Time the stages of calls on pictures; on a GPU those of replayed calls on arrays too."""
@@ -192,10 +197,13 @@ class _Measuring:
     def _turns(self) -> tuple[dict[str, list[float]], dict[str, Comparison]]:
         """Time calls in turn: the seconds of each by name, and each peer's comparison."""
         floors = cycle([floor_call(self.explainer, case) for case in self.cases])
-        from_array = self._each_in_turn(lambda case: self.explainer.explain(case.images))
+
+        def from_array() -> Call:
+            return self._each_in_turn(lambda case: self.explainer.explain(case.images))
+
         calls: dict[str, Call] = {
             "from_images": self._each_in_turn(lambda case: self.explainer.explain(case.pictures)),
-            "from_array": from_array,
+            "from_array": from_array(),
             "floor": lambda: next(floors)(),
         }
         duration = self.settings.duration
@@ -208,7 +216,7 @@ class _Measuring:
         for (name, peer), deadline in zip(self.peers.items(), self.deadlines.peers, strict=True):
             self.say(f"from array and {name} in turn for {duration:g} s")
             beside = f"from_array_beside_{name}"
-            peer_calls = {beside: from_array, name: self._each_in_turn(peer)}
+            peer_calls = {beside: from_array(), name: self._each_in_turn(peer)}
             both = self._in_turn(peer_calls, deadline)
             ratio = median_ratio(both[name], both[beside])
             compared[name] = Comparison(summarise(both[name]), ratio)

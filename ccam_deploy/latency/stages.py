@@ -151,8 +151,11 @@ def seconds_by_stage(calls: Sequence[StageTimes]) -> dict[str, list[float]]:
 
 
 def median_stages(calls: Sequence[StageTimes]) -> dict[str, float]:
-    """Compute the median milliseconds of each stage, and of "between", the time outside of all."""
-    between = [call.total - sum(call.seconds.values()) for call in calls]
+    """Compute the median milliseconds of each stage, and of "between", the time outside of all.
+
+    Nothing is between where stages run beside each other, as pictures that are prepared ahead do.
+    """
+    between = [max(call.total - sum(call.seconds.values()), 0.0) for call in calls]
     seconds = {**seconds_by_stage(calls), "between": between}
     return {name: _median_ms(values) for name, values in seconds.items()}
 

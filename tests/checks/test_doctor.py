@@ -66,6 +66,7 @@ def test_the_library_comes_before_the_kernels() -> None:
         ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "it crashed with signal 11"),
         ("raise SystemExit('no licence')", "no licence"),
         ("raise SystemExit", "it gave no answer"),
+        (r"import os; os.write(2, b'gel\xf6scht\n'); raise SystemExit(1)", "gel\ufffdscht"),
     ],
 )
 def test_package_that_breaks_the_process(

@@ -77,7 +77,7 @@ def test_what_a_gpu_does_not_tell_is_none(tmp_path: Path, monkeypatch: pytest.Mo
     assert card == Gpu("Orin", "540.4", None, None, None, None, 50, None)
 
 
-@pytest.mark.parametrize("script", ["exit 9", "echo nonsense", "true"])
+@pytest.mark.parametrize("script", ["exit 9", "echo nonsense", "true", r"printf '\351\n'"])
 def test_no_gpu(script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     smi(tmp_path, script)

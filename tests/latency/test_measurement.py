@@ -191,6 +191,38 @@ def test_peers_are_compared_in_turn() -> None:
     assert report.samples_ms["from_array_beside_slow"] == [46] * 3
 
 
+@pytest.mark.parametrize("duration", [0.1, 0.5, 1.0, 2.0])
+def test_peers_explain_the_same_images_in_the_same_turn(duration: float) -> None:
+    """However many calls came before: images that take longer would make any ratio."""
+    clock = FakeClock()
+    fake = FakeExplainer(clock)
+
+    def thrice(case: Case) -> None:
+        started = clock.time
+        fake.explain(case.images)
+        clock.time += 2 * (clock.time - started)
+
+    (report,) = measure_latency(
+        cast(ccam.Explainer, fake),
+        [picture(0), picture(200)],
+        LatencySettings(duration=duration, warmup=0),
+        {"thrice": thrice},
+        now=clock,
+    )
+    assert report.compare["thrice"].ratio == pytest.approx(3)
+
+
+def test_measured_calls_begin_with_the_first_images() -> None:
+    """Spreads tell images apart by that, and a warm-up may end with any of them."""
+    clock = FakeClock()
+    explainer = cast(ccam.Explainer, FakeExplainer(clock))
+    for warmup in (0.0, 0.3, 0.5, 0.7):
+        settings = LatencySettings(duration=1e-9, warmup=warmup)
+        (report,) = measure_latency(explainer, [picture(0), picture(200)], settings, now=clock)
+        dark, bright = report.samples_ms["latency"][:2]
+        assert dark < bright
+
+
 def test_threads_share_the_explainer() -> None:
     """With the real clock: each of three threads makes its calls."""
     explainer = cast(ccam.Explainer, FakeExplainer(FakeClock()))

@@ -17,8 +17,6 @@ from ccam_deploy.errors import OptionError
 from ccam_deploy.methods.base import Method
 from ccam_deploy.methods.collection_cam.cpu import CollectionCAM
 
-_WARM_ROUNDS = 2
-"""A GPU's first call launches its work piece by piece, and the second captures it."""
 _ROUNDS = 3
 _PERCENTILE = 90
 
@@ -76,7 +74,8 @@ def measure(run: Run, method: CollectionCAM, now: Callable[[], float]) -> Cost:
     """Time calls with few and with many masks in turn, and fit their cost.
 
     Most calls try a single number of collections; one tries the method's range, as explanations
-    do.
+    do. Before each call that counts there is one of the same kind: a GPU's classifier begins with
+    as many masks as the call before had.
 
     Args:
         run: Explains once.
@@ -89,11 +88,12 @@ def measure(run: Run, method: CollectionCAM, now: Callable[[], float]) -> Cost:
     # The largest k_max comes first: a GPU makes its buffers for it once.
     ranges = dict.fromkeys([(method.k_min, most), (most, most), (-(-most // 2),) * 2, (1, 1)])
     tried = [replace(method, k_min=low, k_max=high) for low, high in ranges]
-    for _ in range(_WARM_ROUNDS):
-        masks = [run(trial) for trial in tried]
+    # A GPU's first call launches its work piece by piece, and the second captures it.
+    masks = [run(trial) for trial in tried]
     seconds = np.empty((_ROUNDS, len(tried)))
     for row in seconds:
         for place, trial in enumerate(tried):
+            run(trial)
             started = now()
             run(trial)
             row[place] = now() - started
@@ -143,7 +143,8 @@ class Costs:
             method: The method of the call.
             anew: Measure again even if a measurement exists.
         """
-        key = images, pairs, method.k_min, method.k_max, method.layers
+        k_range = method.k_min, method.k_max
+        key = images, pairs, k_range, method.layers, method.has_device_kernels
         with self._lock:
             if anew or key not in self._known:
                 run = self._rehearse(images, pairs)

@@ -54,13 +54,32 @@ def test_known_costs_are_found(rates: tuple[float, float, float], k_min: int, k_
 
 
 def test_margin_is_what_nine_of_ten_calls_keep() -> None:
-    """Of three measured rounds one is half as slow again; the two to warm up do not count."""
-    network = Network(5.0, 0.25, 1.0, slow=(9.0, 9.0, 1.0, 1.5, 1.0))
+    """Of three measured rounds one is half as slow again; calls to warm up do not count."""
+    network = Network(5.0, 0.25, 1.0, slow=(9.0, 9.0, 1.0, 9.0, 1.5, 9.0, 1.0))
     cost = measure(network, CollectionCAM(), network.clock)
     assert (cost.fixed, cost.per_mask) == pytest.approx((5.0, 1.0))
     assert cost.margin == pytest.approx(1.5)
     one = np.ones(1)
     np.testing.assert_allclose(cost.seconds(one, one), [1.5 * network.seconds(1, 1)])
+
+
+class EarlyNetwork(Network):
+    """As a GPU does, it begins with as many masks as the call before it had."""
+
+    before = 0
+
+    def __call__(self, options: CollectionCAM) -> int:
+        masks = super().__call__(options)
+        self.clock.time += self.rates[2] * max(self.before - masks, 0)
+        self.before = masks
+        return masks
+
+
+def test_masks_of_the_call_before_are_no_part_of_the_cost() -> None:
+    network = EarlyNetwork(5.0, 0.25, 1.0)
+    cost = measure(network, CollectionCAM(), network.clock)
+    assert (cost.fixed, cost.per_number, cost.per_mask) == pytest.approx((5.0, 0.25, 1.0))
+    assert cost.margin == pytest.approx(1)
 
 
 @pytest.mark.parametrize(("k_min", "k_max"), [(1, 1), (6, 6)])
@@ -118,10 +137,11 @@ def test_only_options_that_change_the_work_are_measured_anew() -> None:
         CollectionCAM(k_max=5),
         CollectionCAM(k_min=3),
         CollectionCAM(layers=("high",)),
+        CollectionCAM(gate=0.1),
     ):
         costs.of(1, 1, options)
     costs.of(2, 2, CollectionCAM())
-    assert len(rehearsed) == 5
+    assert len(rehearsed) == 6
     (one,) = costs.predict([(1, 1)], CollectionCAM(k_min=5, k_max=5, layers=("high",)))
     assert one == pytest.approx(network.seconds(1, 5), rel=0.5)
 

@@ -191,7 +191,7 @@ def test_peers_are_compared_in_turn() -> None:
     assert report.samples_ms["from_array_beside_slow"] == [46] * 3
 
 
-@pytest.mark.parametrize("duration", [0.1, 0.5, 1.0, 2.0])
+@pytest.mark.parametrize("duration", [1.3, 1.5, 1.7, 1.9])
 def test_peers_explain_the_same_images_in_the_same_turn(duration: float) -> None:
     """However many calls came before: images that take longer would make any ratio."""
     clock = FakeClock()
@@ -204,7 +204,7 @@ def test_peers_explain_the_same_images_in_the_same_turn(duration: float) -> None
 
     (report,) = measure_latency(
         cast(ccam.Explainer, fake),
-        [picture(0), picture(200)],
+        [picture(0), picture(10)],
         LatencySettings(duration=duration, warmup=0),
         {"thrice": thrice},
         now=clock,
@@ -216,9 +216,9 @@ def test_measured_calls_begin_with_the_first_images() -> None:
     """Spreads tell images apart by that, and a warm-up may end with any of them."""
     clock = FakeClock()
     explainer = cast(ccam.Explainer, FakeExplainer(clock))
-    for warmup in (0.0, 0.3, 0.5, 0.7):
+    for warmup in (0.4, 0.45, 0.55, 0.7):
         settings = LatencySettings(duration=1e-9, warmup=warmup)
-        (report,) = measure_latency(explainer, [picture(0), picture(200)], settings, now=clock)
+        (report,) = measure_latency(explainer, [picture(0), picture(10)], settings, now=clock)
         dark, bright = report.samples_ms["latency"][:2]
         assert dark < bright
 

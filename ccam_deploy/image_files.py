@@ -148,19 +148,23 @@ def find_images(paths: Sequence[str | Path]) -> list[Path]:
         The files as they are named, and those of each folder sorted.
 
     Raises:
-        ImageError: A path does not exist, or a folder holds no images.
+        ImageError: A path does not exist or cannot be read, or a folder holds no images.
     """
-    files: list[Path] = []
-    for path in map(Path, paths):
+    return [file for path in map(Path, paths) for file in _images_at(path)]
+
+
+def _images_at(path: Path) -> list[Path]:
+    """A file that exists, or the images of a folder."""
+    try:
         if path.is_dir():
             inside = sorted(
                 p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()
             )
             if not inside:
                 raise ImageError(f"{path} holds no images ({', '.join(IMAGE_SUFFIXES)})")
-            files += inside
-        elif path.exists():
-            files.append(path)
-        else:
+            return inside
+        if not path.exists():
             raise ImageError(f"{path} does not exist")
-    return files
+    except OSError as error:
+        raise ImageError(f"{path}: {error.strerror}") from error
+    return [path]

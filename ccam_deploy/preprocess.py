@@ -42,13 +42,14 @@ class Geometry:
             size: Width, height of the picture as it is drawn; the original's size or another.
 
         Returns:
-            left, top, right, bottom in pixels, right and bottom exclusive.
+            left, top, right, bottom in pixels, right and bottom exclusive; at least a pixel.
         """
         scale = np.divide(size[::-1], self.scaled)
         start = np.maximum(self.corner, 0)
         end = np.minimum(np.add(self.corner, self.size), self.scaled)
-        top, left = np.floor(start * scale + 0.5).astype(int).tolist()
-        bottom, right = np.floor(end * scale + 0.5).astype(int).tolist()
+        first = np.minimum(np.floor(start * scale + 0.5), np.subtract(size[::-1], 1))
+        top, left = first.astype(int).tolist()
+        bottom, right = np.maximum(np.floor(end * scale + 0.5), first + 1).astype(int).tolist()
         return left, top, right, bottom
 
     def to_original(self, saliency: Floats) -> Floats:

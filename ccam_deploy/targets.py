@@ -120,11 +120,15 @@ def _is_list(targets: Any) -> TypeGuard[Sequence[Any]]:
 
 def _codes(target: Any, manifest: Manifest) -> tuple[int, ...]:
     if isinstance(target, Top):
-        if not 1 <= target.count <= manifest.classes:
-            raise TargetError(f"top is {target.count}; it must be 1 to {manifest.classes}")
+        if not _is_integer(target.count) or not 1 <= target.count <= manifest.classes:
+            raise TargetError(f"top is {target.count!r}; it must be 1 to {manifest.classes}")
         return tuple(range(-1, -1 - target.count, -1))
-    if isinstance(target, bool) or not isinstance(target, int | str | np.integer):
+    if not isinstance(target, str) and not _is_integer(target):
         raise TargetError(
             f"a target is {target!r}; it must be the number or name of a class, or Top(n)"
         )
     return (manifest.class_index(target if isinstance(target, str) else int(target)),)
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)

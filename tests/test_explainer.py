@@ -201,8 +201,8 @@ def test_unusable_targets_are_refused_first(
     assert not networks.images
 
 
-@pytest.mark.parametrize("top", [0, 6])
-def test_top_out_of_range(tiny: ccam.Explainer, top: int) -> None:
+@pytest.mark.parametrize("top", [0, 6, 2.0, True])
+def test_top_out_of_range(tiny: ccam.Explainer, top: Any) -> None:
     with pytest.raises(TargetError, match=f"top is {top}; it must be 1 to 5"):
         tiny.explain(noise(1, 3, 32, 48), Top(top))
 

@@ -261,6 +261,18 @@ def test_content_is_bounded_before_it_is_read(
         load_image(path.read_bytes(), "upload")
 
 
+@pytest.mark.parametrize("drawn", [(1024, 1), (1, 1024), (1, 1)])
+def test_at_least_a_pixel_was_seen_of_a_small_drawing(drawn: tuple[int, int]) -> None:
+    """Of a picture that is very long and narrow, drawn small."""
+    for size, scaled, corner in (
+        ((8, 12000), (256, 384000), (16, 191888)),
+        ((12000, 8), (384000, 256), (191888, 16)),
+    ):
+        left, top, right, bottom = Geometry(size, scaled, corner, (224, 224)).seen_in(drawn)
+        assert 0 <= left < right <= drawn[0]
+        assert 0 <= top < bottom <= drawn[1]
+
+
 def test_unreadable_paths_are_named(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match=r"none\.png cannot be read: No such file"):
         load_image(tmp_path / "none.png")
@@ -283,6 +295,8 @@ def test_nothing_to_find(tmp_path: Path) -> None:
         find_images([tmp_path])
     with pytest.raises(ImageError, match=r"none\.png does not exist"):
         find_images([tmp_path / "none.png"])
+    with pytest.raises(ImageError, match=r"/n+: File name too long$"):
+        find_images([tmp_path / ("n" * 300)])
 
 
 @pytest.mark.parametrize(

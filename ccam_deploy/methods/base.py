@@ -245,6 +245,11 @@ def places_of(layers: Sequence[str], names: Sequence[str]) -> list[int]:
     return [place for place, name in enumerate(names) if name in layers]
 
 
+def layer_names(layers: str | Sequence[str]) -> tuple[str, ...]:
+    """Names of layers as methods hold them: one that stands alone, or any sequence."""
+    return (layers,) if isinstance(layers, str) else tuple(layers)
+
+
 def not_finite(layer: str) -> NotFiniteError:
     """Make the error for a layer whose features or gradients are NaN or infinite."""
     return NotFiniteError(

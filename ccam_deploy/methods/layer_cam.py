@@ -10,7 +10,7 @@ import numpy as np
 from ccam_deploy.arrays import Floats
 from ccam_deploy.engines import Classifier
 from ccam_deploy.errors import OptionError
-from ccam_deploy.methods.base import Batch, Method, places_of
+from ccam_deploy.methods.base import Batch, Method, layer_names, places_of
 from ccam_deploy.methods.channel_weights import layer_gradients, upsampled_result
 from ccam_deploy.methods.results import MethodResult
 from ccam_deploy.methods.stopwatch import Stopwatch
@@ -35,6 +35,7 @@ class LayerCAM(Method):
     gamma: float = 2.0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", layer_names(self.layers))
         if self.scaling not in ("shallow", "all", "none"):
             raise OptionError(f'scaling is "{self.scaling}"; it must be shallow, all or none')
         if not 0 < self.gamma < np.inf:

@@ -8,7 +8,7 @@ same stream and memory wrapped. CUDA graphs are captured with cuda.bindings on t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -119,6 +119,11 @@ class Device(Protocol):
     @property
     def kernel_stream(self) -> Any:
         """The stream for Numba's kernels."""
+        ...
+
+    @property
+    def blocks(self) -> Collection[int]:
+        """The addresses of what is allocated."""
         ...
 
     def allocate(self, size: int) -> int:

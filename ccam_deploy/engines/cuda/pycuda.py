@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import cache
 from types import TracebackType
@@ -102,6 +102,11 @@ class CudaDevice:
                 yield
             finally:
                 self._context.pop()
+
+    @property
+    def blocks(self) -> Collection[int]:
+        """See Device."""
+        return self._memory.keys()
 
     def allocate(self, size: int) -> int:
         """See Device."""

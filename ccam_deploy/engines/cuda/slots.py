@@ -75,14 +75,26 @@ class Slot:
     def _made(self, make: Callable[[], Kept]) -> Kept:
         """Make an object; where that fails, once more without the memory of all that is kept."""
         try:
-            return make()
+            return self._made_whole(make)
         except BackendError:
             if not self._kept:
                 raise
         for kept in self._kept.values():
             kept.close()
         self._kept.clear()
-        return make()
+        return self._made_whole(make)
+
+    def _made_whole(self, make: Callable[[], Kept]) -> Kept:
+        """Make an object, or free what was allocated for it."""
+        before = set(self.device.blocks)
+        try:
+            return make()
+        except BaseException:
+            scratch = {address for address, _ in self._scratch.values()}
+            for address in set(self.device.blocks) - before - scratch:
+                with suppress(BackendError):  # the first error tells more
+                    self.device.free(address)
+            raise
 
     def run(self, work: Callable[[], Result]) -> Result:
         """Do some work with the device current, on the slot's thread if it has one.

@@ -14,7 +14,14 @@ from ccam_deploy.engines import Classifier
 from ccam_deploy.engines.base import row_chunks
 from ccam_deploy.errors import OptionError
 from ccam_deploy.kernels import cpu
-from ccam_deploy.methods.base import Batch, Method, not_finite, places_of, require_finite_masked
+from ccam_deploy.methods.base import (
+    Batch,
+    Method,
+    layer_names,
+    not_finite,
+    places_of,
+    require_finite_masked,
+)
 from ccam_deploy.methods.results import LayerPartition, MaskSequence, MethodResult
 from ccam_deploy.methods.scores import Score, require_score, score_gradient, score_of
 from ccam_deploy.methods.stopwatch import Stopwatch
@@ -68,6 +75,7 @@ class CollectionCAM(Method):
     gate: float = 0.0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", layer_names(self.layers))
         if not 0 <= self.theta < 1:
             raise OptionError(f"theta is {self.theta}; it must be in [0, 1)")
         if not 1 <= self.k_min <= self.k_max:

@@ -30,18 +30,18 @@ class NumpyDevice:
     kernel_stream: Any = None
 
     def __init__(self) -> None:
-        self.memory: dict[int, NDArray[np.uint8]] = {}
+        self.blocks: dict[int, NDArray[np.uint8]] = {}
         self.allocated: list[int] = []
         self.closed = 0
 
     def allocate(self, size: int) -> int:
         self.allocated.append(size)
         address = 1 << 12 + len(self.allocated)
-        self.memory[address] = np.zeros(size, np.uint8)
+        self.blocks[address] = np.zeros(size, np.uint8)
         return address
 
     def free(self, address: int) -> None:
-        del self.memory[address]
+        del self.blocks[address]
 
     @contextmanager
     def current(self) -> Iterator[None]:
@@ -49,7 +49,7 @@ class NumpyDevice:
 
     def view(self, address: int, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
         size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        return self.memory[address][:size].view(dtype).reshape(shape)
+        return self.blocks[address][:size].view(dtype).reshape(shape)
 
     def pinned(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
         return np.empty(shape, dtype)
@@ -156,7 +156,7 @@ def test_memory_grows_only_for_larger_batches() -> None:
     assert sorted(device.allocated) == [4, 12, 16, 32, 48]
     engine.run(feeds(1, 5))
     assert sorted(device.allocated[5:]) == [5, 20, 40, 60]
-    assert sorted(memory.size for memory in device.memory.values()) == [5, 12, 20, 40, 60]
+    assert sorted(memory.size for memory in device.blocks.values()) == [5, 12, 20, 40, 60]
 
 
 def test_results_are_not_overwritten() -> None:

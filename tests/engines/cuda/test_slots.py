@@ -17,10 +17,12 @@ from ccam_deploy.engines.cuda.device import Device
 from ccam_deploy.engines.cuda.slot_thread import SlotThread
 from ccam_deploy.engines.cuda.slots import Slot, Slots
 from ccam_deploy.errors import BackendError, OptionError
+from tests.engines.cuda.host_device import HostDevice
 
 
 class FakeDevice:
     def __init__(self) -> None:
+        self.blocks: list[int] = []
         self.closed = 0
         self.users = 0
         self.waits = 0
@@ -151,6 +153,25 @@ def test_what_is_kept_makes_room_for_more() -> None:
     with pytest.raises(BackendError, match="out of memory"):
         slot.keep("third", make)
     assert second.closed == 1
+
+
+def test_what_could_not_be_made_leaves_its_memory_to_the_next_attempt() -> None:
+    device = HostDevice()
+    slot = Slot(device, {})
+    slot.scratch("old", 8)
+    slot.keep("first", Buffer)
+    before: list[int] = []
+
+    def make() -> Buffer:
+        before.append(len(device.blocks))
+        device.allocate(64)
+        slot.scratch("new", 8)
+        raise BackendError("out of memory")
+
+    with pytest.raises(BackendError, match="out of memory"):
+        slot.keep("second", make)
+    assert before == [1, 2]
+    assert set(device.blocks) == {slot.scratch("old", 8), slot.scratch("new", 8)}
 
 
 def test_a_slot_is_alone_where_there_is_one_or_all_are_held() -> None:

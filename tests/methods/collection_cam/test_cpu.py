@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 import ccam_deploy as ccam
 from ccam_deploy.engines import Activations
 from ccam_deploy.errors import BackendError, OptionError
-from ccam_deploy.methods import CollectionCAM
+from ccam_deploy.methods import CollectionCAM, LayerCAM
 from tests.helpers import DIGITS_LAYERS, example_pictures
 from tests.networks import digits_model, tiny
 from tests.reference import collection_cam_in_pytorch
@@ -152,6 +153,14 @@ def test_number_of_collections_stays_in_its_range(digits: ccam.Explainer) -> Non
 def test_options_out_of_range(changes: dict[str, object], message: str) -> None:
     with pytest.raises(OptionError, match=message):
         CollectionCAM(**changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("method", [CollectionCAM, LayerCAM])
+@pytest.mark.parametrize("layers", [["layer4"], "layer4"])
+def test_layers_may_be_any_sequence_of_names_or_one(method: Any, layers: Any) -> None:
+    """They are kept as a tuple, by which costs and what is prepared on a GPU are found."""
+    assert method(layers=layers) == method(layers=("layer4",))
+    assert hash(method(layers=layers)) == hash(method(layers=("layer4",)))
 
 
 def test_unknown_layer_is_named(digits: ccam.Explainer) -> None:

@@ -132,7 +132,7 @@ def evaluate(options: EvaluateOptions) -> None:
             target=options.explain_class,
         )
         measured = evaluation.Evaluation(explainer, data, contenders, settings)
-        results = measured.open(options.output, options.dataset)
+        results = measured.open(options.output, options.dataset, _say_unread)
         _run(measured, results)
         summary = report.summarise(measured.facts(options.dataset), list(results.rows.values()))
         if len(summary.unread) == len(measured.places):
@@ -148,6 +148,10 @@ def evaluate(options: EvaluateOptions) -> None:
         sys.exit(2)
 
 
+def _say_unread(line: str) -> None:
+    say(f"error: {line}", err=True)
+
+
 def _run(measured: Evaluation, results: Results) -> None:
     """Measure the rows that are missing."""
     done = len(results.rows)
@@ -156,7 +160,7 @@ def _run(measured: Evaluation, results: Results) -> None:
     try:
         with progress("measuring", measured.total) as bar:
             bar.update(done)
-            for count in measured.run(results, lambda line: say(f"error: {line}", err=True)):
+            for count in measured.run(results, _say_unread):
                 bar.update(count)
     except (KeyboardInterrupt, Terminated):
         click.echo(err=True)

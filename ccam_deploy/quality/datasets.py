@@ -65,9 +65,11 @@ class Dataset(ABC):
         names: The images' names, known without opening them.
         has_classes: Whether images have a class.
         has_boxes: Whether images have boxes.
+        root: The folder that they lie in; None where they are in none.
     """
 
     names: tuple[str, ...]
+    root: Path | None = None
     has_classes = True
     has_boxes = False
 
@@ -90,6 +92,7 @@ class ImageFolder(Dataset):
 
     def __init__(self, root: Path, manifest: Manifest) -> None:
         _require_folder(root, "an image folder")
+        self.root = root
         folders = sorted(path for path in root.iterdir() if path.is_dir())
         loose = [path for path in sorted(root.iterdir()) if _is_image(path)]
         if folders and loose:
@@ -124,6 +127,7 @@ class ImageNet(Dataset):
 
     def __init__(self, root: Path, manifest: Manifest) -> None:
         _require_folder(root, "ImageNet")
+        self.root = root
         places = (root / "Data" / "CLS-LOC" / "val", root / "val", root)
         lists = (sorted(place.glob("ILSVRC2012_val_*.JPEG")) for place in places)
         self._files = next((files for files in lists if files), [])
@@ -180,6 +184,7 @@ class CUB(Dataset):
 
     def __init__(self, root: Path, manifest: Manifest, split: Split = "test") -> None:
         _require_folder(root, "CUB-200-2011")
+        self.root = root
         files = _table(root / "images.txt", 1)
         tables = [_table(root / file, 4 if "boxes" in file else 1) for file in _CUB_TABLES]
         self._rows: list[tuple[Path, int, Boxes]] = []
@@ -221,6 +226,7 @@ class UCMerced(Dataset):
 
     def __init__(self, root: Path, manifest: Manifest) -> None:
         _require_folder(root, "UC Merced")
+        self.root = root
         images = root / "Images"
         folders = sorted(path for path in images.glob("*") if path.is_dir())
         if not folders:

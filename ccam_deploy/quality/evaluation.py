@@ -107,6 +107,7 @@ class Evaluation:
         """
         explainer = self.explainer
         names = "\n".join(self.dataset.names[place] for place in self.places)
+        root = self.dataset.root
         return {
             "version": __version__,
             "bundle": explainer.bundle.manifest.name,
@@ -122,13 +123,30 @@ class Evaluation:
             "seed": self.settings.seed,
             "images": len(self.places),
             "digest": self._digest,
-            "names_sha256": hashlib.sha256(names.encode("utf-8", "surrogateescape")).hexdigest(),
+            "names_sha256": _hash(names),
+            "root_sha256": _hash(str(root.resolve())) if root else "",
         }
 
-    def open(self, folder: Path, dataset: str) -> Results:
-        """Open a folder's results of these settings to resume them, or begin them; see Results."""
+    def open(
+        self, folder: Path, dataset: str, pass_over: Callable[[str], None] | None = None
+    ) -> Results:
+        """Open a folder's results of these settings to resume them, or begin them; see Results.
+
+        Groups with an image that could not be read, and now can be, are measured again.
+
+        Args:
+            folder: Where the files lie or will lie.
+            dataset: How the user named the data set.
+            pass_over: Called with a line about each image that still cannot be read.
+        """
         results = Results(folder, self.facts(dataset), self.metrics)
-        results.keep([_keys(group, variant) for group in self._groups for variant in self.variants])
+        groups = {group: [_keys(group, v) for v in self.variants] for group in self._groups}
+        results.keep([keys for several in groups.values() for keys in several])
+        unread = sorted({row.index for row in results.rows.values() if not row.was_read})
+        opened = self._open_images(tuple(unread), pass_over or (lambda line: None))
+        if mended := {entry.place for entry in opened}:
+            whole = [several for group, several in groups.items() if mended.isdisjoint(group)]
+            results.keep([keys for several in whole for keys in several])
         return results
 
     def run(
@@ -263,6 +281,10 @@ def draw_places(size: int, limit: int, seed: int) -> tuple[int, ...]:
         return tuple(range(size))
     places = np.random.default_rng(seed).choice(size, limit, replace=False)
     return tuple(sorted(map(int, places)))
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def _keys(places: Sequence[int], variant: Variant) -> list[tuple[int, str]]:

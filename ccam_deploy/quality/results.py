@@ -205,7 +205,7 @@ def _difference(name: str, known: Any, other: Any) -> str:
     """The first difference of two settings, however deep it lies, as it follows "evaluation"."""
     if name == "images":
         return f"of {known} images, and this command asks for {other}"
-    if name == "names_sha256":
+    if name in ("names_sha256", "root_sha256"):
         return "of other images"
     if not isinstance(known, dict) or not isinstance(other, dict):
         return f"with {name} {json.dumps(known)}, and this command has {json.dumps(other)}"

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ccam_deploy.arrays import Floats
+from ccam_deploy.bundle.folder import hash_file
 from ccam_deploy.errors import BackendError, OptionError
 from ccam_deploy.explainer import Explainer
 from ccam_deploy.explanation import Explanation
@@ -31,8 +33,11 @@ class Variant:
         return explainer.explain(images, targets, method=self.method)
 
     def describe(self) -> dict[str, Any]:
-        """Tell the method's name and all of its options, as plain values."""
-        return {"method": self.method.name, "options": dataclasses.asdict(self.method)}
+        """Tell the method's name and all of its options, and what is in a file of them."""
+        options = dataclasses.asdict(self.method)
+        if options.get("file"):
+            options["file_sha256"] = hash_file(Path(options["file"]))
+        return {"method": self.method.name, "options": options}
 
 
 def make_variants(names: Sequence[str]) -> tuple[Variant, ...]:

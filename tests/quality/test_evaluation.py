@@ -18,7 +18,8 @@ import ccam_deploy as ccam
 from ccam_deploy.arrays import Floats
 from ccam_deploy.bundle.folder import read_bundle
 from ccam_deploy.errors import ImageError, OptionError
-from ccam_deploy.quality.datasets import Dataset, Item, open_dataset
+from ccam_deploy.methods import RISE
+from ccam_deploy.quality.datasets import Dataset, ImageFolder, Item, open_dataset
 from ccam_deploy.quality.evaluation import Evaluation, EvaluationSettings, draw_places
 from ccam_deploy.quality.metrics import METRICS
 from ccam_deploy.quality.results import RESULTS, Row
@@ -300,6 +301,60 @@ def test_an_image_that_cannot_be_read_ends_the_run(digits_bundle: Path, tmp_path
         assert list(measured.run(results, lines.append)) == [1]
         assert lines == ["picture 2: two.png is no image"]
         assert [row.was_read for row in results.rows.values()] == [True, True, False]
+
+
+def test_images_of_another_folder_are_other_images(digits: ccam.Explainer, tmp_path: Path) -> None:
+    """Though they have the same names, as damaged copies of a data set do."""
+    for name, color in (("clean", "navy"), ("noisy", "teal")):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (96, 96), color).save(tmp_path / name / "one.png")
+    manifest = digits.bundle.manifest
+    clean, noisy = (ImageFolder(tmp_path / name, manifest) for name in ("clean", "noisy"))
+    settings = EvaluationSettings(("average-drop",))
+    Evaluation(digits, clean, TWO, settings).open(tmp_path / "out", "val")
+    Evaluation(digits, clean, TWO, settings).open(tmp_path / "out", "val")
+    with pytest.raises(OptionError, match="holds an evaluation of other images"):
+        Evaluation(digits, noisy, TWO, settings).open(tmp_path / "out", "val")
+
+
+def test_masks_of_a_file_may_not_change(digits: ccam.Explainer, tmp_path: Path) -> None:
+    file, out = tmp_path / "masks.npy", tmp_path / "out"
+    masks = np.full((2, *digits.bundle.manifest.input[1:]), 0.25, np.float32)
+    np.save(file, masks)
+    data = Pictures([Image.new("RGB", (96, 96))])
+    rise = Variant("rise", RISE(file=str(file)))
+    measured = Evaluation(digits, data, [rise], EvaluationSettings(("average-drop",)))
+    measured.open(out, "pictures")
+    measured.open(out, "pictures")
+    np.save(file, 2 * masks)
+    with pytest.raises(OptionError, match=r"with methods\.rise\.options\.file_sha256 "):
+        measured.open(out, "pictures")
+
+
+def test_an_image_that_was_mended_is_measured(digits_bundle: Path, tmp_path: Path) -> None:
+    """With its group, so that numbers are those of a run that found it whole."""
+    place = tmp_path / "images"
+    place.mkdir()
+    for name, color in (("1.png", "navy"), ("2.png", "teal"), ("3.png", "red")):
+        Image.new("RGB", (96, 96), color).save(place / name)
+    whole = (place / "1.png").read_bytes()
+    with ccam.load(digits_bundle, batch_size=2) as explainer:
+        data = ImageFolder(place, explainer.bundle.manifest)
+        measured = Evaluation(explainer, data, TWO, EvaluationSettings(("average-drop",)))
+        finished(measured, tmp_path / "whole")
+        (place / "1.png").write_bytes(whole[:50])
+        results = measured.open(tmp_path / "out", "scenes", pytest.fail)
+        assert sum(measured.run(results, lambda line: None)) == 6
+        lines: list[str] = []
+        results = measured.open(tmp_path / "out", "scenes", lines.append)
+        assert (len(results.rows), len(lines)) == (6, 1)
+        assert lines[0].startswith("1.png: ")
+        (place / "1.png").write_bytes(whole)
+        results = measured.open(tmp_path / "out", "scenes", pytest.fail)
+        assert list(results.rows) == [(2, variant.name) for variant in TWO]
+        assert sum(measured.run(results, pytest.fail)) == 4
+        found = (tmp_path / "out" / RESULTS).read_text().splitlines()
+        assert sorted(found) == sorted((tmp_path / "whole" / RESULTS).read_text().splitlines())
 
 
 def test_images_are_drawn_once_each() -> None:

@@ -228,7 +228,8 @@ class Explainer:
         CPU, it makes two calls on noise.
 
         Args:
-            batch: The most images of a call.
+            batch: The most images of a call; at least 2 where several classes of an image are
+                explained, for these go through the engines as several images do.
             method: A method with its options, or its name for its defaults.
             progress: Called with a line for each step.
 
@@ -249,7 +250,7 @@ class Explainer:
         """Measure how long a call with this many images and classes takes on this machine.
 
         The first call with `budget_ms` for new numbers, or with other layers, k_min or k_max,
-        measures them itself. That takes about as long as twenty explanations, which the budget
+        measures them itself. That takes about as long as thirty explanations, which the budget
         does not include; calibrate beforehand, so that no call has to wait for it. Calibrate under
         the load that calls will meet, and again when the load of the machine changes.
 

@@ -8,8 +8,9 @@ import secrets
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 from ccam_deploy.errors import OutputError
@@ -64,7 +65,7 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 @contextmanager
-def staged_folder(place: Path) -> Iterator[Path]:
+def staged_folder(place: Path, beside: Path | None = None) -> Iterator[Path]:
     """Fill a temporary folder that takes its place when the block ends well.
 
     Whatever ends the block early, a full disk or a Ctrl-C included, leaves the place as it was
@@ -73,35 +74,64 @@ def staged_folder(place: Path) -> Iterator[Path]:
     Args:
         place: Where the folder belongs; a folder that is there is replaced, and missing parents
             are made.
+        beside: A folder above the place that programs search for folders like it. The temporary
+            one lies beside that where it can be renamed from there, else beside the place.
 
     Yields:
-        The temporary folder, empty, beside the place.
+        The temporary folder, empty.
 
     Raises:
         OSError: The folder cannot be made, or cannot take its place.
     """
     place = place.absolute()
     missing = [parent for parent in place.parents if not parent.exists()]
-    draft = _hidden_beside(place)
     try:
-        draft.mkdir(parents=True)
-        yield draft
-        _swap(draft, place)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        hidden = partial(_hidden_in, _staging(place, beside), place.name)
+        draft = hidden()
+        try:
+            draft.mkdir()
+            yield draft
+            _swap(draft, place, hidden)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
     finally:
-        shutil.rmtree(draft, ignore_errors=True)
         _remove_empty(missing)
 
 
-def _hidden_beside(place: Path) -> Path:
-    return place.with_name(f".{place.name}-{secrets.token_hex(4)}")
+def _staging(place: Path, beside: Path | None) -> Path:
+    """The folder for what is to be renamed to a place, or was."""
+    if beside is None or not _can_rename(beside.absolute().parent, place.parent):
+        return place.parent
+    return beside.absolute().parent
 
 
-def _swap(draft: Path, place: Path) -> None:
+def _can_rename(source: Path, target: Path) -> bool:
+    """Whether what lies in one folder can be renamed into another; not from disk to disk."""
+    probe = _hidden_in(source, "probe")
+    landed = target / probe.name
+    try:
+        probe.touch()
+        probe.rename(landed)
+    except OSError:
+        return False
+    finally:
+        for path in (probe, landed):
+            with suppress(OSError):
+                path.unlink()
+    return True
+
+
+def _hidden_in(folder: Path, name: str) -> Path:
+    return folder / f".{name}-{secrets.token_hex(4)}"
+
+
+def _swap(draft: Path, place: Path, hidden: Callable[[], Path]) -> None:
     """Put a folder in the place of another, which comes back where that fails."""
     if not place.exists():
         draft.rename(place)
         return
-    retired = _hidden_beside(place)
+    retired = hidden()
     try:
         place.rename(retired)
         draft.rename(place)

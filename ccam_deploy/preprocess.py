@@ -190,7 +190,7 @@ def to_grey_or_rgb(picture: Image.Image, channels: int) -> Image.Image:
             those of 8 bits, negative or above 16 bits.
     """
     if picture.mode.startswith("I"):
-        wide = np.asarray(picture, dtype=np.int64)
+        wide = np.asarray(picture)
         low, high = int(wide.min()), int(wide.max())
         if picture.mode == "I" and not (low >= 0 and 255 < high <= 65535):
             raise ImageError(

@@ -231,10 +231,15 @@ def shrunk(picture: Image.Image, saliency: Floats) -> tuple[Image.Image, Floats]
         saliency: [H, W] float32, of the picture's size.
     """
     small = thumbnail(picture)
-    if small.size == picture.size:
-        return picture, saliency
-    scaled = Image.fromarray(saliency).resize(small.size, Image.Resampling.BILINEAR)
-    return small, np.asarray(scaled, dtype=np.float32)
+    return small, fitted(saliency, small)
+
+
+def fitted(saliency: Floats, picture: Image.Image) -> Floats:
+    """Bring a map [H, W] float32 of a picture's original size to the size that it is shown at."""
+    if saliency.shape == (picture.height, picture.width):
+        return saliency
+    scaled = Image.fromarray(saliency).resize(picture.size, Image.Resampling.BILINEAR)
+    return np.asarray(scaled, dtype=np.float32)
 
 
 def thumbnail(picture: Image.Image) -> Image.Image:

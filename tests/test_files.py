@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -109,6 +110,30 @@ def test_a_full_disk_leaves_the_old_folder(tmp_path: Path) -> None:
             (draft / "backbone.plan").write_bytes(bytes(2000))
         assert contents(tmp_path) == {"backbone.plan": b"old"}
         assert [path.name for path in tmp_path.iterdir()] == ["plans"]
+
+
+@pytest.mark.parametrize("other_disk", [False, True])
+def test_a_folder_can_be_staged_outside_of_what_programs_search(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other_disk: bool
+) -> None:
+    """Beside it, where folders can be renamed from there."""
+    repository = tmp_path / "models"
+    place = repository / "ccam"
+    rename = Path.rename
+
+    def refuse(path: Path, target: Path) -> Path:
+        if other_disk and path.parent != Path(target).parent:
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    for content in (b"old", b"new"):
+        with staged_folder(place, repository) as draft:
+            assert draft.parent == (repository if other_disk else tmp_path)
+            (draft / "config.pbtxt").write_bytes(content)
+        assert (place / "config.pbtxt").read_bytes() == content
+        assert list(tmp_path.iterdir()) == [repository]
+        assert list(repository.iterdir()) == [place]
 
 
 def test_a_relative_place_stays_where_it_was_meant(

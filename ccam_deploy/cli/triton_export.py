@@ -88,6 +88,7 @@ def export(options: TritonExportOptions) -> None:
 
     from ccam_deploy.bundle.folder import read_bundle
     from ccam_deploy.cli.choices import make_methods
+    from ccam_deploy.errors import OptionError
     from ccam_deploy.methods import METHODS
     from ccam_deploy.serve.repository import Serving, require_repository, write_repository
     from ccam_deploy.serve.settings import ModelSettings
@@ -103,6 +104,12 @@ def export(options: TritonExportOptions) -> None:
         }
         for name, method in methods.items()
     }
+    for name, differing in changed.items():
+        if "file" in differing:
+            raise OptionError(
+                f"--option {name}:file names a file of this machine, which a model would not find "
+                "on its server; leave it out"
+            )
     values = {
         "methods": options.methods or (),
         "options": {name: values for name, values in changed.items() if values},

@@ -134,17 +134,25 @@ def check(url: str, models: Sequence[str] = (), timeout: float = 10.0) -> Server
 
 
 def _ask_in_time(endpoint: Endpoint, model: str, timeout: float) -> ModelHealth:
-    """Ask a model; one that answers others instead is busy, not dead."""
+    """Ask a model; where it or one that it calls answers others instead, it is busy, not dead.
+
+    One whose process has died refuses at once.
+    """
     before = 0
     try:
-        before = endpoint.counts(model)[0]
+        before = _answered(endpoint)
         return ask(endpoint, model)
     except TimeoutError as error:
-        others = endpoint.counts(model)[0] - before
+        others = _answered(endpoint) - before
         detail = f"busy, it answered {others} other requests" if others > 0 else str(error)
         return ModelHealth(model, others > 0, 1000 * timeout, detail)
     except ServerError as error:
         return ModelHealth(model, False, 0.0, str(error))
+
+
+def _answered(endpoint: Endpoint) -> int:
+    """How many requests all models of a server have answered."""
+    return sum(endpoint.counts(model)[0] for model in endpoint.models())
 
 
 def ask(endpoint: Endpoint, model: str) -> ModelHealth:

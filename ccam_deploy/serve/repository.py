@@ -87,7 +87,10 @@ def write_repository(
     places = require_repository(repository, serving)
     try:
         with ExitStack() as stack:
-            explaining, picturing = (stack.enter_context(staged_folder(place)) for place in places)
+            # Beside the repository: a server that starts meanwhile takes all in it for models.
+            explaining, picturing = (
+                stack.enter_context(staged_folder(place, repository)) for place in places
+            )
             _write_explaining(explaining, bundle, serving, settings)
             _write_picturing(picturing, bundle, serving)
     except OSError as error:

@@ -7,9 +7,11 @@ a file that can be locked is what a run left that nobody cleaned up after.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
+import re
 import secrets
 import shutil
 import tempfile
@@ -22,6 +24,7 @@ SHARED_MEMORY = Path("/dev/shm")
 """Where Linux shows shared memory as files."""
 
 _NAME = "ccam-deploy-triton-"
+_PREFIX = re.compile(_NAME + "[0-9a-f]{8}-")
 _LOCK = ".run"
 
 
@@ -67,7 +70,9 @@ def run_files(shared_memory: Path = SHARED_MEMORY) -> Iterator[RunFiles]:
 
 
 def remove_leftovers(shared_memory: Path = SHARED_MEMORY) -> list[str]:
-    """Remove what runs left that ended without cleaning up.
+    """Remove what this user's runs left that ended without cleaning up.
+
+    Anybody may put a file into the folder, so that others' files are left alone.
 
     Args:
         shared_memory: The folder that shared memory shows up in.
@@ -77,12 +82,23 @@ def remove_leftovers(shared_memory: Path = SHARED_MEMORY) -> list[str]:
     """
     removed = []
     for path in sorted(shared_memory.glob(f"{_NAME}*{_LOCK}")):
-        with suppress(OSError), path.open("rb") as file:
+        prefix = path.name.removesuffix(_LOCK)
+        if not _PREFIX.fullmatch(prefix):
+            continue
+        with suppress(OSError), os.fdopen(_open_own(path), "rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            prefix = path.name.removesuffix(_LOCK)
             _remove(shared_memory, prefix, _recorded_folder(file.read()))
             removed.append(prefix)
     return removed
+
+
+def _open_own(path: Path) -> int:
+    """Open a file of this user's; raise OSError for a link or another's file."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    if os.fstat(descriptor).st_uid != os.geteuid():
+        os.close(descriptor)
+        raise PermissionError(errno.EPERM, "it is another user's", str(path))
+    return descriptor
 
 
 def _locked(shared_memory: Path, prefix: str, folder: Path) -> int:

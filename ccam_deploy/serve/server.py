@@ -301,7 +301,7 @@ def models_in(repository: Path) -> tuple[str, ...]:
     Raises:
         OptionError: It holds none.
     """
-    models = tuple(sorted(path.parent.name for path in repository.glob("*/config.pbtxt")))
+    models = tuple(sorted(path.parent.name for path in repository.glob("[!.]*/config.pbtxt")))
     if not models:
         raise OptionError(
             f"{repository} holds no model for Triton; "

@@ -34,6 +34,7 @@ class FakeTriton(ThreadingHTTPServer):
         ready: Whether it says so.
         answered: How many requests its models have answered.
         pace: How many more they answer each time that they are counted.
+        busy: The only model that answers others; empty for all.
         release: What slow answers wait for.
     """
 
@@ -43,6 +44,7 @@ class FakeTriton(ThreadingHTTPServer):
         self.asked: list[tuple[str, str, dict[str, str], bytes]] = []
         self.ready = True
         self.answered = self.pace = 0
+        self.busy = ""
         self.release = threading.Event()
         self.release.set()
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -60,7 +62,8 @@ class FakeTriton(ThreadingHTTPServer):
             case ["v2", "models", name, "config"] if name in self.configs:
                 return 200, self.configs[name]
             case ["v2", "models", name, "stats"] if name in self.configs:
-                kinds = {"success": {"count": self.answered}, "fail": {"count": 0}}
+                count = self.answered if self.busy in ("", name) else 0
+                kinds = {"success": {"count": count}, "fail": {"count": 0}}
                 self.answered += self.pace
                 return 200, {"model_stats": [{"name": name, "inference_stats": kinds}]}
             case ["v2", "models", name, "infer"] if name in self.configs:

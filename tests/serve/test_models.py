@@ -348,7 +348,7 @@ def test_pictures_are_answered_with_pictures(opened: Opened, explainer: ccam.Exp
     """Those that the explainer draws, for two requests with different classes and sizes."""
     opened("ccam")
     model = opened("ccam_image")
-    large, small = picture((300, 200)), picture((60, 90))
+    large, small = picture((1300, 900)), picture((60, 90))
     answers = model.execute(
         [sent(file_of(large), file_of(small), **{"class": "cat"}), sent(file_of(small))]
     )
@@ -403,6 +403,8 @@ def test_pictures_that_cannot_be_used(opened: Opened) -> None:
     )
     for reason in ("format", "class", "undecodable", "method", "bytes"):
         assert triton.counts["ccam_refused_inputs_total", "ccam_image", reason] == 1
+    assert triton.counts["ccam_refused_inputs_total", "ccam", "method"] == 1
+    assert triton.counts["ccam_explanations_total", "ccam", "collection-cam"] == 1
 
 
 def test_without_the_model_that_explains(opened: Opened) -> None:

@@ -133,6 +133,17 @@ def test_a_busy_model_is_alive(triton: FakeTriton) -> None:
     assert "busy, it answered 3 other requests" in str(health)
 
 
+def test_a_model_that_waits_for_a_busy_one_is_alive(triton: FakeTriton) -> None:
+    """As the model of images does in the queue of the one that explains arrays."""
+    triton.configs["ccam_image"] = triton.configs["ccam"]
+    triton.release.clear()
+    triton.pace, triton.busy = 3, "ccam"
+    health = check(triton.url, ["ccam_image"], timeout=0.2)
+    assert health.alive
+    triton.pace = 0
+    assert not check(triton.url, ["ccam_image"], timeout=0.2).alive
+
+
 def test_a_server_that_is_not_there() -> None:
     url = free_address()
     assert str(check(url)) == f"{url} is not well: {url} cannot be reached: Connection refused"

@@ -117,6 +117,15 @@ def test_what_is_in_the_way_is_left(tiny_bundle: Path, tmp_path: Path) -> None:
     assert line == f"{copy} is a bundle; a model repository is a folder of its own"
 
 
+def test_an_option_that_names_a_file_of_this_machine_is_refused(
+    tiny_bundle: Path, tmp_path: Path
+) -> None:
+    words = ["--methods", "rise", "--option", "rise:file=masks.npy"]
+    line = failure("triton", "export", tiny_bundle, tmp_path / "models", *words)
+    assert "--option rise:file names a file of this machine" in line
+    assert not (tmp_path / "models").exists()
+
+
 @pytest.mark.parametrize("name", ["", "../up", ".hidden", "a/b", 'a"b', "x" * 101])
 def test_unusable_names(tiny_bundle: Path, tmp_path: Path, name: str) -> None:
     line = failure("triton", "export", tiny_bundle, tmp_path / "models", "--name", name)

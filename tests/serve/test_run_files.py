@@ -87,3 +87,21 @@ def test_a_file_that_names_no_folder_of_ours_harms_none(shared: Path, content: b
     (shared / "ccam-deploy-triton-00000000-.run").write_bytes(content)
     assert remove_leftovers(shared) == ["ccam-deploy-triton-00000000-"]
     assert names(shared) == ["sem.of-another-program"]
+
+
+def test_a_file_that_no_run_of_ours_made_harms_none(
+    shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shorter prefix would be all runs', and others may write to the folder too."""
+    with run_files(shared) as files:
+        (shared / "ccam-deploy-triton-.run").touch()
+        (shared / "ccam-deploy-triton-00000001-.run").symlink_to(shared / "sem.of-another-program")
+        before = names(shared)
+        assert remove_leftovers(shared) == []
+        (shared / "ccam-deploy-triton-00000002-.run").touch()
+        monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+        assert remove_leftovers(shared) == []
+        monkeypatch.undo()
+        assert remove_leftovers(shared) == ["ccam-deploy-triton-00000002-"]
+        assert names(shared) == before
+        assert files.folder.is_dir()

@@ -48,7 +48,7 @@ class _Pictures:
     """The N images of a request, decoded.
 
     Attributes:
-        pictures: As they are shown.
+        pictures: As they are shown, at most 1,024 pixels along a side.
         inputs: [N, C, H, W] float32, as the network takes them.
         places: Where each input lies in its picture.
         target: The class to explain, or -1 for each image's best.
@@ -109,31 +109,49 @@ class TritonPythonModel:
             raise RequestError("the request has no IMAGE", "shape")
         words = request_parameters(request)
         target = target_named(_parameter(words, "class"), self._manifest)
-        pictures = [decode_image(item, self._max_bytes) for item in content.ravel()]
+        inputs, places, shown = zip(*map(self._prepare, content.ravel()), strict=True)
+        method = _parameter(words, "method")
+        return _Pictures(shown, np.concatenate(inputs), places, target, method)
+
+    def _prepare(self, content: object) -> tuple[Floats, Geometry, Image.Image]:
+        """The input, its place in the picture, and the picture as it is shown.
+
+        A file of some kilobytes may hold hundreds of megabytes: only one is open at a time.
+        """
+        picture = decode_image(content, self._max_bytes)
         size, how = self._manifest.input[1:], self._manifest.preprocessing
         try:
-            inputs, places = prepare_images(pictures, size, how)
-            shown = tuple(to_grey_or_rgb(picture, 3) for picture in pictures)
+            inputs, (place,) = prepare_images([picture], size, how)
+            return inputs, place, render.thumbnail(to_grey_or_rgb(picture, 3))
         except CcamError as error:
             raise RequestError(str(error), "size") from error
-        return _Pictures(shown, inputs, places, target, _parameter(words, "method"))
 
     def _explain(self, asked: Sequence[_Pictures]) -> list[dict[str, Array] | Exception]:
-        """Have the requests' images explained together, or one by one where that fails."""
-        if not asked:
-            return []
+        """Have the images explained, those of all requests for a method together.
+
+        A method that does not exist is nothing to the requests for others.
+        """
+        found: dict[int, dict[str, Array] | Exception] = {}
+        for method in dict.fromkeys(one.method for one in asked):
+            places = [place for place, one in enumerate(asked) if one.method == method]
+            results = self._explain_together([asked[place] for place in places])
+            found |= zip(places, results, strict=True)
+        return [found[place] for place in range(len(asked))]
+
+    def _explain_together(self, asked: Sequence[_Pictures]) -> list[dict[str, Array] | Exception]:
+        """Have requests for one method explained together, or one by one where that fails."""
         try:
             tensors = self._call(asked)
         except Exception as error:
             if len(asked) == 1 or isinstance(error, _UnavailableError):
                 return [error] * len(asked)
-            return [result for one in asked for result in self._explain([one])]
+            return [result for one in asked for result in self._explain_together([one])]
         ends = np.cumsum([len(one.pictures) for one in asked])[:-1]
         parts = {name: np.split(values, ends) for name, values in tensors.items()}
         return [{name: parts[name][index] for name in parts} for index in range(len(asked))]
 
     def _call(self, asked: Sequence[_Pictures]) -> dict[str, Array]:
-        """Call the model that explains.
+        """Call the model that explains, for requests for one method.
 
         Raises:
             RequestError: It refuses the request.
@@ -146,9 +164,9 @@ class TritonPythonModel:
             triton.Tensor("IMAGES", np.concatenate([one.inputs for one in asked])),
             triton.Tensor("TARGETS", targets[:, None]),
         ]
-        if any(one.method for one in asked):
-            methods = np.repeat(np.array([one.method.encode() for one in asked], np.object_), rows)
-            inputs.append(triton.Tensor("METHOD", methods[:, None]))
+        if method := asked[0].method:
+            methods = np.full((sum(rows), 1), method.encode(), np.object_)
+            inputs.append(triton.Tensor("METHOD", methods))
         request = triton.InferenceRequest(
             model_name=self._explainer,
             requested_output_names=list(_ASKED),
@@ -202,10 +220,10 @@ def _parameter(words: Mapping[str, str], name: str) -> str:
     return words.get(name, words.get(f"x-ccam-{name}", ""))
 
 
-def _overlay(picture: Image.Image, place: Geometry, saliency: Floats) -> bytes:
+def _overlay(shown: Image.Image, place: Geometry, saliency: Floats) -> bytes:
     """Draw a map over its picture, as Explanation.overlay does; a PNG."""
     look = Look()
-    shown, values = render.shrunk(picture, place.to_original(saliency))
+    values = render.fitted(place.to_original(saliency), shown)
     seen = place.seen_in(shown.size)
     drawn = render.overlay(shown, values, look.colormap, look.opacity, look.bar, seen)
     return render.png(drawn)

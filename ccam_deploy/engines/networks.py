@@ -14,6 +14,9 @@ from ccam_deploy.engines.base import OWNER, Array, Engine
 from ccam_deploy.engines.cuda.slots import Slots
 from ccam_deploy.errors import OptionError
 
+_MOST_SHIFT = 100
+"""Of two, so that a scaled gradient stays finite in float32."""
+
 REST = "rest"
 """What the backbone gives, and the head takes, of the last layer beside its feature maps."""
 
@@ -181,11 +184,9 @@ class Networks:
     def gradients(self, activations: Activations, output_gradient: Floats) -> tuple[Floats, ...]:
         """Pass a gradient of the logits back to the feature maps; see Classifier."""
         feeds = dict(activations.residuals)
-        feeds["output_gradient"] = self._cast(
-            "gradient", "output_gradient", output_gradient * self._scale
-        )
+        feeds["output_gradient"], scales = self._scaled("gradient", output_gradient)
         values = self.engines["gradient"].run(feeds)
-        return tuple(self._unscale(value) for value in values.values())
+        return tuple(_unscaled(value, scales) for value in values.values())
 
     def input_gradient(
         self, images: Floats, output_gradient: Floats, guided: bool = False
@@ -196,11 +197,9 @@ class Networks:
             raise OptionError(f"the bundle has no {graph} graph; export it with --gradients")
         if graph not in self.engines:
             raise OptionError(f"the bundle has no {graph} graph, for its network has no ReLU")
-        feeds = {
-            "images": self._cast(graph, "images", images),
-            "output_gradient": self._cast(graph, "output_gradient", output_gradient * self._scale),
-        }
-        return self._unscale(self.engines[graph].run(feeds)["input_gradient"])
+        given, scales = self._scaled(graph, output_gradient)
+        feeds = {"images": self._cast(graph, "images", images), "output_gradient": given}
+        return _unscaled(self.engines[graph].run(feeds)["input_gradient"], scales)
 
     def excitation(self, images: Floats, winners: Floats, duals: Floats) -> tuple[Floats, ...]:
         """Pass winning probabilities down to each layer; see Classifier."""
@@ -244,9 +243,26 @@ class Networks:
     def _cast(self, graph: str, tensor: str, values: Floats) -> Array:
         return values.astype(self._types[graph, tensor], copy=False)
 
-    def _unscale(self, values: Array) -> Floats:
-        wide = values.astype(np.float32, copy=False)
-        return wide if self._scale == 1 else wide / self._scale
+    def _scaled(self, graph: str, output_gradient: Floats) -> tuple[Array, Floats]:
+        """A gradient of the logits as a graph takes it, and the scale of each row, a power of two.
+
+        In half precision rows are brought to a largest element above 0.5 and up to 1, for which
+        the graph's scale was chosen.
+        """
+        scales = np.full(len(output_gradient), self._scale)
+        if self._types[graph, "output_gradient"] == np.float16:
+            largest = np.abs(output_gradient).max(axis=1)
+            _, exponents = np.frexp(np.where(largest > 0, largest, 1) * np.float32(1 - 2**-24))
+            scales = np.ldexp(scales, np.minimum(-exponents, _MOST_SHIFT))
+        scaled = output_gradient * scales[:, None]
+        return self._cast(graph, "output_gradient", scaled), scales
+
+
+def _unscaled(values: Array, scales: Floats) -> Floats:
+    wide: Floats = values.astype(np.float32, copy=False)
+    if (scales == 1).all():
+        return wide
+    return wide / scales.reshape(-1, *[1] * (wide.ndim - 1))
 
 
 def no_head() -> OptionError:

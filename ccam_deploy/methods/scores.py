@@ -94,5 +94,7 @@ def score_gradient(
         slopes: Floats = one_hot * expit(logits) * expit(-logits)
         return slopes
     shares = probabilities(logits, "softmax")
-    gradient: Floats = shares[rows, targets][:, None] * (one_hot - shares)
+    own = shares[rows, targets][:, None]
+    shares[rows, targets] = 0  # what 1 less its own share is, with all digits
+    gradient: Floats = own * (one_hot * shares.sum(axis=1, keepdims=True) - shares)
     return gradient

@@ -194,7 +194,10 @@ def _kernels(run: Run) -> CollectionKernels:
     specs = geometry.specs().by_name()
     buffers = Buffers.of({name: allocate(spec) for name, spec in specs.items()})
     write_constants(geometry, buffers, cuda.stream())
-    for name, values in run.given.items():
+    given = dict(run.given)
+    if "output_gradient" not in run.stages:
+        given.setdefault("slopes", np.ones(geometry.pairs, np.float32))
+    for name, values in given.items():
         target = getattr(buffers, name)
         target[tuple(slice(n) for n in values.shape)] = values.astype(target.dtype)
     return CollectionKernels(geometry, buffers, Threads(*[run.threads] * len(fields(Threads))))

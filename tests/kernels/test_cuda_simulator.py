@@ -66,10 +66,12 @@ def test_pipeline_matches_cpu(device: Device, dtype: str, threads: int) -> None:
     gradients = tuple((stream.standard_normal((2, *s)) * scale).astype(dtype) for s in shapes)
     stages = "statistics", "partition", "sums", "masks"
     run = Run(shapes, stages, owner, features, gradients, gradient_scale=scale)
-    run = Run(**{**vars(run), "size": (9, 40), "mask_dtype": dtype, "threads": threads})
+    slopes = np.array([0.25, 3], np.float32)
+    run = replace(run, size=(9, 40), mask_dtype=dtype, threads=threads, given={"slopes": slopes})
     out = device(run)
+    factors = (slopes / np.float32(scale))[:, None, None, None]
     layers = [
-        (a[list(owner)].astype(np.float32), g.astype(np.float32) / np.float32(scale))
+        (a[list(owner)].astype(np.float32), g.astype(np.float32) * factors)
         for a, g in zip(features, gradients, strict=True)
     ]
     place = 0
@@ -211,11 +213,12 @@ def test_images_are_cast(device: Device, dtype: str) -> None:
 def test_output_gradient_matches_numpy(
     device: Device, dtype: str, threads: int, scoring: str
 ) -> None:
-    """Given classes and ranks, among equal, infinite and undefined logits."""
+    """Given classes and ranks, among equal logits, and with one that leaves others no share."""
     logits = (np.random.default_rng(2).standard_normal((3, 70)) * 3).astype(dtype)
+    logits[0, 3] = 30
     logits[1] = np.repeat([5, 7, -1, 7, 7, 5, 0], 10)
     logits[2] -= 40
-    owner, codes = (2, 0, 1, 1, 1, 0), (69, -1, -2, -32, -70, -3)
+    owner, codes = (2, 0, 1, 1, 1, 0), (69, -1, -2, -32, -70, 3)
     run = Run(((4, 1, 1),), ("output_gradient",), owner, logits=logits, codes=codes)
     run = replace(run, gradient_scale=1024.0, scoring=scoring, threads=threads)
     out = device(run)
@@ -224,14 +227,19 @@ def test_output_gradient_matches_numpy(
         w if w >= 0 else ranked[image, -1 - w] for image, w in zip(owner, codes, strict=True)
     ]
     assert out["targets"][:6].tolist() == targets
-    gradient = np.eye(70)[targets]
+    own, slopes = np.eye(70, dtype=np.bool_)[targets], np.ones(6)
+    gradient = own.astype(np.float64)
     p = SCORES[scoring](logits.astype(np.float64))[list(owner)]
     if scoring == "softmax":
-        gradient = p[np.arange(6), targets][:, None] * (gradient - p)
+        others = np.where(own, 0, p)
+        slopes = p[own] * others.sum(axis=1)
+        gradient -= others / others.sum(axis=1, keepdims=True)
     elif scoring == "sigmoid":
-        gradient *= p * (1 - p)
+        slopes = special.expit(own_logits := logits[list(owner)][own].astype(np.float64))
+        slopes *= special.expit(-own_logits)
     assert out["gradient"].dtype == dtype
     exact = 1e-5 if dtype == "float32" else 1e-3
+    np.testing.assert_allclose(out["slopes"][:6], slopes, rtol=1e-5)
     np.testing.assert_allclose(out["gradient"], 1024 * gradient, rtol=exact, atol=1e-6)
 
 
@@ -256,14 +264,15 @@ def test_undefined_logits_come_last(device: Device) -> None:
 def test_masks_get_the_score_of_their_pairs_class(
     device: Device, dtype: str, threads: int, scoring: str
 ) -> None:
-    """From a batch that ends after the last mask."""
+    """From a batch that ends after the last mask; of undefined logits it is undefined."""
     logits = (np.random.default_rng(4).standard_normal((10, 40)) * 4 - 50).astype(dtype)
     targets, pairs = np.array([39, 0, 7]), np.array([0, 0, 0, 1, 1, 2, 2, 2])
+    wanted = SCORES[scoring](logits.astype(np.float64))[np.arange(8), targets[pairs]]
+    undefined = [1, 4, 6]
+    wanted[undefined], logits[undefined, [3, 39, 7]] = np.nan, [np.inf, np.nan, -np.inf]
     given: Arrays = {"targets": targets, "starts": np.array([0, 2, 3, 3, 5, 5, 8])}
     run = Run(((4, 1, 1),) * 2, ("scores",), (0, 1, 0), logits=logits, given=given)
     out = device(replace(run, scoring=scoring, threads=threads))
-    values = SCORES[scoring](logits.astype(np.float64))
-    wanted = values[np.arange(8), targets[pairs]]
     np.testing.assert_allclose(out["scores"][:8], wanted, rtol=1e-5)
     assert np.isnan(out["scores"][8:]).all()
 

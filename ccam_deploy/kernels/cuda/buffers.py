@@ -105,6 +105,7 @@ class Workspace(ArrayGroup[T]):
         table: [L, 8] int64; see Geometry.table.
         low: [L, H + W] int32; see Geometry.interpolation.
         share: [L, H + W] float32; see Geometry.interpolation.
+        slopes: [P] float32, by which what the gradient graph gives for a pair is multiplied.
         psi: [P, C, 4] float32, the channel statistics ψ.
         scaled_psi: [P, C, 4] float32, ψ at equal deviations.
         exact: [EXACT_ROWS, P · C] float64; see `hierarchy`.
@@ -127,6 +128,7 @@ class Workspace(ArrayGroup[T]):
     table: T
     low: T
     share: T
+    slopes: T
     psi: T
     scaled_psi: T
     exact: T

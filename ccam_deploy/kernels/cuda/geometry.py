@@ -215,6 +215,7 @@ class Geometry:
             table=Spec((layers, len(LayerRow._fields)), np.int64),
             low=Spec((layers, sum(self.size)), np.int32),
             share=Spec((layers, sum(self.size)), np.float32),
+            slopes=Spec((pairs,), np.float32),
             psi=Spec((pairs, self.channels, 4), np.float32),
             scaled_psi=Spec((pairs, self.channels, 4), np.float32),
             exact=Spec((EXACT_ROWS, slots), np.float64),

@@ -44,12 +44,14 @@ class GradientKernels(RunKernels):
     Attributes:
         codes: [P] int32, the class of each pair.
         logits: [B, classes] float32 or float16.
+        slopes: [P] float32, written: 1, the slope of a logit.
         output_gradient: [P, classes] float32 or float16, the gradient graph's input.
         gradient_scale: The factor of that input.
     """
 
     codes: Array
     logits: Array
+    slopes: Array
     output_gradient: Array
     gradient_scale: float
 
@@ -62,6 +64,7 @@ class GradientKernels(RunKernels):
             np.float32(self.gradient_scale),
             scores.LOGIT,
             self.run.targets,
+            self.slopes,
             self.output_gradient,
         )
 

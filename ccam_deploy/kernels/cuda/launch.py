@@ -123,7 +123,7 @@ class CollectionKernels:
     def output_gradient(
         self, inputs: Inputs, head: Head, gradient_scale: float, scoring: str, stream: Any
     ) -> None:
-        """Each pair's class, and the gradient of its score times the scale."""
+        """Each pair's class, and the gradient of its score times the scale, as slope and rest."""
         scores.output_gradient[inputs.pairs, self.threads.scores, stream](
             head.logits,
             inputs.owner,
@@ -131,17 +131,19 @@ class CollectionKernels:
             np.float32(gradient_scale),
             SCORINGS[scoring],
             self.buffers.targets,
+            self.buffers.slopes,
             head.gradient,
         )
 
     def statistics(self, inputs: Inputs, gradient_scale: float, stream: Any) -> None:
-        """Channel statistics ψ; gradients are divided by their scale."""
+        """Channel statistics ψ; gradients are brought back to their slope and scale."""
         grid = self.geometry.channels, inputs.pairs
         statistics.channel_statistics[grid, self.threads.statistics, stream](
             self.buffers.table,
             inputs.features,
             inputs.gradients,
             inputs.owner,
+            self.buffers.slopes,
             1.0 / gradient_scale,
             self.buffers.psi,
         )

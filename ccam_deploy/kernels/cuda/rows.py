@@ -39,7 +39,8 @@ def row_scores(
         pair_owner: [P] int32, the image of each pair.
         targets: [P] int64, classes.
         scoring: LOGIT, SOFTMAX or SIGMOID of `scores`.
-        scores: [P, n] float32, written where the row shows the pair's image.
+        scores: [P, n] float32, written where the row shows the pair's image; NaN where a logit is
+            not finite.
     """
     scratch = cuda.shared.array(MOST_WARPS, np.float32)
     row, pair = cuda.blockIdx.x, cuda.blockIdx.y

@@ -61,9 +61,13 @@ def output_gradient(
     scale: float,
     scoring: int,
     targets: Array,
+    slopes: Array,
     gradient: Array,
 ) -> None:
     """Find each pair's class, and write the gradient of its score. One block per pair.
+
+    The gradient's largest element, the class's own, is kept apart: that of the probability of a
+    class that the network is sure of is below what half precision can tell from zero.
 
     Args:
         logits: [B, classes] float32 or float16.
@@ -73,7 +77,9 @@ def output_gradient(
         scale: A float32 that the gradient is multiplied by.
         scoring: LOGIT, SOFTMAX or SIGMOID: the score is the logit, or what that makes of it.
         targets: [P] int64, written: classes; 0 where undefined logits leave none of that rank.
-        gradient: [P, classes] float32 or float16, written: ∂score/∂logits times the scale.
+        slopes: [P] float32, written: ∂score/∂logit of the class.
+        gradient: [P, classes] float32 or float16, written: ∂score/∂logits by the slope, times the
+            scale.
     """
     scratch = cuda.shared.array(MOST_WARPS, np.float32)
     pair = cuda.blockIdx.x
@@ -81,21 +87,23 @@ def output_gradient(
     target = codes[pair]
     if target < 0:
         target = class_of_rank(image_logits, -1 - target)
-    if cuda.threadIdx.x == 0:
-        targets[pair] = target
-    highest, total, share = np.float32(0), np.float32(1), np.float32(0)
+    highest, others, slope = np.float32(0), np.float32(0), np.float32(1)
     if scoring == SOFTMAX:
         highest, total = softmax_terms(image_logits, scratch)
-        share = math.exp(np.float32(image_logits[target]) - highest) / total
+        for place in range(cuda.threadIdx.x, image_logits.shape[0], cuda.blockDim.x):
+            if place != target:  # 1 less the class's share would lose its digits near 1
+                others += math.exp(np.float32(image_logits[place]) - highest)
+        others = block_sum(others, scratch)
+        slope = math.exp(np.float32(image_logits[target]) - highest) / total * (others / total)
     elif scoring == SIGMOID:
         logit = np.float32(image_logits[target])
-        share = sigmoid(logit) * sigmoid(-logit)
+        slope = sigmoid(logit) * sigmoid(-logit)
+    if cuda.threadIdx.x == 0:
+        targets[pair], slopes[pair] = target, slope
     for place in range(cuda.threadIdx.x, image_logits.shape[0], cuda.blockDim.x):
         value = np.float32(1) if place == target else np.float32(0)
-        if scoring == SOFTMAX:
-            value = share * (value - math.exp(np.float32(image_logits[place]) - highest) / total)
-        elif scoring == SIGMOID:
-            value *= share
+        if scoring == SOFTMAX and place != target and others > 0:
+            value = -math.exp(np.float32(image_logits[place]) - highest) / others
         written[place] = scale * value
 
 
@@ -118,7 +126,7 @@ def mask_scores(
         pairs: How many of the P are in use.
         layers: L.
         scoring: As for `output_gradient`.
-        scores: [n] float32, written.
+        scores: [n] float32, written; NaN where a logit is not finite.
     """
     scratch = cuda.shared.array(MOST_WARPS, np.float32)
     mask = cuda.blockIdx.x
@@ -152,8 +160,11 @@ def class_of_rank(logits: Array, rank: int) -> Number:
 
 @cuda.jit(device=True)
 def score_of(logits: Array, target: int, scoring: int, scratch: Array) -> Number:
-    """The score of a class, from the logits of one image."""
-    score = np.float32(logits[target])
+    """The score of a class, from the logits of one image; NaN where one of them is not finite."""
+    undefined = np.float32(0)
+    for place in range(cuda.threadIdx.x, logits.shape[0], cuda.blockDim.x):
+        undefined += np.float32(logits[place]) - np.float32(logits[place])
+    score = np.float32(logits[target]) + block_sum(undefined, scratch)
     if scoring == SOFTMAX:
         highest, total = softmax_terms(logits, scratch)
         score = math.exp(score - highest) / total

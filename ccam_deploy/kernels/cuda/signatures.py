@@ -49,7 +49,7 @@ def signatures(dtype: Any) -> Signatures:
         | _of_masked_forwards(dtype)
         | _of_layer_maps(dtype)
         | {
-            statistics.channel_statistics: (*inputs, _f8, _PSI),
+            statistics.channel_statistics: (*inputs, _f4[::1], _f8, _PSI),
             statistics.standardise: (_TABLE, _PSI, _PSI),
             ward.begin: (_TABLE, _PSI, *_HIERARCHY, _f8[:, ::1], _COUNTS, _ROUNDS, _ROUNDS),
             ward.search: (_TABLE, *_HIERARCHY, _ROUNDS),
@@ -100,7 +100,7 @@ def _of_scores(dtype: Any) -> Signatures:
         scores.cast: (_f4[::1], dtype[::1]),
         scores.gather: (words, _OWNER, words),
         scores.output_gradient: (
-            *(dtype[:, ::1], _OWNER, _OWNER, _f4, _i8, _i8[::1], dtype[:, ::1]),
+            *(dtype[:, ::1], _OWNER, _OWNER, _f4, _i8, _i8[::1], _f4[::1], dtype[:, ::1]),
         ),
         scores.mask_scores: (dtype[:, ::1], _STARTS, _i8[::1], _i8, _i8, _i8, _f4[::1]),
     }

@@ -14,7 +14,13 @@ from ccam_deploy.kernels.cuda.layer_table import layer_of_channel, layer_row
 
 @kernel
 def channel_statistics(
-    table: Array, features: Array, gradients: Array, owner: Array, inverse_scale: float, psi: Array
+    table: Array,
+    features: Array,
+    gradients: Array,
+    owner: Array,
+    slopes: Array,
+    inverse_scale: float,
+    psi: Array,
 ) -> None:
     """Compute ψ. One block per channel and pair: grid (channels of all layers, P).
 
@@ -26,7 +32,8 @@ def channel_statistics(
         features: 1-D, float32 or float16.
         gradients: 1-D, float32 or float16.
         owner: [P] int32, the image of each pair.
-        inverse_scale: A float64 that gradients are multiplied by.
+        slopes: [P] float32 that each pair's gradients are multiplied by.
+        inverse_scale: A float64 that all gradients are multiplied by.
         psi: [P, channels, 4] float32, written.
     """
     scratch = cuda.shared.array(MOST_WARPS, np.float64)
@@ -56,8 +63,9 @@ def channel_statistics(
     if cuda.threadIdx.x == 0:
         psi[pair, channel, 0] = feature_mean
         psi[pair, channel, 1] = feature_deviation
-        psi[pair, channel, 2] = gradient_mean * inverse_scale
-        psi[pair, channel, 3] = gradient_deviation * inverse_scale
+        factor = np.float64(slopes[pair]) * inverse_scale
+        psi[pair, channel, 2] = gradient_mean * factor
+        psi[pair, channel, 3] = gradient_deviation * factor
 
 
 @kernel

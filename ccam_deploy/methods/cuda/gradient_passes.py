@@ -77,14 +77,21 @@ class GradientPasses(Passes):
         self._codes.host["codes"][:] = 0  # for rows that no pair is in
         self._gradients = self.region({s.name: spec_of(s, self.batch) for s in graph.outputs})
         self.gradients = tuple(self._gradients.tensors.values())
+        self._slopes = self.region({"slopes": Spec((self.batch,), np.float32)}).tensors
         given = {s.name: spec_of(s, self.batch) for s in graph.inputs}
         self._given = self.region({"output_gradient": given.pop("output_gradient")}).tensors
         self._residuals = {name: self._outputs[name] for name in given}
         self._gathered: Region | None = None
         logits = self._logits.tensors
-        views: dict[str, Any] = self.views(self._codes.tensors | logits | self._given)
+        arrays = self._codes.tensors | logits | self._slopes | self._given
+        views: dict[str, Any] = self.views(arrays)
         self.kernels = GradientKernels(
-            self.kernels.run, views["codes"], views["logits"], views["output_gradient"], scale
+            self.kernels.run,
+            views["codes"],
+            views["logits"],
+            views["slopes"],
+            views["output_gradient"],
+            scale,
         )
 
     def _begin_gradient(self, rows: int, gathered: bool) -> None:

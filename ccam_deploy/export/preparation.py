@@ -11,7 +11,7 @@ from ccam_deploy.arrays import Floats
 from ccam_deploy.bundle.manifest import Preprocessing
 from ccam_deploy.errors import OptionError
 from ccam_deploy.export.architecture import Model
-from ccam_deploy.export.from_onnx.agreement import require_agreement
+from ccam_deploy.export.from_onnx.agreement import require_agreement, value_before_activation
 from ccam_deploy.export.from_onnx.network import OnnxNetwork
 from ccam_deploy.export.layers import TargetLayer, find_layers
 from ccam_deploy.export.program import Program, decompose, program_from, trace_model
@@ -99,5 +99,8 @@ def prepare_model(
     images = calibration_images(settings, program, preprocessing)
     if isinstance(model, OnnxNetwork):
         settings.progress(f"comparing with {model.file.path.name} in ONNX Runtime")
-        require_agreement(model.file, images, program_from(functional, fold=False))
+        plain = program_from(functional, fold=False)
+        require_agreement(model.file, images, plain)
+        if end and (name := value_before_activation(model.file)):
+            require_agreement(model.file, images, with_logits(plain, program.activation), name)
     return PreparedModel(functional, program, find_layers(program, layers), preprocessing, images)

@@ -31,6 +31,7 @@ class Call:
         inputs: The values; None for those that are left out.
         outputs: How many outputs are used.
         batch: The batch that the file fixes, which the trace makes dynamic; 0 where it fixes none.
+        constant: Whether all inputs are constants.
     """
 
     kind: str
@@ -40,6 +41,7 @@ class Call:
     inputs: Sequence[Value | None]
     outputs: int
     batch: int = 0
+    constant: bool = False
 
     def get(self, name: str, default: Any = None) -> Any:
         """Return an attribute."""
@@ -156,7 +158,17 @@ def without_batch(shape: Sequence[Any], target: Sequence[Any], batch: int) -> li
     total = math.prod(size_at(size, batch) for size in shape)
     others = math.prod(size for size in target if size != -1)
     whole = [total // max(others, 1) if size == -1 else size for size in target]
-    before = math.prod(map(int, shape[: places[0]]))
+    grows = places[0]
+    before, behind = math.prod(map(int, shape[:grows])), list(shape[grows + 1 :])
+    step = size_at(shape[grows], 1)
+    for place, size in enumerate(whole):  # the batch by itself
+        done = math.prod(whole[:place])
+        split_off = done == before * step and whole[place + 1 :] == behind
+        if size == batch and (done == before or split_off):
+            return [*whole[:place], -1, *whole[place + 1 :]]
+    last = len(whole) - 1
+    if last > 0 and math.prod(behind) > 1 and math.prod(whole[:last]) == before * batch:
+        return [*whole[: last - 1], -1, whole[last]]  # merged with what stands before it
     for place, size in enumerate(whole):
         if math.prod(whole[:place]) == before and size and size % batch == 0:
             return [*whole[:place], -1, *whole[place + 1 :]]

@@ -154,6 +154,7 @@ class OnnxNetwork(nn.Module):
         if not all(not name or name in self._constants for name in node.input):
             return False
         operator = _Node(node, self.file)
+        operator.is_constant = True
         inputs = [
             None
             if not name
@@ -223,6 +224,7 @@ class _Node(nn.Module):
             self.known_inputs.add(1)
         self._attributes = {one.name: _attribute(one) for one in node.attribute}
         self._file = (file,)
+        self.is_constant = False
 
     @property
     def label(self) -> str:
@@ -240,6 +242,7 @@ class _Node(nn.Module):
             inputs,
             len(self.outputs),
             file.batch,
+            self.is_constant,
         )
         try:
             return [_settled(value) for value in _listed(RULES[self.kind](call))]

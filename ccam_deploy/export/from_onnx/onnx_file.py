@@ -17,9 +17,12 @@ OLDEST_OPSET = 9
 _UNCHECKED = "unchecked"
 _CHANNELS = (1, 3)
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFLOAT16)
+_HALVES = frozenset((TensorProto.FLOAT16, TensorProto.BFLOAT16))
 _MOST_NODES = 1_000_000
 """How many nodes a file may have once its functions are written out, which can double with each."""
-_QUANTISED = re.compile(r"Q(uantize)?Linear.*|(De|DynamicQ)uantizeLinear|(Conv|MatMul)Integer")
+_QUANTISED = re.compile(
+    r"Q(uantize)?Linear.*|DequantizeLinear|DynamicQuantizeLinear|(Conv|MatMul)Integer"
+)
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class OnnxFile:
         channels_last: Whether the images are [B, H, W, C].
         batch: The batch that the file fixes; 0 where it is dynamic.
         type: ONNX's number of the images' type.
+        half: Whether it computes in half precision somewhere.
     """
 
     path: Path
@@ -45,6 +49,7 @@ class OnnxFile:
     channels_last: bool
     batch: int
     type: int
+    half: bool
 
 
 def read_onnx_file(path: Path) -> tuple[OnnxFile, onnx.ModelProto]:
@@ -67,6 +72,8 @@ def read_onnx_file(path: Path) -> tuple[OnnxFile, onnx.ModelProto]:
             f"{path} has opset {opset}; an export takes {OLDEST_OPSET} and newer "
             "(onnx.version_converter raises it)"
         )
+    output = _output(path, model)
+    _keep_needed(model.graph, output)
     for node in model.graph.node:
         if _QUANTISED.fullmatch(node.op_type):
             raise SourceError(
@@ -88,6 +95,7 @@ def read_onnx_file(path: Path) -> tuple[OnnxFile, onnx.ModelProto]:
     batch, channels, height, width = (
         dims[place] for place in ((0, 3, 1, 2) if channels_last else range(4))
     )
+    channels = channels or _channels_read(model.graph, images.name)
     if channels not in _CHANNELS:
         raise SourceError(
             f"{path} takes {_described(images)}; it must take images of 1 or 3 channels"
@@ -96,13 +104,57 @@ def read_onnx_file(path: Path) -> tuple[OnnxFile, onnx.ModelProto]:
         path,
         opset,
         images.name,
-        _output(path, model),
+        output,
         (channels, height, width),
         channels_last,
         batch,
         kind,
+        kind in _HALVES or _has_halves(model),
     )
     return file, model
+
+
+def _keep_needed(graph: onnx.GraphProto, output: str) -> None:
+    """Remove the nodes that an output does not need, such as those of the best class."""
+    needed, kept = {output}, []
+    for node in reversed(graph.node):
+        if not needed.isdisjoint(node.output):
+            needed.update(_names_read([node]))
+            kept.append(node)
+    del graph.node[:]
+    graph.node.extend(reversed(kept))
+
+
+def _names_read(nodes: Iterable[onnx.NodeProto]) -> Iterator[str]:
+    """The values that nodes read, and those that graphs within them read."""
+    for node in nodes:
+        yield from node.input
+        for attribute in node.attribute:
+            for graph in (attribute.g, *attribute.graphs):
+                yield from _names_read(graph.node)
+
+
+def _channels_read(graph: onnx.GraphProto, images: str) -> int:
+    """How many channels the convolution of the images reads; 3 where none says it."""
+    weights = {tensor.name: tensor.dims for tensor in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "Conv" and node.input[0] == images and node.input[1] in weights:
+            groups = (helper.get_attribute_value(a) for a in node.attribute if a.name == "group")
+            return int(weights[node.input[1]][1]) * int(next(groups, 1))
+    return 3
+
+
+def _has_halves(model: onnx.ModelProto) -> bool:
+    """Whether constants are in half precision, or values are cast to it."""
+    targets = (
+        helper.get_attribute_value(attribute)
+        for node in model.graph.node
+        if node.op_type == "Cast"
+        for attribute in node.attribute
+        if attribute.name == "to"
+    )
+    types = (tensor.data_type for tensor in _tensors(model))
+    return not _HALVES.isdisjoint(types) or not _HALVES.isdisjoint(targets)
 
 
 def _output(path: Path, model: onnx.ModelProto) -> str:
@@ -141,7 +193,8 @@ def _read_model(path: Path) -> onnx.ModelProto:
             _require_inside(path, tensor)
     try:
         for output in model.graph.output:  # whose shape the checker asks for, and nobody else
-            output.type.tensor_type.shape.SetInParent()
+            if output.type.WhichOneof("value") in (None, "tensor_type"):
+                output.type.tensor_type.shape.SetInParent()
         onnx.checker.check_model(_checked_part(model))
         if model.functions:
             _require_few_nodes(model)

@@ -20,9 +20,12 @@ _SELU = (1.6732632423543772, 1.0507009873554805)
 
 
 def _batch_norm(call: Call) -> Tensor:
-    if call.get("training_mode", 0):
-        raise NotImplementedError("it is in training mode; export the model in evaluation mode")
     value, scale, bias, mean, variance = map(call.tensor, range(5))
+    if call.get("training_mode", 0):
+        if not call.constant:
+            raise NotImplementedError("it is in training mode; export the model in evaluation mode")
+        # Of constants, as weights that a network standardises are.
+        return F.batch_norm(value, None, None, scale, bias, True, 0.0, call.get("epsilon", 1e-5))
     return F.batch_norm(value, mean, variance, scale, bias, False, 0.0, call.get("epsilon", 1e-5))
 
 

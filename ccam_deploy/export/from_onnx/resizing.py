@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,12 +11,10 @@ from torch import Tensor
 
 from ccam_deploy.export.from_onnx.call import Array, Call, Rule, Value
 
-_AS_USUAL: dict[str, Any] = {
-    "cubic_coeff_a": -0.75,
-    "exclude_outside": 0,
-    "keep_aspect_ratio_policy": "stretch",
-}
-"""Attributes that are taken over at these values alone."""
+_SHARP: dict[str, Any] = {"cubic_coeff_a": -0.75, "exclude_outside": 0}
+_SMOOTH: dict[str, Any] = {"cubic_coeff_a": -0.5, "exclude_outside": 1}
+"""What PyTorch does without and with antialiasing; other values are not taken over."""
+_DEFAULTS: dict[str, Any] = {**_SHARP, "keep_aspect_ratio_policy": "stretch"}
 _ROUNDED = "round_prefer_floor"
 _ROUNDINGS: dict[str, Callable[[Array], Array]] = {
     _ROUNDED: lambda exact: np.ceil(exact - 0.5),
@@ -28,9 +25,11 @@ _ROUNDINGS: dict[str, Callable[[Array], Array]] = {
 
 
 def _resize(call: Call) -> Value:
-    for name, usual in _AS_USUAL.items():
-        if call.get(name, usual) != usual:
-            raise NotImplementedError(f"it resizes with {name}")
+    mode, smooth = call.get("mode", "nearest"), bool(call.get("antialias", 0))
+    for name, theirs in {**_DEFAULTS, **(_SMOOTH if smooth else {})}.items():
+        matters = mode == "cubic" or name != "cubic_coeff_a"
+        if matters and call.get(name, _DEFAULTS[name]) != theirs:
+            raise NotImplementedError(f"it resizes with {name} {call.get(name, _DEFAULTS[name])}")
     value = call.tensor(0)
     sides = [int(side) for side in value.shape[2:]]
     old = call.kind == "Upsample" or call.opset < 11  # with factors alone, as the second input
@@ -38,7 +37,6 @@ def _resize(call: Call) -> Value:
     if size == sides:
         return value
     where = call.get("coordinate_transformation_mode", "asymmetric" if old else "half_pixel")
-    mode = call.get("mode", "nearest")
     if mode == "nearest":
         rounding = call.get("nearest_mode", "floor" if old else _ROUNDED)
         return _nearest(value, size, ratios, where, rounding)
@@ -50,8 +48,9 @@ def _resize(call: Call) -> Value:
     corners = where == "align_corners"
     exact = all(side * ratio == new for side, ratio, new in zip(sides, ratios, size, strict=True))
     if corners or exact:
-        smooth = bool(call.get("antialias", 0))
         return F.interpolate(value, size, mode=kind, align_corners=corners, antialias=smooth)
+    if smooth:
+        raise NotImplementedError("it resizes smoothly by a factor that gives no whole size")
     # Where a factor does not give whole sizes, places are computed with the factor.
     return F.interpolate(
         value, scale_factor=ratios, mode=kind, align_corners=False, recompute_scale_factor=False
@@ -83,7 +82,12 @@ def _new_size(
     if any(factors.get(axis, 1) != 1 for axis in (0, 1)):
         raise NotImplementedError("it resizes an axis that is neither height nor width")
     ratios = [float(factors.get(2 + place, 1)) for place in range(len(sides))]
-    return [math.floor(side * ratio) for side, ratio in zip(sides, ratios, strict=True)], ratios
+    # The product in float32 may round up to a whole number that the exact one is just below.
+    products = np.multiply(np.array(sides, np.float32), np.array(ratios, np.float32))
+    size = np.floor(products).astype(int).tolist()
+    return size, [
+        max(ratio, new / side) for side, ratio, new in zip(sides, ratios, size, strict=True)
+    ]
 
 
 def _nearest(

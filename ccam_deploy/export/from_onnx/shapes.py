@@ -323,6 +323,16 @@ def _space_to_depth(call: Call) -> Value:
     return moved.reshape(count, channels * block**2, height // block, width // block)
 
 
+def _scatter(call: Call) -> Value:
+    """Write into a constant, such as a mask of windows."""
+    if call.get("reduction", "none") != "none":
+        raise NotImplementedError("it adds to what it writes over")
+    data, places, updates = map(call.known, range(3))
+    written = np.array(data)
+    written[tuple(np.moveaxis(places, -1, 0).astype(int))] = updates
+    return written
+
+
 RULES: dict[str, Rule] = {
     "Cast": _cast,
     "CastLike": _cast,
@@ -335,6 +345,7 @@ RULES: dict[str, Rule] = {
     "Pad": _pad,
     "Range": _range,
     "Reshape": _reshape,
+    "ScatterND": _scatter,
     "Shape": _shape,
     "Size": _size,
     "Slice": _slice,
@@ -357,6 +368,7 @@ KNOWN_INPUTS: dict[str, tuple[int, ...]] = {
     "Range": (0, 1, 2),
     "Reshape": (1,),
     "Resize": (1, 2, 3),
+    "ScatterND": (0, 1, 2),
     "Slice": (1, 2, 3, 4),
     "Split": (1,),
     "Squeeze": (1,),

@@ -13,11 +13,18 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from ccam_deploy.errors import SourceError, ToleranceError
-from ccam_deploy.export.from_onnx.agreement import require_agreement, run_file
+from ccam_deploy.export import preparation
+from ccam_deploy.export.from_onnx.agreement import (
+    require_agreement,
+    run_file,
+    value_before_activation,
+)
 from ccam_deploy.export.from_onnx.names import node_scopes
 from ccam_deploy.export.from_onnx.network import OnnxNetwork
 from ccam_deploy.export.program import build_program
+from ccam_deploy.export.scores import with_logits
 from ccam_deploy.export.sources import load_model, model_file_type
+from tests.command import success
 from tests.export.onnx_files import network, run, write_graph, write_network
 from tests.helpers import noise
 from tests.networks import tiny
@@ -267,6 +274,116 @@ def test_another_file_does_not_agree(file: Path, tmp_path: Path) -> None:
     program = build_program(network(file).trace(SIZE))
     with pytest.raises(ToleranceError, match=r"does not agree with it in ONNX Runtime: outputs"):
         require_agreement(other.file, noise(1, 3, *SIZE), program)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", ["Softmax", "LogSoftmax", "Sigmoid"])
+def test_logits_before_a_sure_end_are_compared(tmp_path: Path, end: str) -> None:
+    """Behind it, all files agree: their outputs are 0 and 1."""
+    names = ["pooled", "flat", "logits", "out"]
+    kinds = ["GlobalAveragePool", "Flatten", "Add", end]
+    nodes = [
+        helper.make_node(kind, [source, "bias"] if kind == "Add" else [source], [name])
+        for kind, source, name in zip(kinds, ["images", *names], names, strict=False)
+    ]
+    bias = np.array([60, 20, 20], np.float32)
+    loaded, other = (
+        network(write_graph(tmp_path / f"{place}.onnx", nodes, {"bias": values}))
+        for place, values in enumerate((bias, bias * 1.5))
+    )
+    images = noise(2, 3, 8, 8)
+    program = build_program(loaded.trace((8, 8)))
+    if end != "LogSoftmax":
+        assert require_agreement(other.file, images, program) < 1e-4
+    assert value_before_activation(other.file) == "logits"
+    logits = with_logits(program)
+    assert require_agreement(loaded.file, images, logits, "logits") < 1e-6
+    with pytest.raises(ToleranceError, match=r"outputs differ by 3\.3e-01"):
+        require_agreement(other.file, images, logits, "logits")
+
+
+@pytest.mark.slow
+def test_an_export_compares_the_logits_of_a_file_that_ends_in_a_softmax(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared: list[str] = []
+
+    def compare(*arguments: Any) -> float:
+        compared.append("".join(arguments[3:]))
+        return require_agreement(*arguments)
+
+    def end(model: onnx.ModelProto) -> None:
+        (output,) = model.graph.output
+        model.graph.node.append(helper.make_node("Softmax", [output.name], ["shares"]))
+        output.name = "shares"
+
+    monkeypatch.setattr(preparation, "require_agreement", compare)
+    path = changed(file, tmp_path / "softmax.onnx", end)
+    success("export", path, "--output", tmp_path / "bundle")
+    assert compared == ["", onnx.load(file).graph.output[0].name]
+
+
+@pytest.mark.parametrize("batch", ["n", 1])
+def test_a_file_may_leave_the_batch_out(tmp_path: Path, batch: str | int) -> None:
+    """As networks do that end in a squeeze, where they get one image."""
+    nodes = [
+        helper.make_node("GlobalAveragePool", ["images"], ["pooled"]),
+        helper.make_node("Squeeze", ["pooled"], ["out"]),
+    ]
+    path = write_graph(tmp_path / "squeezed.onnx", nodes, shape=(batch, 3, 8, 8))
+    images = noise(3, 3, 8, 8)
+    loaded = network(path)
+    np.testing.assert_allclose(run_file(loaded.file, images), images.mean((2, 3)), atol=1e-6)
+    assert require_agreement(loaded.file, images, build_program(loaded.trace((8, 8)))) < 1e-6
+
+
+def test_what_the_logits_do_not_need_is_left_out(tmp_path: Path) -> None:
+    """The best class, lists of outputs, and operators that no export knows."""
+    nodes = [
+        helper.make_node("GlobalAveragePool", ["images"], ["pooled"]),
+        helper.make_node("Flatten", ["pooled"], ["logits"]),
+        helper.make_node("ArgMax", ["logits"], ["out"]),
+        helper.make_node("SequenceConstruct", ["logits"], ["list"]),
+    ]
+    path = write_graph(tmp_path / "more.onnx", nodes)
+
+    def name_outputs(model: onnx.ModelProto) -> None:
+        model.graph.output[0].type.tensor_type.elem_type = TensorProto.INT64
+        logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, None)
+        several = helper.make_tensor_sequence_value_info("list", TensorProto.FLOAT, None)
+        model.graph.output.extend([logits, several])
+
+    loaded = network(changed(path, tmp_path / "named.onnx", name_outputs))
+    images = noise(2, 3, 8, 8)
+    np.testing.assert_allclose(
+        loaded(torch.from_numpy(images)).numpy(), images.mean((2, 3)), atol=1e-6
+    )
+
+
+@pytest.mark.parametrize(("weights", "groups", "channels"), [((6, 1, 3, 3), 3, 3), ((4, 1), 1, 1)])
+def test_channels_that_are_left_open_are_those_of_the_convolution(
+    tmp_path: Path, weights: tuple[int, ...], groups: int, channels: int
+) -> None:
+    shape = (*weights, 3, 3)[:4]
+    nodes = [
+        helper.make_node("Conv", ["images", "w"], ["maps"], group=groups),
+        helper.make_node("GlobalAveragePool", ["maps"], ["pooled"]),
+        helper.make_node("Flatten", ["pooled"], ["out"]),
+    ]
+    path = write_graph(tmp_path / "open.onnx", nodes, {"w": noise(*shape)}, ("b", "c", "h", "w"))
+    assert network(path).file.shape == (channels, 0, 0)
+
+
+def test_half_precision_inside_is_known(file: Path, tmp_path: Path) -> None:
+    """It shows in outputs that differ more than those of float32."""
+    nodes = [
+        helper.make_node("Cast", ["images"], ["halves"], to=TensorProto.FLOAT16),
+        helper.make_node("GlobalAveragePool", ["halves"], ["pooled"]),
+        helper.make_node("Flatten", ["pooled"], ["flat"]),
+        helper.make_node("Cast", ["flat"], ["out"], to=TensorProto.FLOAT),
+    ]
+    assert network(write_graph(tmp_path / "half.onnx", nodes)).file.half
+    assert not network(file).file.half
 
 
 NAMES = {

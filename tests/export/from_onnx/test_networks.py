@@ -176,6 +176,10 @@ def test_a_file_that_mixes_its_images_is_refused(tmp_path: Path) -> None:
         (("n", 6, 5), (1, 4, 6, 5), 4, (1, -1, 6, 5)),
         ((6, "n", 10), (6, 3, 10), 1, (6, -1, 10)),
         ((6, 10), (60,), 1, (60,)),
+        ((17, "n", 32), (17, 32), 1, (-1, 32)),
+        ((17, "n", 32), (34, 32), 2, (-1, 32)),
+        (("17n", 32), (17, 1, 32), 1, (17, -1, 32)),
+        (("17n", 32), (17, 2, 32), 2, (17, -1, 32)),
     ],
 )
 def test_a_shape_is_freed_from_the_batch(
@@ -185,7 +189,7 @@ def test_a_shape_is_freed_from_the_batch(
 
     class Reader(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            sizes = {"n": x.shape[0], "2n": 2 * x.shape[0]}
+            sizes = {f"{k or ''}n": (k or 1) * x.shape[0] for k in (0, 2, 17)}
             found.append(without_batch([sizes.get(s, s) for s in shape], target, batch))  # type: ignore[arg-type]
             return x.mean((2, 3))
 

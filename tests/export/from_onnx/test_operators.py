@@ -201,11 +201,18 @@ RESIZES: list[tuple[dict[str, Any], Any, Any]] = [
     ({"mode": "nearest", "nearest_mode": "round_prefer_ceil"}, 3, None),
     ({"mode": "nearest"}, None, (2, 3, 24, 16)),
     ({"mode": "nearest"}, 0.5, None),
+    ({"mode": "linear", "antialias": 1, "exclude_outside": 1}, 0.5, None),
+    ({"mode": "linear", "antialias": 1, "exclude_outside": 1}, None, (2, 3, 3, 5)),
+    (
+        {"mode": "cubic", "antialias": 1, "exclude_outside": 1, "cubic_coeff_a": -0.5},
+        None,
+        (2, 3, 5, 12),
+    ),
 ]
 
 
-def agree(path: Path, channels: int = 3) -> None:
-    images = noise(2, channels, 8, 8, seed=5)
+def agree(path: Path, channels: int = 3, size: tuple[int, int] = (8, 8)) -> None:
+    images = noise(2, channels, *size, seed=5)
     with torch.no_grad():
         got = network(path)(torch.from_numpy(images)).numpy()
     expected = run(path, images)
@@ -240,6 +247,60 @@ def test_resizing_is_onnx_runtimes(tmp_path: Path, case: Any) -> None:
     agree(write_graph(tmp_path / "one.onnx", nodes, given))
 
 
+def test_a_constant_is_written_into(tmp_path: Path) -> None:
+    """As the masks of shifted windows are made."""
+    given = {
+        "zeros": np.zeros((8, 8), np.float32),
+        "places": np.array([[[0, 1], [7, 2]], [[3, 3], [4, 5]]]),
+        "values": floats(2, 2),
+    }
+    nodes = [
+        helper.make_node("ScatterND", ["zeros", "places", "values"], ["mask"]),
+        helper.make_node("Add", ["images", "mask"], ["out"]),
+    ]
+    agree(write_graph(tmp_path / "mask.onnx", nodes, given))
+
+
+def test_weights_may_be_standardised(tmp_path: Path) -> None:
+    """By a normalisation in training mode, which one of the images must not have."""
+    names = "scale", "bias", "mean", "variance"
+    given = {name: np.full(5, 0.5 * place, np.float32) for place, name in enumerate(names, 1)}
+    given |= {"w": floats(1, 5, 27), "shape": whole(5, 3, 3, 3)}
+    norm = helper.make_node(
+        "BatchNormalization",
+        ["w", *names],
+        ["normal", "new_mean", "new_variance"],
+        "standard",
+        training_mode=1,
+    )
+    nodes = [
+        norm,
+        helper.make_node("Reshape", ["normal", "shape"], ["weight"]),
+        helper.make_node("Conv", ["images", "weight"], ["out"]),
+    ]
+    agree(write_graph(tmp_path / "standard.onnx", nodes, given))
+    norm.input[0], norm.output[0] = "images", "out"
+    path = write_graph(tmp_path / "images.onnx", [norm], given)
+    with pytest.raises(SourceError, match="it is in training mode; export the model in eval"):
+        network(path)(torch.zeros(2, 5, 8, 8))
+
+
+@pytest.mark.parametrize("attributes", [{"mode": "linear"}, {"mode": "cubic"}, {}])
+@pytest.mark.parametrize("factors", [(0.7, 2.3), (20 / 3, 1.7)])
+def test_sizes_are_rounded_in_float32(
+    tmp_path: Path, attributes: dict[str, Any], factors: tuple[float, float]
+) -> None:
+    """0.7 times 20 is 14 there, and just below it where the factor has more digits."""
+    scales = np.array([1, 1, *factors], np.float32)
+    attributes = attributes or {
+        "coordinate_transformation_mode": "asymmetric",
+        "nearest_mode": "floor",
+    }
+    nodes = [helper.make_node("Resize", ["images", "", "scales"], ["out"], **attributes)]
+    path = write_graph(tmp_path / "one.onnx", nodes, {"scales": scales}, shape=("n", 3, 20, 10))
+    agree(path, size=(20, 10))
+
+
 @pytest.mark.parametrize(
     ("attributes", "scales", "reason"),
     [
@@ -247,6 +308,12 @@ def test_resizing_is_onnx_runtimes(tmp_path: Path, case: Any) -> None:
         ({"nearest_mode": "floor"}, (1, 1, 3, 3), "to the nearest pixel by floor at half_pixel"),
         ({}, (1, 2, 1, 1), "resizes an axis that is neither height nor width"),
         ({"mode": "cubic", "cubic_coeff_a": -0.5}, (1, 1, 2, 2), "resizes with cubic_coeff_a"),
+        ({"mode": "linear", "antialias": 1}, (1, 1, 0.5, 0.5), "resizes with exclude_outside 0"),
+        (
+            {"mode": "linear", "antialias": 1, "exclude_outside": 1},
+            (1, 1, 0.4, 0.4),
+            "resizes smoothly by a factor that gives no whole size",
+        ),
     ],
 )
 def test_resizing_in_other_ways_is_refused(

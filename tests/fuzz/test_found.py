@@ -52,6 +52,11 @@ def doubled_constants(model: onnx.ModelProto) -> None:
     ]
     for place, node in enumerate(nodes):
         model.graph.node.insert(place, node)
+    output = model.graph.output[0].name
+    (last,) = (node for node in model.graph.node if output in node.output)
+    last.output[0] = "before"
+    model.graph.node.append(helper.make_node("ReduceMax", ["d40"], ["most"], keepdims=0))
+    model.graph.node.append(helper.make_node("Add", ["before", "most"], [output]))
 
 
 def functions_in_functions(model: onnx.ModelProto) -> None:

@@ -86,7 +86,8 @@ def staged_folder(place: Path, beside: Path | None = None) -> Iterator[Path]:
     place = place.absolute()
     missing = [parent for parent in place.parents if not parent.exists()]
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
+        if missing:
+            place.parent.mkdir(parents=True, exist_ok=True)
         hidden = partial(_hidden_in, _staging(place, beside), place.name)
         draft = hidden()
         try:

@@ -27,7 +27,7 @@ from tests.helpers import noise
 PER_CALL, PER_IMAGE, PER_PAIR, PER_MASK = 3.0, 2.0, 0.5, 1.0
 """Milliseconds of an engine."""
 CHANNELS = (6, 8)
-REHEARSALS = 20
+REHEARSALS = 28
 
 
 class Timed(Networks):

@@ -42,7 +42,8 @@ def test_explained_names_are_one_line(digits_bundle: Path, tmp_path: Path) -> No
     shown = rf"{tmp_path}/a\n\x1b[1mb\udcff\u732b.png".replace("\\u732b", "\u732b")
     first, second = done.stdout.splitlines()
     assert first.startswith(f"{shown}: class 9, probability ")
-    assert second.startswith(f"  {shown.replace('/a', '/x/a').removesuffix('.png')}-9.overlay")
+    written = shown.replace(r"/a\n\x1b", "/x/a--").removesuffix(".png")
+    assert second.startswith(f"  {written}-9.overlay")
     (error,) = done.stderr.splitlines()
     assert error.startswith(f"error: {shown}.png is not an image")
 

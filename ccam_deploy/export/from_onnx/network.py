@@ -153,8 +153,7 @@ class OnnxNetwork(nn.Module):
             return True
         if not all(not name or name in self._constants for name in node.input):
             return False
-        operator = _Node(node, self.file)
-        operator.is_constant = True
+        operator = _Node(node, self.file, constant=True)
         inputs = [
             None
             if not name
@@ -215,7 +214,7 @@ class OnnxNetwork(nn.Module):
 class _Node(nn.Module):
     """One node of the graph."""
 
-    def __init__(self, node: onnx.NodeProto, file: OnnxFile) -> None:
+    def __init__(self, node: onnx.NodeProto, file: OnnxFile, constant: bool = False) -> None:
         super().__init__()
         self.kind, self.node_name = node.op_type, node.name
         self.inputs, self.outputs = tuple(node.input), tuple(node.output)
@@ -224,7 +223,7 @@ class _Node(nn.Module):
             self.known_inputs.add(1)
         self._attributes = {one.name: _attribute(one) for one in node.attribute}
         self._file = (file,)
-        self.is_constant = False
+        self._constant = constant
 
     @property
     def label(self) -> str:
@@ -242,7 +241,7 @@ class _Node(nn.Module):
             inputs,
             len(self.outputs),
             file.batch,
-            self.is_constant,
+            self._constant,
         )
         try:
             return [_settled(value) for value in _listed(RULES[self.kind](call))]

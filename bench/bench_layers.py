@@ -74,9 +74,11 @@ def markdown(result: Mapping[str, Any], summary: report.Summary) -> str:
     lines = [f"- {name}: {', '.join(layers)}" for name, layers in result["choices"].items()]
     settings = summary.settings
     return (
-        f"{report.table(summary)}\n\nCollection-CAM on {settings['images']} crops of photographs "
+        f"{report.table(summary)}\n\n{report.differences_table(summary)}\n\n"
+        f"Collection-CAM on {settings['images']} crops of photographs "
         f"whose best class has a probability of at least {BOUND}, protocol {settings['protocol']}; "
-        "means and 95 % intervals over photographs.\n\n"
+        "means and 95 % intervals over photographs. "
+        f"{report.differences_caption(summary)}\n\n"
         + "\n".join(lines)
         + f"\n\nMade by `{result['command']}`.\n"
     )

@@ -288,6 +288,8 @@ def markdown(result: Mapping[str, Any], summaries: Mapping[str, report.Summary])
     ]
     for title in rest:
         lines += [f"## Ablation: {title}", "", report.table(summaries[title]), ""]
+        if differences := report.differences_table(summaries[title]):
+            lines += [differences, "", report.differences_caption(summaries[title]), ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -365,6 +367,7 @@ def run(
         "not_run": not_run,
         "origins": shares,
         "results": {title: values["results"] for title, values in plain.items()},
+        "differences": {title: values["differences"] for title, values in plain.items()},
         "curves": plain["Methods"]["curves"],
     }
     return result, summaries

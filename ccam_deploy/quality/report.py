@@ -19,6 +19,9 @@ from ccam_deploy.text import markdown_table, one_line
 RESAMPLES = 2000
 _BLOCK = 50
 
+_Rows = Mapping[str, Sequence[tuple[str, bool]]]
+"""The cells of a table by method, each with whether it is bold."""
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -36,8 +39,10 @@ class Estimate:
     high: float
     images: int
 
-    def __str__(self) -> str:
-        return f"{self.mean:.2f} [{self.low:.2f}, {self.high:.2f}]"
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether zero lies outside of the interval."""
+        return not self.low <= 0 <= self.high
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,8 @@ class Summary:
     Attributes:
         settings: All that they depend on; see Evaluation.facts.
         estimates: By method and metric, without metrics that no image could be measured with.
+        differences: By method and metric, how much more it has than the first method on the same
+            images, in percentage points; empty for the first.
         curves: By method and name, the mean deletion and insertion curves [n] that were measured.
         unread: Names of the images that could not be read; no figure includes them.
         over: What the intervals' bootstrap resamples, in the plural.
@@ -71,6 +78,7 @@ class Summary:
 
     settings: Mapping[str, Any]
     estimates: dict[str, dict[str, Estimate]]
+    differences: dict[str, dict[str, Estimate]]
     curves: dict[str, dict[str, Doubles]]
     unread: tuple[str, ...] = ()
     over: str = EACH_IMAGE.name
@@ -119,27 +127,36 @@ def summarise(
         grouping: Which images are not independent.
 
     Returns:
-        Estimates and mean curves of each method.
+        Estimates, differences from the first method, and mean curves of each method.
     """
+    measured = {
+        method: [row for row in rows if row.method == method and row.was_read]
+        for method in settings["methods"]
+    }
+    first = next(iter(measured), "")
+    reference = {row.index: row.values for row in measured.get(first, ())}
     estimates: dict[str, dict[str, Estimate]] = {}
+    differences: dict[str, dict[str, Estimate]] = {}
     curves: dict[str, dict[str, Doubles]] = {}
-    unread = dict.fromkeys(row.name for row in rows if not row.was_read)
-    for method in settings["methods"]:
-        measured = [row for row in rows if row.method == method and row.was_read]
+    for method, own in measured.items():
         groups = None
         if grouping is not EACH_IMAGE:
-            groups = [grouping.group_of(row.name) for row in measured]
-        estimates[method] = {}
+            groups = [grouping.group_of(row.name) for row in own]
+        estimates[method], differences[method] = {}, {}
         for metric in settings["metrics"]:
-            values = np.array([row.values[metric] for row in measured])
+            values = np.array([row.values[metric] for row in own])
+            before = np.array([reference.get(row.index, {}).get(metric, np.nan) for row in own])
             if not np.isnan(values).all():
                 estimates[method][metric] = bootstrap(values, settings["seed"], groups)
+            if method != first and not np.isnan(values - before).all():
+                differences[method][metric] = bootstrap(values - before, settings["seed"], groups)
         curves[method] = {
-            curve: np.mean([row.curves[curve] for row in measured], axis=0)
+            curve: np.mean([row.curves[curve] for row in own], axis=0)
             for curve in CURVES
-            if measured and all(curve in row.curves for row in measured)
+            if own and all(curve in row.curves for row in own)
         }
-    return Summary(settings, estimates, curves, tuple(unread), grouping.name)
+    unread = dict.fromkeys(row.name for row in rows if not row.was_read)
+    return Summary(settings, estimates, differences, curves, tuple(unread), grouping.name)
 
 
 def as_json(summary: Summary) -> dict[str, Any]:
@@ -156,6 +173,10 @@ def as_json(summary: Summary) -> dict[str, Any]:
             method: {metric: asdict(estimate) for metric, estimate in estimates.items()}
             for method, estimates in summary.estimates.items()
         },
+        "differences": {
+            method: {metric: asdict(estimate) for metric, estimate in estimates.items()}
+            for method, estimates in summary.differences.items()
+        },
         "curves": {
             method: {curve: points.tolist() for curve, points in curves.items()}
             for method, curves in summary.curves.items()
@@ -165,21 +186,34 @@ def as_json(summary: Summary) -> dict[str, Any]:
 
 def table(summary: Summary) -> str:
     """Lay out estimates as a Markdown table, a row for each method; the best mean is bold."""
-    names = summary.settings["metrics"]
-    best = {name: _best(summary, name) for name in names}
-    rows = [
-        (method, *(_cell(estimates.get(name), best[name]) for name in names))
-        for method, estimates in summary.estimates.items()
-    ]
-    return markdown_table(("method", *map(_title, names)), rows)
+    return _as_markdown("method", summary, _estimate_rows(summary))
+
+
+def differences_table(summary: Summary) -> str:
+    """Lay out differences from the first method as Markdown; empty where it is the only one."""
+    if len(summary.estimates) < 2:
+        return ""
+    return _as_markdown(_minus(summary), summary, _difference_rows(summary))
+
+
+def differences_caption(summary: Summary) -> str:
+    """Say what differences_table shows."""
+    return (
+        f"By how much each exceeds {next(iter(summary.estimates))} on the same images, in "
+        "percentage points, with the interval of that difference; bold where it leaves zero out."
+    )
 
 
 def markdown(summary: Summary) -> str:
-    """Write the table, and under it what the figures mean."""
+    """Write the tables, and under them what the figures mean."""
     settings = summary.settings
     lines = [f"- {name}: {METRICS[name].definition}." for name in settings["metrics"]]
+    parts = [table(summary), _caption(summary)]
+    if differences := differences_table(summary):
+        parts += [differences, differences_caption(summary)]
     return (
-        f"{table(summary)}\n\n{_caption(summary)}\n\n"
+        "\n\n".join(parts)
+        + "\n\n"
         + "\n".join(lines)
         + f"\n- protocol {settings['protocol']}: {PROTOCOLS[settings['protocol']].definition}.\n"
     )
@@ -196,30 +230,72 @@ def page(summary: Summary, pictures: Mapping[str, bytes]) -> str:
         The page's text.
     """
     settings = summary.settings
+    differences = ""
+    if len(summary.estimates) > 1:
+        differences = f"<p>{html.escape(differences_caption(summary))}</p>\n"
+        differences += _as_html(_minus(summary), summary, _difference_rows(summary))
     return _PAGE.format(
         title=html.escape(f"{settings['bundle']} on {settings['dataset']}"),
         caption=html.escape(_caption(summary)),
-        head="".join(f"<th>{html.escape(_title(name))}</th>" for name in settings["metrics"]),
-        body=_body(summary),
+        estimates=_as_html("", summary, _estimate_rows(summary)),
+        differences=differences,
         pictures="".join(_figure(caption, content) for caption, content in pictures.items()),
         definitions=_definitions(settings),
         settings=html.escape(json.dumps(settings, indent=2, ensure_ascii=False)),
     )
 
 
-def _body(summary: Summary) -> str:
-    """The rows of the page's table."""
+def _estimate_rows(summary: Summary) -> _Rows:
+    """Means by method; the best one of each metric is bold."""
+    best = {name: _best(summary, name) for name in summary.settings["metrics"]}
+    return {
+        method: [
+            (_words(e := own.get(name)), e is not None and e.mean == mean)
+            for name, mean in best.items()
+        ]
+        for method, own in summary.estimates.items()
+    }
+
+
+def _difference_rows(summary: Summary) -> _Rows:
+    """Differences by method, without the first; bold where the interval leaves zero out."""
     names = summary.settings["metrics"]
-    best = {name: _best(summary, name) for name in names}
+    _, *others = summary.differences.items()
+    return {
+        method: [
+            (_words(e := own.get(name), "+"), e is not None and e.excludes_zero) for name in names
+        ]
+        for method, own in others
+    }
+
+
+def _words(estimate: Estimate | None, sign: str = "") -> str:
+    """An estimate in words, with "+" as sign where a positive number shall have one."""
+    if estimate is None:
+        return "–"
+    mean, *ends = (f"{value:{sign}.2f}" for value in (estimate.mean, estimate.low, estimate.high))
+    return f"{mean} [{', '.join(ends)}]"
+
+
+def _as_markdown(corner: str, summary: Summary, rows: _Rows) -> str:
+    def marked(words: str, is_bold: bool) -> str:
+        mean, _, interval = words.partition(" ")
+        return f"**{mean}** {interval}" if is_bold else words
+
+    lines = [(method, *(marked(*cell) for cell in cells)) for method, cells in rows.items()]
+    return markdown_table((corner, *map(_title, summary.settings["metrics"])), lines)
+
+
+def _as_html(corner: str, summary: Summary, rows: _Rows) -> str:
+    titles = (corner, *map(_title, summary.settings["metrics"]))
     body = ""
-    for method, estimates in summary.estimates.items():
-        cells = ""
-        for name in names:
-            estimate = estimates.get(name)
-            mark = ' class="best"' if estimate and estimate.mean == best[name] else ""
-            cells += f"<td{mark}>{estimate or '–'}</td>"
-        body += f"<tr><th>{html.escape(method)}</th>{cells}</tr>\n"
-    return body
+    for method, cells in rows.items():
+        marks = (' class="best"' if is_bold else "" for _, is_bold in cells)
+        row = "".join(
+            f"<td{mark}>{words}</td>" for mark, (words, _) in zip(marks, cells, strict=True)
+        )
+        body += f"<tr><th>{html.escape(method)}</th>{row}</tr>\n"
+    return _TABLE.format(head="".join(f"<th>{html.escape(t)}</th>" for t in titles), body=body)
 
 
 def _definitions(settings: Mapping[str, Any]) -> str:
@@ -262,20 +338,17 @@ def _caption(summary: Summary) -> str:
     )
 
 
+def _minus(summary: Summary) -> str:
+    """The title over the methods whose differences are shown."""
+    return f"minus {next(iter(summary.estimates))}"
+
+
 def _best(summary: Summary, name: str) -> float:
     """The best mean of a metric; NaN where all are equal."""
     means = [by_metric[name].mean for by_metric in summary.estimates.values() if name in by_metric]
     if len(set(means)) < 2:
         return float("nan")
     return max(means) if METRICS[name].high else min(means)
-
-
-def _cell(estimate: Estimate | None, best: float) -> str:
-    if estimate is None:
-        return "–"
-    words = str(estimate)
-    mean, interval = words.split(" ", 1)
-    return f"**{mean}** {interval}" if estimate.mean == best else words
 
 
 _PAGE = """<!DOCTYPE html>
@@ -298,18 +371,20 @@ pre {{ background: #f4f4f4; padding: 1rem; overflow-x: auto; }}
 <body>
 <h1>{title}</h1>
 <p>{caption}</p>
-<div class="wide">
-<table>
-<thead><tr><th></th>{head}</tr></thead>
-<tbody>
-{body}</tbody>
-</table>
-</div>
-{pictures}<h2>Definitions</h2>
+{estimates}{differences}{pictures}<h2>Definitions</h2>
 <dl>
 {definitions}</dl>
 <h2>Settings</h2>
 <pre>{settings}</pre>
 </body>
 </html>
+"""
+
+_TABLE = """<div class="wide">
+<table>
+<thead><tr>{head}</tr></thead>
+<tbody>
+{body}</tbody>
+</table>
+</div>
 """

@@ -122,6 +122,56 @@ def test_summary_by_hand() -> None:
     assert "insertion" not in summary.curves["one"]
 
 
+def test_differences_pair_the_methods_image_by_image() -> None:
+    """All of "two" exceed "one" by ten: their means' intervals overlap, the difference has none."""
+    summary = report.summarise(SETTINGS, rows())
+    assert summary.differences["one"] == {}
+    assert summary.differences["two"] == {
+        "deletion": report.Estimate(10, 10, 10, 4),
+        "proportion": report.Estimate(0, 0, 0, 3),
+    }
+    lines = report.differences_table(summary).splitlines()
+    assert lines[0] == "| minus one | deletion, % ↓ | proportion, % ↑ | pointing, % ↑ |"
+    assert lines[2:] == ["| two | **+10.00** [+10.00, +10.00] | +0.00 [+0.00, +0.00] | – |"]
+    assert "By how much each exceeds one on the same images" in report.markdown(summary)
+    plain = json.loads(json.dumps(report.as_json(summary)["differences"]))
+    assert plain["two"]["deletion"] == {"mean": 10, "low": 10, "high": 10, "images": 4}
+
+
+def test_differences_are_scipys_and_of_images_that_both_have() -> None:
+    stream = np.random.default_rng(0)
+    one, more = stream.gamma(2, 10, 60), stream.normal(3, 4, 60)
+    measured = [
+        Row(index, f"image {index}", method, 0, 0.5, {"deletion": float(values[index])})
+        for method, values in (("two", one + more), ("one", one))
+        for index in range(60)
+        if (method, index) not in {("one", 0), ("two", 1)}
+    ]
+    summary = report.summarise({**SETTINGS, "metrics": ["deletion"]}, measured)
+    expected = stats.bootstrap(
+        (one[2:] + more[2:], one[2:]),
+        lambda two, one, axis: np.mean(two - one, axis=axis),
+        paired=True,
+        n_resamples=20_000,
+        method="percentile",
+        rng=np.random.default_rng(1),
+    ).confidence_interval
+    found = summary.differences["two"]["deletion"]
+    width = expected.high - expected.low
+    assert found.images == 58
+    assert found.mean == pytest.approx(more[2:].mean())
+    assert found.low == pytest.approx(expected.low, abs=0.06 * width)
+    assert found.high == pytest.approx(expected.high, abs=0.06 * width)
+
+
+def test_one_method_has_no_differences() -> None:
+    alone = {**SETTINGS, "methods": {"one": {}}}
+    summary = report.summarise(alone, rows())
+    assert report.differences_table(summary) == ""
+    assert "exceeds" not in report.markdown(summary)
+    assert "exceeds" not in report.page(summary, {})
+
+
 def test_table_marks_the_best() -> None:
     lines = report.table(report.summarise(SETTINGS, rows())).splitlines()
     assert lines[0] == "| method | deletion, % ↓ | proportion, % ↑ | pointing, % ↑ |"
@@ -181,7 +231,8 @@ def test_page_needs_no_other_file() -> None:
     assert "b<1> on scenes" in reader.text
     assert "Maps & more" in reader.text
     assert METRICS["proportion"].definition in reader.text
-    assert page.count('class="best"') == 1  # the lower deletion; proportion is equal
+    assert page.count('class="best"') == 2  # the lower deletion, and by how much; others are equal
+    assert "minus one" in reader.text
 
 
 @pytest.mark.slow

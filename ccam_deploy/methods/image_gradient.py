@@ -97,6 +97,22 @@ def reduce_channels(values: Floats, how: Channels) -> Floats:
     return pixels
 
 
+def even_chunk(count: int, most: int) -> int:
+    """Find how many rows go at a time so that all chunks have one size.
+
+    On a GPU, ONNX Runtime plans a graph anew whenever its number of rows changes.
+
+    Args:
+        count: How many rows there are.
+        most: The most rows of a chunk.
+
+    Returns:
+        The size of a chunk, above half of `most`; `most` where no such size divides the rows.
+    """
+    even = (size for size in range(most, most // 2, -1) if count % size == 0)
+    return next(even, most)
+
+
 def mean_gradient(
     classifier: Classifier,
     batch: Batch,
@@ -119,7 +135,8 @@ def mean_gradient(
     total = np.zeros((len(batch.owner), *batch.images.shape[1:]), np.float64)
     one_hot = batch.one_hot
     count = len(weights)
-    for rows in row_chunks(len(total) * count, batch.chunk):
+    every = len(total) * count
+    for rows in row_chunks(every, even_chunk(every, batch.chunk)):
         pairs, places = np.divmod(np.arange(rows.start, rows.stop), count)
         gradients = classifier.input_gradient(inputs(pairs, places), one_hot[pairs])
         if square:

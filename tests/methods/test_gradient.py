@@ -12,6 +12,7 @@ import torch
 from captum import attr as captum
 
 import ccam_deploy as ccam
+from ccam_deploy.arrays import Floats
 from ccam_deploy.errors import OptionError
 from ccam_deploy.methods import (
     XRAI,
@@ -19,7 +20,7 @@ from ccam_deploy.methods import (
     IntegratedGradients,
     SmoothGrad,
 )
-from ccam_deploy.methods.image_gradient import reduce_channels
+from ccam_deploy.methods.image_gradient import even_chunk, reduce_channels
 from tests.helpers import example_pictures, noise
 from tests.methods.peers import Case, assert_same
 from tests.networks import digits_model, tiny
@@ -148,6 +149,42 @@ def test_chunks_and_classes_do_not_matter(headed_bundle: Path) -> None:
             together = explainer.explain(images, [[1, 2], 3], method=method).raw_saliency
         np.testing.assert_allclose(alone, together, rtol=1e-4, atol=1e-6)
         assert not np.allclose(alone[0], alone[1])
+
+
+@pytest.mark.parametrize(
+    ("count", "most", "expected"),
+    [
+        (50, 16, 10),
+        (100, 16, 10),
+        (150, 16, 15),
+        (48, 16, 16),
+        (51, 16, 16),
+        (5, 16, 16),
+        (7, 1, 1),
+    ],
+)
+def test_chunks_are_even_where_half_of_the_most_will_do(
+    count: int, most: int, expected: int
+) -> None:
+    assert even_chunk(count, most) == expected
+
+
+@pytest.mark.parametrize("method", ["integrated-gradients", "smoothgrad"])
+def test_an_image_is_differentiated_in_chunks_of_one_size(
+    headed_bundle: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ccam.load(headed_bundle) as explainer:
+        rows: list[int] = []
+        gradient = explainer.networks.input_gradient
+
+        def counted(images: Floats, output_gradient: Floats) -> Floats:
+            rows.append(len(images))
+            return gradient(images, output_gradient)
+
+        monkeypatch.setattr(explainer.networks, "input_gradient", counted)
+        explainer.explain(noise(1, 3, 32, 48), method=method)
+    assert sum(rows) == 50
+    assert len(set(rows)) == 1
 
 
 def test_channels() -> None:

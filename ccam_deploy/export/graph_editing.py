@@ -80,6 +80,7 @@ class Writer:
         with self._mode(), enable_python_dispatcher():
             node.meta["val"] = target(*values)
         node.meta["nn_module_stack"] = self._node.meta.get("nn_module_stack")
+        node.meta["written"] = True
         return node
 
     def constant(self, value: torch.Tensor, hint: str) -> fx.Node:

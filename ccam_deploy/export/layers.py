@@ -13,7 +13,7 @@ from ccam_deploy.export.arrangements import Followed
 from ccam_deploy.export.blocks import Blocks
 from ccam_deploy.export.graph_editing import aten
 from ccam_deploy.export.places import Arrangement
-from ccam_deploy.export.program import Program, name_of, stack_of
+from ccam_deploy.export.program import Program, name_of, stack_of, was_traced
 
 DEFAULT_COUNT = 4
 _NCHW = (0, 1, 2, 3)
@@ -104,7 +104,7 @@ def find_layers(program: Program, names: Sequence[str] | None = None) -> tuple[T
 def _chosen(
     program: Program, outputs: dict[str, fx.Node], followed: Followed, blocks: Blocks
 ) -> list[TargetLayer]:
-    bottlenecks = _bottlenecks(program)
+    bottlenecks = set(filter(was_traced, _bottlenecks(program)))
     nodes = blocks.choose(_last_of_each_resolution(program, bottlenecks), bottlenecks)
     if not nodes:
         raise LayerError(
@@ -122,8 +122,8 @@ def _named(
     blocks: Blocks,
     name: str,
 ) -> TargetLayer:
-    called = (node for node in program.graph.graph.nodes if node.op == "call_function")
-    nodes = {name_of(node): node for node in called}
+    called = [node for node in program.graph.graph.nodes if node.op == "call_function"]
+    nodes = {name_of(node): node for node in called if was_traced(node)}
     node = outputs.get(name, nodes.get(name))
     if node is None:
         raise LayerError(f'layer "{name}" is not in the model; it has {_known(outputs, followed)}')

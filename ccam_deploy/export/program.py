@@ -102,6 +102,11 @@ def name_of(node: fx.Node) -> str:
     return str(node.meta.get("original_name", node.name))
 
 
+def was_traced(node: fx.Node) -> bool:
+    """Whether the traced program has a node of that name: not for parts of what was rewritten."""
+    return "original_name" in node.meta or not node.meta.get("written")
+
+
 def module_of(node: fx.Node) -> str:
     """Return the dotted name of the module that a node belongs to, "" for the model itself."""
     return list(stack_of(node).values() or [""])[-1]
@@ -398,5 +403,5 @@ def _scale_and_shift(
     factor = fresh_constant(module, scale.float().view(shape), "norm_scale")
     offset = fresh_constant(module, shift.float().view(shape), "norm_shift")
     scaled = module.graph.call_function(aten.mul.Tensor, (source, factor))
-    scaled.meta["val"] = source.meta["val"]
+    scaled.meta |= {"val": source.meta["val"], "written": True}
     return module.graph.call_function(aten.add.Tensor, (scaled, offset))

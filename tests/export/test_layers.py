@@ -60,6 +60,18 @@ def test_maps_of_one_pixel_are_left_out() -> None:
     assert names_of(model.eval()) == ["0"]
 
 
+def test_what_only_the_rewritten_graph_has_is_no_layer() -> None:
+    """Windows become a convolution that copies, which PyTorch's own graph does not have."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, 4, 1), nn.Unfold(4, stride=4), nn.Flatten(), nn.Linear(256, 3)
+    ).eval()
+    rewritten = build_program(trace_model(model, (3, 32, 32))).graph.graph.nodes
+    assert "convolution_default" in [node.name for node in rewritten]
+    assert names_of(model) == ["0"]
+    with pytest.raises(LayerError, match='"convolution_default" is not in the model; it has 0'):
+        names_of(model, named=["convolution_default"])
+
+
 def test_at_most_four_are_chosen() -> None:
     stages = [nn.Conv2d(3, 3, 3, 2, 1) for _ in range(6)]
     model = nn.Sequential(*stages, nn.Flatten(), nn.LazyLinear(2))

@@ -45,12 +45,15 @@ def _batch_first(
     Attention in windows has a row for each window of each image, and some put heads first.
     """
     shape = node.meta["val"].shape
-    axis = next((n for n, size in enumerate(shape) if isinstance(size, torch.SymInt)), None)
-    if axis is None:
+    open_axes = [n for n, size in enumerate(shape) if isinstance(size, torch.SymInt)]
+    if len(open_axes) != 1:
+        sizes = ["batch" if isinstance(size, torch.SymInt) else int(size) for size in shape]
         raise LoweringError(
-            f"a gradient takes {list(shape)}, which an operator makes of all images of a batch, "
-            "as a normalisation without running statistics does; each image must be on its own"
+            f"a gradient takes [{', '.join(map(str, sizes))}], which an operator makes of all "
+            "images of a batch, as a normalisation without running statistics does; each image "
+            "must be on its own"
         )
+    (axis,) = open_axes
     batch = image.meta["val"].shape[0].node.expr
     factor = int(shape[axis].node.expr / batch)
     if axis == 0 and factor == 1:

@@ -11,6 +11,9 @@ from ccam_deploy.export.layers import TargetLayer
 from ccam_deploy.export.program import Program
 from ccam_deploy.fidelity.observation import Observation
 
+_ROUNDED = 1e-3
+"""A relative error of the logits, as much as fp32 graphs may have."""
+
 _SHALLOW = 0.5
 """The share of a network's operators before a layer, below which it is a shallow one."""
 
@@ -33,6 +36,22 @@ def doubts_about_layers(program: Program, layers: Sequence[TargetLayer]) -> Iter
         yield (
             f'the only target layer that was found, "{layers[0].name}", is a shallow one: '
             f"{1 - before:.0%} of the network's operators come after it; name deeper layers"
+        )
+
+
+def doubts_about_rounding(change: float) -> Iterator[str]:
+    """Doubt logits that rounding changes, as it may where weights are random.
+
+    Args:
+        change: The relative error of PyTorch's logits where every pixel changes in its last digit.
+
+    Yields:
+        A line with the change.
+    """
+    if change > _ROUNDED:
+        yield (
+            f"in PyTorch itself the logits change by {change:.1%} where pixels change in their "
+            "last digit"
         )
 
 

@@ -30,7 +30,11 @@ from ccam_deploy.engines import load_networks
 from ccam_deploy.errors import BackendError, OptionError, SourceError, ToleranceError
 from ccam_deploy.export import excitation
 from ccam_deploy.export.architecture import Model
-from ccam_deploy.export.doubts import doubts_about_layers, doubts_about_values
+from ccam_deploy.export.doubts import (
+    doubts_about_layers,
+    doubts_about_rounding,
+    doubts_about_values,
+)
 from ccam_deploy.export.graphs import Graphs, convert_graphs
 from ccam_deploy.export.layers import find_layers
 from ccam_deploy.export.preparation import PreparedModel, prepare_model
@@ -71,11 +75,13 @@ class Reference:
             are few.
         calibrated: How many of the observation's images are calibration images; they come first.
         baseline: The logits of an input of zeros, one per class.
+        doubts: Lines about what rounding does to its logits.
     """
 
     observation: Observation
     calibrated: int
     baseline: tuple[float, ...]
+    doubts: tuple[str, ...]
 
     @property
     def calibration(self) -> Observation:
@@ -120,7 +126,7 @@ def export(
     prepared = prepare_model(model, input_size, layers, settings)
     converted = _convert(prepared, precisions, settings)
     reference = _reference(prepared, converted["fp32"], settings)
-    notes = _notes(prepared, reference.observation, found=layers is None)
+    notes = _notes(prepared, reference, found=layers is None)
     for note in notes:
         settings.progress(f"warning: {note}")
     with staged_bundle(output) as folder:
@@ -192,8 +198,10 @@ def _reference(prepared: PreparedModel, graphs: Graphs, settings: ExportSettings
     baseline, *logits = classifier.backbone(probe).logits
     if not np.isfinite([baseline, *logits]).all():
         raise SourceError("the model gives NaN or infinite logits on the calibration images")
+    nearby = classifier.backbone(np.nextafter(images, np.float32(np.inf))).logits
+    rounding = relative_error(nearby, np.array(logits))
     (alone,) = classifier.backbone(images[:1]).logits
-    if relative_error(alone, logits[0]) > _COMPANY:
+    if relative_error(alone, logits[0]) > max(_COMPANY, 10 * rounding):
         raise SourceError(
             "the logits of an image depend on the other images of its batch, as with a "
             "normalisation without running statistics; each image must be on its own"
@@ -207,12 +215,13 @@ def _reference(prepared: PreparedModel, graphs: Graphs, settings: ExportSettings
     except BackendError as error:  # what PyTorch computes is not finite
         raise SourceError(f"in PyTorch, {str(error).partition(';')[0]}") from error
     zero = tuple(float(value) for value in baseline)
-    return Reference(observation, len(prepared.images), zero)
+    doubts = tuple(doubts_about_rounding(rounding))
+    return Reference(observation, len(prepared.images), zero, doubts)
 
 
-def _notes(prepared: PreparedModel, observation: Observation, found: bool) -> tuple[str, ...]:
+def _notes(prepared: PreparedModel, reference: Reference, found: bool) -> tuple[str, ...]:
     """What makes the explanations doubtful, of layers only where they were found."""
-    notes = [*doubts_about_values(observation, prepared.layer_names)]
+    notes = [*doubts_about_values(reference.observation, prepared.layer_names), *reference.doubts]
     if found:
         notes += doubts_about_layers(prepared.program, prepared.layers)
     return tuple(notes)
@@ -276,10 +285,9 @@ def _compare(
     tolerance = usual[name].with_bounds(settings.tolerance.get(name, {})).without(missing)
     broken = broken_bounds(fidelity, tolerance, layers)
     if broken:
-        advice = '; half "classifier" (--half classifier) rounds less' if rounded else ""
-        raise ToleranceError(
-            f"the {name} graphs do not agree with PyTorch: {'; '.join(broken)}{advice}"
-        )
+        advice = ['half "classifier" (--half classifier) rounds less'] if rounded else []
+        lines = "; ".join([*reference.doubts, *broken, *advice])
+        raise ToleranceError(f"the {name} graphs do not agree with PyTorch: {lines}")
     return Precision(files, scale, reference.baseline, fidelity, tolerance.bounds(), _REFERENCE)
 
 

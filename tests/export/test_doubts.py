@@ -11,7 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ccam_deploy.bundle.folder import read_bundle
-from ccam_deploy.export.doubts import doubts_about_layers, doubts_about_values
+from ccam_deploy.export.doubts import (
+    doubts_about_layers,
+    doubts_about_rounding,
+    doubts_about_values,
+)
 from ccam_deploy.export.layers import find_layers
 from ccam_deploy.export.program import build_program, trace_model
 from ccam_deploy.fidelity.observation import Observation
@@ -49,6 +53,13 @@ class Shallow(nn.Module):
 
 def test_sound_values_are_not_doubted() -> None:
     assert list(doubts_about_values(SOUND, ["one", "two"])) == []
+
+
+def test_logits_that_rounding_changes_are_doubted() -> None:
+    assert list(doubts_about_rounding(1e-5)) == []
+    assert list(doubts_about_rounding(0.42)) == [
+        "in PyTorch itself the logits change by 42.0% where pixels change in their last digit"
+    ]
 
 
 @pytest.mark.parametrize(

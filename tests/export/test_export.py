@@ -288,6 +288,22 @@ def in_double() -> Model:
             marks=pytest.mark.slow,
         ),
         pytest.param(
+            lambda: Net(
+                lambda x: ((x.flatten(1) @ x.flatten(1).T).softmax(1) @ x.flatten(1)).reshape_as(x)
+            ),
+            ["stem"],
+            LoweringError,
+            "a gradient takes [batch, batch], which an operator makes of all images of a batch",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            lambda: Net(lambda x: (1e7 * x).sin()),
+            ["stem"],
+            ToleranceError,
+            "the fp32 graphs do not agree with PyTorch: in PyTorch itself the logits change by ",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
             lambda: Net(lambda x: x.median(3, keepdim=True)[0]),
             ["stem"],
             LoweringError,

@@ -79,7 +79,8 @@ class OnnxRuntimeGraph:
             device: Where the tensors lie.
             stream: The handle of the CUDA stream to work on; 0 on the CPU.
             tf32: Whether a GPU may round the factors of float32 products to 10 bits of mantissa.
-            alone: Whether no other thread uses the GPU now; without that nothing is captured.
+            alone: Tells whether no other thread uses the GPU, nor will until this slot's work ends;
+                without that nothing is captured.
 
         Raises:
             BackendError: The graph cannot be loaded on the device.

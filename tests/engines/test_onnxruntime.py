@@ -205,7 +205,7 @@ def test_tf32_is_asked_of_the_cuda_provider(
 def test_tf32_reaches_the_graphs_of_a_slot(
     tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, precision: str, tf32: bool
 ) -> None:
-    """They are those of fp32. The only slot is alone on the GPU."""
+    """They are those of fp32. The only slot has the GPU while it works."""
     opened: list[tuple[str, bool]] = []
     asked: list[Callable[[], bool]] = []
 
@@ -221,7 +221,10 @@ def test_tf32_reaches_the_graphs_of_a_slot(
     monkeypatch.setattr(onnxruntime_slots, "require_provider", lambda device: None)
     monkeypatch.setattr(onnxruntime_slots, "present_device", lambda: "8.0")
     networks = open_networks(read_bundle(tiny_bundle), "onnxruntime-cuda", precision)
-    assert all(alone() for alone in asked)
+    assert networks.slots is not None
+    with networks.slots.take():
+        assert all(alone() for alone in asked)
+    assert not any(alone() for alone in asked)
     networks.close()
     graphs = ("backbone", "gradient", "classifier")
     assert opened == [(f"{name}.onnx", tf32) for name in graphs]

@@ -31,15 +31,12 @@ def onnxruntime_slots(paths: Mapping[str, Path], most: int, tf32: bool = False) 
     if tf32 and (reason := why_without(present_device(), "tf32")):
         raise BackendError(reason)
 
-    def alone() -> bool:
-        return slots.alone
-
     def open_slot() -> Slot:
         device = CudaDevice()
         try:
             with device.current():
                 graphs = {
-                    name: OnnxRuntimeGraph(path, "cuda", device.stream, tf32, alone)
+                    name: OnnxRuntimeGraph(path, "cuda", device.stream, tf32, lambda: slots.claim())
                     for name, path in paths.items()
                 }
         except BaseException:

@@ -10,11 +10,15 @@ from functools import partial
 from typing import Literal, Protocol, TypeVar, cast
 
 from ccam_deploy.engines.cuda.device import Device, DeviceGraph
+from ccam_deploy.engines.cuda.gpu_use import GpuUse
 from ccam_deploy.engines.cuda.slot_thread import SlotThread
 from ccam_deploy.errors import BackendError
 
 Use = Literal["latency", "throughput"]
 Graphs = Mapping[str, DeviceGraph]
+
+_PROCESS = GpuUse()
+"""Of all slots of this process."""
 
 _MOST_KEPT = 8
 """As many as there are methods that run on a GPU, each with what it has prepared."""
@@ -159,7 +163,8 @@ class Slots:
         self._open = open_slot
         self._close_shared = close_shared
         self._lent = 0
-        self._free: list[Slot] = [open_slot()]
+        with _PROCESS.work(self):
+            self._free: list[Slot] = [open_slot()]
         self._permits = threading.Semaphore(most)
         self._lock = threading.Lock()
         self._sole = threading.Lock()
@@ -172,10 +177,14 @@ class Slots:
         with self._lock:
             return self._lent
 
-    @property
-    def alone(self) -> bool:
-        """Whether the slot that asks is the only one at work: the only one, or in `run_on_each`."""
-        return self.most == 1 or self._on_each
+    def claim(self) -> bool:
+        """Keep the process's GPUs for the slot that asks, until it is given back.
+
+        Returns:
+            Whether it is the only slot at work in the process: that of a single one, or in
+            `run_on_each`. False where others work, which go on.
+        """
+        return (self.most == 1 or self._on_each) and _PROCESS.claim(self)
 
     @contextmanager
     def take(self) -> Iterator[Slot]:
@@ -184,7 +193,7 @@ class Slots:
         Raises:
             BackendError: The slots were closed, or a new slot cannot be opened.
         """
-        with self._permits:
+        with self._permits, _PROCESS.work(self):
             slot = self._get()
             failed = True
             try:
@@ -202,7 +211,7 @@ class Slots:
                 self._give_back(slot, failed)
 
     def run_on_each(self, work: Callable[[Slot], object]) -> None:
-        """Do some work on every slot, once no caller holds one.
+        """Do some work on every slot, once no caller holds one, nor one of other slots.
 
         Args:
             work: Uses the slot that it is given.
@@ -211,7 +220,7 @@ class Slots:
             BackendError: The slots were closed, or a new slot cannot be opened.
         """
         # Two callers that each hold some of the slots would wait for each other.
-        with self._sole, ExitStack() as held:
+        with self._sole, _PROCESS.sole(self), ExitStack() as held:
             slots = [held.enter_context(self.take()) for _ in range(self.most)]
             self._on_each = True
             try:
@@ -230,7 +239,8 @@ class Slots:
         failures = []
         for slot in idle:
             try:
-                slot.close()
+                with _PROCESS.work(self):
+                    slot.close()
             except BackendError as error:  # the others, and what they share, are closed too
                 failures.append(error)
             finally:

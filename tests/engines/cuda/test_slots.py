@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -174,12 +174,78 @@ def test_what_could_not_be_made_leaves_its_memory_to_the_next_attempt() -> None:
     assert set(device.blocks) == {slot.scratch("old", 8), slot.scratch("new", 8)}
 
 
-def test_a_slot_is_alone_where_there_is_one_or_all_are_held() -> None:
-    assert Slots(Bench().open, 1).alone
+def test_a_slot_has_the_gpu_where_there_is_one_or_all_are_held() -> None:
+    single = Slots(Bench().open, 1)
+    assert not single.claim()  # nobody works
+    with single.take():
+        assert single.claim()
+        assert single.claim()
     slots, told = Slots(Bench().open, 2), list[bool]()
-    slots.run_on_each(lambda slot: told.append(slots.alone))
+    slots.run_on_each(lambda slot: told.append(slots.claim()))
     assert told == [True, True]
-    assert not slots.alone
+    with slots.take():
+        assert not slots.claim()
+
+
+def test_a_slot_has_no_gpu_where_others_work() -> None:
+    one, other = Slots(Bench().open, 1), Slots(Bench().open, 1)
+    with ThreadPoolExecutor(1) as pool:
+        began, end = threading.Event(), threading.Event()
+        work = pool.submit(borrow, other, began, end)
+        assert began.wait(10)
+        with one.take():
+            assert not one.claim()
+            end.set()
+            work.result(10)
+            assert one.claim()
+
+
+def test_others_wait_until_the_only_slot_is_given_back() -> None:
+    """To work, to open and to close."""
+    one, other, last = (Slots(Bench().open, 1) for _ in range(3))
+    began, end = threading.Event(), threading.Event()
+    end.set()
+    with ThreadPoolExecutor(3) as pool:
+        with one.take():
+            assert one.claim()
+            calls = [pool.submit(borrow, other, began, end), pool.submit(last.close)]
+            calls.append(pool.submit(lambda: Slots(Bench().open, 1).close()))
+            assert wait(calls, 0.2).done == set()
+            assert not began.is_set()
+        assert wait(calls, 10).not_done == set()
+
+
+def test_work_on_each_slot_waits_for_other_slots_and_they_for_it() -> None:
+    one, other = Slots(Bench().open, 2), Slots(Bench().open, 2)
+    began, end, inside, leave = (threading.Event() for _ in range(4))
+    told = list[bool]()
+
+    def prepare(slot: Slot) -> None:
+        inside.set()
+        told.append(one.claim())
+        assert leave.wait(10)
+
+    with ThreadPoolExecutor(3) as pool:
+        before = pool.submit(borrow, other, began, end)
+        assert began.wait(10)
+        each = pool.submit(one.run_on_each, prepare)
+        assert not inside.wait(0.2)
+        after = pool.submit(borrow, other, threading.Event(), end)
+        end.set()
+        before.result(10)
+        assert inside.wait(10)
+        assert not after.done()
+        leave.set()
+        each.result(10)
+        after.result(10)
+    assert told == [True, True]
+
+
+def borrow(slots: Slots, began: threading.Event, end: threading.Event) -> None:
+    """Hold a slot from one event, which is set, to the other."""
+    with slots.take():
+        began.set()
+        assert end.wait(10)
 
 
 def test_slots_close_though_one_of_them_fails() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import secrets
@@ -13,7 +14,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
-from ccam_deploy.errors import OutputError
+from ccam_deploy.errors import OptionError, OutputError
 
 _STEM_BYTES = 120
 """Of 255 that file systems allow: a class, a format and a number come after it."""
@@ -218,6 +219,41 @@ def require_writable_folder(path: Path) -> None:
     if path.exists() and not path.is_dir():
         raise OutputError(f"cannot write to {path}: it is a file, not a folder")
     _try_writing((path, *path.absolute().parents), f"cannot write to {path}")
+
+
+@contextmanager
+def kept_from_others(folder: Path, message: str) -> Iterator[None]:
+    """Keep a folder, which is made, from other processes that ask for it so.
+
+    One that was made and is empty in the end goes again. Where file systems have no locks, nothing
+    is kept from others.
+
+    Args:
+        folder: The folder.
+        message: What is said where another process has it.
+
+    Raises:
+        OptionError: Another process has it.
+        OutputError: It cannot be made.
+    """
+    is_new = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise OutputError(f"cannot write to {folder}: {error.strerror or error}") from error
+    try:
+        with suppress(OSError):
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise OptionError(message) from error
+        yield
+    finally:
+        os.close(handle)
+        if is_new:
+            with suppress(OSError):  # it has files
+                folder.rmdir()
 
 
 def _try_writing(folders: Sequence[Path], failure: str) -> None:

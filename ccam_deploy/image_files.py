@@ -142,7 +142,8 @@ def find_images(paths: Sequence[str | Path]) -> list[Path]:
     """List image files.
 
     Args:
-        paths: Files, and folders that are searched with all their subfolders.
+        paths: Files, and folders that are searched with all their subfolders, but for what is
+            hidden there, whose name begins with a dot.
 
     Returns:
         The files as they are named, and those of each folder sorted.
@@ -153,13 +154,22 @@ def find_images(paths: Sequence[str | Path]) -> list[Path]:
     return [file for path in map(Path, paths) for file in _images_at(path)]
 
 
+def is_image(path: Path, folder: Path) -> bool:
+    """Whether a path in a folder is named like an image, is not hidden, and is a file or was one.
+
+    A link to what is not there is one: to leave it out would hide that.
+    """
+    is_hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+    if is_hidden or path.suffix.lower() not in IMAGE_SUFFIXES:
+        return False
+    return path.is_file() or not path.exists()
+
+
 def _images_at(path: Path) -> list[Path]:
     """A file that exists, or the images of a folder."""
     try:
         if path.is_dir():
-            inside = sorted(
-                p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()
-            )
+            inside = sorted(inner for inner in path.rglob("*") if is_image(inner, path))
             if not inside:
                 raise ImageError(f"{path} holds no images ({', '.join(IMAGE_SUFFIXES)})")
             return inside

@@ -112,6 +112,19 @@ def test_files_of_every_format(explanation: ccam.Explanation, tmp_path: Path) ->
     assert facts["probability"] == explanation.probability(2)
 
 
+@pytest.mark.slow
+def test_methods_in_one_folder_do_not_overwrite_each_other(
+    digits: ccam.Explainer, tmp_path: Path
+) -> None:
+    images, _ = digits.preprocess(example_pictures()[:1])
+    for method in ("collection-cam", "grad-cam"):
+        digits.explain(images, [1], method=method).save(tmp_path, ("npz", "json"), names=["a"])
+    stem = f"a-{digits.bundle.manifest.labels[1]}"
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        f"{stem}{method}.{form}" for method in ("", "-grad-cam") for form in ("npz", "json")
+    )
+
+
 def test_masks_are_drawn_by_weight_as_the_classifier_gets_them(
     explanation: ccam.Explanation, monkeypatch: pytest.MonkeyPatch
 ) -> None:

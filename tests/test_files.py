@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from ccam_deploy.errors import OutputError
-from ccam_deploy.files import replace_file, require_writable, staged_folder, write_file
+from ccam_deploy.errors import OptionError, OutputError
+from ccam_deploy.files import (
+    kept_from_others,
+    replace_file,
+    require_writable,
+    staged_folder,
+    write_file,
+)
 from tests.damage import contents, full_disk
 
 
@@ -156,3 +163,43 @@ def test_what_cannot_be_written_is_known_before(tmp_path: Path) -> None:
         require_writable(tmp_path)
     with pytest.raises(OutputError, match=r"cannot write .*c: Not a directory"):
         require_writable(tmp_path / "file" / "c")
+
+
+def test_a_folder_is_kept_from_others_until_its_end(tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "b"
+    with (
+        kept_from_others(folder, "taken"),
+        pytest.raises(OptionError, match=r"^taken$"),
+        kept_from_others(folder, "taken"),
+    ):
+        pytest.fail("two have it")
+    assert not folder.exists()  # it was empty
+    with kept_from_others(folder, "taken"):
+        (folder / "file").touch()
+    assert (folder / "file").exists()
+
+
+def test_an_empty_folder_of_the_user_stays(tmp_path: Path) -> None:
+    with kept_from_others(tmp_path, "taken"):
+        pass
+    assert tmp_path.exists()
+
+
+def test_a_folder_without_locks_is_used_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with kept_from_others(tmp_path / "a", "taken"):
+        (tmp_path / "a" / "file").touch()
+
+
+def test_a_folder_that_cannot_be_made_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(OutputError, match=r"^cannot write to .*/file/a: Not a directory$"),
+        kept_from_others(tmp_path / "file" / "a", "taken"),
+    ):
+        pytest.fail("it is a file")

@@ -290,6 +290,17 @@ def test_folders_are_searched_in_order(tmp_path: Path) -> None:
     assert found == ["a/notes.txt", "a/z.jpeg", "a.jpg/c.webp", "b.PNG"]
 
 
+def test_hidden_files_are_left_out_and_broken_links_are_not(tmp_path: Path) -> None:
+    for name in (".hidden.jpg", "._a.jpg", ".thumbnails/a.jpg", "a/.b/c.png", "a/b.png"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True, parents=True)
+        path.touch()
+    (tmp_path / "link.png").symlink_to(tmp_path / "gone.png")
+    found = [path.relative_to(tmp_path).as_posix() for path in find_images([tmp_path])]
+    assert found == ["a/b.png", "link.png"]
+    assert find_images([tmp_path / ".hidden.jpg"]) == [tmp_path / ".hidden.jpg"]
+
+
 def test_nothing_to_find(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match=r"holds no images \(\.jpg, \.jpeg, "):
         find_images([tmp_path])

@@ -110,7 +110,7 @@ def evaluate(options: EvaluateOptions) -> None:
     """
     from ccam_deploy import plotting
     from ccam_deploy.cli import choices
-    from ccam_deploy.files import require_writable_folder
+    from ccam_deploy.files import kept_from_others, require_writable_folder
     from ccam_deploy.quality import datasets, evaluation, metrics, report
     from ccam_deploy.quality.variants import make_variants
 
@@ -122,7 +122,11 @@ def evaluate(options: EvaluateOptions) -> None:
     if options.plots:
         plotting.require_matplotlib()
     require_writable_folder(options.output)
-    with choices.open_explainer(options.bundle, options.engine) as explainer:
+    taken = f"another evaluation writes to {options.output}; wait for it, or give another --output"
+    with (
+        kept_from_others(options.output, taken),
+        choices.open_explainer(options.bundle, options.engine) as explainer,
+    ):
         data = datasets.open_dataset(options.dataset, explainer.bundle.manifest, options.split)
         settings = evaluation.EvaluationSettings(
             metrics=metric_names,

@@ -148,7 +148,7 @@ def export(options: ExportOptions) -> None:
     layers = prepared.target_layers(options.layers)
     signed = is_signed(output)
     if holds_bundle(output):
-        say(f"there is a bundle in {output}, which this export will replace", err=True)
+        say(f"there is a bundle in {output}, which this export replaces if it succeeds", err=True)
     bundle = run(
         prepared.network, output, prepared.input_size, layers, precision, prepared.settings
     )

@@ -15,6 +15,7 @@ from ccam_deploy import render
 from ccam_deploy.errors import OptionError
 from ccam_deploy.explanation.drawing import Drawing, panel_of
 from ccam_deploy.files import short_stem, unused, write_file
+from ccam_deploy.methods import DEFAULT_METHOD
 from ccam_deploy.render import Look, Tile
 
 if TYPE_CHECKING:
@@ -72,11 +73,13 @@ class ExplanationWriter:
         if "masks" in self._formats:
             explanation.require_masks()
         stems = [unused(short_stem(file), self._stems) for file in files]
+        method = _method_word(explanation)
         written = []
         tiles: list[Tile] = []
         for pair, image in enumerate(map(int, explanation.image_index)):
             drawing = Drawing(explanation, pair, self._look)
-            name = unused(f"{stems[image]}-{_class_word(explanation, pair)}", self._names)
+            name = f"{stems[image]}-{_class_word(explanation, pair)}{method}"
+            name = unused(name, self._names)
             paths = [
                 self._save(f"{name}.{_suffix(form)}", _content(form, drawing, files[image]))
                 for form in self._formats
@@ -86,7 +89,7 @@ class ExplanationWriter:
                 tiles.append(drawing.tile)
                 if pair + 1 == len(explanation) or explanation.image_index[pair + 1] != image:
                     content = render.png(panel_of(explanation, image, tiles))
-                    paths.append(self._save(f"{stems[image]}-panel.png", content))
+                    paths.append(self._save(f"{stems[image]}{method}-panel.png", content))
                     tiles = []
             written.append(paths)
         return written
@@ -120,6 +123,12 @@ def _file_names(explanation: Explanation) -> list[str]:
         getattr(image, "filename", "") or f"image-{number + 1}"
         for number, image in enumerate(images)
     ]
+
+
+def _method_word(explanation: Explanation) -> str:
+    """What tells files of another method than the default one from its files."""
+    method = explanation.settings.get("method", DEFAULT_METHOD)
+    return "" if method == DEFAULT_METHOD else f"-{method}"
 
 
 def _class_word(explanation: Explanation, pair: int) -> str:

@@ -226,8 +226,9 @@ class Explanation:
         """Write files for each pair.
 
         Files are named IMAGE-CLASS.FORMAT, such as cat-tabby.overlay.png, and an image's panel
-        IMAGE-panel.png. Images that share a name get a number from the second on; classes that
-        share a name get the number of their class. Files from an earlier call are replaced.
+        IMAGE-panel.png. The name of another method than the default one follows IMAGE-CLASS, or
+        IMAGE. Images that share a name get a number from the second on; classes that share a
+        name get the number of their class. Files from an earlier call are replaced.
 
         Args:
             folder: Where to write; a missing folder is made.

@@ -20,7 +20,7 @@ from ccam_deploy.bundle.manifest import Manifest
 from ccam_deploy.errors import DatasetError, OptionError, TargetError
 from ccam_deploy.examples import scenes
 from ccam_deploy.examples.scenes import Split
-from ccam_deploy.image_files import IMAGE_SUFFIXES, find_images, load_image
+from ccam_deploy.image_files import IMAGE_SUFFIXES, find_images, is_image, load_image
 
 Boxes = NDArray[np.float64]
 
@@ -93,8 +93,9 @@ class ImageFolder(Dataset):
     def __init__(self, root: Path, manifest: Manifest) -> None:
         _require_folder(root, "an image folder")
         self.root = root
-        folders = sorted(path for path in root.iterdir() if path.is_dir())
-        loose = [path for path in sorted(root.iterdir()) if _is_image(path)]
+        visible = [path for path in sorted(root.iterdir()) if not path.name.startswith(".")]
+        folders = [path for path in visible if path.is_dir()]
+        loose = [path for path in visible if is_image(path, root)]
         if folders and loose:
             raise DatasetError(
                 f"{root} mixes images and folders; put all in folders of their class, or none"
@@ -337,10 +338,6 @@ def _require_files(paths: Sequence[Path], content: str) -> None:
 def _require_classes(manifest: Manifest, count: int, where: str) -> None:
     if manifest.classes < count:
         raise TargetError(f"{where} has {count} classes, the bundle {manifest.classes}")
-
-
-def _is_image(path: Path) -> bool:
-    return path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES
 
 
 def _bird(number: str, corners: Sequence[str]) -> tuple[int, Boxes]:

@@ -18,6 +18,7 @@ from ccam_deploy.text import markdown_table, one_line
 
 RESAMPLES = 2000
 _BLOCK = 50
+_MOST_NAMED = 5
 
 _Rows = Mapping[str, Sequence[tuple[str, bool]]]
 """The cells of a table by method, each with whether it is bold."""
@@ -41,8 +42,8 @@ class Estimate:
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether zero lies outside of the interval."""
-        return not self.low <= 0 <= self.high
+        """Whether zero lies outside of the interval, to two decimals as it is shown."""
+        return not round(self.low, 2) <= 0 <= round(self.high, 2)
 
 
 @dataclass(frozen=True)
@@ -273,7 +274,8 @@ def _words(estimate: Estimate | None, sign: str = "") -> str:
     """An estimate in words, with "+" as sign where a positive number shall have one."""
     if estimate is None:
         return "–"
-    mean, *ends = (f"{value:{sign}.2f}" for value in (estimate.mean, estimate.low, estimate.high))
+    values = estimate.mean, estimate.low, estimate.high
+    mean, *ends = (f"{round(value, 2) + 0.0:{sign}.2f}" for value in values)  # 0, and never -0
     return f"{mean} [{', '.join(ends)}]"
 
 
@@ -326,7 +328,8 @@ def _caption(summary: Summary) -> str:
     settings = summary.settings
     left = len(summary.unread)
     read = settings["images"] - left
-    without = f", without {left} more that could not be read" if left else ""
+    names = ", ".join(map(one_line, summary.unread[:_MOST_NAMED])) + ", …" * (left > _MOST_NAMED)
+    without = f", without {left} more that could not be read ({names})" if left else ""
     explained = "the classifier's best class" if settings["target"] == "predicted" else "the label"
     resampled = "" if summary.over == EACH_IMAGE.name else f", resampled by {summary.over}"
     bundle = one_line(settings["bundle"])
@@ -334,7 +337,8 @@ def _caption(summary: Summary) -> str:
         f"Mean and 95 % bootstrap interval over {read} images of "
         f"{one_line(settings['dataset'])}{without}{resampled}; bundle {bundle}, "
         f"{settings['precision']} on {settings['backend']}; protocol "
-        f"{settings['protocol']}, seed {settings['seed']}; explained: {explained}."
+        f"{settings['protocol']}, seed {settings['seed']}; explained: {explained}. The best mean "
+        "of each column is bold."
     )
 
 

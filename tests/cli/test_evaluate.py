@@ -13,6 +13,7 @@ import ccam_deploy as ccam
 from ccam_deploy.arrays import Floats
 from ccam_deploy.cli import evaluate as command
 from ccam_deploy.explanation import Explanation
+from ccam_deploy.files import kept_from_others
 from ccam_deploy.quality import metrics
 from ccam_deploy.quality.variants import Variant
 from tests.command import failure, refusal, run, success
@@ -92,6 +93,14 @@ def test_other_settings_are_refused(written: Path, digits_bundle: Path) -> None:
     assert "holds an evaluation of other images; to continue" in failure(
         *words, "--limit", 6, "--split", "train"
     )
+
+
+def test_two_runs_do_not_write_at_once(digits_bundle: Path, tmp_path: Path) -> None:
+    output = tmp_path / "evaluation"
+    words = ("evaluate", digits_bundle, "scenes", "--limit", 1, "--no-plots", "--output", output)
+    with kept_from_others(output, ""):
+        line = f"another evaluation writes to {output}; wait for it, or give another --output"
+        assert refusal(run(*words)) == line
 
 
 @pytest.mark.slow

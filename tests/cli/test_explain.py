@@ -85,12 +85,12 @@ def test_explain_by_another_method(tiny_bundle: Path, here: Path) -> None:
     line, *written = success(*words, "--save", "overlay,panel,npz,json").stdout.splitlines()
     assert re.fullmatch(r"one\.png: class cat, probability 0\.\d{3}, \d+\.\d ms", line)
     assert len(written) == 4
-    content = json.loads(Path("explanations/one-cat.json").read_text())
+    content = json.loads(Path("explanations/one-cat-layer-cam.json").read_text())
     assert content["settings"]["method"] == "layer-cam"
     expected = {"layers": ["relu2", "relu1"], "relu": True, "scaling": "shallow", "gamma": 3.0}
     assert content["settings"]["options"] == expected
     assert content["weights"] == content["mic"] == []
-    with np.load("explanations/one-cat.npz") as arrays:
+    with np.load("explanations/one-cat-layer-cam.npz") as arrays:
         assert arrays["masks"].shape == (0, 32, 48)
         assert arrays["saliency"].max() == 1
 

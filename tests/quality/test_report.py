@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -162,6 +163,24 @@ def test_differences_are_scipys_and_of_images_that_both_have() -> None:
     assert found.mean == pytest.approx(more[2:].mean())
     assert found.low == pytest.approx(expected.low, abs=0.06 * width)
     assert found.high == pytest.approx(expected.high, abs=0.06 * width)
+
+
+def test_what_is_shown_as_zero_is_zero() -> None:
+    assert not report.Estimate(0.02, 0.0017, 0.04, 5).excludes_zero
+    assert report.Estimate(0.02, 0.01, 0.04, 5).excludes_zero
+    shift = [replace(row, values={**row.values, "deletion": -0.001}) for row in rows()]
+    text = report.markdown(report.summarise(SETTINGS, shift))
+    assert "| one | 0.00 [0.00, 0.00] |" in text
+    assert "-0.00" not in text
+
+
+def test_images_that_could_not_be_read_are_named() -> None:
+    unread = [Row(9 + n, f"lost|{n}", "one", -1, 0.0, {}) for n in range(7)]
+    summary = report.summarise({**SETTINGS, "images": 11}, rows() + unread)
+    line = (
+        "over 4 images of scenes, without 7 more that could not be read (lost|0, lost|1, lost|2, "
+    )
+    assert f"{line}lost|3, lost|4, …); bundle" in report.markdown(summary)
 
 
 def test_one_method_has_no_differences() -> None:

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from ccam_deploy.errors import OptionError, OutputError
 
-_STEM_BYTES = 120
-"""Of 255 that file systems allow: a class, a format and a number come after it."""
+_STEM_BYTES = 80
+"""Of 255 that file systems allow: a class, a method, a format and a number come after it."""
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
@@ -225,8 +225,8 @@ def require_writable_folder(path: Path) -> None:
 def kept_from_others(folder: Path, message: str) -> Iterator[None]:
     """Keep a folder, which is made, from other processes that ask for it so.
 
-    One that was made and is empty in the end goes again. Where file systems have no locks, nothing
-    is kept from others.
+    A new one that is empty in the end goes again; its parents stay. Where file systems have no
+    locks, nothing is kept from others.
 
     Args:
         folder: The folder.
@@ -236,10 +236,14 @@ def kept_from_others(folder: Path, message: str) -> Iterator[None]:
         OptionError: Another process has it.
         OutputError: It cannot be made.
     """
-    is_new = not folder.exists()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        is_new = True
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            is_new = False
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:
         raise OutputError(f"cannot write to {folder}: {error.strerror or error}") from error
     try:
@@ -248,12 +252,16 @@ def kept_from_others(folder: Path, message: str) -> Iterator[None]:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise OptionError(message) from error
-        yield
+        if not (folder.exists() and os.path.samestat(folder.stat(), os.fstat(handle))):
+            raise OptionError(message)  # whoever made it has taken it away again
+        try:
+            yield
+        finally:
+            if is_new:
+                with suppress(OSError):  # it has files
+                    folder.rmdir()
     finally:
         os.close(handle)
-        if is_new:
-            with suppress(OSError):  # it has files
-                folder.rmdir()
 
 
 def _try_writing(folders: Sequence[Path], failure: str) -> None:

@@ -118,11 +118,17 @@ def test_methods_in_one_folder_do_not_overwrite_each_other(
 ) -> None:
     images, _ = digits.preprocess(example_pictures()[:1])
     for method in ("collection-cam", "grad-cam"):
-        digits.explain(images, [1], method=method).save(tmp_path, ("npz", "json"), names=["a"])
-    stem = f"a-{digits.bundle.manifest.labels[1]}"
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
-        f"{stem}{method}.{form}" for method in ("", "-grad-cam") for form in ("npz", "json")
-    )
+        shown = digits.explain(images, [1], method=method)
+        shown.save(tmp_path, ("overlay", "panel", "json"), names=["a"])
+    label = digits.bundle.manifest.labels[1]
+    assert {path.name for path in tmp_path.iterdir()} == {
+        f"a-{label}.overlay.png",
+        f"a-{label}.json",
+        "a-panel.png",
+        f"a-{label}-grad-cam.overlay.png",
+        f"a-{label}-grad-cam.json",
+        "a-grad-cam-panel.png",
+    }
 
 
 def test_masks_are_drawn_by_weight_as_the_classifier_gets_them(

@@ -167,16 +167,34 @@ def test_what_cannot_be_written_is_known_before(tmp_path: Path) -> None:
 
 def test_a_folder_is_kept_from_others_until_its_end(tmp_path: Path) -> None:
     folder = tmp_path / "a" / "b"
-    with (
-        kept_from_others(folder, "taken"),
-        pytest.raises(OptionError, match=r"^taken$"),
-        kept_from_others(folder, "taken"),
-    ):
-        pytest.fail("two have it")
+    with kept_from_others(folder, "taken"):
+        with pytest.raises(OptionError, match=r"^taken$"), kept_from_others(folder, "taken"):
+            pytest.fail("two have it")
+        assert folder.exists()  # still the first one's
     assert not folder.exists()  # it was empty
     with kept_from_others(folder, "taken"):
         (folder / "file").touch()
     assert (folder / "file").exists()
+
+
+def test_a_folder_that_goes_before_it_is_locked_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process that had made it found it empty in the end."""
+    folder = tmp_path / "a"
+    monkeypatch.setattr(fcntl, "flock", lambda handle, how: folder.rmdir())
+    with pytest.raises(OptionError, match=r"^taken$"), kept_from_others(folder, "taken"):
+        pytest.fail("the folder is gone")
+    monkeypatch.undo()
+    folder.mkdir()
+    monkeypatch.setattr(fcntl, "flock", lambda handle, how: renewed(folder))
+    with pytest.raises(OptionError, match=r"^taken$"), kept_from_others(folder, "taken"):
+        pytest.fail("it is another folder")
+
+
+def renewed(folder: Path) -> None:
+    folder.rename(folder.with_name("old"))
+    folder.mkdir()
 
 
 def test_an_empty_folder_of_the_user_stays(tmp_path: Path) -> None:
@@ -199,7 +217,7 @@ def test_a_folder_without_locks_is_used_all_the_same(
 def test_a_folder_that_cannot_be_made_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with (
-        pytest.raises(OutputError, match=r"^cannot write to .*/file/a: Not a directory$"),
+        pytest.raises(OutputError, match=r"^cannot write to .*/file/a: File exists$"),
         kept_from_others(tmp_path / "file" / "a", "taken"),
     ):
         pytest.fail("it is a file")

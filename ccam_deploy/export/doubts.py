@@ -12,7 +12,7 @@ from ccam_deploy.export.program import Program
 from ccam_deploy.fidelity.observation import Observation
 
 _ROUNDED = 1e-3
-"""A relative error of the logits, as much as fp32 graphs may have."""
+"""A relative error of the logits, as large as that of fp32 graphs with random weights may be."""
 
 _SHALLOW = 0.5
 """The share of a network's operators before a layer, below which it is a shallow one."""

@@ -185,9 +185,9 @@ def without_sizes(part: fx.GraphModule) -> None:
 def _only_broadcast(node: fx.Node) -> bool:
     """Whether all that reads an expanded value would expand it too."""
     for user in node.users:
-        others = [source for source in user.all_input_nodes if source is not node]
+        others = [source.meta["val"] for source in user.all_input_nodes if source is not node]
         shape = node.meta["val"].shape
-        same = any(same_shape(source.meta["val"].shape, shape) for source in others)
+        same = any(isinstance(value, Tensor) and same_shape(value.shape, shape) for value in others)
         if user.target not in _BROADCASTING or not same:
             return False
     return True

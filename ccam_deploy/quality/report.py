@@ -20,8 +20,8 @@ RESAMPLES = 2000
 _BLOCK = 50
 _MOST_NAMED = 5
 
-_Rows = Mapping[str, Sequence[tuple[str, bool]]]
-"""The cells of a table by method, each with whether it is bold."""
+_Rows = Mapping[str, Sequence[tuple[str, str, bool]]]
+"""The cells of a table by method: mean, interval, and whether they are bold."""
 
 
 @dataclass(frozen=True)
@@ -194,13 +194,13 @@ def differences_table(summary: Summary) -> str:
     """Lay out differences from the first method as Markdown; empty where it is the only one."""
     if len(summary.estimates) < 2:
         return ""
-    return _as_markdown(_minus(summary), summary, _difference_rows(summary))
+    return _as_markdown(f"minus {_first(summary)}", summary, _difference_rows(summary))
 
 
 def differences_caption(summary: Summary) -> str:
     """Say what differences_table shows."""
     return (
-        f"By how much each exceeds {next(iter(summary.estimates))} on the same images, in "
+        f"By how much each exceeds {_first(summary)} on the same images, in "
         "percentage points, with the interval of that difference; bold where it leaves zero out."
     )
 
@@ -234,7 +234,7 @@ def page(summary: Summary, pictures: Mapping[str, bytes]) -> str:
     differences = ""
     if len(summary.estimates) > 1:
         differences = f"<p>{html.escape(differences_caption(summary))}</p>\n"
-        differences += _as_html(_minus(summary), summary, _difference_rows(summary))
+        differences += _as_html(f"minus {_first(summary)}", summary, _difference_rows(summary))
     return _PAGE.format(
         title=html.escape(f"{settings['bundle']} on {settings['dataset']}"),
         caption=html.escape(_caption(summary)),
@@ -251,7 +251,7 @@ def _estimate_rows(summary: Summary) -> _Rows:
     best = {name: _best(summary, name) for name in summary.settings["metrics"]}
     return {
         method: [
-            (_words(e := own.get(name)), e is not None and e.mean == mean)
+            (*_words(e := own.get(name)), e is not None and e.mean == mean)
             for name, mean in best.items()
         ]
         for method, own in summary.estimates.items()
@@ -264,27 +264,26 @@ def _difference_rows(summary: Summary) -> _Rows:
     _, *others = summary.differences.items()
     return {
         method: [
-            (_words(e := own.get(name), "+"), e is not None and e.excludes_zero) for name in names
+            (*_words(e := own.get(name), "+"), e is not None and e.excludes_zero) for name in names
         ]
         for method, own in others
     }
 
 
-def _words(estimate: Estimate | None, sign: str = "") -> str:
-    """An estimate in words, with "+" as sign where a positive number shall have one."""
+def _words(estimate: Estimate | None, sign: str = "") -> tuple[str, str]:
+    """An estimate's mean and interval, with "+" as sign where a positive number shall have one."""
     if estimate is None:
-        return "–"
+        return "–", ""
     values = estimate.mean, estimate.low, estimate.high
     mean, *ends = (f"{round(value, 2) + 0.0:{sign}.2f}" for value in values)  # 0, and never -0
-    return f"{mean} [{', '.join(ends)}]"
+    return mean, f" [{', '.join(ends)}]"
 
 
 def _as_markdown(corner: str, summary: Summary, rows: _Rows) -> str:
-    def marked(words: str, is_bold: bool) -> str:
-        mean, _, interval = words.partition(" ")
-        return f"**{mean}** {interval}" if is_bold else words
-
-    lines = [(method, *(marked(*cell) for cell in cells)) for method, cells in rows.items()]
+    lines = [
+        (method, *(f"**{mean}**{rest}" if bold else mean + rest for mean, rest, bold in cells))
+        for method, cells in rows.items()
+    ]
     return markdown_table((corner, *map(_title, summary.settings["metrics"])), lines)
 
 
@@ -292,10 +291,10 @@ def _as_html(corner: str, summary: Summary, rows: _Rows) -> str:
     titles = (corner, *map(_title, summary.settings["metrics"]))
     body = ""
     for method, cells in rows.items():
-        marks = (' class="best"' if is_bold else "" for _, is_bold in cells)
-        row = "".join(
-            f"<td{mark}>{words}</td>" for mark, (words, _) in zip(marks, cells, strict=True)
-        )
+        row = ""
+        for mean, interval, is_bold in cells:
+            mark = ' class="bold"' if is_bold else ""
+            row += f"<td{mark}>{mean}{interval}</td>"
         body += f"<tr><th>{html.escape(method)}</th>{row}</tr>\n"
     return _TABLE.format(head="".join(f"<th>{html.escape(t)}</th>" for t in titles), body=body)
 
@@ -342,9 +341,9 @@ def _caption(summary: Summary) -> str:
     )
 
 
-def _minus(summary: Summary) -> str:
-    """The title over the methods whose differences are shown."""
-    return f"minus {next(iter(summary.estimates))}"
+def _first(summary: Summary) -> str:
+    """The method that the others' differences are from."""
+    return next(iter(summary.estimates))
 
 
 def _best(summary: Summary, name: str) -> float:
@@ -366,7 +365,7 @@ body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem aut
 table {{ border-collapse: collapse; white-space: nowrap; }}
 th, td {{ padding: 0.3rem 0.8rem; border-bottom: 1px solid #ccc; text-align: right; }}
 tbody th {{ text-align: left; }}
-.best {{ font-weight: bold; }}
+.bold {{ font-weight: bold; }}
 img {{ max-width: 100%; }}
 dt {{ font-weight: bold; }}
 pre {{ background: #f4f4f4; padding: 1rem; overflow-x: auto; }}

@@ -283,6 +283,20 @@ def in_double() -> Model:
             marks=pytest.mark.slow,
         ),
         pytest.param(
+            lambda: nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False), tiny()),
+            None,
+            SourceError,
+            "the logits of an image depend on the other images of its batch",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            lambda: Net(lambda x: x + 0.1 * x.mean(0, keepdim=True)),
+            ["stem"],
+            SourceError,
+            "the logits of an image depend on the other images of its batch",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
             *(by_the_batch_after_a_layer, ["1"], LoweringError),
             "which an operator makes of all images of a batch",
             marks=pytest.mark.slow,

@@ -250,7 +250,7 @@ def test_page_needs_no_other_file() -> None:
     assert "b<1> on scenes" in reader.text
     assert "Maps & more" in reader.text
     assert METRICS["proportion"].definition in reader.text
-    assert page.count('class="best"') == 2  # the lower deletion, and by how much; others are equal
+    assert page.count('class="bold"') == 2  # the lower deletion, and by how much; others are equal
     assert "minus one" in reader.text
 
 

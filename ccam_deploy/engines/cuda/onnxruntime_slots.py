@@ -46,5 +46,5 @@ def onnxruntime_slots(paths: Mapping[str, Path], most: int, tf32: bool = False) 
         worker = SlotThread("ccam-deploy-gpu")
         return Slot(device, {"latency": graphs, "throughput": graphs}, worker)
 
-    slots = Slots(open_slot, most)
+    slots = Slots(open_slot, most, captures_alone=True)
     return slots

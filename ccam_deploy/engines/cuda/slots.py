@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal, Protocol, TypeVar, cast
@@ -149,6 +149,7 @@ class Slots:
         most: int,
         close_shared: Callable[[], None] = lambda: None,
         keep_compiled: Callable[[], None] = lambda: None,
+        captures_alone: bool = False,
     ) -> None:
         """Open the first slot.
 
@@ -157,11 +158,13 @@ class Slots:
             most: How many slots there may be at a time; more callers wait for their turn.
             close_shared: Frees what all slots share. Called once, after the last slot is closed.
             keep_compiled: Writes what engines compiled so far to files, for the next process.
+            captures_alone: Whether engines capture where no other slot of the process works.
         """
         self.keep_compiled = keep_compiled
         self.most = most
         self._open = open_slot
         self._close_shared = close_shared
+        self._captures_alone = captures_alone
         self._lent = 0
         with _PROCESS.work(self):
             self._free: list[Slot] = [open_slot()]
@@ -211,7 +214,9 @@ class Slots:
                 self._give_back(slot, failed)
 
     def run_on_each(self, work: Callable[[Slot], object]) -> None:
-        """Do some work on every slot, once no caller holds one, nor one of other slots.
+        """Do some work on every slot, once no caller holds one.
+
+        Where engines capture alone, no other slot of the process works meanwhile.
 
         Args:
             work: Uses the slot that it is given.
@@ -220,7 +225,8 @@ class Slots:
             BackendError: The slots were closed, or a new slot cannot be opened.
         """
         # Two callers that each hold some of the slots would wait for each other.
-        with self._sole, _PROCESS.sole(self), ExitStack() as held:
+        alone = _PROCESS.sole(self) if self._captures_alone else nullcontext()
+        with self._sole, alone, ExitStack() as held:
             slots = [held.enter_context(self.take()) for _ in range(self.most)]
             self._on_each = True
             try:
@@ -237,16 +243,16 @@ class Slots:
             # Count this call too: it is the last one where no slot is lent.
             self._lent += len(idle) + first
         failures = []
-        for slot in idle:
-            try:
-                with _PROCESS.work(self):
+        with _PROCESS.work(self):
+            for slot in idle:
+                try:
                     slot.close()
-            except BackendError as error:  # the others, and what they share, are closed too
-                failures.append(error)
-            finally:
+                except BackendError as error:  # the others, and what they share, are closed too
+                    failures.append(error)
+                finally:
+                    self._count_down()
+            if first:
                 self._count_down()
-        if first:
-            self._count_down()
         if failures:
             raise failures[0]
 

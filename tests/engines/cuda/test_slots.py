@@ -14,6 +14,7 @@ from typing import Any, cast
 import pytest
 
 from ccam_deploy.engines.cuda.device import Device
+from ccam_deploy.engines.cuda.gpu_use import GpuUse
 from ccam_deploy.engines.cuda.slot_thread import SlotThread
 from ccam_deploy.engines.cuda.slots import Slot, Slots
 from ccam_deploy.errors import BackendError, OptionError
@@ -180,7 +181,7 @@ def test_a_slot_has_the_gpu_where_there_is_one_or_all_are_held() -> None:
     with single.take():
         assert single.claim()
         assert single.claim()
-    slots, told = Slots(Bench().open, 2), list[bool]()
+    slots, told = Slots(Bench().open, 2, captures_alone=True), list[bool]()
     slots.run_on_each(lambda slot: told.append(slots.claim()))
     assert told == [True, True]
     with slots.take():
@@ -216,8 +217,9 @@ def test_others_wait_until_the_only_slot_is_given_back() -> None:
 
 
 def test_work_on_each_slot_waits_for_other_slots_and_they_for_it() -> None:
-    one, other = Slots(Bench().open, 2), Slots(Bench().open, 2)
-    began, end, inside, leave = (threading.Event() for _ in range(4))
+    one = Slots(Bench().open, 2, captures_alone=True)
+    other = Slots(Bench().open, 2)
+    began, again, end, inside, leave = (threading.Event() for _ in range(5))
     told = list[bool]()
 
     def prepare(slot: Slot) -> None:
@@ -230,15 +232,33 @@ def test_work_on_each_slot_waits_for_other_slots_and_they_for_it() -> None:
         assert began.wait(10)
         each = pool.submit(one.run_on_each, prepare)
         assert not inside.wait(0.2)
-        after = pool.submit(borrow, other, threading.Event(), end)
+        after = pool.submit(borrow, other, again, end)
         end.set()
         before.result(10)
         assert inside.wait(10)
-        assert not after.done()
+        assert not again.wait(0.2)
         leave.set()
         each.result(10)
         after.result(10)
     assert told == [True, True]
+
+
+def test_work_on_each_slot_that_is_broken_off_leaves_a_claim() -> None:
+    use, one, other, began = GpuUse(), object(), object(), threading.Event()
+
+    def work() -> None:
+        with use.work(other):
+            began.set()
+
+    with ThreadPoolExecutor(1) as pool:
+        with use.work(one):
+            assert use.claim(one)
+            with pytest.raises(KeyboardInterrupt), use.sole(one):
+                raise KeyboardInterrupt
+            waiting = pool.submit(work)
+            assert not began.wait(0.2)
+        waiting.result(10)
+    assert began.is_set()
 
 
 def borrow(slots: Slots, began: threading.Event, end: threading.Event) -> None:

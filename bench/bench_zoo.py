@@ -57,7 +57,7 @@ most of them for images of 64×64, exported, and compared with PyTorch: logits, 
 gradients, partitions and maps. A network's kind is decided by a run of it: transformers and hybrids
 multiply two tensors that both depend on the image, as attention does, or have no convolution behind
 the patches; others are convolutional. The last columns are seconds of processor time, and `yes` or
-the reason why not.
+the reason why not. Several runs made the table; the machine below it is that of the last one.
 
 """
 

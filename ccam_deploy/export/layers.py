@@ -109,7 +109,7 @@ def _chosen(
     if not nodes:
         raise LayerError(
             "no feature map was found that all of the input passes through; "
-            f"name target layers, such as {_known(outputs, followed)}"
+            f"name target layers; the model has {_known(outputs, followed)}"
         )
     chosen = nodes[-DEFAULT_COUNT:]
     return [TargetLayer(_name(node, outputs), node, _arranged(followed, node)) for node in chosen]

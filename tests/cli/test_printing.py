@@ -43,7 +43,7 @@ def test_explained_names_are_one_line(digits_bundle: Path, tmp_path: Path) -> No
     first, second = done.stdout.splitlines()
     assert first.startswith(f"{shown}: class 9, probability ")
     written = shown.replace(r"/a\n\x1b", "/x/a--").removesuffix(".png")
-    assert second.startswith(f"  {written}-9.overlay")
+    assert second.startswith(f"  {written}-9-grad-cam.overlay")
     (error,) = done.stderr.splitlines()
     assert error.startswith(f"error: {shown}.png is not an image")
 

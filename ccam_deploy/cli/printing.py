@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,9 @@ from typing import Any
 import click
 
 from ccam_deploy.text import one_line
+
+_SECONDS = 30.0
+"""Between two lines of progress."""
 
 UNSIGNED = "the bundle has changed, so its signature was removed; sign it again"
 """What is said of a bundle that was signed."""
@@ -52,15 +56,33 @@ def tf32_note(bundle: Path) -> str:
 
 @contextmanager
 def progress(label: str, length: int) -> Iterator[Any]:
-    """Show a progress bar on stderr where that is a terminal.
+    """Show a progress bar on stderr; a line twice a minute where that is no terminal.
 
     Args:
         label: What is going on, in a word.
         length: How many steps there are.
 
     Yields:
-        click's bar; call its `update` with the number of steps that were done.
+        An object; call its `update` with the number of steps that were done.
     """
-    hidden = not sys.stderr.isatty()
-    with click.progressbar(length=length, label=label, file=sys.stderr, hidden=hidden) as bar:
+    if not sys.stderr.isatty():
+        yield _ProgressLines(label, length)
+        return
+    with click.progressbar(length=length, label=label, file=sys.stderr) as bar:
         yield bar
+
+
+class _ProgressLines:
+    """Says how far something is, in a line now and then."""
+
+    def __init__(self, label: str, length: int) -> None:
+        self._label, self._length = label, length
+        self._done, self._said = 0, time.monotonic()
+
+    def update(self, steps: int) -> None:
+        """Count steps that were done."""
+        self._done += steps
+        now = time.monotonic()
+        if now - self._said >= _SECONDS and self._done < self._length:
+            self._said = now
+            say(f"{self._label}: {self._done} of {self._length}", err=True)

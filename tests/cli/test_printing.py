@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
 
+from ccam_deploy.cli import printing
 from ccam_deploy.cli.main import main
 from tests.command import failure
 from tests.helpers import example_files
@@ -52,3 +54,17 @@ def test_an_error_is_one_line(digits_bundle: Path) -> None:
     line = failure("compare", digits_bundle, "no\x1b\u2028ne.png")
     assert line.startswith(r"no\x1b")
     assert len(line.splitlines()) == 1
+
+
+def test_progress_is_lines_where_there_is_no_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    moments = iter([0.0, 20.0, 30.0, 45.0, 70.0])
+    clock = SimpleNamespace(monotonic=lambda: next(moments))
+    monkeypatch.setattr(printing, "time", clock)
+    with printing.progress("measuring", 10) as bar:
+        for steps in (1, 2, 3, 4):
+            bar.update(steps)
+    out, err = capsys.readouterr()
+    assert not out
+    assert err == "measuring: 3 of 10\n"  # after 30 seconds; none when all is done

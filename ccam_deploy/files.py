@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -246,22 +246,35 @@ def kept_from_others(folder: Path, message: str) -> Iterator[None]:
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:
         raise OutputError(f"cannot write to {folder}: {error.strerror or error}") from error
-    try:
+    with ExitStack() as ended:
+        ended.callback(os.close, handle)
         with suppress(OSError):
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise OptionError(message) from error
+            require_lock(handle, message)
         if not (folder.exists() and os.path.samestat(folder.stat(), os.fstat(handle))):
             raise OptionError(message)  # whoever made it has taken it away again
         try:
             yield
         finally:
             if is_new:
-                with suppress(OSError):  # it has files
-                    folder.rmdir()
-    finally:
-        os.close(handle)
+                with suppress(OSError):
+                    _remove_empty([folder])
+
+
+def require_lock(handle: int, message: str) -> None:
+    """Lock an open file for this process, until it is closed.
+
+    Args:
+        handle: Of the file.
+        message: What is said where another process has the lock.
+
+    Raises:
+        OptionError: Another process has it.
+        OSError: The file cannot be locked.
+    """
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise OptionError(message) from error
 
 
 def _try_writing(folders: Sequence[Path], failure: str) -> None:

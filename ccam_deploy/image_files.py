@@ -159,10 +159,14 @@ def is_image(path: Path, folder: Path) -> bool:
 
     A link to what is not there is one: to leave it out would hide that.
     """
-    is_hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-    if is_hidden or path.suffix.lower() not in IMAGE_SUFFIXES:
+    if is_hidden(path, folder) or path.suffix.lower() not in IMAGE_SUFFIXES:
         return False
     return path.is_file() or not path.exists()
+
+
+def is_hidden(path: Path, folder: Path) -> bool:
+    """Whether a path in a folder, or what lies on the way to it, has a dot before its name."""
+    return any(part.startswith(".") for part in path.relative_to(folder).parts)
 
 
 def _images_at(path: Path) -> list[Path]:

@@ -20,7 +20,7 @@ from ccam_deploy.bundle.manifest import Manifest
 from ccam_deploy.errors import DatasetError, OptionError, TargetError
 from ccam_deploy.examples import scenes
 from ccam_deploy.examples.scenes import Split
-from ccam_deploy.image_files import IMAGE_SUFFIXES, find_images, is_image, load_image
+from ccam_deploy.image_files import IMAGE_SUFFIXES, find_images, is_hidden, is_image, load_image
 
 Boxes = NDArray[np.float64]
 
@@ -93,9 +93,9 @@ class ImageFolder(Dataset):
     def __init__(self, root: Path, manifest: Manifest) -> None:
         _require_folder(root, "an image folder")
         self.root = root
-        visible = [path for path in sorted(root.iterdir()) if not path.name.startswith(".")]
-        folders = [path for path in visible if path.is_dir()]
-        loose = [path for path in visible if is_image(path, root)]
+        inside = sorted(root.iterdir())
+        folders = [path for path in inside if path.is_dir() and not is_hidden(path, root)]
+        loose = [path for path in inside if is_image(path, root)]
         if folders and loose:
             raise DatasetError(
                 f"{root} mixes images and folders; put all in folders of their class, or none"

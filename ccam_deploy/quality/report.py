@@ -170,18 +170,20 @@ def as_json(summary: Summary) -> dict[str, Any]:
         "unread": list(summary.unread),
         "unit": f"percent; mean, and 95 % interval of the mean by bootstrap over {summary.over}",
         "resamples": RESAMPLES,
-        "results": {
-            method: {metric: asdict(estimate) for metric, estimate in estimates.items()}
-            for method, estimates in summary.estimates.items()
-        },
-        "differences": {
-            method: {metric: asdict(estimate) for metric, estimate in estimates.items()}
-            for method, estimates in summary.differences.items()
-        },
+        "results": _plain(summary.estimates),
+        "differences": _plain(summary.differences),
         "curves": {
             method: {curve: points.tolist() for curve, points in curves.items()}
             for method, curves in summary.curves.items()
         },
+    }
+
+
+def _plain(estimates: Mapping[str, Mapping[str, Estimate]]) -> dict[str, Any]:
+    """Estimates by method and metric as plain values."""
+    return {
+        method: {metric: asdict(estimate) for metric, estimate in own.items()}
+        for method, own in estimates.items()
     }
 
 
@@ -192,9 +194,8 @@ def table(summary: Summary) -> str:
 
 def differences_table(summary: Summary) -> str:
     """Lay out differences from the first method as Markdown; empty where it is the only one."""
-    if len(summary.estimates) < 2:
-        return ""
-    return _as_markdown(f"minus {_first(summary)}", summary, _difference_rows(summary))
+    rows = _difference_rows(summary)
+    return _as_markdown(f"minus {_first(summary)}", summary, rows) if rows else ""
 
 
 def differences_caption(summary: Summary) -> str:
@@ -232,9 +233,9 @@ def page(summary: Summary, pictures: Mapping[str, bytes]) -> str:
     """
     settings = summary.settings
     differences = ""
-    if len(summary.estimates) > 1:
+    if rows := _difference_rows(summary):
         differences = f"<p>{html.escape(differences_caption(summary))}</p>\n"
-        differences += _as_html(f"minus {_first(summary)}", summary, _difference_rows(summary))
+        differences += _as_html(f"minus {_first(summary)}", summary, rows)
     return _PAGE.format(
         title=html.escape(f"{settings['bundle']} on {settings['dataset']}"),
         caption=html.escape(_caption(summary)),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -16,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ccam_deploy.errors import OptionError, OutputError, brief
-from ccam_deploy.files import require_writable_folder
+from ccam_deploy.files import require_lock, require_writable_folder
 from ccam_deploy.text import one_line
 
 SETTINGS = "_settings.json"
@@ -214,16 +213,15 @@ def _locked(path: Path) -> int:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
         raise OutputError(f"{path} cannot be opened: {error.strerror}") from error
+    taken = f"another run writes to {path.parent}; wait for its end, or give another OUTPUT"
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(handle)
-        raise OptionError(
-            f"another run writes to {path.parent}; wait for its end, or give another OUTPUT"
-        ) from error
+        require_lock(handle, taken)
     except OSError as error:
         os.close(handle)
         raise OutputError(f"{path} cannot be locked: {error.strerror}") from error
+    except OptionError:
+        os.close(handle)
+        raise
     return handle
 
 
